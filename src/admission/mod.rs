@@ -1,0 +1,2 @@
+//! Admission: the one place that joins text, registry, engine and training.
+pub mod params;

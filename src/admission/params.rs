@@ -1,0 +1,487 @@
+//! What clients ask for and get, in the domain's own types: no wire format, no tensors.
+//!
+//! The edges (`grpc/`, later `http/`) convert to and from these; `admission` validates them once, for all edges.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+
+use crate::ids::DeltaId;
+
+/// How the next token is chosen. Neutral values switch a filter off.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 = greedy; otherwise logits are divided by it. Finite, 0 to 100.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 = all.
+    pub top_k: u32,
+    /// Keep the smallest set of tokens with at least this probability mass; in (0, 1].
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the most likely one; in [0, 1].
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output; > 0, 1 = off (Keskar et al. 2019).
+    pub repetition_penalty: f32,
+    /// Subtracted per occurrence in the output; in [-2, 2].
+    pub frequency_penalty: f32,
+    /// Subtracted once if the token is in the output; in [-2, 2].
+    pub presence_penalty: f32,
+    /// Seed of this request; the server draws one if absent and reports it.
+    pub seed: Option<u64>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            seed: None,
+        }
+    }
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user`, `assistant`, or what the base's template knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+/// What to continue.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompt {
+    /// Plain text, tokenised with the base's special tokens.
+    Text(String),
+    /// A conversation, rendered with the base's chat template.
+    Chat(Vec<ChatMessage>),
+    /// Token ids, used as they are.
+    Tokens(Vec<u32>),
+}
+
+/// A Generate request.
+#[derive(Debug, Clone)]
+pub struct GenerateParams {
+    /// `name`, `name@3` or `name@<digest>`; empty = the bare base.
+    pub delta: String,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Most new tokens, at least 1.
+    pub max_new_tokens: u32,
+    /// How to choose tokens.
+    pub sampling: Sampling,
+    /// Texts that end the output; not part of it. At most 16, each 1 to 256 bytes.
+    pub stop: Vec<String>,
+    /// Token ids that end the output, beside the base's end-of-sequence ids. At most 64.
+    pub stop_tokens: Vec<u32>,
+    /// Go on past the base's end-of-sequence ids.
+    pub ignore_eos: bool,
+    /// Report the chosen token's log-probability and this many alternatives (0 to 20).
+    pub logprobs: Option<u32>,
+    /// Independent continuations, 1 to 16; continuation i has seed + i.
+    pub n: u32,
+    /// Give up when this much time has passed since arrival.
+    pub timeout: Option<Duration>,
+}
+
+/// A token's log-probability and its strongest alternatives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub id: u32,
+    /// Its text, as far as it has one alone.
+    pub text: String,
+    /// Natural log of its probability under the model (before temperature and filters).
+    pub logprob: f32,
+    /// The most likely tokens at this place: (id, text, log-probability).
+    pub top: Vec<(u32, String, f32)>,
+}
+
+/// Why a continuation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end-of-sequence or stop token was chosen.
+    StopToken,
+    /// A stop text appeared.
+    StopText,
+    /// `max_new_tokens` was reached.
+    Length,
+}
+
+/// Tokens read and written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated.
+    pub completion_tokens: u32,
+}
+
+/// Where a request's time went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// From arrival to its first step.
+    pub queue: Duration,
+    /// From its first step to its first token (or result).
+    pub prefill: Duration,
+    /// From its first token to its last.
+    pub decode: Duration,
+}
+
+/// Which delta version answered; part of every inference response.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServedBy {
+    /// The delta's name; empty = the bare base.
+    pub name: String,
+    /// The version's number under that name; 0 = the bare base.
+    pub number: u64,
+    /// The version's digest; `None` = the bare base.
+    pub id: Option<DeltaId>,
+}
+
+/// One piece of a streamed generation.
+#[derive(Debug, Clone)]
+pub enum GenerateChunk {
+    /// New text of continuation `index`.
+    Delta {
+        /// Which continuation.
+        index: u32,
+        /// New text, whole characters only.
+        text: String,
+        /// The tokens behind it.
+        token_ids: Vec<u32>,
+        /// Their log-probabilities, if asked for.
+        logprobs: Vec<TokenLogprob>,
+    },
+    /// Continuation `index` is complete.
+    Finished {
+        /// Which continuation.
+        index: u32,
+        /// Why it ended.
+        reason: FinishReason,
+        /// Tokens of this continuation.
+        usage: Usage,
+        /// Where the time went.
+        timings: Timings,
+        /// Which version served it.
+        served_by: ServedBy,
+        /// The seed that reproduces it.
+        seed: u64,
+    },
+}
+
+/// A classify request: sequence or token classification, as the delta's head says.
+#[derive(Debug, Clone)]
+pub struct ClassifyParams {
+    /// Delta reference; empty = the base's own head, if it has one.
+    pub delta: String,
+    /// Texts, 1 to 1024; each is (text, optional second text of a pair).
+    pub inputs: Vec<(String, Option<String>)>,
+    /// Give up when this much time has passed since arrival.
+    pub timeout: Option<Duration>,
+}
+
+/// One label with its probability.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LabelScore {
+    /// The label's name, or `LABEL_i` where the delta has no names.
+    pub label: String,
+    /// Its index.
+    pub index: u32,
+    /// Softmax probability (sigmoid for multi-label heads).
+    pub probability: f32,
+}
+
+/// One classified text.
+#[derive(Debug, Clone)]
+pub struct Classification {
+    /// All labels, best first; empty for token classification.
+    pub labels: Vec<LabelScore>,
+    /// Token classification: one entry per word piece (byte range in the text, best label).
+    pub tokens: Vec<TokenLabel>,
+    /// Tokens read.
+    pub tokens_read: u32,
+}
+
+/// A token's label.
+#[derive(Debug, Clone)]
+pub struct TokenLabel {
+    /// Byte offsets in the input text.
+    pub start: u32,
+    /// End offset (exclusive).
+    pub end: u32,
+    /// The text between them.
+    pub text: String,
+    /// The best label.
+    pub label: LabelScore,
+}
+
+/// A classify reply.
+#[derive(Debug, Clone)]
+pub struct ClassifyReply {
+    /// One per input, in order.
+    pub results: Vec<Classification>,
+    /// Which version served it.
+    pub served_by: ServedBy,
+    /// Tokens read.
+    pub usage: Usage,
+    /// Slowest input's times.
+    pub timings: Timings,
+}
+
+/// How a text becomes one vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pooling {
+    /// What the base says (`pooling.json` / sentence-transformers), else mean for encoders and last token for decoders.
+    #[default]
+    Default,
+    /// Mean over the tokens.
+    Mean,
+    /// The first token.
+    Cls,
+    /// The last token.
+    Last,
+}
+
+/// An embed request.
+#[derive(Debug, Clone)]
+pub struct EmbedParams {
+    /// Delta reference; empty = the bare base.
+    pub delta: String,
+    /// Texts, 1 to 1024.
+    pub inputs: Vec<String>,
+    /// How to pool.
+    pub pooling: Pooling,
+    /// Scale to unit length.
+    pub normalize: bool,
+    /// Give up when this much time has passed since arrival.
+    pub timeout: Option<Duration>,
+}
+
+/// An embed reply.
+#[derive(Debug, Clone)]
+pub struct EmbedReply {
+    /// One vector of the base's hidden size per input.
+    pub embeddings: Vec<Vec<f32>>,
+    /// Which version served it.
+    pub served_by: ServedBy,
+    /// Tokens read.
+    pub usage: Usage,
+    /// Slowest input's times.
+    pub timings: Timings,
+}
+
+/// A score request: log-likelihood of a completion after a prompt (or of a whole text, with an empty prompt).
+#[derive(Debug, Clone)]
+pub struct ScoreParams {
+    /// Delta reference; empty = the bare base.
+    pub delta: String,
+    /// (prompt, completion) pairs, 1 to 256. An empty prompt scores the whole completion from its second token
+    /// (from its first where the tokenizer adds a start token).
+    pub inputs: Vec<(String, String)>,
+    /// Give up when this much time has passed since arrival.
+    pub timeout: Option<Duration>,
+}
+
+/// One scored text.
+#[derive(Debug, Clone)]
+pub struct Scored {
+    /// Sum of the natural-log probabilities of the scored tokens.
+    pub log_likelihood: f64,
+    /// The scored tokens with their log-probabilities.
+    pub tokens: Vec<TokenLogprob>,
+}
+
+/// A score reply.
+#[derive(Debug, Clone)]
+pub struct ScoreReply {
+    /// One per input, in order.
+    pub results: Vec<Scored>,
+    /// Which version served it.
+    pub served_by: ServedBy,
+    /// Tokens read.
+    pub usage: Usage,
+    /// Slowest input's times.
+    pub timings: Timings,
+}
+
+/// A tokenize reply.
+#[derive(Debug, Clone)]
+pub struct TokenizeReply {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Each id's text form in the vocabulary.
+    pub tokens: Vec<String>,
+}
+
+/// What a publish may do to an existing name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PublishPolicy {
+    /// The name must be new (or have no live version).
+    Create,
+    /// Make or replace.
+    #[default]
+    Upsert,
+    /// Replace exactly this version.
+    CompareAndSwap(DeltaId),
+}
+
+/// An upload: a PEFT folder's files.
+#[derive(Debug, Clone)]
+pub struct UploadParams {
+    /// The name to publish under.
+    pub name: String,
+    /// What may happen to an existing name.
+    pub policy: PublishPolicy,
+    /// Label names in index order, for heads (overrides `labels.json` / the config's).
+    pub labels: Vec<String>,
+    /// File name -> bytes: `adapter_config.json` and `adapter_model.safetensors` at least.
+    pub files: BTreeMap<String, Bytes>,
+}
+
+/// A stored version, as clients see it.
+#[derive(Debug, Clone)]
+pub struct DeltaInfo {
+    /// Name.
+    pub name: String,
+    /// Number under that name, counting from 1.
+    pub number: u64,
+    /// Digest.
+    pub id: DeltaId,
+    /// Whether the name points at this version.
+    pub current: bool,
+    /// Methods in it: `lora`, `bitfit`, `head` ...
+    pub methods: Vec<String>,
+    /// `causal_lm`, `seq_cls`, `token_cls`, `feature`.
+    pub task: String,
+    /// Label names of its head.
+    pub labels: Vec<String>,
+    /// Trained numbers.
+    pub parameters: u64,
+    /// Bytes stored.
+    pub stored_bytes: u64,
+    /// Bytes resident if loaded now, else 0.
+    pub resident_bytes: u64,
+    /// Requests holding it now.
+    pub leases: u64,
+    /// Kept resident.
+    pub pinned: bool,
+    /// `upload`, `job:<id>`, `sample`.
+    pub origin: String,
+    /// Unix milliseconds.
+    pub created_ms: i64,
+}
+
+/// One problem of a request's field or of a dataset's line.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Violation {
+    /// The field (`sampling.top_p`) or line (`line 12 /completion`).
+    pub field: String,
+    /// Stable code, e.g. `MISSING_FIELD`; may be empty.
+    pub code: String,
+    /// What was wrong and what is accepted.
+    pub message: String,
+}
+
+/// Everything that a request can end with, other than success. One place (`grpc/status.rs`) maps it to codes.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ServeError {
+    /// Bad input. Code INVALID_ARGUMENT, reason `INVALID_REQUEST`, field violations attached.
+    #[error("{}", Violations(.0))]
+    Invalid(Vec<Violation>),
+    /// No such delta or version, or another tenant's: the same answer. NOT_FOUND, `DELTA_NOT_FOUND`.
+    #[error("no delta {0:?}")]
+    DeltaNotFound(String),
+    /// No such job or dataset, or another tenant's. NOT_FOUND, `NOT_FOUND`.
+    #[error("no {kind} {name:?}")]
+    NotFound {
+        /// `job`, `dataset`.
+        kind: &'static str,
+        /// As asked for.
+        name: String,
+    },
+    /// The delta belongs to another base. FAILED_PRECONDITION, `BASE_MISMATCH`.
+    #[error("the delta was made for another base: {0}")]
+    BaseMismatch(String),
+    /// The delta or the base cannot do this task. FAILED_PRECONDITION, `WRONG_TASK`.
+    #[error("{0}")]
+    WrongTask(String),
+    /// The name exists (policy create). ALREADY_EXISTS, `PUBLISH_CONFLICT`.
+    #[error("delta {0:?} exists already; use upsert or compare-and-swap to replace it")]
+    AlreadyExists(String),
+    /// The expected version is not the current one. ABORTED, `PUBLISH_CONFLICT`.
+    #[error("{0}")]
+    Conflict(String),
+    /// An idempotency key was used with another request. ALREADY_EXISTS, `IDEMPOTENCY_CONFLICT`.
+    #[error("idempotency key {0:?} was used with a different request")]
+    IdempotencyConflict(String),
+    /// No permit. RESOURCE_EXHAUSTED, `OVERLOADED`, RetryInfo.
+    #[error("overloaded: {0}")]
+    Overloaded(String),
+    /// Every resident byte is leased. RESOURCE_EXHAUSTED, `RESIDENT_BUDGET`, RetryInfo.
+    #[error("the resident budget is full of deltas in use: {0}")]
+    ResidentBudget(String),
+    /// A stored delta does not match its digest. DATA_LOSS, `DELTA_CORRUPT`.
+    #[error("stored delta {0:?} is corrupt")]
+    Corrupt(String),
+    /// The server is draining. UNAVAILABLE, `DRAINING`.
+    #[error("the server is shutting down")]
+    Draining,
+    /// The deadline passed. DEADLINE_EXCEEDED, `DEADLINE_EXCEEDED`.
+    #[error("the deadline passed after {0:?}")]
+    DeadlineExceeded(Duration),
+    /// The client left or the job was cancelled. CANCELLED, `CANCELLED`.
+    #[error("cancelled")]
+    Cancelled,
+    /// Our fault; the text is logged, not sent. INTERNAL, `INTERNAL`.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl ServeError {
+    /// A single field violation.
+    pub fn field(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid(vec![Violation { field: field.into(), code: String::new(), message: message.into() }])
+    }
+
+    /// The stable machine-readable reason.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "INVALID_REQUEST",
+            Self::DeltaNotFound(_) => "DELTA_NOT_FOUND",
+            Self::NotFound { .. } => "NOT_FOUND",
+            Self::BaseMismatch(_) => "BASE_MISMATCH",
+            Self::WrongTask(_) => "WRONG_TASK",
+            Self::AlreadyExists(_) | Self::Conflict(_) => "PUBLISH_CONFLICT",
+            Self::IdempotencyConflict(_) => "IDEMPOTENCY_CONFLICT",
+            Self::Overloaded(_) => "OVERLOADED",
+            Self::ResidentBudget(_) => "RESIDENT_BUDGET",
+            Self::Corrupt(_) => "DELTA_CORRUPT",
+            Self::Draining => "DRAINING",
+            Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",
+            Self::Cancelled => "CANCELLED",
+            Self::Internal(_) => "INTERNAL",
+        }
+    }
+}
+
+/// Prints the first few violations on one line.
+struct Violations<'a>(&'a [Violation]);
+
+impl std::fmt::Display for Violations<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (i, v) in self.0.iter().take(5).enumerate() {
+            let sep = if i > 0 { "; " } else { "" };
+            write!(f, "{sep}{}: {}", v.field, v.message)?;
+        }
+        match self.0.len() {
+            0..=5 => Ok(()),
+            n => write!(f, "; and {} more", n - 5),
+        }
+    }
+}

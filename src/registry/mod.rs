@@ -1,0 +1,1 @@
+//! Registry: alias -> immutable version -> lease.
