@@ -2,6 +2,7 @@
 pub mod admission;
 pub mod delta;
 pub mod ids;
+pub mod ops;
 pub mod pacing;
 pub mod registry;
 pub mod rows;

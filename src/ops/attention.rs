@@ -1,0 +1,236 @@
+//! Softmax attention over ragged sequences (Vaswani et al. 2017), grouped-query (Ainslie et al. 2023), causal with an
+//! optional sliding window or bidirectional.
+//!
+//! Keys and values are rows of two matrices; each span names the rows that are its positions `0, 1, ...`: either rows of
+//! this step (training, encoders) or slots of a cache (serving). So one op serves all.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Device, Result, Tensor, bail};
+
+use super::{attention_cpu, is_cpu_f32};
+
+/// Which keys a query sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttnMask {
+    /// Only its own and earlier positions.
+    pub causal: bool,
+    /// Only the last so many positions (its own included).
+    pub window: Option<usize>,
+}
+
+impl AttnMask {
+    /// The half-open range of keys that the query at absolute position `at` sees, of `keys` in all.
+    pub(super) fn range(self, at: usize, keys: usize) -> (usize, usize) {
+        let end = if self.causal { (at + 1).min(keys) } else { keys };
+        let start = self.window.map_or(0, |w| (at + 1).saturating_sub(w));
+        (start.min(end), end)
+    }
+}
+
+/// Where a span's keys are.
+#[derive(Debug, Clone)]
+pub enum KeyRows {
+    /// Consecutive rows from here.
+    From(usize),
+    /// These rows, in order of position.
+    Slots(Arc<[u32]>),
+}
+
+/// One sequence.
+#[derive(Debug, Clone)]
+pub struct AttnSpan {
+    /// First query row.
+    pub q_start: usize,
+    /// Query rows.
+    pub q_len: usize,
+    /// Absolute position of the first query.
+    pub context_len: usize,
+    /// Rows of keys and values; there are `context_len + q_len`.
+    pub keys: KeyRows,
+}
+
+impl AttnSpan {
+    /// Positions in all.
+    pub(super) fn keys_len(&self) -> usize {
+        self.context_len + self.q_len
+    }
+
+    /// The row of position `j`.
+    #[inline(always)]
+    pub(super) fn key_row(&self, j: usize) -> usize {
+        match &self.keys {
+            KeyRows::From(start) => start + j,
+            KeyRows::Slots(slots) => slots[j] as usize,
+        }
+    }
+}
+
+/// All sequences of a step, and the shape of the heads.
+#[derive(Debug, Clone)]
+pub struct AttnPlan {
+    /// The sequences; their query rows partition the step's rows.
+    pub spans: Vec<AttnSpan>,
+    /// Visibility.
+    pub mask: AttnMask,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Multiplies the scores; `1 / sqrt(head_dim)` as a rule.
+    pub scale: f32,
+}
+
+impl AttnPlan {
+    /// Checks the plan against the tensors, so that kernels may index without doubt.
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (rows, qw) = q.dims2()?;
+        let (k_rows, kw) = k.dims2()?;
+        if v.dims2()? != (k_rows, kw) || qw != self.heads * self.head_dim || kw != self.kv_heads * self.head_dim {
+            bail!("attention: q {:?} k {:?} v {:?} do not fit {self:?}", q.shape(), k.shape(), v.shape());
+        }
+        let mut at = 0;
+        for s in &self.spans {
+            let fits = match &s.keys {
+                KeyRows::From(from) => from + s.keys_len() <= k_rows,
+                KeyRows::Slots(slots) => {
+                    slots.len() == s.keys_len() && slots.iter().all(|&slot| (slot as usize) < k_rows)
+                }
+            };
+            if s.q_start != at || !fits {
+                bail!("attention: span at row {} (want {at}) has keys outside the {k_rows} rows", s.q_start);
+            }
+            at += s.q_len;
+        }
+        if at != rows {
+            bail!("attention: spans cover {at} of {rows} rows");
+        }
+        Ok(())
+    }
+}
+
+/// `softmax(scale * q k^T + mask) v`: `q [rows, heads * head_dim]`, `k` and `v` `[key_rows, kv_heads * head_dim]` ->
+/// `[rows, heads * head_dim]`.
+///
+/// # Errors
+/// A plan that does not fit the tensors.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
+    plan.check(q, k, v)?;
+    if is_cpu_f32(q) && is_cpu_f32(k) && is_cpu_f32(v) {
+        attention_cpu::attention(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, plan)
+    } else {
+        reference(q, k, v, plan)
+    }
+}
+
+/// The reference: span by span in candle tensors; differentiable, any device and dtype.
+pub(super) fn reference(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttnPlan) -> Result<Tensor> {
+    let (h, kh, d) = (plan.heads, plan.kv_heads, plan.head_dim);
+    let mut outs = Vec::with_capacity(plan.spans.len());
+    for span in &plan.spans {
+        let (len, n) = (span.q_len, span.keys_len());
+        let pick = |t: &Tensor| -> Result<Tensor> {
+            let rows = match &span.keys {
+                KeyRows::From(start) => t.narrow(0, *start, n)?,
+                KeyRows::Slots(slots) => t.index_select(&Tensor::new(&slots[..], t.device())?, 0)?,
+            };
+            let heads = rows.reshape((n, kh, 1, d))?.broadcast_as((n, kh, h / kh, d))?.reshape((n, h, d))?;
+            heads.transpose(0, 1)?.contiguous() // [heads, keys, head_dim]
+        };
+        let qs = q.narrow(0, span.q_start, len)?.reshape((len, h, d))?.transpose(0, 1)?.contiguous()?;
+        let (ks, vs) = (pick(k)?, pick(v)?);
+        let scores = (qs.matmul(&ks.t()?.contiguous()?)? * f64::from(plan.scale))?; // [heads, len, keys]
+        let mask = mask_tensor(plan.mask, span, q.device())?;
+        let scores = scores.to_dtype(DType::F32)?.broadcast_add(&mask)?;
+        let probs = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+        outs.push(probs.matmul(&vs)?.transpose(0, 1)?.contiguous()?.reshape((len, h * d))?);
+    }
+    Tensor::cat(&outs, 0)
+}
+
+/// 0 where seen, -inf where not: `[len, keys]`.
+fn mask_tensor(mask: AttnMask, span: &AttnSpan, device: &Device) -> Result<Tensor> {
+    let n = span.keys_len();
+    let mut data = vec![f32::NEG_INFINITY; span.q_len * n];
+    for (i, row) in data.chunks_mut(n).enumerate() {
+        let (from, to) = mask.range(span.context_len + i, n);
+        row[from..to].fill(0.0);
+    }
+    Tensor::from_vec(data, (span.q_len, n), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+    use proptest::prelude::*;
+
+    fn diff(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
+    }
+
+    fn plan(lens: &[usize], causal: bool, window: Option<usize>) -> (Arc<AttnPlan>, usize) {
+        let mut spans = Vec::new();
+        let mut at = 0;
+        for &len in lens {
+            spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, keys: KeyRows::From(at) });
+            at += len;
+        }
+        let mask = AttnMask { causal, window };
+        (Arc::new(AttnPlan { spans, mask, heads: 4, kv_heads: 2, head_dim: 12, scale: 0.3 }), at)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn fast_and_reference_agree_forward_and_backward(
+            lens in proptest::collection::vec(1usize..14, 1..5), causal: bool, window in proptest::option::of(1usize..6)
+        ) {
+            let window = if causal { window } else { None };
+            let (plan, rows) = plan(&lens, causal, window);
+            let dev = Device::Cpu;
+            let q = Var::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+            let k = Var::randn(0f32, 1.0, (rows, 24), &dev).unwrap();
+            let v = Var::randn(0f32, 1.0, (rows, 24), &dev).unwrap();
+            let w = Tensor::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+            let fast = attention(&q, &k, &v, &plan).unwrap();
+            let slow = reference(&q, &k, &v, &plan).unwrap();
+            prop_assert!(diff(&fast, &slow) < 1e-5);
+            let g1 = (fast * &w).unwrap().sum_all().unwrap().backward().unwrap();
+            let g2 = (slow * &w).unwrap().sum_all().unwrap().backward().unwrap();
+            for t in [&q, &k, &v] {
+                prop_assert!(diff(g1.get(t).unwrap(), g2.get(t).unwrap()) < 3e-5);
+            }
+        }
+
+        #[test]
+        fn cached_keys_in_any_slots_equal_keys_in_order(len in 1usize..9, context in 0usize..20, seed: u64) {
+            let dev = Device::Cpu;
+            let n = context + len;
+            let total = n + 7;
+            // a permutation of slots, by a small generator
+            let mut slots: Vec<u32> = (0..total as u32).collect();
+            let mut s = seed | 1;
+            for i in (1..slots.len()).rev() {
+                s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                slots.swap(i, (s >> 33) as usize % (i + 1));
+            }
+            slots.truncate(n);
+            let q = Tensor::randn(0f32, 1.0, (len, 48), &dev).unwrap();
+            let k = Tensor::randn(0f32, 1.0, (total, 24), &dev).unwrap();
+            let v = Tensor::randn(0f32, 1.0, (total, 24), &dev).unwrap();
+            let mask = AttnMask { causal: true, window: None };
+            let make = |keys| Arc::new(AttnPlan {
+                spans: vec![AttnSpan { q_start: 0, q_len: len, context_len: context, keys }],
+                mask, heads: 4, kv_heads: 2, head_dim: 12, scale: 0.3,
+            });
+            let idx = Tensor::new(&slots[..], &dev).unwrap();
+            let (ko, vo) = (k.index_select(&idx, 0).unwrap(), v.index_select(&idx, 0).unwrap());
+            let ordered = attention(&q, &ko, &vo, &make(KeyRows::From(0))).unwrap();
+            let by_slot = attention(&q, &k, &v, &make(KeyRows::Slots(slots.into()))).unwrap();
+            prop_assert_eq!(diff(&ordered, &by_slot), 0.0);
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Attention on the CPU in f32: one row and head at a time, scores in L1; backward by recomputation (Dao et al. 2022), so
+//! nothing of `[rows, keys]` is ever kept.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::attention::{AttnPlan, AttnSpan, KeyRows};
+use super::{cpu_result, f32_slice, math, vectorized, with_f32};
+
+struct Attention(Arc<AttnPlan>);
+
+pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
+    let op = Attention(Arc::clone(plan));
+    if q.track_op() || k.track_op() || v.track_op() {
+        q.apply_op3(k, v, op)
+    } else {
+        q.apply_op3_no_bwd(k, v, &op)
+    }
+}
+
+/// `a . b`, in 16 lanes.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [0f32; 16];
+    let (ac, bc) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = ac.remainder().iter().zip(bc.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in ac.zip(bc) {
+        for ((s, x), y) in acc.iter_mut().zip(x).zip(y) {
+            *s = x.mul_add(*y, *s);
+        }
+    }
+    acc.iter().sum::<f32>() + rest
+}
+
+/// `out += s * x`.
+#[inline(always)]
+fn axpy(s: f32, x: &[f32], out: &mut [f32]) {
+    for (o, x) in out.iter_mut().zip(x) {
+        *o = x.mul_add(s, *o);
+    }
+}
+
+/// The scores of one query and head turned into probabilities of keys `from..to`, in `probs`.
+#[inline(always)]
+fn probabilities(q: &[f32], scale: f32, key: impl Fn(usize) -> usize, k: &[f32], from_to: (usize, usize), probs: &mut [f32]) {
+    let (from, to) = from_to;
+    let d = q.len();
+    let probs = &mut probs[..to - from];
+    let mut max = f32::NEG_INFINITY;
+    for (p, j) in probs.iter_mut().zip(from..to) {
+        let at = key(j);
+        *p = dot(q, &k[at..at + d]) * scale;
+        max = max.max(*p);
+    }
+    let mut sum = 0.0;
+    for p in probs.iter_mut() {
+        *p = math::exp(*p - max);
+    }
+    for p in probs.iter() {
+        sum += *p;
+    }
+    let inv = 1.0 / sum;
+    for p in probs.iter_mut() {
+        *p *= inv;
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (q, k, v) = (f32_slice(q, ql)?, f32_slice(k, kl)?, f32_slice(v, vl)?);
+        let plan = &*self.0;
+        let width = plan.heads * plan.head_dim;
+        let rows = ql.shape().dims2()?.0;
+        let mut out = vec![0f32; rows * width];
+        let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
+        let mut rest = out.as_mut_slice();
+        let mut work = 0;
+        for span in &plan.spans {
+            for i in 0..span.q_len {
+                let (row, tail) = rest.split_at_mut(width);
+                tasks.push((span, i, row));
+                rest = tail;
+            }
+            work += span.q_len * span.keys_len() * width;
+        }
+        let run = |(span, i, out): (&AttnSpan, usize, &mut [f32])| {
+            let q = &q[(span.q_start + i) * width..(span.q_start + i + 1) * width];
+            vectorized(
+                #[inline(always)]
+                || row_forward(plan, span, i, (q, k, v), out),
+            );
+        };
+        if work < 64 * 1024 {
+            tasks.into_iter().for_each(run);
+        } else {
+            let least = (32 * 1024 / (work / rows.max(1)).max(1)).max(1);
+            tasks.into_par_iter().with_min_len(least).for_each(run);
+        }
+        cpu_result(out, (rows, width))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let plan = &*self.0;
+        let (width, kv_width) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+        let grad = grad.contiguous()?;
+        let mut dq = vec![0f32; q.elem_count()];
+        let mut dk = vec![0f32; k.elem_count()];
+        let mut dv = vec![0f32; v.elem_count()];
+        let parts = with_f32(q, |q| {
+            with_f32(k, |k| {
+                with_f32(v, |v| {
+                    with_f32(&grad, |g| {
+                        let jobs: Vec<_> =
+                            plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))).collect();
+                        Ok(jobs.into_par_iter().map(|(s, h)| head_backward(plan, s, h, [q, k, v, g])).collect::<Vec<_>>())
+                    })
+                })
+            })
+        })?;
+        let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
+        for (part, (span, head)) in
+            parts.iter().zip(plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))))
+        {
+            if matches!(span.keys, KeyRows::Slots(_)) {
+                bail!("attention: no gradient through a cache");
+            }
+            for (i, row) in part.dq.chunks_exact(group * d).enumerate() {
+                let at = (span.q_start + i) * width + head * group * d;
+                dq[at..at + group * d].copy_from_slice(row);
+            }
+            for (j, (rk, rv)) in part.dk.chunks_exact(d).zip(part.dv.chunks_exact(d)).enumerate() {
+                let at = span.key_row(j) * kv_width + head * d;
+                axpy(1.0, rk, &mut dk[at..at + d]);
+                axpy(1.0, rv, &mut dv[at..at + d]);
+            }
+        }
+        let make = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device()).map(Some);
+        Ok((make(dq, q)?, make(dk, k)?, make(dv, v)?))
+    }
+}
+
+#[inline(always)]
+fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
+    let (q, k, v) = qkv;
+    let (d, kv_width, group) = (plan.head_dim, plan.kv_heads * plan.head_dim, plan.heads / plan.kv_heads);
+    let (from, to) = plan.mask.range(span.context_len + i, span.keys_len());
+    let mut probs = vec![0f32; to - from];
+    for (h, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+        let column = (h / group) * d;
+        let key = |j: usize| span.key_row(j) * kv_width + column;
+        probabilities(q, plan.scale, key, k, (from, to), &mut probs);
+        for (p, j) in probs.iter().zip(from..to) {
+            let at = key(j);
+            axpy(*p, &v[at..at + d], out);
+        }
+    }
+}
+
+/// Gradients of one span and key head.
+struct HeadGrads {
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]; 4]) -> HeadGrads {
+    let [q, k, v, grad] = qkvg;
+    let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
+    let (width, kv_width, n) = (plan.heads * d, plan.kv_heads * d, span.keys_len());
+    let mut out =
+        HeadGrads { dq: vec![0f32; span.q_len * group * d], dk: vec![0f32; n * d], dv: vec![0f32; n * d] };
+    let (mut probs, mut dprobs) = (vec![0f32; n], vec![0f32; n]);
+    vectorized(
+        #[inline(always)]
+        || {
+            for i in 0..span.q_len {
+                let (from, to) = plan.mask.range(span.context_len + i, n);
+                for g in 0..group {
+                    let at = (span.q_start + i) * width + (kv_head * group + g) * d;
+                    let (q, grad) = (&q[at..at + d], &grad[at..at + d]);
+                    let key = |j: usize| span.key_row(j) * kv_width + kv_head * d;
+                    probabilities(q, plan.scale, key, k, (from, to), &mut probs);
+                    let mut delta = 0.0;
+                    for j in from..to {
+                        let at = key(j);
+                        let dp = dot(grad, &v[at..at + d]);
+                        dprobs[j - from] = dp;
+                        delta += probs[j - from] * dp;
+                    }
+                    let dq = &mut out.dq[(i * group + g) * d..(i * group + g + 1) * d];
+                    for j in from..to {
+                        let (p, at) = (probs[j - from], key(j));
+                        let ds = p * (dprobs[j - from] - delta) * plan.scale;
+                        axpy(ds, &k[at..at + d], dq);
+                        axpy(ds, q, &mut out.dk[j * d..(j + 1) * d]);
+                        axpy(p, grad, &mut out.dv[j * d..(j + 1) * d]);
+                    }
+                }
+            }
+        },
+    );
+    out
+}

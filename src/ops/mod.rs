@@ -1,0 +1,83 @@
+//! Ops: the only place that knows kernels.
+//!
+//! Each op has a plain reference in candle tensors (differentiable, any device and dtype) and, where it pays, a CPU form
+//! in f32 with a backward of its own. Model code never asks which one runs: an op looks at the tensor it is given (its
+//! device, its dtype, and whether a gradient is wanted: `track_op`), never at a mode flag. Property tests tie the two.
+//!
+//! Why not candle's fused ops: `softmax_last_dim`, `layer_norm`, `rms_norm` and `rope` cut gradients silently
+//! (huggingface/candle issues 2168, 3011, 3569), and its matmul computes gradients of frozen weights (PR 3773).
+
+mod activation;
+mod attention;
+mod attention_cpu;
+mod linear;
+mod math;
+mod nll;
+mod norm;
+mod patch;
+mod rope;
+mod scatter;
+mod skinny;
+
+pub use activation::{Act, activate, gate};
+pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, attention};
+pub use linear::{Weight, linear};
+pub use nll::head_nll;
+pub use norm::{Norm, norm};
+pub use patch::{PatchRows, SitePatches, patch_in_place};
+pub use rope::{RopeTable, rope};
+pub use scatter::write_rows;
+
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+/// Whether the CPU kernels take this tensor.
+pub(crate) fn is_cpu_f32(t: &Tensor) -> bool {
+    t.device().is_cpu() && t.dtype() == DType::F32
+}
+
+/// The contiguous elements of an f32 storage.
+fn f32_slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let data = storage.as_slice::<f32>()?;
+    match layout.contiguous_offsets() {
+        Some((from, to)) => Ok(&data[from..to]),
+        None => bail!("a kernel was given a tensor that is not contiguous: {layout:?}"),
+    }
+}
+
+/// Runs `f` on the elements of a contiguous f32 CPU tensor.
+fn with_f32<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = t.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(cpu) => f(f32_slice(cpu, layout)?),
+        _ => bail!("a CPU kernel was given a tensor of another device"),
+    }
+}
+
+/// A custom op's result.
+fn cpu_result(data: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
+    Ok((CpuStorage::F32(data), shape.into()))
+}
+
+/// Splits rows of `width` elements over the pool; `f(first_row, rows)` gets whole rows. Small work stays on this thread,
+/// since waking another one costs some microseconds.
+fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    const WORTH_A_THREAD: usize = 16 * 1024;
+    if width == 0 || out.is_empty() {
+        return;
+    }
+    let rows = out.len() / width;
+    let threads = rayon::current_num_threads().max(1);
+    let per = rows.div_ceil(threads * 2).max(WORTH_A_THREAD.div_ceil(cost_per_row.max(1))).max(1);
+    if per >= rows {
+        f(0, out);
+    } else {
+        out.par_chunks_mut(per * width).enumerate().for_each(|(i, chunk)| f(i * per, chunk));
+    }
+}
+
+/// Runs `f` compiled for the best vector unit of this machine (AVX-512, AVX2, NEON, or plain).
+#[inline]
+fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}

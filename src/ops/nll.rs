@@ -1,0 +1,207 @@
+//! Token cross-entropy through a frozen head, without ever keeping `[rows, vocab]`.
+//!
+//! With a frozen head only dH is wanted, and it is linear in each row's incoming gradient: the forward pass computes, a
+//! chunk of rows at a time, the loss and `(softmax - onehot) W`, which backward scales (FORMATS 5.3; Liger kernels).
+
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, Device, Layout, Result, Shape, Storage, Tensor, bail};
+use parking_lot::Mutex;
+
+use super::{Weight, is_cpu_f32, math, vectorized};
+
+/// Elements of logits that live at a time (64 MiB of f32).
+const CHUNK_ELEMENTS: usize = 16 << 20;
+
+struct HeadNll {
+    weight: Weight,
+    targets: Vec<u32>,
+    tracked: bool,
+    /// `(softmax - onehot) W` per row, for backward.
+    unit_grad: Mutex<Option<Tensor>>,
+}
+
+impl HeadNll {
+    fn run(&self, h: &Tensor) -> Result<Vec<f32>> {
+        let (rows, hidden) = h.dims2()?;
+        let vocab = self.weight.out_dim();
+        let per = (CHUNK_ELEMENTS / vocab.max(1)).clamp(1, rows.max(1));
+        let w = self.weight.as_in_out()?;
+        let mut nll = Vec::with_capacity(rows);
+        let mut grads = Vec::new();
+        let mut at = 0;
+        while at < rows {
+            let n = per.min(rows - at);
+            let targets = &self.targets[at..at + n];
+            let logits = h.narrow(0, at, n)?.contiguous()?.matmul(&w)?; // [n, vocab]
+            let (loss, probs) = if is_cpu_f32(&logits) {
+                chunk_cpu(&logits, targets, self.tracked)?
+            } else {
+                chunk_reference(&logits, targets, self.tracked)?
+            };
+            nll.extend(loss);
+            if let Some(p) = probs {
+                grads.push(p.matmul(&w.t()?)?); // [n, hidden]
+            }
+            at += n;
+        }
+        if self.tracked {
+            let unit = if grads.is_empty() {
+                Tensor::zeros((0, hidden), h.dtype(), h.device())?
+            } else {
+                Tensor::cat(&grads, 0)?
+            };
+            *self.unit_grad.lock() = Some(unit);
+        }
+        Ok(nll)
+    }
+}
+
+/// Losses of a chunk, and `softmax - onehot` in the logits' place if wanted.
+fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
+    use rayon::prelude::*;
+    let (rows, vocab) = logits.dims2()?;
+    let mut data = super::with_f32(logits, |l| Ok(l.to_vec()))?;
+    let nll: Vec<f32> = data
+        .par_chunks_mut(vocab)
+        .zip(targets)
+        .map(|(row, &target)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let picked = row[target as usize] - max;
+                    let mut acc = [0f32; 16];
+                    for chunk in row.chunks_mut(16) {
+                        for (a, v) in acc.iter_mut().zip(chunk) {
+                            *v = math::exp(*v - max);
+                            *a += *v;
+                        }
+                    }
+                    let sum: f32 = acc.iter().sum();
+                    if grad {
+                        let inv = 1.0 / sum;
+                        row.iter_mut().for_each(|v| *v *= inv);
+                        row[target as usize] -= 1.0;
+                    }
+                    // a NaN anywhere in the row must reach the loss: max() skips it, the sum does not
+                    sum.ln() - picked
+                },
+            )
+        })
+        .collect();
+    let probs = if grad { Some(Tensor::from_vec(data, (rows, vocab), &Device::Cpu)?) } else { None };
+    Ok((nll, probs))
+}
+
+fn chunk_reference(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
+    let (rows, vocab) = logits.dims2()?;
+    let dev = logits.device();
+    let dtype = logits.dtype();
+    let logp = candle_nn::ops::log_softmax(&logits.to_dtype(candle_core::DType::F32)?, D::Minus1)?;
+    let idx = Tensor::new(targets, dev)?.reshape((rows, 1))?;
+    let nll = logp.gather(&idx, 1)?.neg()?.flatten_all()?.to_vec1::<f32>()?;
+    let probs = if grad {
+        let minus = Tensor::full(-1f32, (rows, 1), dev)?;
+        let onehot = Tensor::zeros((rows, vocab), candle_core::DType::F32, dev)?.scatter_add(&idx, &minus, 1)?;
+        Some((logp.exp()? + onehot)?.to_dtype(dtype)?)
+    } else {
+        None
+    };
+    Ok((nll, probs))
+}
+
+impl CustomOp1 for HeadNll {
+    fn name(&self) -> &'static str {
+        "head-nll"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let data = super::f32_slice(storage, layout)?.to_vec();
+        let h = Tensor::from_vec(data, layout.shape(), &Device::Cpu)?;
+        let nll = self.run(&h)?;
+        let n = nll.len();
+        super::cpu_result(nll, n)
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        use candle_core::backend::{BackendDevice, BackendStorage};
+        let device = storage.device().clone();
+        let copy = storage.try_clone(layout)?;
+        let h = Tensor::from_storage(
+            Storage::Cuda(copy),
+            layout.shape().clone(),
+            candle_core::op::BackpropOp::none(),
+            false,
+        );
+        let nll = self.run(&h)?;
+        let n = nll.len();
+        Ok((device.storage_from_cpu_storage(&CpuStorage::F32(nll))?, n.into()))
+    }
+
+    fn bwd(&self, h: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        match &*self.unit_grad.lock() {
+            Some(unit) => {
+                let g = grad.to_dtype(h.dtype())?.reshape((grad.elem_count(), 1))?;
+                Ok(Some(unit.broadcast_mul(&g)?))
+            }
+            None => bail!("head-nll: backward without a tracked forward"),
+        }
+    }
+}
+
+/// `-log softmax(h W)[target]` of each row: `h` `[rows, hidden]`, `targets` `[rows]` -> `[rows]` f32.
+///
+/// # Errors
+/// A target outside the vocabulary; shapes that do not fit.
+pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor> {
+    let rows = h.dim(0)?;
+    let vocab = weight.out_dim();
+    if targets.len() != rows || h.dim(1)? != weight.in_dim() {
+        bail!("head-nll: {rows} rows, {} targets", targets.len());
+    }
+    if let Some(bad) = targets.iter().find(|&&t| t as usize >= vocab) {
+        bail!("head-nll: target {bad} of a vocabulary of {vocab}");
+    }
+    let h = h.contiguous()?;
+    let tracked = h.track_op();
+    let op = HeadNll { weight: weight.clone(), targets: targets.to_vec(), tracked, unit_grad: Mutex::new(None) };
+    if tracked { h.apply_op1(op) } else { h.apply_op1_no_bwd(&op) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    #[test]
+    fn loss_and_gradient_equal_those_of_plain_log_softmax() {
+        let dev = Device::Cpu;
+        let table = Tensor::randn(0f32, 1.0, (37, 12), &dev).unwrap();
+        for weight in [Weight::tied(&table).unwrap(), Weight::from_out_in(&table).unwrap()] {
+            let h = Var::randn(0f32, 1.0, (9, 12), &dev).unwrap();
+            let targets: Vec<u32> = (0..9).map(|i| i * 4).collect();
+            let scale = Tensor::randn(0f32, 1.0, 9, &dev).unwrap();
+            let fast = head_nll(&h, &weight, &targets).unwrap();
+            let logp = candle_nn::ops::log_softmax(&h.matmul(&table.t().unwrap()).unwrap(), D::Minus1).unwrap();
+            let idx = Tensor::new(&targets[..], &dev).unwrap().reshape((9, 1)).unwrap();
+            let slow = logp.gather(&idx, 1).unwrap().neg().unwrap().flatten_all().unwrap();
+            let diff = |a: &Tensor, b: &Tensor| {
+                (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
+            };
+            assert!(diff(&fast, &slow) < 1e-5);
+            let grad = |y: Tensor| {
+                let store = (y * &scale).unwrap().sum_all().unwrap().backward().unwrap();
+                store.get(&h).unwrap().clone()
+            };
+            assert!(diff(&grad(fast), &grad(slow)) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_nan_in_the_hidden_state_reaches_the_loss() {
+        let dev = Device::Cpu;
+        let table = Tensor::randn(0f32, 1.0, (37, 2), &dev).unwrap();
+        let h = Tensor::new(&[[1f32, f32::NAN]], &dev).unwrap();
+        let nll = head_nll(&h, &Weight::tied(&table).unwrap(), &[3]).unwrap().to_vec1::<f32>().unwrap();
+        assert!(nll[0].is_nan());
+    }
+}

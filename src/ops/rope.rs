@@ -1,0 +1,122 @@
+//! Rotary position embedding (Su et al. 2021), half-split pairs as Hugging Face's Llama lays them out.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+
+use super::{cpu_result, f32_slice, is_cpu_f32, par_rows, vectorized, with_f32};
+
+/// Cosines and sines of the rows of one step, `[rows, head_dim / 2]` each.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    /// `cos(position * frequency)`.
+    pub cos: Tensor,
+    /// `sin(position * frequency)`.
+    pub sin: Tensor,
+}
+
+struct Rope {
+    table: RopeTable,
+    /// -1 rotates back: the gradient of a rotation is its inverse.
+    sign: f32,
+}
+
+impl Rope {
+    fn run(&self, x: &[f32], rows: usize, width: usize) -> Result<Vec<f32>> {
+        let half = self.table.cos.dim(1)?;
+        let mut out = vec![0f32; rows * width];
+        with_f32(&self.table.cos, |cos| {
+            with_f32(&self.table.sin, |sin| {
+                par_rows(&mut out, width, 2 * width, |first, out| {
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for (i, o) in out.chunks_mut(width).enumerate() {
+                                let row = first + i;
+                                let (cos, sin) = (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
+                                let x = &x[row * width..(row + 1) * width];
+                                for (o, x) in o.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                                    let (o1, o2) = o.split_at_mut(half);
+                                    let (x1, x2) = x.split_at(half);
+                                    for j in 0..half {
+                                        let (c, s) = (cos[j], sin[j] * self.sign);
+                                        o1[j] = x1[j] * c - x2[j] * s;
+                                        o2[j] = x2[j] * c + x1[j] * s;
+                                    }
+                                }
+                            }
+                        },
+                    );
+                });
+                Ok(())
+            })
+        })?;
+        Ok(out)
+    }
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = layout.shape().dims2()?;
+        cpu_result(self.run(f32_slice(storage, layout)?, rows, width)?, (rows, width))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (rows, width) = x.dims2()?;
+        let back = Rope { table: self.table.clone(), sign: -self.sign };
+        let out = with_f32(&grad.contiguous()?, |g| back.run(g, rows, width))?;
+        Ok(Some(Tensor::from_vec(out, (rows, width), x.device())?))
+    }
+}
+
+fn reference(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    let half = table.cos.dim(1)?;
+    let x4 = x.reshape((rows, width / (2 * half), 2, half))?;
+    let (x1, x2) = (x4.narrow(2, 0, 1)?, x4.narrow(2, 1, 1)?); // [rows, heads, 1, half]
+    let cos = table.cos.to_dtype(x.dtype())?.reshape((rows, 1, 1, half))?;
+    let sin = table.sin.to_dtype(x.dtype())?.reshape((rows, 1, 1, half))?;
+    let o1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
+    let o2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[o1, o2], 2)?.reshape((rows, width))
+}
+
+/// Rotates every head of every row: `x` is `[rows, heads * head_dim]`, the table has the rows' positions.
+///
+/// # Errors
+/// Those of candle.
+pub fn rope(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
+    if !is_cpu_f32(x) {
+        return reference(x, table);
+    }
+    let x = x.contiguous()?;
+    let op = Rope { table: table.clone(), sign: 1.0 };
+    if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn fast_and_reference_agree_forward_and_backward() {
+        let dev = Device::Cpu;
+        let angle = Tensor::randn(0f32, 3.0, (6, 4), &dev).unwrap();
+        let table = RopeTable { cos: angle.cos().unwrap(), sin: angle.sin().unwrap() };
+        let x = Var::randn(0f32, 1.0, (6, 24), &dev).unwrap();
+        let w = Tensor::randn(0f32, 1.0, (6, 24), &dev).unwrap();
+        let grad = |y: &Tensor| {
+            let store = (y * &w).unwrap().sum_all().unwrap().backward().unwrap();
+            store.get(&x).unwrap().clone()
+        };
+        let (fast, slow) = (rope(&x, &table).unwrap(), reference(&x, &table).unwrap());
+        let diff = |a: &Tensor, b: &Tensor| {
+            (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
+        };
+        assert!(diff(&fast, &slow) < 1e-6);
+        assert!(diff(&grad(&fast), &grad(&slow)) < 1e-6);
+    }
+}
