@@ -2,6 +2,9 @@
 pub mod admission;
 pub mod delta;
 pub mod ids;
+pub mod kv;
+pub mod model;
+pub mod nn;
 pub mod ops;
 pub mod pacing;
 pub mod registry;

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use candle_core::Tensor;
 
+mod batch;
 mod patch;
 mod site;
 
+pub use batch::{DeltaBatch, Part};
 pub use patch::{LowRank, Patch};
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 

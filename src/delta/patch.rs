@@ -27,6 +27,14 @@ pub enum Patch {
 }
 
 impl Patch {
+    /// Whether a gradient of its tensors is wanted.
+    pub(crate) fn tracked(&self) -> bool {
+        match self {
+            Self::LowRank(l) => l.a.track_op() || l.b.track_op(),
+            Self::Bias(t) | Self::Scale(t) => t.track_op(),
+        }
+    }
+
     /// Bytes of its tensors.
     pub fn bytes(&self) -> usize {
         match self {
@@ -44,11 +52,13 @@ impl Patch {
     pub fn apply(&self, x: &Tensor, out: &Tensor) -> Result<Tensor> {
         match self {
             Self::LowRank(l) => {
-                let low = x.matmul(&l.a.t()?)?; // [rows, rank]
-                out + (low.matmul(&l.b)? * l.scale)? // [rows, out]
+                // factors may be kept in f32 over a 16-bit base (training)
+                let (a, b) = (l.a.to_dtype(x.dtype())?, l.b.to_dtype(x.dtype())?);
+                let low = x.matmul(&a.t()?)?; // [rows, rank]
+                out + (low.matmul(&b)? * l.scale)? // [rows, out]
             }
-            Self::Bias(b) => out.broadcast_add(b),
-            Self::Scale(s) => out.broadcast_mul(s),
+            Self::Bias(b) => out.broadcast_add(&b.to_dtype(out.dtype())?),
+            Self::Scale(s) => out.broadcast_mul(&s.to_dtype(out.dtype())?),
         }
     }
 }

@@ -13,11 +13,7 @@ struct Attention(Arc<AttnPlan>);
 
 pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
     let op = Attention(Arc::clone(plan));
-    if q.track_op() || k.track_op() || v.track_op() {
-        q.apply_op3(k, v, op)
-    } else {
-        q.apply_op3_no_bwd(k, v, &op)
-    }
+    if q.track_op() || k.track_op() || v.track_op() { q.apply_op3(k, v, op) } else { q.apply_op3_no_bwd(k, v, &op) }
 }
 
 /// `a . b`, in 16 lanes.
@@ -44,7 +40,14 @@ fn axpy(s: f32, x: &[f32], out: &mut [f32]) {
 
 /// The scores of one query and head turned into probabilities of keys `from..to`, in `probs`.
 #[inline(always)]
-fn probabilities(q: &[f32], scale: f32, key: impl Fn(usize) -> usize, k: &[f32], from_to: (usize, usize), probs: &mut [f32]) {
+fn probabilities(
+    q: &[f32],
+    scale: f32,
+    key: impl Fn(usize) -> usize,
+    k: &[f32],
+    from_to: (usize, usize),
+    probs: &mut [f32],
+) {
     let (from, to) = from_to;
     let d = q.len();
     let probs = &mut probs[..to - from];
@@ -133,7 +136,10 @@ impl CustomOp3 for Attention {
                     with_f32(&grad, |g| {
                         let jobs: Vec<_> =
                             plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))).collect();
-                        Ok(jobs.into_par_iter().map(|(s, h)| head_backward(plan, s, h, [q, k, v, g])).collect::<Vec<_>>())
+                        Ok(jobs
+                            .into_par_iter()
+                            .map(|(s, h)| head_backward(plan, s, h, [q, k, v, g]))
+                            .collect::<Vec<_>>())
                     })
                 })
             })
@@ -188,8 +194,7 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
     let [q, k, v, grad] = qkvg;
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
     let (width, kv_width, n) = (plan.heads * d, plan.kv_heads * d, span.keys_len());
-    let mut out =
-        HeadGrads { dq: vec![0f32; span.q_len * group * d], dk: vec![0f32; n * d], dv: vec![0f32; n * d] };
+    let mut out = HeadGrads { dq: vec![0f32; span.q_len * group * d], dk: vec![0f32; n * d], dv: vec![0f32; n * d] };
     let (mut probs, mut dprobs) = (vec![0f32; n], vec![0f32; n]);
     vectorized(
         #[inline(always)]

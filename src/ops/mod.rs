@@ -24,7 +24,7 @@ pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, attention};
 pub use linear::{Weight, linear};
 pub use nll::head_nll;
 pub use norm::{Norm, norm};
-pub use patch::{PatchRows, SitePatches, patch_in_place};
+pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use rope::{RopeTable, rope};
 pub use scatter::write_rows;
 

@@ -213,3 +213,39 @@ pub fn patch_in_place(out: &Tensor, columns: Range<usize>, x: &Tensor, groups: &
     }
     out.inplace_op2(x, &PatchInPlace { columns, groups })
 }
+
+struct AddBlock {
+    row: usize,
+    column: usize,
+}
+
+impl InplaceOp2 for AddBlock {
+    fn name(&self) -> &'static str {
+        "add-block"
+    }
+
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, block: &CpuStorage, block_l: &Layout) -> Result<()> {
+        let width = out_l.shape().dims2()?.1;
+        let columns = block_l.shape().dims2()?.1;
+        let block = f32_slice(block, block_l)?;
+        let CpuStorage::F32(out) = out else { bail!("add-block: the output is not f32") };
+        let Some((from, to)) = out_l.contiguous_offsets() else { bail!("add-block: the output is not contiguous") };
+        let rows = out[from..to].chunks_exact_mut(width).skip(self.row);
+        for (out, add) in rows.zip(block.chunks_exact(columns)) {
+            out[self.column..self.column + columns].iter_mut().zip(add).for_each(|(o, a)| *o += a);
+        }
+        Ok(())
+    }
+}
+
+/// `out[row.., column..] += block`, in place.
+///
+/// # Errors
+/// A block that does not fit.
+pub fn add_block_in_place(out: &Tensor, row: usize, column: usize, block: &Tensor) -> Result<()> {
+    let ((rows, width), (n, columns)) = (out.dims2()?, block.dims2()?);
+    if row + n > rows || column + columns > width {
+        bail!("add-block: {n}x{columns} at {row},{column} of {rows}x{width}");
+    }
+    out.inplace_op2(&block.contiguous()?, &AddBlock { row, column })
+}

@@ -31,7 +31,8 @@ impl Rope {
                         || {
                             for (i, o) in out.chunks_mut(width).enumerate() {
                                 let row = first + i;
-                                let (cos, sin) = (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
+                                let (cos, sin) =
+                                    (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
                                 let x = &x[row * width..(row + 1) * width];
                                 for (o, x) in o.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
                                     let (o1, o2) = o.split_at_mut(half);

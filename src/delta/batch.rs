@@ -1,0 +1,298 @@
+//! DeltaBatch: which rows of a step belong to which delta, and what each site has to do about it.
+//!
+//! The plan is an array by site, compiled once per batch composition. A site that no delta of the step touches costs one
+//! branch. Rows that need no gradient go through the kernel (`ops::patch_in_place`), others through
+//! [`Patch::apply`](super::Patch::apply); a property test ties the two.
+
+use std::{ops::Range, sync::Arc};
+
+use candle_core::{Result, Tensor};
+
+use super::{Delta, Head, Patch, SiteId};
+use crate::{
+    ops::{self, PatchRows, SitePatches},
+    rows::RowLayout,
+};
+
+/// From this many consecutive rows of one delta on, two blocked matrix products beat the row kernel.
+const GEMM_ROWS: usize = 48;
+
+#[derive(Debug, Clone)]
+struct Slot {
+    delta: Arc<Delta>,
+    rows: Vec<Range<usize>>,
+    spans: Vec<usize>,
+}
+
+/// The deltas of one step.
+#[derive(Debug, Clone, Default)]
+pub struct DeltaBatch {
+    slots: Vec<Slot>,
+    /// By site: (slot, range of the slot's patches).
+    plan: Vec<Vec<(usize, Range<usize>)>>,
+    rows: usize,
+    spans: usize,
+    tracked: bool,
+}
+
+/// A part of a site's output: which site, and which columns of the (possibly fused) matrix are its own.
+pub type Part = (SiteId, Range<usize>);
+
+impl DeltaBatch {
+    /// No delta at all: the bare base.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// Compiles the plan of a step: `per_span[i]` is the delta of span `i`.
+    pub fn new(rows: &RowLayout, per_span: &[Option<Arc<Delta>>], num_sites: usize) -> Self {
+        let mut slots: Vec<Slot> = Vec::new();
+        for (i, (span, delta)) in rows.spans().iter().zip(per_span).enumerate() {
+            let Some(delta) = delta else { continue };
+            let at = slots.iter().position(|s| Arc::ptr_eq(&s.delta, delta)).unwrap_or_else(|| {
+                slots.push(Slot { delta: Arc::clone(delta), rows: Vec::new(), spans: Vec::new() });
+                slots.len() - 1
+            });
+            let slot = &mut slots[at];
+            slot.spans.push(i);
+            match slot.rows.last_mut() {
+                Some(last) if last.end == span.start => last.end = span.rows().end,
+                _ => slot.rows.push(span.rows()),
+            }
+        }
+        Self::compile(slots, rows.rows(), rows.spans().len(), num_sites)
+    }
+
+    /// One delta for every row (training, evaluation).
+    pub fn single(delta: Arc<Delta>, rows: &RowLayout, num_sites: usize) -> Self {
+        let per_span = vec![Some(delta); rows.spans().len()];
+        Self::new(rows, &per_span, num_sites)
+    }
+
+    fn compile(slots: Vec<Slot>, rows: usize, spans: usize, num_sites: usize) -> Self {
+        let mut plan = vec![Vec::new(); if slots.is_empty() { 0 } else { num_sites }];
+        for (at, slot) in slots.iter().enumerate() {
+            let patches = slot.delta.patches();
+            let mut from = 0;
+            while from < patches.len() {
+                let site = patches[from].0;
+                let to = from + patches[from..].iter().take_while(|(s, _)| *s == site).count();
+                if let Some(entry) = plan.get_mut(site) {
+                    entry.push((at, from..to));
+                }
+                from = to;
+            }
+        }
+        let tracked = slots.iter().any(|s| s.delta.patches().iter().any(|(_, p)| p.tracked()));
+        Self { slots, plan, rows, spans, tracked }
+    }
+
+    /// The same deltas for a matrix with one row per span (pooled rows).
+    pub(crate) fn per_span(&self) -> Self {
+        let mut out = self.clone();
+        for slot in &mut out.slots {
+            slot.rows = slot.spans.iter().map(|&s| s..s + 1).collect();
+        }
+        out.rows = self.spans;
+        out
+    }
+
+    /// The same deltas for the picked rows only, in the given order.
+    pub(crate) fn picked(&self, pick: &[u32]) -> Self {
+        let mut out = self.clone();
+        for slot in &mut out.slots {
+            let inside = |r: u32| slot.rows.iter().any(|range| range.contains(&(r as usize)));
+            slot.rows = pick.iter().enumerate().filter(|(_, r)| inside(**r)).map(|(i, _)| i..i + 1).collect();
+        }
+        out.rows = pick.len();
+        out
+    }
+
+    /// Distinct deltas in the step.
+    pub fn distinct(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether any delta of the step has a patch at the site.
+    pub fn touches(&self, site: SiteId) -> bool {
+        self.plan.get(site).is_some_and(|p| !p.is_empty())
+    }
+
+    /// Heads: (spans, their delta's head), and the spans that have none of their own.
+    pub(crate) fn heads(&self) -> (Vec<(Vec<usize>, &Head)>, Vec<usize>) {
+        let mut rest: Vec<bool> = vec![true; self.spans];
+        let mut heads = Vec::new();
+        for slot in &self.slots {
+            if let Some(head) = slot.delta.head() {
+                slot.spans.iter().for_each(|&s| rest[s] = false);
+                heads.push((slot.spans.clone(), head));
+            }
+        }
+        (heads, rest.iter().enumerate().filter(|(_, r)| **r).map(|(i, _)| i).collect())
+    }
+
+    /// Applies all patches of the given parts. `x` `[rows, in]` is the input of the sites (only low-rank patches read it),
+    /// `out` `[rows, width]` their fresh output, which may be written in place.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub(crate) fn patch(&self, parts: &[Part], x: &Tensor, out: Tensor) -> Result<Tensor> {
+        if !parts.iter().any(|(site, _)| self.touches(*site)) {
+            return Ok(out);
+        }
+        if self.tracked || x.track_op() || out.track_op() || !ops::is_cpu_f32(&out) {
+            return self.patch_reference(parts, x, &out);
+        }
+        let x = x.contiguous()?;
+        for (site, columns) in parts {
+            self.patch_fast(*site, columns, &x, &out)?;
+        }
+        Ok(out)
+    }
+
+    fn patch_fast(&self, site: SiteId, columns: &Range<usize>, x: &Tensor, out: &Tensor) -> Result<()> {
+        let Some(plan) = self.plan.get(site) else { return Ok(()) };
+        let mut groups = Vec::with_capacity(plan.len());
+        // products of long runs of one delta's rows, to be added as they are
+        let mut products: Vec<(Range<usize>, Tensor)> = Vec::new();
+        for (slot, range) in plan {
+            let slot = &self.slots[*slot];
+            let patches = &slot.delta.patches()[range.clone()];
+            let long = slot.rows.iter().all(|r| r.len() >= GEMM_ROWS);
+            let mut ops = Vec::with_capacity(patches.len());
+            for (_, patch) in patches {
+                match patch {
+                    Patch::LowRank(l) if long => {
+                        for rows in &slot.rows {
+                            let xs = x.narrow(0, rows.start, rows.len())?;
+                            let low = (xs.matmul(&l.a.t()?)? * l.scale)?; // [rows, rank]
+                            products.push((rows.clone(), low.matmul(&l.b)?)); // [rows, out]
+                        }
+                    }
+                    Patch::LowRank(l) => ops.push(PatchRows::LowRank { a: &l.a, b: &l.b, scale: l.scale as f32 }),
+                    Patch::Bias(b) => ops.push(PatchRows::Bias(b)),
+                    Patch::Scale(s) => ops.push(PatchRows::Scale(s)),
+                }
+            }
+            if !ops.is_empty() {
+                groups.push(SitePatches { rows: &slot.rows, ops });
+            }
+        }
+        if !groups.is_empty() {
+            ops::patch_in_place(out, columns.clone(), x, &groups)?;
+        }
+        for (rows, product) in &products {
+            ops::add_block_in_place(out, rows.start, columns.start, product)?;
+        }
+        Ok(())
+    }
+
+    /// The reference: gathers each delta's rows, applies its patches, puts them back. Differentiable, any device.
+    pub(crate) fn patch_reference(&self, parts: &[Part], x: &Tensor, out: &Tensor) -> Result<Tensor> {
+        let mut pieces = Vec::with_capacity(parts.len());
+        for (site, columns) in parts {
+            let whole = columns.len() == out.dim(1)?;
+            let piece = if whole { out.clone() } else { out.narrow(1, columns.start, columns.len())? };
+            pieces.push(self.patch_site(*site, x, piece)?);
+        }
+        match pieces.len() {
+            1 => Ok(pieces.swap_remove(0)),
+            _ => Tensor::cat(&pieces, 1),
+        }
+    }
+
+    /// The reference for one site: `out` `[rows, out]` is exactly the site's.
+    pub(crate) fn patch_site(&self, site: SiteId, x: &Tensor, mut out: Tensor) -> Result<Tensor> {
+        let Some(plan) = self.plan.get(site) else { return Ok(out) };
+        for (slot, range) in plan {
+            let slot = &self.slots[*slot];
+            let patches = &slot.delta.patches()[range.clone()];
+            let covers_all = slot.rows.len() == 1 && slot.rows[0] == (0..self.rows);
+            if covers_all {
+                for (_, patch) in patches {
+                    out = patch.apply(x, &out)?;
+                }
+                continue;
+            }
+            let idx: Vec<u32> = slot.rows.iter().flat_map(|r| r.clone().map(|i| i as u32)).collect();
+            if idx.is_empty() {
+                continue;
+            }
+            let idx = Tensor::new(idx, out.device())?;
+            let needs_x = patches.iter().any(|(_, p)| matches!(p, Patch::LowRank(_)));
+            let own_x = if needs_x { x.contiguous()?.index_select(&idx, 0)? } else { x.clone() };
+            let before = out.contiguous()?.index_select(&idx, 0)?;
+            let mut own = before.clone();
+            for (_, patch) in patches {
+                own = patch.apply(&own_x, &own)?;
+            }
+            out = out.contiguous()?.index_add(&idx, &(own - before)?, 0)?;
+        }
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delta::{DeltaSpec, LowRank, Task};
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    fn delta(rank: usize, in_dim: usize, out_dim: usize, kinds: u8) -> Arc<Delta> {
+        let dev = Device::Cpu;
+        let rand = |shape: (usize, usize)| Tensor::randn(0f32, 0.5, shape, &dev).unwrap();
+        let row = || Tensor::randn(0f32, 0.5, out_dim, &dev).unwrap();
+        let mut patches = Vec::new();
+        if kinds & 1 != 0 {
+            patches.push((1, Patch::Scale(row())));
+        }
+        if kinds & 2 != 0 {
+            patches
+                .push((1, Patch::LowRank(LowRank { a: rand((rank, in_dim)), b: rand((rank, out_dim)), scale: 0.7 })));
+        }
+        if kinds & 4 != 0 {
+            patches.push((1, Patch::Bias(row())));
+        }
+        let spec = DeltaSpec {
+            methods: vec![],
+            task: Task::CausalLm,
+            labels: vec![],
+            num_virtual_tokens: 0,
+            parameters: 0,
+            resident_bytes: 0,
+        };
+        Arc::new(Delta::new(spec, patches, None))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        /// Popularity (identical to distinct), ranks, kinds and span lengths vary; rows without a delta stay as they are.
+        #[test]
+        fn kernel_and_reference_agree(
+            spans in proptest::collection::vec((1usize..70, 0usize..5), 1..7),
+            ranks in proptest::collection::vec(1usize..34, 4), kinds in proptest::collection::vec(1u8..8, 4),
+        ) {
+            let (in_dim, out_dim) = (24, 40);
+            let deltas: Vec<_> = ranks.iter().zip(&kinds).map(|(&r, &k)| delta(r, in_dim, out_dim, k)).collect();
+            let layout = RowLayout::packed(&spans.iter().map(|s| s.0).collect::<Vec<_>>());
+            let per_span: Vec<_> = spans.iter().map(|s| deltas.get(s.1).cloned()).collect();
+            let batch = DeltaBatch::new(&layout, &per_span, 2);
+            let dev = Device::Cpu;
+            let x = Tensor::randn(0f32, 1.0, (layout.rows(), in_dim), &dev).unwrap();
+            let out = Tensor::randn(0f32, 1.0, (layout.rows(), out_dim + 8), &dev).unwrap();
+            let parts = [(0, 0..4), (1, 4..4 + out_dim), (0, 4 + out_dim..out_dim + 8)];
+            let want = batch.patch_reference(&parts, &x, &out).unwrap();
+            let got = batch.patch(&parts, &x, out.copy().unwrap()).unwrap();
+            let d = (&got - &want).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+            prop_assert!(d.to_scalar::<f32>().unwrap() < 1e-4);
+            for (span, delta) in layout.spans().iter().zip(&per_span) {
+                if delta.is_none() {
+                    let a = got.narrow(0, span.start, span.len).unwrap().to_vec2::<f32>().unwrap();
+                    let b = out.narrow(0, span.start, span.len).unwrap().to_vec2::<f32>().unwrap();
+                    prop_assert_eq!(a, b, "a row without a delta is bitwise untouched");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Keys and values of all layers, by slot. Which slot belongs to whom is the page pool's business.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::ops;
+
+/// Keys and values, `[slots, kv_heads * head_dim]` per layer.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<(Tensor, Tensor)>,
+    slots: usize,
+}
+
+impl KvCache {
+    /// Allocates the whole cache: `width` is `kv_heads * head_dim`.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    pub fn new(layers: usize, slots: usize, width: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let make = || Tensor::zeros((slots, width), dtype, device);
+        let layers = (0..layers).map(|_| Ok((make()?, make()?))).collect::<Result<_>>()?;
+        Ok(Self { layers, slots })
+    }
+
+    /// Number of positions it holds.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|(k, v)| crate::delta::bytes_of(k) + crate::delta::bytes_of(v)).sum()
+    }
+
+    /// Writes the step's new keys and values of a layer: row `i` goes to `slots[i]`.
+    ///
+    /// # Errors
+    /// A slot outside the cache.
+    pub(crate) fn write(&self, layer: usize, slots: &[u32], k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (ck, cv) = &self.layers[layer];
+        ops::write_rows(ck, slots, k)?;
+        ops::write_rows(cv, slots, v)?;
+        Ok((ck.clone(), cv.clone()))
+    }
+}

@@ -1,0 +1,113 @@
+//! The resident base: loaded once, frozen, shared by serving and training.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Architecture, ModelError, Transformer, family, sites, weights};
+use crate::{
+    delta::{SiteId, SiteTable},
+    ids::BaseFingerprint,
+};
+
+/// Where and how to keep the weights.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// CPU or one GPU.
+    pub device: Device,
+    /// f32 on the CPU; f32, bf16 or f16 on a GPU.
+    pub dtype: DType,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { device: Device::Cpu, dtype: DType::F32 }
+    }
+}
+
+/// A base model, ready to run. Its tensors are plain (never `Var`) and never change.
+pub struct Base {
+    /// What it is.
+    pub arch: Architecture,
+    /// Which bytes it is.
+    pub fingerprint: BaseFingerprint,
+    /// Where deltas may attach.
+    pub sites: SiteTable,
+    /// The forward.
+    pub transformer: Transformer,
+    /// Where it lives.
+    pub device: Device,
+    /// Type of its weights.
+    pub dtype: DType,
+    /// The folder it came from.
+    pub dir: PathBuf,
+    /// Numbers in it.
+    pub parameters: u64,
+}
+
+impl std::fmt::Debug for Base {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Base").field("fingerprint", &self.fingerprint).field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+impl Base {
+    /// Loads a Hugging Face folder: `config.json` and `*.safetensors`.
+    ///
+    /// # Errors
+    /// [`ModelError`] names the file, field or tensor.
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let supported: &[DType] =
+            if options.device.is_cpu() { &[DType::F32] } else { &[DType::F32, DType::BF16, DType::F16] };
+        if !supported.contains(&options.dtype) {
+            return Err(ModelError::Unsupported(format!(
+                "dtype {:?} is not supported on this device; supported: {supported:?} (16-bit checkpoints are \
+                 converted at load)",
+                options.dtype
+            )));
+        }
+        let config: serde_json::Value = serde_json::from_slice(&weights::read(dir, "config.json")?)
+            .map_err(|e| ModelError::Config(e.to_string()))?;
+        let mut arch = family::from_config(&config)?;
+        let ckpt = weights::Checkpoint::open(dir, arch.names.prefix, options.dtype, &options.device)?;
+        if !ckpt.has(arch.names.pooler, "weight") {
+            arch.names.pooler = "";
+        }
+        let sites = sites::table(&arch, |module| ckpt.has(module, "bias"));
+        let transformer = Transformer::load(&arch, &ckpt, &sites, options)?;
+        let fingerprint = ckpt.fingerprint(&config)?;
+        let parameters = transformer.parameters();
+        Ok(Self {
+            arch,
+            fingerprint,
+            sites,
+            transformer,
+            device: options.device.clone(),
+            dtype: options.dtype,
+            dir: dir.to_path_buf(),
+            parameters,
+        })
+    }
+
+    /// The frozen matrix of a linear site as `[in, out]` (possibly strided), and its bias.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn linear(&self, site: SiteId) -> candle_core::Result<Option<(Tensor, Option<Tensor>)>> {
+        let Some((linear, columns)) = self.transformer.linear_at(site) else { return Ok(None) };
+        let w = linear.weight.as_in_out()?.narrow(1, columns.start, columns.len())?;
+        let b = linear.bias.as_ref().map(|b| b.narrow(0, columns.start, columns.len())).transpose()?;
+        Ok(Some((w, b)))
+    }
+
+    /// The frozen bias of a linear or norm site, if it has one.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn bias(&self, site: SiteId) -> candle_core::Result<Option<Tensor>> {
+        if let Some((_, b)) = self.linear(site)? {
+            return Ok(b);
+        }
+        Ok(self.transformer.norm_at(site).and_then(|n| n.norm.bias.clone()))
+    }
+}

@@ -1,0 +1,126 @@
+//! Small random bases for tests and benchmarks: written as real Hugging Face folders, then loaded like any other.
+
+use std::{collections::HashMap, path::Path};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use super::{Base, LoadOptions, ModelError};
+
+/// Writes a folder with `config.json` and seeded random weights for it.
+///
+/// # Errors
+/// An unsupported config; a disk that cannot be written.
+pub fn write_random(dir: &Path, config: &Value, seed: u64) -> Result<(), ModelError> {
+    let io = |source| ModelError::Io { path: dir.to_path_buf(), source };
+    std::fs::create_dir_all(dir).map_err(io)?;
+    std::fs::write(dir.join("config.json"), config.to_string()).map_err(io)?;
+    let arch = super::family::from_config(config)?;
+    let sites = super::sites::table(&arch, |_| false);
+    let mut rng = Rng(seed | 1);
+    let mut tensors: HashMap<String, Tensor> = HashMap::new();
+    let n = arch.names;
+    let mut add = |name: String, shape: &[usize], center: f32, spread: f32| -> Result<(), ModelError> {
+        let count = shape.iter().product();
+        let data: Vec<f32> = (0..count).map(|_| center + spread * rng.normal()).collect();
+        tensors.insert(name, Tensor::from_vec(data, shape, &Device::Cpu)?);
+        Ok(())
+    };
+    let layer_norm = arch.norm == super::NormKind::LayerNorm;
+    let tables = [(n.embed, arch.vocab), (n.position, arch.max_positions), (n.token_type, arch.token_types)];
+    for (table, rows) in tables {
+        if !table.is_empty() && rows > 0 {
+            add(format!("{}{table}.weight", n.prefix), &[rows, arch.hidden], 0.0, 0.5)?;
+        }
+    }
+    let biased = arch.family != "llama" || arch.model_type == "qwen2";
+    for (_, entry) in sites.iter() {
+        use crate::delta::{Proj, Site};
+        let name = format!("{}{}", n.prefix, entry.module);
+        match entry.site {
+            Site::Norm { .. } | Site::EmbeddingNorm | Site::FinalNorm => {
+                add(format!("{name}.weight"), &[entry.out_dim], 1.0, 0.1)?;
+                if layer_norm {
+                    add(format!("{name}.bias"), &[entry.out_dim], 0.0, 0.1)?;
+                }
+            }
+            Site::Linear { proj, .. } => {
+                let (i, o) = (entry.in_dim, entry.out_dim);
+                let shape = if arch.conv1d { [i, o] } else { [o, i] };
+                add(format!("{name}.weight"), &shape, 0.0, 1.0 / (i as f32).sqrt())?;
+                let qkv = matches!(proj, Proj::Q | Proj::K | Proj::V);
+                if biased && (arch.family != "llama" || qkv) {
+                    add(format!("{name}.bias"), &[o], 0.0, 0.1)?;
+                }
+            }
+            Site::Pooler => {
+                add(format!("{name}.weight"), &[entry.out_dim, entry.in_dim], 0.0, 0.2)?;
+                add(format!("{name}.bias"), &[entry.out_dim], 0.0, 0.1)?;
+            }
+            Site::LmHead if !arch.tied_head => {
+                add(format!("{}.weight", entry.module), &[entry.out_dim, entry.in_dim], 0.0, 0.3)?;
+            }
+            _ => {}
+        }
+    }
+    candle_core::safetensors::save(&tensors, dir.join("model.safetensors"))?;
+    Ok(())
+}
+
+/// A random base of this config, loaded from a temporary folder (which may go: loading copies).
+///
+/// # Errors
+/// Those of [`write_random`] and [`Base::load`].
+pub fn random_base(config: &Value, seed: u64) -> Result<Base, ModelError> {
+    let dir =
+        std::env::temp_dir().join(format!("deltaserve-base-{}-{seed}-{}", std::process::id(), uuid::Uuid::new_v4()));
+    write_random(&dir, config, seed)?;
+    let base = Base::load(&dir, &LoadOptions { device: Device::Cpu, dtype: DType::F32 });
+    // best effort: the operating system cleans its temporary folder
+    let _ = std::fs::remove_dir_all(&dir);
+    base
+}
+
+/// Config of a 2-layer Llama: vocabulary 128, hidden 32, 4 heads over 2, context 256.
+pub fn tiny_llama() -> Value {
+    json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 128,
+        "max_position_embeddings": 256, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
+    })
+}
+
+/// Config of a 2-layer GPT-2: vocabulary 128, hidden 32, 4 heads, context 256.
+pub fn tiny_gpt2() -> Value {
+    json!({
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "vocab_size": 128, "n_positions": 256, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 0, "eos_token_id": 0
+    })
+}
+
+/// Config of a 2-layer BERT: vocabulary 128, hidden 32, 4 heads, context 64.
+pub fn tiny_bert() -> Value {
+    json!({
+        "model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 128, "max_position_embeddings": 64,
+        "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0
+    })
+}
+
+/// A small seeded generator, so that test weights do not depend on a crate's version.
+pub struct Rng(pub u64);
+
+impl Rng {
+    /// Uniform in [0, 1).
+    pub fn uniform(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32) / (1u64 << 24) as f32
+    }
+
+    /// Standard normal, by the sum of twelve uniforms.
+    pub fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
+    }
+}

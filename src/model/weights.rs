@@ -1,0 +1,154 @@
+//! A Hugging Face checkpoint folder: safetensors, single or sharded, read through a memory map.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Device, Tensor, safetensors::MmapedSafetensors};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::ModelError;
+use crate::ids::BaseFingerprint;
+
+/// Config keys that say nothing about the function computed.
+const VOLATILE: &[&str] = &["transformers_version", "_name_or_path", "torch_dtype", "dtype"];
+
+/// An open checkpoint.
+pub(super) struct Checkpoint {
+    files: MmapedSafetensors,
+    names: HashSet<String>,
+    prefix: &'static str,
+    dtype: DType,
+    device: Device,
+}
+
+/// Reads a file of the folder.
+pub(super) fn read(dir: &Path, name: &str) -> Result<Vec<u8>, ModelError> {
+    let path = dir.join(name);
+    std::fs::read(&path).map_err(|source| ModelError::Io { path, source })
+}
+
+/// The safetensors files of a folder, by its index or its single file.
+fn files(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let single = dir.join("model.safetensors");
+    let index = dir.join("model.safetensors.index.json");
+    if index.is_file() {
+        let json: Value = serde_json::from_slice(&read(dir, "model.safetensors.index.json")?)
+            .map_err(|e| ModelError::Checkpoint(format!("model.safetensors.index.json: {e}")))?;
+        let map = json
+            .get("weight_map")
+            .and_then(Value::as_object)
+            .ok_or_else(|| ModelError::Checkpoint("model.safetensors.index.json has no weight_map".into()))?;
+        let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+        names.sort_unstable();
+        names.dedup();
+        if let Some(bad) = names.iter().find(|n| n.contains('/') || n.contains('\\') || n.starts_with('.')) {
+            return Err(ModelError::Checkpoint(format!("index names the file {bad:?} outside the folder")));
+        }
+        return Ok(names.into_iter().map(|n| dir.join(n)).collect());
+    }
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+    if pickles.iter().any(|f| dir.join(f).is_file()) {
+        return Err(ModelError::Unsupported(format!(
+            "{} holds only pickle files (pytorch_model.bin), which run code when they are read; save the model as \
+             safetensors",
+            dir.display()
+        )));
+    }
+    Err(ModelError::Checkpoint(format!("{} has neither model.safetensors nor its index", dir.display())))
+}
+
+impl Checkpoint {
+    pub(super) fn open(dir: &Path, prefix: &'static str, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+        let paths = files(dir)?;
+        for path in &paths {
+            std::fs::metadata(path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        }
+        // SAFETY: the operator's own files, mapped read-only while they are loaded; changing them under a starting
+        // server is outside what any loader can defend against.
+        #[allow(unsafe_code)]
+        let files = unsafe { MmapedSafetensors::multi(&paths)? };
+        let names = files.tensors().into_iter().map(|(n, _)| n).collect();
+        Ok(Self { files, names, prefix, dtype, device: device.clone() })
+    }
+
+    /// SHA-256 over the config's lasting fields and all tensors (name, type, shape, bytes), independent of sharding.
+    pub(super) fn fingerprint(&self, config: &Value) -> Result<BaseFingerprint, ModelError> {
+        let mut h = Sha256::new();
+        h.update(b"deltaserve/base/v1\0");
+        let mut lasting = config.clone();
+        if let Some(map) = lasting.as_object_mut() {
+            VOLATILE.iter().for_each(|key| {
+                map.remove(*key);
+            });
+        }
+        h.update(canonical(&lasting));
+        let mut tensors = self.files.tensors();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        for (name, view) in tensors {
+            h.update((name.len() as u64).to_le_bytes());
+            h.update(name.as_bytes());
+            h.update(format!("{:?}{:?}", view.dtype(), view.shape()));
+            h.update(view.data());
+        }
+        Ok(BaseFingerprint::from_bytes(h.finalize().into()))
+    }
+
+    /// The stored name of a module's tensor: with the family's prefix, or bare.
+    fn name(&self, module: &str, suffix: &str) -> Option<String> {
+        let bare = format!("{module}.{suffix}");
+        let prefixed = format!("{}{bare}", self.prefix);
+        [prefixed, bare].into_iter().find(|n| self.names.contains(n))
+    }
+
+    pub(super) fn has(&self, module: &str, suffix: &str) -> bool {
+        self.name(module, suffix).is_some()
+    }
+
+    /// A tensor that must be there, of this shape.
+    pub(super) fn get(&self, module: &str, suffix: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+        let name = self
+            .name(module, suffix)
+            .ok_or_else(|| ModelError::Checkpoint(format!("no tensor {}{module}.{suffix}", self.prefix)))?;
+        let t = self.files.load(&name, &Device::Cpu)?;
+        if t.dims() != shape {
+            return Err(ModelError::Checkpoint(format!("{name} is {:?}; the config asks for {shape:?}", t.dims())));
+        }
+        if !matches!(t.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+            return Err(ModelError::Checkpoint(format!("{name} is {:?}; f32, f16, bf16 are accepted", t.dtype())));
+        }
+        Ok(t.to_dtype(self.dtype)?.to_device(&self.device)?)
+    }
+
+    /// The first dimension of a tensor.
+    pub(super) fn rows(&self, module: &str, suffix: &str) -> Option<usize> {
+        let name = self.name(module, suffix)?;
+        self.files.get(&name).ok()?.shape().first().copied()
+    }
+
+    /// A tensor that may be absent.
+    pub(super) fn find(&self, module: &str, suffix: &str, shape: &[usize]) -> Result<Option<Tensor>, ModelError> {
+        if self.has(module, suffix) { self.get(module, suffix, shape).map(Some) } else { Ok(None) }
+    }
+}
+
+/// JSON with sorted keys.
+fn canonical(v: &Value) -> Vec<u8> {
+    fn sorted(v: &Value) -> Value {
+        match v {
+            Value::Object(map) => {
+                let mut keys: Vec<_> = map.keys().collect();
+                keys.sort();
+                Value::Object(keys.into_iter().map(|k| (k.clone(), sorted(&map[k]))).collect())
+            }
+            Value::Array(list) => Value::Array(list.iter().map(sorted).collect()),
+            other => other.clone(),
+        }
+    }
+    sorted(v).to_string().into_bytes()
+}

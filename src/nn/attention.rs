@@ -1,0 +1,47 @@
+//! The attention half of a block.
+
+use candle_core::{Result, Tensor};
+
+use super::{Linear, Pass};
+use crate::ops;
+
+/// Multi-head attention with its projections.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    /// `[hidden, (heads + 2 kv_heads) * head_dim]`: query, key and value side by side.
+    pub qkv: Linear,
+    /// `[heads * head_dim, hidden]`.
+    pub out: Linear,
+    /// Which layer of the cache.
+    pub layer: usize,
+    /// Multiplies the scores beside the plan's scale (GPT-2's per-layer option); 1 as a rule.
+    pub layer_scale: f32,
+}
+
+impl Attention {
+    /// `[rows, hidden]` -> the same.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let plan = &pass.attention;
+        let (qw, kw) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+        let qkv = self.qkv.forward(x, &pass.cx)?; // [rows, qw + 2 kw]
+        let mut q = qkv.narrow(1, 0, qw)?;
+        let mut k = qkv.narrow(1, qw, kw)?;
+        let v = qkv.narrow(1, qw + kw, kw)?;
+        if let Some(rope) = &pass.rope {
+            q = ops::rope(&q, rope)?;
+            k = ops::rope(&k, rope)?;
+        }
+        if self.layer_scale != 1.0 {
+            q = (q * f64::from(self.layer_scale))?;
+        }
+        let (k, v) = match pass.cx.kv {
+            Some(cache) if !pass.slots.is_empty() => cache.write(self.layer, &pass.slots, &k, &v)?,
+            _ => (k, v),
+        };
+        let y = ops::attention(&q, &k, &v, plan)?; // [rows, qw]
+        self.out.forward(&y, &pass.cx)
+    }
+}
