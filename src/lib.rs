@@ -2,6 +2,7 @@
 pub mod admission;
 pub mod delta;
 pub mod ids;
+pub mod interop;
 pub mod kv;
 pub mod model;
 pub mod nn;

@@ -215,6 +215,11 @@ impl Transformer {
         ops::head_nll(&x, &head.weight, targets)
     }
 
+    /// Whether the checkpoint brought a classification head.
+    pub fn has_head(&self) -> bool {
+        self.head.is_some()
+    }
+
     /// The linear at a site, and the site's columns.
     pub(super) fn linear_at(&self, site: SiteId) -> Option<(&Linear, Range<usize>)> {
         let of_blocks = self.blocks.iter().flat_map(|b| [&b.attn.qkv, &b.attn.out, &b.mlp.up, &b.mlp.down]);

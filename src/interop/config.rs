@@ -1,0 +1,200 @@
+//! `adapter_config.json`: what it says, what it may not say, and what is passed over with a warning.
+
+use regex::Regex;
+use serde_json::Value;
+
+use super::InteropError;
+use crate::{delta::Task, model::Base};
+
+/// Options that change the function computed and that this server does not apply: anything but off is an error.
+const UNSUPPORTED: &[&str] = &[
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+];
+/// Options that are read, or that matter to training only.
+const KNOWN: &[&str] = &[
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "delta_type",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "note",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "semantics",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+];
+
+fn off(v: &Value) -> bool {
+    match v {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// `peft_type` (or our `delta_type`), after a look at all keys.
+pub(super) fn kind(file: &str, config: &Value) -> Result<String, InteropError> {
+    let map = config.as_object().ok_or_else(|| InteropError::invalid(file, "is not a JSON object"))?;
+    for key in UNSUPPORTED {
+        if map.get(*key).is_some_and(|v| !off(v)) {
+            return Err(InteropError::invalid(file, format!("{key} is set, which this server does not apply")));
+        }
+    }
+    if let Some(init) = map.get("init_lora_weights").and_then(Value::as_str) {
+        if ["pissa", "olora", "corda", "loftq"].iter().any(|p| init.starts_with(p)) {
+            return Err(InteropError::invalid(
+                file,
+                format!(
+                    "init_lora_weights is {init:?}: these weights belong to a changed base; convert them to plain LoRA \
+                     (save_pretrained with path_initial_model_for_weight_conversion)"
+                ),
+            ));
+        }
+    }
+    for key in map.keys().filter(|k| !KNOWN.contains(&k.as_str()) && !UNSUPPORTED.contains(&k.as_str())) {
+        tracing::warn!(key, file, "unknown key in a delta's configuration is ignored, as PEFT does");
+    }
+    let kind = map.get("peft_type").or_else(|| map.get("delta_type")).and_then(Value::as_str);
+    kind.map(str::to_owned).ok_or_else(|| InteropError::invalid(file, "peft_type is missing"))
+}
+
+/// The task, if the config says one.
+pub(super) fn task(file: &str, config: &Value, base: &Base) -> Result<Option<Task>, InteropError> {
+    let task = match config.get("task_type") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(s)) => match s.as_str() {
+            "CAUSAL_LM" => Task::CausalLm,
+            "SEQ_CLS" => Task::SeqCls,
+            "TOKEN_CLS" => Task::TokenCls,
+            "FEATURE_EXTRACTION" => Task::Feature,
+            other => {
+                return Err(InteropError::invalid(
+                    file,
+                    format!(
+                        "task_type {other:?} is not supported; supported are CAUSAL_LM, SEQ_CLS, TOKEN_CLS, \
+                         FEATURE_EXTRACTION"
+                    ),
+                ));
+            }
+        },
+        Some(_) => return Err(InteropError::invalid(file, "task_type is not a string")),
+    };
+    if task == Task::CausalLm && !base.arch.is_causal() {
+        return Err(InteropError::BaseMismatch(format!(
+            "the delta is for a causal language model, this server's base is a {} encoder",
+            base.arch.model_type
+        )));
+    }
+    Ok(Some(task))
+}
+
+/// LoRA's numbers by module.
+pub(super) struct LoraConfig {
+    rank: Option<usize>,
+    alpha: f64,
+    rslora: bool,
+    pub(super) dora: bool,
+    ranks: Vec<(Regex, f64)>,
+    alphas: Vec<(Regex, f64)>,
+}
+
+impl LoraConfig {
+    pub(super) fn read(file: &str, config: &Value) -> Result<Self, InteropError> {
+        let number = |key: &str| match config.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(v) => match v.as_f64().filter(|n| n.is_finite()) {
+                Some(n) => Ok(Some(n)),
+                None => Err(InteropError::invalid(file, format!("{key} is not a number"))),
+            },
+        };
+        let flag = |key: &str| match config.get(key) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(b)) => Ok(*b),
+            Some(_) => Err(InteropError::invalid(file, format!("{key} is not true or false"))),
+        };
+        let rank = number("r")?;
+        if rank.is_some_and(|r| r < 1.0 || r.fract() != 0.0 || r > 65_536.0) {
+            return Err(InteropError::invalid(file, "r is not a whole number from 1 to 65536"));
+        }
+        Ok(Self {
+            rank: rank.map(|r| r as usize),
+            alpha: number("lora_alpha")?.unwrap_or(8.0),
+            rslora: flag("use_rslora")?,
+            dora: flag("use_dora")?,
+            ranks: patterns(file, config, "rank_pattern")?,
+            alphas: patterns(file, config, "alpha_pattern")?,
+        })
+    }
+
+    /// The rank that the config gives a module.
+    pub(super) fn rank(&self, module: &str) -> Option<usize> {
+        find(&self.ranks, module).map(|r| r as usize).or(self.rank)
+    }
+
+    /// `alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023).
+    pub(super) fn scale(&self, module: &str, rank: usize) -> f64 {
+        let alpha = find(&self.alphas, module).unwrap_or(self.alpha);
+        if self.rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+    }
+}
+
+fn find(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
+    patterns.iter().find(|(re, _)| re.is_match(module)).map(|(_, v)| *v)
+}
+
+/// PEFT matches a pattern against the end of a module's path: `(.*\.)?(pattern)$`.
+fn patterns(file: &str, config: &Value, key: &str) -> Result<Vec<(Regex, f64)>, InteropError> {
+    let map = match config.get(key) {
+        None | Some(Value::Null) => return Ok(vec![]),
+        Some(Value::Object(map)) => map,
+        Some(_) => return Err(InteropError::invalid(file, format!("{key} is not an object"))),
+    };
+    map.iter()
+        .map(|(pattern, value)| {
+            let value = value
+                .as_f64()
+                .filter(|v| v.is_finite())
+                .ok_or_else(|| InteropError::invalid(file, format!("{key}[{pattern:?}] is not a number")))?;
+            let re = regex::RegexBuilder::new(&format!(r"^(.*\.)?({pattern})$"))
+                .size_limit(1 << 20)
+                .build()
+                .map_err(|e| InteropError::invalid(file, format!("{key}[{pattern:?}]: {e}")))?;
+            Ok((re, value))
+        })
+        .collect()
+}

@@ -1,0 +1,214 @@
+//! Interop: a version's files to a [`Delta`] and back. PEFT's LoRA folders (with heads and biases) and our BitFit form.
+//!
+//! Files come from strangers: headers are checked before anything is allocated, pickles are refused, and every tensor is
+//! either applied or named in an error; nothing is ignored silently.
+
+mod bitfit;
+mod config;
+mod encode;
+mod keys;
+mod lora;
+mod tensors;
+
+pub use encode::{EncodeMeta, encode};
+
+use serde_json::Value;
+
+use crate::{
+    admission::params::ServeError,
+    delta::{Delta, DeltaFiles, DeltaSpec, Head, Patch, SiteId, Task},
+    ids::BaseFingerprint,
+    model::Base,
+};
+use tensors::TensorFile;
+
+/// Names of the configuration file, in the order tried.
+const CONFIGS: &[&str] = &["adapter_config.json", "bitfit_config.json"];
+/// Names of the weights file, in the order tried.
+const WEIGHTS: &[&str] = &["adapter_model.safetensors", "bitfit.safetensors"];
+/// Extensions of files that hold pickles.
+const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".ckpt"];
+/// Largest accepted configuration.
+const MAX_CONFIG_BYTES: usize = 1 << 20;
+/// Most labels of a head.
+pub const MAX_LABELS: usize = 10_000;
+
+/// Why a delta's files were refused.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum InteropError {
+    /// A file or field is wrong.
+    #[error("{file}: {message}")]
+    Invalid {
+        /// Which file.
+        file: String,
+        /// What was wrong and what is accepted.
+        message: String,
+    },
+    /// The delta belongs to another base.
+    #[error("{0}")]
+    BaseMismatch(String),
+    /// A pickle.
+    #[error(
+        "{0} is a pickle, which runs code when it is read; save the delta as safetensors (PEFT: \
+         save_pretrained(safe_serialization=True))"
+    )]
+    Pickle(String),
+    /// Tensors that this server would not apply.
+    #[error("tensors that would not be applied: {}{}", .0.iter().take(8).cloned().collect::<Vec<_>>().join(", "),
+            if .0.len() > 8 { format!(" and {} more", .0.len() - 8) } else { String::new() })]
+    Unapplied(Vec<String>),
+    /// The tensor library failed.
+    #[error("tensor library: {0}")]
+    Tensor(String),
+}
+
+impl InteropError {
+    fn invalid(file: &str, message: impl Into<String>) -> Self {
+        Self::Invalid { file: file.into(), message: message.into() }
+    }
+}
+
+impl From<candle_core::Error> for InteropError {
+    fn from(e: candle_core::Error) -> Self {
+        Self::Tensor(e.to_string())
+    }
+}
+
+impl From<InteropError> for ServeError {
+    fn from(e: InteropError) -> Self {
+        match &e {
+            InteropError::Invalid { file, message } => Self::field(format!("files[{file}]"), message.clone()),
+            InteropError::BaseMismatch(m) => Self::BaseMismatch(m.clone()),
+            InteropError::Pickle(f) => Self::field(format!("files[{f}]"), e.to_string()),
+            InteropError::Unapplied(_) => Self::field(format!("files[{}]", WEIGHTS[0]), e.to_string()),
+            InteropError::Tensor(m) => Self::Internal(m.clone()),
+        }
+    }
+}
+
+/// What decoders collect.
+#[derive(Default)]
+struct Parts {
+    patches: Vec<(SiteId, Patch)>,
+    head: Option<Head>,
+    methods: Vec<String>,
+}
+
+/// Reads a version's files into a delta for this base.
+///
+/// # Errors
+/// [`InteropError`] names the file, field or tensor.
+pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
+    let (config_name, config) = config_of(files)?;
+    let (weights_name, weights) = find(files, WEIGHTS).ok_or_else(|| missing_weights(files))?;
+    let tensors = TensorFile::read(weights_name, weights)?;
+    check_fingerprint(&tensors, base)?;
+    let kind = config::kind(config_name, &config)?;
+    let task = config::task(config_name, &config, base)?;
+    let parts = match kind.as_str() {
+        "LORA" => lora::decode(config_name, &config, &tensors, base)?,
+        "BITFIT" => bitfit::decode(&tensors, base)?,
+        other => {
+            return Err(InteropError::invalid(
+                config_name,
+                format!("peft_type {other:?} is not supported; supported are LORA, BITFIT"),
+            ));
+        }
+    };
+    let task = match (task, &parts.head) {
+        (Some(task), _) => task,
+        (None, Some(_)) => Task::SeqCls,
+        (None, None) if base.arch.is_causal() => Task::CausalLm,
+        (None, None) => Task::Feature,
+    };
+    let labels = labels(files, &tensors, parts.head.as_ref(), base, task)?;
+    let mut methods = parts.methods;
+    methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
+    let spec = DeltaSpec {
+        methods,
+        task,
+        labels,
+        num_virtual_tokens: 0,
+        parameters: tensors.elements(),
+        resident_bytes: 0,
+    };
+    Ok(Delta::new(spec, parts.patches, parts.head))
+}
+
+/// The first of these names that is among the files.
+fn find<'a>(files: &'a DeltaFiles, names: &[&'static str]) -> Option<(&'static str, &'a bytes::Bytes)> {
+    names.iter().find_map(|n| files.files.get(*n).map(|b| (*n, b)))
+}
+
+fn config_of(files: &DeltaFiles) -> Result<(&'static str, Value), InteropError> {
+    let Some((name, data)) = find(files, CONFIGS) else {
+        return Err(InteropError::invalid(CONFIGS[0], "is missing"));
+    };
+    if data.len() > MAX_CONFIG_BYTES {
+        return Err(InteropError::invalid(name, format!("is {} bytes; at most {MAX_CONFIG_BYTES}", data.len())));
+    }
+    let value: Value = serde_json::from_slice(data).map_err(|e| InteropError::invalid(name, e.to_string()))?;
+    if value.is_object() { Ok((name, value)) } else { Err(InteropError::invalid(name, "is not a JSON object")) }
+}
+
+fn missing_weights(files: &DeltaFiles) -> InteropError {
+    match files.files.keys().find(|name| PICKLES.iter().any(|p| name.ends_with(p))) {
+        Some(pickle) => InteropError::Pickle(pickle.clone()),
+        None => InteropError::invalid(WEIGHTS[0], "is missing"),
+    }
+}
+
+/// Files that deltaserve wrote say which base they are for.
+fn check_fingerprint(tensors: &TensorFile<'_>, base: &Base) -> Result<(), InteropError> {
+    let Some(want) = tensors.metadata("deltaserve.base_fingerprint") else { return Ok(()) };
+    match want.parse::<BaseFingerprint>() {
+        Ok(fingerprint) if fingerprint == base.fingerprint => Ok(()),
+        Ok(other) => Err(InteropError::BaseMismatch(format!(
+            "it was trained on base {}, this server's base is {}",
+            other.short(),
+            base.fingerprint.short()
+        ))),
+        Err(e) => Err(InteropError::invalid(WEIGHTS[0], format!("metadata deltaserve.base_fingerprint {e}"))),
+    }
+}
+
+/// Label names: `labels.json`, else the file's metadata, else the base's own, else `LABEL_i`.
+fn labels(
+    files: &DeltaFiles,
+    tensors: &TensorFile<'_>,
+    head: Option<&Head>,
+    base: &Base,
+    task: Task,
+) -> Result<Vec<String>, InteropError> {
+    let Some(head) = head else {
+        let own = base.arch.head.as_ref().filter(|h| h.task == task && base.transformer.has_head());
+        return Ok(own.map(|h| h.labels.clone()).unwrap_or_default());
+    };
+    let n = head.weight.dims()[0];
+    let parse = |file: &str, data: &[u8]| -> Result<Vec<String>, InteropError> {
+        let names: Vec<String> =
+            serde_json::from_slice(data).map_err(|e| InteropError::invalid(file, format!("not a list of names: {e}")))?;
+        if names.len() != n {
+            return Err(InteropError::invalid(file, format!("{} names for a head of {n} labels", names.len())));
+        }
+        let mut sorted: Vec<&String> = names.iter().collect();
+        sorted.sort();
+        match sorted.windows(2).find(|w| w[0] == w[1]) {
+            Some(twice) => Err(InteropError::invalid(file, format!("label {:?} appears twice", twice[0]))),
+            None => Ok(names),
+        }
+    };
+    if let Some(data) = files.files.get("labels.json") {
+        return parse("labels.json", data);
+    }
+    if let Some(text) = tensors.metadata("deltaserve.labels") {
+        return parse(WEIGHTS[0], text.as_bytes());
+    }
+    match &base.arch.head {
+        Some(own) if own.labels.len() == n => Ok(own.labels.clone()),
+        _ => Ok((0..n).map(|i| format!("LABEL_{i}")).collect()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    delta::{LowRank, Proj, Site},
+    model::testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama},
+};
+
+fn pack(config: &Value, tensors: &HashMap<String, Tensor>) -> DeltaFiles {
+    let mut files = DeltaFiles::default();
+    files.files.insert("adapter_config.json".into(), config.to_string().into());
+    let data = safetensors::serialize(tensors, None).unwrap();
+    files.files.insert("adapter_model.safetensors".into(), data.into());
+    files
+}
+
+fn lora(r: usize) -> Value {
+    json!({"peft_type": "LORA", "r": r, "lora_alpha": 16, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]})
+}
+
+fn pair(path: &str, r: usize, i: usize, o: usize) -> HashMap<String, Tensor> {
+    let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
+    HashMap::from([
+        (format!("base_model.model.{path}.lora_A.weight"), rand((r, i))),
+        (format!("base_model.model.{path}.lora_B.weight"), rand((o, r))),
+    ])
+}
+
+const Q: &str = "model.layers.1.self_attn.q_proj";
+
+#[test]
+fn files_that_would_be_applied_wrongly_are_refused_by_name() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let good = pair(Q, 4, 32, 32);
+    assert!(decode(&pack(&lora(4), &good), &base).is_ok());
+    let expect = |files: DeltaFiles, needle: &str| {
+        let e = decode(&files, &base).unwrap_err();
+        assert!(e.to_string().contains(needle), "{e} lacks {needle:?}");
+        e
+    };
+    let mut other = good.clone();
+    other.insert("base_model.model.model.layers.1.self_attn.q_proj.mystery".into(), good.values().next().unwrap().clone());
+    assert!(matches!(expect(pack(&lora(4), &other), "q_proj.mystery"), InteropError::Unapplied(_)));
+    let far = pair("model.layers.9.self_attn.q_proj", 4, 32, 32);
+    assert!(matches!(expect(pack(&lora(4), &far), "layers.9"), InteropError::BaseMismatch(_)));
+    assert!(matches!(expect(pack(&lora(4), &pair(Q, 4, 48, 32)), "48"), InteropError::BaseMismatch(_)));
+    let mut torn = good.clone();
+    torn.insert(format!("base_model.model.{Q}.lora_B.weight"), Tensor::ones((32, 3), candle_core::DType::F32, &Device::Cpu).unwrap());
+    expect(pack(&lora(4), &torn), "lora_A has rank 4, lora_B has rank 3");
+    let mut half = good.clone();
+    half.remove(&format!("base_model.model.{Q}.lora_B.weight"));
+    expect(pack(&lora(4), &half), "no lora_B");
+    expect(pack(&lora(5), &good), "config says rank 5");
+    let mut nan = good.clone();
+    nan.insert(format!("base_model.model.{Q}.lora_A.weight"), Tensor::full(f32::NAN, (4, 32), &Device::Cpu).unwrap());
+    expect(pack(&lora(4), &nan), "not finite");
+    let mut ints = good.clone();
+    ints.insert(format!("base_model.model.{Q}.lora_A.weight"), Tensor::ones((4, 32), candle_core::DType::U32, &Device::Cpu).unwrap());
+    expect(pack(&lora(4), &ints), "U32");
+    let mut qalora = lora(4);
+    qalora["use_qalora"] = json!(true);
+    expect(pack(&qalora, &good), "use_qalora");
+    expect(pack(&json!({"peft_type": "VERA"}), &good), "VERA");
+    expect(pack(&json!({}), &good), "peft_type is missing");
+    let mut pickle = pack(&lora(4), &good);
+    pickle.files.remove("adapter_model.safetensors");
+    pickle.files.insert("adapter_model.bin".into(), Bytes::from_static(b"\x80\x02"));
+    assert!(matches!(expect(pickle, "pickle"), InteropError::Pickle(_)));
+}
+
+#[test]
+fn broken_containers_are_refused_without_allocation() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let good = pack(&lora(4), &pair(Q, 4, 32, 32));
+    let weights = good.files["adapter_model.safetensors"].clone();
+    let with = |data: Vec<u8>| {
+        let mut files = good.clone();
+        files.files.insert("adapter_model.safetensors".into(), data.into());
+        decode(&files, &base).unwrap_err()
+    };
+    for cut in [0, 4, 8, 20, weights.len() / 2, weights.len() - 1] {
+        assert!(matches!(with(weights[..cut].to_vec()), InteropError::Invalid { .. }), "cut at {cut}");
+    }
+    for header in [0u64, u64::MAX, 1 << 63, 99 << 20] {
+        let mut data = weights.to_vec();
+        data[..8].copy_from_slice(&header.to_le_bytes());
+        assert!(matches!(with(data), InteropError::Invalid { .. }), "header {header}");
+    }
+    let raw = |header: &str, body: usize| {
+        let mut data = (header.len() as u64).to_le_bytes().to_vec();
+        data.extend(header.as_bytes());
+        data.extend(vec![0u8; body]);
+        data
+    };
+    let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+    assert!(matches!(with(raw(overlap, 12)), InteropError::Invalid { .. }));
+    let huge = r#"{"a":{"dtype":"F32","shape":[18446744073709551615,8],"data_offsets":[0,8]}}"#;
+    assert!(matches!(with(raw(huge, 8)), InteropError::Invalid { .. }));
+    let deep = "[".repeat(100_000);
+    let mut files = good.clone();
+    files.files.insert("adapter_config.json".into(), deep.into());
+    assert!(matches!(decode(&files, &base), Err(InteropError::Invalid { .. })));
+}
+
+#[test]
+fn a_delta_survives_encode_and_decode() {
+    for config in [tiny_llama(), tiny_gpt2(), tiny_bert()] {
+        let base = random_base(&config, 3).unwrap();
+        let causal = base.arch.is_causal();
+        let mut patches = Vec::new();
+        for (id, entry) in base.sites.iter() {
+            let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
+            if let Site::Linear { layer, proj } = entry.site {
+                if proj != Proj::Down {
+                    let r = 2 + layer;
+                    let (a, b) = (rand((r, entry.in_dim)), rand((r, entry.out_dim)));
+                    patches.push((id, Patch::LowRank(LowRank { a, b, scale: 16.0 / r as f64 })));
+                }
+            }
+        }
+        let head = Head {
+            weight: Tensor::randn(0f32, 1.0, (3, 32), &Device::Cpu).unwrap(),
+            bias: (!causal).then(|| Tensor::randn(0f32, 1.0, 3, &Device::Cpu).unwrap()),
+        };
+        let spec = DeltaSpec {
+            methods: vec!["lora".into(), "head".into()],
+            task: Task::SeqCls,
+            labels: vec!["x".into(), "y".into(), "z".into()],
+            num_virtual_tokens: 0,
+            parameters: 0,
+            resident_bytes: 0,
+        };
+        let delta = Delta::new(spec, patches, Some(head));
+        let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+        for _ in 0..8 {
+            assert!(files == encode(&delta, &base, &EncodeMeta::default()).unwrap(), "the same bytes each time");
+        }
+        let back = decode(&files, &base).unwrap();
+        assert_eq!(back.spec.labels, ["x", "y", "z"]);
+        assert_eq!(back.spec.methods, ["lora", "head"]);
+        assert_eq!(back.patches().len(), delta.patches().len());
+        for ((s1, p1), (s2, p2)) in back.patches().iter().zip(delta.patches()) {
+            let (Patch::LowRank(l1), Patch::LowRank(l2)) = (p1, p2) else { panic!("kinds differ") };
+            assert_eq!(s1, s2);
+            assert!((l1.scale - l2.scale).abs() < 1e-9);
+            assert_eq!(l1.a.to_vec2::<f32>().unwrap(), l2.a.to_vec2::<f32>().unwrap());
+            assert_eq!(l1.b.to_vec2::<f32>().unwrap(), l2.b.to_vec2::<f32>().unwrap());
+        }
+        // another base of the same shape is not this base
+        let other = random_base(&config, 4).unwrap();
+        assert!(matches!(decode(&files, &other), Err(InteropError::BaseMismatch(_))));
+    }
+}
+
+#[test]
+fn target_modules_name_exactly_the_patched_modules() {
+    let base = random_base(&tiny_bert(), 3).unwrap();
+    let site = base.sites.by_module("encoder.layer.0.output.dense").unwrap();
+    let e = base.sites.get(site).unwrap();
+    let a = Tensor::ones((1, e.in_dim), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let b = Tensor::ones((1, e.out_dim), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let spec = DeltaSpec {
+        methods: vec![],
+        task: Task::Feature,
+        labels: vec![],
+        num_virtual_tokens: 0,
+        parameters: 0,
+        resident_bytes: 0,
+    };
+    let delta = Delta::new(spec, vec![(site, Patch::LowRank(LowRank { a, b, scale: 1.0 }))], None);
+    let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+    let config: Value = serde_json::from_slice(&files.files["adapter_config.json"]).unwrap();
+    // "output.dense" alone would also name attention.output.dense of both layers
+    assert_eq!(config["target_modules"], json!(["0.output.dense"]));
+}
