@@ -30,12 +30,7 @@ struct Module {
 const SUFFIXES: &[&str] =
     &[".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".base_layer.bias"];
 
-pub(super) fn decode(
-    file: &str,
-    config: &Value,
-    tensors: &TensorFile<'_>,
-    base: &Base,
-) -> Result<Parts, InteropError> {
+pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, InteropError> {
     let config = LoraConfig::read(file, config)?;
     let (modules, head) = collect(tensors, base)?;
     let mut parts = Parts { head, ..Parts::default() };
@@ -49,7 +44,11 @@ pub(super) fn decode(
     if dora != config.dora {
         return Err(InteropError::invalid(
             file,
-            format!("use_dora is {}, but magnitude vectors are {}", config.dora, if dora { "there" } else { "missing" }),
+            format!(
+                "use_dora is {}, but magnitude vectors are {}",
+                config.dora,
+                if dora { "there" } else { "missing" }
+            ),
         ));
     }
     if low_rank {
@@ -61,10 +60,7 @@ pub(super) fn decode(
     Ok(parts)
 }
 
-fn collect(
-    tensors: &TensorFile<'_>,
-    base: &Base,
-) -> Result<(BTreeMap<SiteId, Module>, Option<Head>), InteropError> {
+fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Module>, Option<Head>), InteropError> {
     let mut modules: BTreeMap<SiteId, Module> = BTreeMap::new();
     let mut head: (Option<Tensor>, Option<Tensor>) = (None, None);
     let (mut left, mut applied) = (Vec::new(), 0);
@@ -149,7 +145,11 @@ fn module_patches(
     out.push((site, Patch::LowRank(LowRank { a: put(a)?, b: put(b_t)?, scale })));
     if let Some(b) = b_bias {
         if b.dims() != [entry.out_dim] {
-            return Err(bad(format!("{path}: lora_B.bias is {:?}, the module has {} outputs", b.dims(), entry.out_dim)));
+            return Err(bad(format!(
+                "{path}: lora_B.bias is {:?}, the module has {} outputs",
+                b.dims(),
+                entry.out_dim
+            )));
         }
         out.push((site, Patch::Bias(put((b * scale)?)?)));
     }

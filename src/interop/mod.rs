@@ -124,14 +124,8 @@ pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let labels = labels(files, &tensors, parts.head.as_ref(), base, task)?;
     let mut methods = parts.methods;
     methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
-    let spec = DeltaSpec {
-        methods,
-        task,
-        labels,
-        num_virtual_tokens: 0,
-        parameters: tensors.elements(),
-        resident_bytes: 0,
-    };
+    let spec =
+        DeltaSpec { methods, task, labels, num_virtual_tokens: 0, parameters: tensors.elements(), resident_bytes: 0 };
     Ok(Delta::new(spec, parts.patches, parts.head))
 }
 
@@ -186,8 +180,8 @@ fn labels(
     };
     let n = head.weight.dims()[0];
     let parse = |file: &str, data: &[u8]| -> Result<Vec<String>, InteropError> {
-        let names: Vec<String> =
-            serde_json::from_slice(data).map_err(|e| InteropError::invalid(file, format!("not a list of names: {e}")))?;
+        let names: Vec<String> = serde_json::from_slice(data)
+            .map_err(|e| InteropError::invalid(file, format!("not a list of names: {e}")))?;
         if names.len() != n {
             return Err(InteropError::invalid(file, format!("{} names for a head of {n} labels", names.len())));
         }

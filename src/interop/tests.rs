@@ -43,13 +43,19 @@ fn files_that_would_be_applied_wrongly_are_refused_by_name() {
         e
     };
     let mut other = good.clone();
-    other.insert("base_model.model.model.layers.1.self_attn.q_proj.mystery".into(), good.values().next().unwrap().clone());
+    other.insert(
+        "base_model.model.model.layers.1.self_attn.q_proj.mystery".into(),
+        good.values().next().unwrap().clone(),
+    );
     assert!(matches!(expect(pack(&lora(4), &other), "q_proj.mystery"), InteropError::Unapplied(_)));
     let far = pair("model.layers.9.self_attn.q_proj", 4, 32, 32);
     assert!(matches!(expect(pack(&lora(4), &far), "layers.9"), InteropError::BaseMismatch(_)));
     assert!(matches!(expect(pack(&lora(4), &pair(Q, 4, 48, 32)), "48"), InteropError::BaseMismatch(_)));
     let mut torn = good.clone();
-    torn.insert(format!("base_model.model.{Q}.lora_B.weight"), Tensor::ones((32, 3), candle_core::DType::F32, &Device::Cpu).unwrap());
+    torn.insert(
+        format!("base_model.model.{Q}.lora_B.weight"),
+        Tensor::ones((32, 3), candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
     expect(pack(&lora(4), &torn), "lora_A has rank 4, lora_B has rank 3");
     let mut half = good.clone();
     half.remove(&format!("base_model.model.{Q}.lora_B.weight"));
@@ -59,7 +65,10 @@ fn files_that_would_be_applied_wrongly_are_refused_by_name() {
     nan.insert(format!("base_model.model.{Q}.lora_A.weight"), Tensor::full(f32::NAN, (4, 32), &Device::Cpu).unwrap());
     expect(pack(&lora(4), &nan), "not finite");
     let mut ints = good.clone();
-    ints.insert(format!("base_model.model.{Q}.lora_A.weight"), Tensor::ones((4, 32), candle_core::DType::U32, &Device::Cpu).unwrap());
+    ints.insert(
+        format!("base_model.model.{Q}.lora_A.weight"),
+        Tensor::ones((4, 32), candle_core::DType::U32, &Device::Cpu).unwrap(),
+    );
     expect(pack(&lora(4), &ints), "U32");
     let mut qalora = lora(4);
     qalora["use_qalora"] = json!(true);

@@ -1,7 +1,7 @@
 //! The model: an [`Architecture`] read from a Hugging Face folder, its frozen weights, and the one [`Transformer`] forward
 //! that serves, trains and evaluates every base and every delta.
 
-mod arch;
+pub mod arch;
 mod base;
 pub mod family;
 mod heads;
