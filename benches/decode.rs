@@ -1,0 +1,197 @@
+//! Decode speed of the forward itself (no gRPC): bare base, one LoRA, and a different LoRA on every row, in one run.
+//!
+//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5]`
+//! Without `--base` it makes a random base of GPT-2 small's shape (124M) and random rank-8 LoRAs on `c_attn`.
+//! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
+
+use candle_core::{Device, Tensor};
+use deltaserve::{
+    delta::{Delta, DeltaBatch, DeltaFiles, DeltaSpec, LowRank, Patch, Task},
+    interop,
+    kv::KvCache,
+    model::{Base, Input, LoadOptions, testing},
+    nn::Cx,
+    rows::RowLayout,
+};
+use serde_json::json;
+
+struct Args {
+    base: Option<PathBuf>,
+    loras: Option<PathBuf>,
+    batches: Vec<usize>,
+    new: usize,
+    prompt: usize,
+    repeat: usize,
+    rank: usize,
+}
+
+fn args() -> Args {
+    let mut map: BTreeMap<String, String> = BTreeMap::new();
+    let mut it = std::env::args().skip(1);
+    while let Some(key) = it.next() {
+        if let Some(name) = key.strip_prefix("--") {
+            if name != "bench" {
+                map.insert(name.into(), it.next().unwrap_or_default());
+            }
+        }
+    }
+    let num = |key: &str, default: usize| map.get(key).and_then(|v| v.parse().ok()).unwrap_or(default);
+    Args {
+        base: map.get("base").map(Into::into),
+        loras: map.get("loras").map(Into::into),
+        batches: map
+            .get("batch")
+            .map_or_else(|| vec![1, 8, 32], |v| v.split(',').filter_map(|n| n.parse().ok()).collect()),
+        new: num("new", 32),
+        prompt: num("prompt", 32),
+        repeat: num("repeat", 5),
+        rank: num("rank", 8),
+    }
+}
+
+fn random_lora(base: &Base, rank: usize, seed: u64) -> Arc<Delta> {
+    let mut rng = testing::Rng(seed * 2 + 1);
+    let mut patches = Vec::new();
+    for (id, entry) in base.sites.iter() {
+        let wanted = entry.module.ends_with("c_attn") || entry.module.ends_with("q_proj");
+        if wanted {
+            let mut make = |o: usize| {
+                let data: Vec<f32> = (0..rank * o).map(|_| 0.02 * rng.normal()).collect();
+                Tensor::from_vec(data, (rank, o), &Device::Cpu).expect("shape fits")
+            };
+            let (a, b) = (make(entry.in_dim), make(entry.out_dim));
+            patches.push((id, Patch::LowRank(LowRank { a, b, scale: 2.0 })));
+        }
+    }
+    let spec = DeltaSpec {
+        methods: vec!["lora".into()],
+        task: Task::CausalLm,
+        labels: vec![],
+        num_virtual_tokens: 0,
+        parameters: 0,
+        resident_bytes: 0,
+    };
+    Arc::new(Delta::new(spec, patches, None))
+}
+
+fn load_loras(base: &Base, dir: &PathBuf) -> Vec<Arc<Delta>> {
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(dir)
+        .expect("folder of LoRAs")
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.join("adapter_config.json").is_file())
+        .collect();
+    dirs.sort();
+    let mut cold = Vec::new();
+    let loras = dirs
+        .iter()
+        .map(|d| {
+            let t = Instant::now();
+            let mut files = DeltaFiles::default();
+            for name in ["adapter_config.json", "adapter_model.safetensors"] {
+                files.files.insert(name.into(), std::fs::read(d.join(name)).expect("PEFT file").into());
+            }
+            let delta = Arc::new(interop::decode(&files, base).expect("a LoRA of this base"));
+            cold.push(t.elapsed().as_secs_f64() * 1e3);
+            delta
+        })
+        .collect();
+    println!("{}", json!({"what": "decode a PEFT folder from disk", "ms": median(cold)}));
+    loras
+}
+
+/// Seconds of prefill and of `new` decode steps.
+fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) -> (f64, f64) {
+    let (prompt, new) = (args.prompt, args.new);
+    let total = prompt + new + 1;
+    let cache =
+        KvCache::new(base.arch.layers, batch * total, base.arch.kv_width(), base.dtype, &base.device).expect("cache");
+    let slots = |i: usize, len: usize| -> Arc<[u32]> { (0..len).map(|p| (i * total + p) as u32).collect() };
+    let mut last: Vec<u32> = Vec::new();
+    let mut times = (0.0, 0.0);
+    for step in 0..=new {
+        let t = Instant::now();
+        let mut rows = RowLayout::default();
+        let mut tokens = Vec::new();
+        for i in 0..batch {
+            if step == 0 {
+                rows.push(prompt, 0, slots(i, prompt));
+                tokens.extend((0..prompt).map(|p| ((i * 7919 + p * 104_729) % base.arch.vocab) as u32));
+            } else {
+                rows.push(1, prompt + step - 1, slots(i, prompt + step));
+                tokens.push(last[i]);
+            }
+        }
+        let plan = DeltaBatch::new(&rows, deltas, base.sites.len());
+        let cx = Cx { kv: Some(&cache), ..Cx::new(&rows, &plan) };
+        let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
+        let logits = base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits");
+        last = logits.argmax(1).and_then(|t| t.to_vec1::<u32>()).expect("tokens");
+        let spent = t.elapsed().as_secs_f64();
+        if step == 0 { times.0 += spent } else { times.1 += spent }
+    }
+    times
+}
+
+fn median(mut v: Vec<f64>) -> f64 {
+    v.sort_by(f64::total_cmp);
+    v.get(v.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn main() {
+    let args = args();
+    let base = match &args.base {
+        Some(dir) => Base::load(dir, &LoadOptions::default()).expect("a base folder"),
+        None => {
+            let mut config = testing::tiny_gpt2();
+            for (key, value) in [("n_embd", 768), ("n_layer", 12), ("n_head", 12), ("vocab_size", 50_257), ("n_positions", 1024)] {
+                config[key] = json!(value);
+            }
+            testing::random_base(&config, 7).expect("random base")
+        }
+    };
+    let largest = args.batches.iter().copied().max().unwrap_or(1);
+    let loras = match &args.loras {
+        Some(dir) => load_loras(&base, dir),
+        None => (0..largest as u64).map(|i| random_lora(&base, args.rank, i)).collect(),
+    };
+    let threads = rayon::current_num_threads();
+    println!(
+        "{}",
+        json!({"base": base.arch.model_type, "parameters": base.parameters, "threads": threads, "prompt": args.prompt, "new": args.new})
+    );
+    candle_core::utils::with_threadpool(|| {
+        for &batch in &args.batches {
+            let mixed = |n: usize| (0..batch).map(|i| loras.get(i % n).cloned()).collect::<Vec<_>>();
+            let mut variants = vec![("base".to_owned(), vec![None; batch]), ("1 LoRA".to_owned(), mixed(1))];
+            for n in [8, 32] {
+                if n <= batch && n <= loras.len() {
+                    variants.push((format!("{n} LoRAs"), mixed(n)));
+                }
+            }
+            run(&base, batch, &args, &variants[0].1); // warm up
+            let mut times: Vec<Vec<(f64, f64)>> = vec![vec![]; variants.len()];
+            for _ in 0..args.repeat {
+                for (v, (_, deltas)) in variants.iter().enumerate() {
+                    times[v].push(run(&base, batch, &args, deltas));
+                }
+            }
+            let tok_s =
+                |t: &[(f64, f64)]| median(t.iter().map(|t| (batch * args.new) as f64 / t.1).collect());
+            let bare = tok_s(&times[0]);
+            for ((name, _), times) in variants.iter().zip(&times) {
+                let speed = tok_s(times);
+                println!(
+                    "{}",
+                    json!({
+                        "batch": batch, "deltas": name, "decode_tok_s": (speed * 10.0).round() / 10.0,
+                        "ratio_to_base": (speed / bare * 1e3).round() / 1e3,
+                        "prefill_ms": (median(times.iter().map(|t| t.0 * 1e3).collect()) * 10.0).round() / 10.0,
+                    })
+                );
+            }
+        }
+    });
+}
