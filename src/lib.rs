@@ -1,6 +1,7 @@
 //! deltaserve: one frozen base model, many tenants' deltas, one forward.
 pub mod admission;
 pub mod delta;
+pub mod grpc;
 pub mod ids;
 pub mod pacing;
 pub mod registry;
