@@ -1,8 +1,12 @@
 //! deltaserve: one frozen base model, many tenants' deltas, one forward.
 pub mod admission;
+pub mod config;
 pub mod delta;
 pub mod grpc;
+pub mod http;
 pub mod ids;
 pub mod pacing;
 pub mod registry;
 pub mod rows;
+pub mod shutdown;
+pub mod telemetry;

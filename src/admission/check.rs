@@ -54,7 +54,9 @@ impl Problems {
     }
 
     fn count(&mut self, field: &str, count: usize, low: usize, high: usize) {
-        self.require((low..=high).contains(&count), field, || format!("has {count} entries; accepted are {low} to {high}"));
+        self.require((low..=high).contains(&count), field, || {
+            format!("has {count} entries; accepted are {low} to {high}")
+        });
     }
 
     fn integer(&mut self, field: &str, value: u32, low: u32, high: u32) {
@@ -119,7 +121,9 @@ impl Prompt {
     /// Checks that there is something to continue.
     pub fn check(&self, at: &str, problems: &mut Problems) {
         match self {
-            Self::Text(text) => problems.require(!text.is_empty(), &format!("{at}.text"), || "must not be empty".into()),
+            Self::Text(text) => {
+                problems.require(!text.is_empty(), &format!("{at}.text"), || "must not be empty".into())
+            }
             Self::Chat(messages) => {
                 problems.require(!messages.is_empty(), &format!("{at}.chat.messages"), || "must not be empty".into());
                 for (i, message) in messages.iter().enumerate() {
@@ -127,7 +131,9 @@ impl Prompt {
                     problems.require(!message.role.is_empty(), &field, || "must not be empty".into());
                 }
             }
-            Self::Tokens(ids) => problems.require(!ids.is_empty(), &format!("{at}.tokens.ids"), || "must not be empty".into()),
+            Self::Tokens(ids) => {
+                problems.require(!ids.is_empty(), &format!("{at}.tokens.ids"), || "must not be empty".into())
+            }
         }
     }
 }
@@ -220,7 +226,9 @@ impl TrainParams {
         match &self.validation {
             None => {}
             Some(Validation::Data(data)) => data.check("spec.validation_data", &mut problems),
-            Some(Validation::Fraction(share)) => problems.range("spec.validation_fraction", *share, &Range::above(0.0, 0.5)),
+            Some(Validation::Fraction(share)) => {
+                problems.range("spec.validation_fraction", *share, &Range::above(0.0, 0.5))
+            }
         }
         self.check_methods(&mut problems);
         self.check_labels(&mut problems);
@@ -286,7 +294,8 @@ impl LoraPart {
         if let super::train_params::Targets::Modules(names) = &self.targets {
             problems.count(&field("modules.names"), names.len(), 1, MAX_PATTERNS);
             for (i, name) in names.iter().enumerate().take(MAX_PATTERNS) {
-                problems.require(!name.is_empty(), &field(&format!("modules.names[{i}]")), || "must not be empty".into());
+                problems
+                    .require(!name.is_empty(), &field(&format!("modules.names[{i}]")), || "must not be empty".into());
             }
         }
     }

@@ -97,7 +97,11 @@ impl Inference {
 }
 
 /// Puts the pieces of `n` continuations together.
-async fn gather(mut pieces: Pieces<GenerateChunk>, prompt_index: u32, n: u32) -> Result<Vec<proto::Generation>, ServeError> {
+async fn gather(
+    mut pieces: Pieces<GenerateChunk>,
+    prompt_index: u32,
+    n: u32,
+) -> Result<Vec<proto::Generation>, ServeError> {
     let blank = |index| proto::Generation { prompt_index, index, ..Default::default() };
     let mut out: Vec<proto::Generation> = (0..n).map(blank).collect();
     let strange = || ServeError::Internal("a piece of a continuation that was not asked for".into());

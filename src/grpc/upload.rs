@@ -8,7 +8,10 @@ use tonic::{Status, Streaming};
 
 use super::{convert, proto};
 use crate::{
-    admission::params::{DatasetUpload, ServeError, UploadParams},
+    admission::{
+        params::{ServeError, UploadParams},
+        train_params::DatasetUpload,
+    },
     ids::check_name,
 };
 
@@ -52,7 +55,10 @@ impl Receiver {
     }
 
     /// A dataset's bytes.
-    pub(super) async fn dataset(&self, stream: Streaming<proto::UploadDatasetRequest>) -> Result<DatasetUpload, Status> {
+    pub(super) async fn dataset(
+        &self,
+        stream: Streaming<proto::UploadDatasetRequest>,
+    ) -> Result<DatasetUpload, Status> {
         use proto::upload_dataset_request::Message;
         let _place = self.place()?;
         let mut stream = stream;
@@ -93,7 +99,9 @@ async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Status> {
 
 fn check_size(field: &str, have: u64, more: usize, max: u64) -> Result<(), ServeError> {
     match have.saturating_add(more as u64) {
-        total if total > max => Err(ServeError::field(field, format!("the upload has over {max} bytes, the server's limit"))),
+        total if total > max => {
+            Err(ServeError::field(field, format!("the upload has over {max} bytes, the server's limit")))
+        }
         _ => Ok(()),
     }
 }

@@ -116,7 +116,10 @@ pub(in crate::grpc) fn classify(
 }
 
 /// An Embed request.
-pub(in crate::grpc) fn embed(request: proto::EmbedRequest, timeout: Option<Duration>) -> Result<EmbedParams, ServeError> {
+pub(in crate::grpc) fn embed(
+    request: proto::EmbedRequest,
+    timeout: Option<Duration>,
+) -> Result<EmbedParams, ServeError> {
     use proto::Pooling as Wire;
     let pooling = match Wire::try_from(request.pooling) {
         Ok(Wire::Unspecified) => Pooling::Default,
@@ -132,7 +135,10 @@ pub(in crate::grpc) fn embed(request: proto::EmbedRequest, timeout: Option<Durat
 }
 
 /// A Score request.
-pub(in crate::grpc) fn score(request: proto::ScoreRequest, timeout: Option<Duration>) -> Result<ScoreParams, ServeError> {
+pub(in crate::grpc) fn score(
+    request: proto::ScoreRequest,
+    timeout: Option<Duration>,
+) -> Result<ScoreParams, ServeError> {
     let inputs = request.inputs.into_iter().map(|i| (i.prompt, i.completion)).collect();
     let params = ScoreParams { delta: request.delta, inputs, timeout };
     params.check()?;
@@ -307,7 +313,8 @@ mod tests {
 
     #[test]
     fn one_bad_prompt_among_good_ones_is_named() {
-        let request = proto::GenerateBatchRequest { prompts: vec![text("a"), text(""), text("b")], ..Default::default() };
+        let request =
+            proto::GenerateBatchRequest { prompts: vec![text("a"), text(""), text("b")], ..Default::default() };
         assert_eq!(fields(generate_batch(request, None).expect_err("the second is empty")), ["prompts[1].text"]);
         for count in [0, 257] {
             let request = proto::GenerateBatchRequest { prompts: vec![text("a"); count], ..Default::default() };

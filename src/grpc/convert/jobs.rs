@@ -2,7 +2,9 @@
 
 use crate::{
     admission::{
-        jobs::{EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent, NoteEvent},
+        jobs::{
+            EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent, NoteEvent,
+        },
         params::ServeError,
     },
     grpc::proto,

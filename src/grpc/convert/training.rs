@@ -7,8 +7,8 @@ use crate::{
         check::Problems,
         params::{ServeError, Violation},
         train_params::{
-            BiasSubset, BitfitPart, DatasetInfo, HyperParams, JobState, LoraPart, MemoryEstimate, MethodPart, PlanReply,
-            ResolvedTraining, Schedule, Targets, TrainData, TrainParams, Validation,
+            BiasSubset, BitfitPart, DatasetInfo, HyperParams, JobState, LoraPart, MemoryEstimate, MethodPart,
+            PlanReply, ResolvedTraining, Schedule, Targets, TrainData, TrainParams, Validation,
         },
     },
     grpc::proto,
@@ -69,7 +69,9 @@ fn json_lines(at: &str, examples: Vec<proto::Example>, problems: &mut Problems) 
             Some(Form::Chat(chat)) => {
                 json!({ "messages": chat.messages.into_iter().map(super::inference::chat_message).collect::<Vec<_>>() })
             }
-            Some(Form::Labelled(proto::LabelledText { text, label, pair: None })) => json!({ "text": text, "label": label }),
+            Some(Form::Labelled(proto::LabelledText { text, label, pair: None })) => {
+                json!({ "text": text, "label": label })
+            }
             Some(Form::Labelled(proto::LabelledText { text, label, pair: Some(pair) })) => {
                 json!({ "text": text, "text_pair": pair, "label": label })
             }
@@ -379,8 +381,13 @@ mod tests {
             ..spec()
         };
         let got = fields(train(Some(bad), String::new()).expect_err("all of it is bad"));
-        let expected =
-            ["spec.task", "spec.data", "spec.methods[0]", "spec.methods[1].lora.all_linear", "spec.publish.expected_id"];
+        let expected = [
+            "spec.task",
+            "spec.data",
+            "spec.methods[0]",
+            "spec.methods[1].lora.all_linear",
+            "spec.publish.expected_id",
+        ];
         assert_eq!(got, expected);
         assert_eq!(fields(train(None, String::new()).expect_err("no spec")), ["spec"]);
     }
