@@ -1,5 +1,7 @@
 //! deltaserve: one frozen base model, many tenants' deltas, one forward.
 pub mod admission;
+pub mod app;
+pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod grpc;

@@ -63,7 +63,9 @@ mod tests {
 
     #[test]
     fn hyper_threads_are_not_cores() {
-        let cpu = |n: u32, core: u32| format!("processor\t: {n}\nphysical id\t: 0\nmodel name\t: x: y\ncore id\t\t: {core}\n\n");
+        let cpu = |n: u32, core: u32| {
+            format!("processor\t: {n}\nphysical id\t: 0\nmodel name\t: x: y\ncore id\t\t: {core}\n\n")
+        };
         assert_eq!(physical_cores(&[cpu(0, 0), cpu(1, 1), cpu(2, 0), cpu(3, 1)].concat()), 2);
         assert_eq!(physical_cores("processor : 0\n\nprocessor : 1\n"), 0);
     }

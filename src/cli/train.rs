@@ -174,10 +174,8 @@ async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result
     let name = file.file_name().map(|n| n.to_string_lossy().chars().take(100).collect()).unwrap_or_default();
     let chunks = (0..data.len().div_ceil(CHUNK)).map(|i| data.slice(i * CHUNK..data.len().min((i + 1) * CHUNK)));
     let head = std::iter::once(Message::Header(proto::DatasetHeader { name }));
-    let messages: Vec<_> = head
-        .chain(chunks.map(Message::Data))
-        .map(|m| proto::UploadDatasetRequest { message: Some(m) })
-        .collect();
+    let messages: Vec<_> =
+        head.chain(chunks.map(Message::Data)).map(|m| proto::UploadDatasetRequest { message: Some(m) }).collect();
     let reply = client.training().upload_dataset(futures::stream::iter(messages)).await?.into_inner();
     let dataset = reply.dataset.context("a reply without a dataset")?;
     if !common.json {
@@ -275,7 +273,11 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
             r.total_steps, r.batch_size, r.grad_accumulation, r.epochs, r.warmup_steps
         ),
         format!("optimizer   AdamW, lr {}, weight decay {}, clip {}", r.learning_rate, r.weight_decay, r.clip_norm),
-        format!("memory      about {} ({} activations)", output::bytes(memory.total), output::bytes(memory.activations)),
+        format!(
+            "memory      about {} ({} activations)",
+            output::bytes(memory.total),
+            output::bytes(memory.activations)
+        ),
     ];
     lines.iter().try_for_each(|l| output::line(l))?;
     plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
@@ -365,7 +367,13 @@ impl View {
         Ok(Some(match change.state() {
             State::Succeeded => {
                 let r = change.result.clone().unwrap_or_default();
-                self.say(&format!("published {}@{} ({}), loss {:.4}", r.name, r.number, output::short(&r.id), r.final_loss))?;
+                self.say(&format!(
+                    "published {}@{} ({}), loss {:.4}",
+                    r.name,
+                    r.number,
+                    output::short(&r.id),
+                    r.final_loss
+                ))?;
                 self.finish();
                 Ok(())
             }
