@@ -21,7 +21,7 @@ pub use demo::DemoArgs;
 
 /// One frozen base model, many tenants' deltas: an inference server that hot-swaps, batches and trains deltas.
 #[derive(Debug, Parser)]
-#[command(name = "deltaserve", version, about, propagate_version = true)]
+#[command(name = "deltaserve", version, about)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
