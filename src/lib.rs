@@ -1,6 +1,12 @@
 //! deltaserve: one frozen base model, many tenants' deltas, one forward.
+
 pub mod admission;
+pub mod app;
+pub mod cli;
+pub mod config;
 pub mod delta;
+pub mod grpc;
+pub mod http;
 pub mod hub;
 pub mod ids;
 pub mod interop;
@@ -11,3 +17,5 @@ pub mod ops;
 pub mod pacing;
 pub mod registry;
 pub mod rows;
+pub mod shutdown;
+pub mod telemetry;

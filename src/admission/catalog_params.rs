@@ -1,0 +1,154 @@
+//! What clients ask of the catalog and of the server itself, in the domain's own types: pages, versions, aliases, and
+//! what the server is. No wire format.
+
+use crate::{delta::DeltaFiles, ids::DeltaId};
+
+use super::params::DeltaInfo;
+
+/// Which part of a list is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageRequest {
+    /// At most this many, 1 to 1000.
+    pub size: u32,
+    /// [`Page::next`] of the page before; `None` = the first page.
+    pub token: Option<String>,
+}
+
+/// Part of a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<T> {
+    /// The items.
+    pub items: Vec<T>,
+    /// Token of the next page; `None` = this was the last.
+    pub next: Option<String>,
+}
+
+/// A version with its siblings.
+#[derive(Debug, Clone)]
+pub struct DeltaDetail {
+    /// The version asked for.
+    pub delta: DeltaInfo,
+    /// All live versions of its name, newest first.
+    pub versions: Vec<DeltaInfo>,
+}
+
+/// A move of a name to one of its versions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AliasParams {
+    /// The name.
+    pub name: String,
+    /// Number or digest of one of its versions.
+    pub version: String,
+    /// Move only if this one is current.
+    pub expected: Option<DeltaId>,
+}
+
+/// A version's files.
+#[derive(Debug, Clone)]
+pub struct DownloadReply {
+    /// Which version.
+    pub delta: DeltaInfo,
+    /// Its folder.
+    pub files: DeltaFiles,
+}
+
+/// The resident base, as clients see it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BaseInfo {
+    /// Folder name or hub id.
+    pub name: String,
+    /// `llama`, `gpt2`, `bert` ...
+    pub family: String,
+    /// Digest of config and tensors, 64 hexadecimal digits.
+    pub fingerprint: String,
+    /// Whether it can generate.
+    pub causal: bool,
+    /// Layers.
+    pub layers: u32,
+    /// Width of hidden states.
+    pub hidden_size: u32,
+    /// Vocabulary.
+    pub vocab_size: u32,
+    /// Most tokens of prompt and output together.
+    pub context_length: u32,
+    /// Numbers in its tensors.
+    pub parameters: u64,
+    /// `f32`, `bf16`, `f16`.
+    pub dtype: String,
+    /// `cpu`, `cuda:0`.
+    pub device: String,
+    /// Linears that a LoRA can change, in model order.
+    pub target_modules: Vec<String>,
+    /// Whether it has a chat template.
+    pub has_chat_template: bool,
+}
+
+/// The server's limits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitsInfo {
+    /// Largest message, bytes.
+    pub max_message_bytes: u64,
+    /// Largest upload, bytes.
+    pub max_upload_bytes: u64,
+    /// Requests that may wait.
+    pub max_queue: u32,
+    /// Sequences in a batch.
+    pub max_sequences: u32,
+    /// Rows of an engine step.
+    pub max_batch_tokens: u32,
+    /// Positions of the key-value cache.
+    pub kv_positions: u32,
+    /// Jobs queued or running.
+    pub max_train_jobs: u32,
+}
+
+/// Deltas in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResidencyInfo {
+    /// In memory.
+    pub resident: u64,
+    /// In use.
+    pub leased: u64,
+    /// Bytes, evicted but leased ones included.
+    pub bytes: u64,
+    /// Most bytes.
+    pub budget_bytes: u64,
+    /// Found in memory, since start.
+    pub hits: u64,
+    /// Loaded, since start.
+    pub misses: u64,
+    /// Evicted, since start.
+    pub evictions: u64,
+}
+
+/// What is going on now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LoadInfo {
+    /// Requests waiting.
+    pub queued: u32,
+    /// Sequences in the batch.
+    pub running: u32,
+    /// Positions of the key-value cache in use.
+    pub kv_positions_used: u32,
+    /// Jobs queued or running.
+    pub train_jobs: u32,
+}
+
+/// What the server is and does.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServerInfo {
+    /// The base.
+    pub base: BaseInfo,
+    /// Limits.
+    pub limits: LimitsInfo,
+    /// Deltas in memory.
+    pub residency: ResidencyInfo,
+    /// Load.
+    pub load: LoadInfo,
+    /// Seconds since start.
+    pub uptime_seconds: u64,
+    /// Methods that can be served.
+    pub serving_methods: Vec<String>,
+    /// Methods that can be trained.
+    pub training_methods: Vec<String>,
+}

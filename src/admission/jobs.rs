@@ -1,0 +1,224 @@
+//! Training jobs as clients see them: states, results, and the gap-free stream of events. Stored as JSON, so that a
+//! replayed event equals the one first sent. No behaviour beyond names; `train` owns the transitions.
+
+use serde::{Deserialize, Serialize};
+
+use super::train_params::ResolvedTraining;
+
+/// Where a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waiting for the trainer.
+    Queued,
+    /// Training.
+    Running,
+    /// Trained; its version is being written.
+    Publishing,
+    /// Published. Terminal.
+    Succeeded,
+    /// Ended by an error. Terminal.
+    Failed,
+    /// Ended by `CancelJob`. Terminal.
+    Cancelled,
+    /// The server stopped while it ran. Terminal.
+    Interrupted,
+}
+
+impl JobState {
+    /// The name in the store and in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Publishing => "publishing",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Interrupted => "interrupted",
+        }
+    }
+
+    /// Reads [`Self::as_str`].
+    pub fn parse(name: &str) -> Option<Self> {
+        [
+            Self::Queued,
+            Self::Running,
+            Self::Publishing,
+            Self::Succeeded,
+            Self::Failed,
+            Self::Cancelled,
+            Self::Interrupted,
+        ]
+        .into_iter()
+        .find(|s| s.as_str() == name)
+    }
+
+    /// No event follows a terminal state.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled | Self::Interrupted)
+    }
+}
+
+/// What a succeeded job made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobResult {
+    /// Name.
+    pub name: String,
+    /// Version number under that name.
+    pub number: u64,
+    /// Version digest, 64 hexadecimal digits.
+    pub id: String,
+    /// Training loss of the last step.
+    pub final_loss: f64,
+    /// The best evaluation: the one whose checkpoint was published.
+    pub best_eval: Option<EvalEvent>,
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobFailure {
+    /// Stable code: `NON_FINITE_LOSS`, `PUBLISH_CONFLICT`, `OUT_OF_MEMORY`, `INTERNAL`, `INTERRUPTED` ...
+    pub code: String,
+    /// What happened, with the step.
+    pub message: String,
+}
+
+/// A job, as clients see it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobInfo {
+    /// Id (UUID v7).
+    pub id: String,
+    /// Name it publishes under.
+    pub output_name: String,
+    /// State.
+    pub state: JobState,
+    /// Hyper-parameters as used.
+    pub resolved: ResolvedTraining,
+    /// Optimizer steps done.
+    pub step: u32,
+    /// Unix milliseconds.
+    pub created_ms: i64,
+    /// Unix milliseconds of the last event.
+    pub updated_ms: i64,
+    /// Sequence number of the last event.
+    pub last_seq: u64,
+    /// If it succeeded.
+    pub result: Option<JobResult>,
+    /// If it failed or was interrupted.
+    pub failure: Option<JobFailure>,
+}
+
+/// One event of a job's gap-free, replayable stream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobEventInfo {
+    /// Counts from 1 without gaps.
+    pub seq: u64,
+    /// Unix milliseconds.
+    pub at_ms: i64,
+    /// What happened.
+    pub body: JobEventBody,
+}
+
+/// What happened; stored as JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "type")]
+pub enum JobEventBody {
+    /// The state changed; a terminal one is the last event.
+    State(StateEvent),
+    /// An optimizer step.
+    Metrics(MetricsEvent),
+    /// An evaluation.
+    Eval(EvalEvent),
+    /// The best checkpoint so far was kept.
+    Checkpoint(CheckpointEvent),
+    /// Something to know that does not stop the job.
+    Warning(NoteEvent),
+    /// A line for people.
+    Log(NoteEvent),
+}
+
+/// A change of state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StateEvent {
+    /// The new state.
+    pub state: JobState,
+    /// With `succeeded`.
+    pub result: Option<JobResult>,
+    /// With `failed` and `interrupted`.
+    pub failure: Option<JobFailure>,
+}
+
+/// Metrics of one optimizer step.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MetricsEvent {
+    /// Optimizer steps done.
+    pub step: u32,
+    /// Optimizer steps in all.
+    pub total_steps: u32,
+    /// Passes done, with fraction.
+    pub epoch: f64,
+    /// Mean loss of the step.
+    pub loss: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens (with padding-free counting) per second of the step.
+    pub tokens_per_second: f64,
+    /// Expected seconds to the end.
+    pub eta_seconds: f64,
+    /// Milliseconds of the step.
+    pub step_ms: f64,
+    /// Those of them given to serving.
+    pub yielded_ms: f64,
+}
+
+/// Metrics of an evaluation on the validation examples.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct EvalEvent {
+    /// After this many optimizer steps.
+    pub step: u32,
+    /// Mean loss.
+    pub loss: f64,
+    /// `exp(loss)`; language modelling only.
+    pub perplexity: Option<f64>,
+    /// Share of right labels; classification only.
+    pub accuracy: Option<f64>,
+    /// Macro-averaged F1; classification only.
+    pub macro_f1: Option<f64>,
+    /// Whether it is the best so far.
+    pub best: bool,
+}
+
+/// A kept checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointEvent {
+    /// After this many optimizer steps.
+    pub step: u32,
+    /// Digest of the stored blob, or empty if it is in memory only.
+    pub blob: String,
+}
+
+/// A message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoteEvent {
+    /// Stable code; may be empty.
+    pub code: String,
+    /// Text.
+    pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_names_read_back_and_exactly_four_are_terminal() {
+        let names = ["queued", "running", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
+        let states: Vec<_> = names.iter().filter_map(|n| JobState::parse(n)).collect();
+        assert_eq!(states.iter().map(|s| s.as_str()).collect::<Vec<_>>(), names);
+        assert_eq!(states.iter().filter(|s| s.is_terminal()).count(), 4);
+        assert_eq!(JobState::parse("paused"), None);
+    }
+}

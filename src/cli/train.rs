@@ -1,0 +1,440 @@
+//! `train`: upload the data, create the job, watch it with a progress bar (or plain lines, or JSON).
+
+use std::{collections::HashMap, fs, path::Path, time::Duration};
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use tonic::Code;
+
+use super::{Common, client::Client, deltas::PublishArgs, jobs::state_name, output};
+use crate::grpc::proto;
+
+const CHUNK: usize = 256 * 1024;
+/// A lost watch is taken up again this often in a row.
+const RECONNECTS: u32 = 5;
+
+/// Options of `train`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct TrainArgs {
+    /// Name to publish under.
+    name: String,
+    /// JSON Lines file with examples.
+    #[arg(long, short, required_unless_present = "dataset")]
+    file: Option<std::path::PathBuf>,
+    /// Id of an uploaded dataset, instead of a file.
+    #[arg(long, conflicts_with = "file")]
+    dataset: Option<String>,
+    /// JSON Lines file with examples for evaluation.
+    #[arg(long, conflicts_with = "validation_fraction")]
+    validation: Option<std::path::PathBuf>,
+    /// Share of the examples for evaluation.
+    #[arg(long, value_name = "SHARE")]
+    validation_fraction: Option<f64>,
+    /// What the delta is for.
+    #[arg(long, default_value = "causal-lm")]
+    task: TaskArg,
+    /// What is trained; may be repeated.
+    #[arg(long, default_value = "lora")]
+    method: Vec<MethodArg>,
+    #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
+    hyper: HyperArgs,
+    #[command(flatten)]
+    publish: PublishArgs,
+    /// Label names in index order, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    labels: Vec<String>,
+    /// Makes retries safe: the same key is the same job.
+    #[arg(long, default_value = "")]
+    idempotency_key: String,
+    /// Only say what would be done.
+    #[arg(long)]
+    plan: bool,
+    /// Do not wait for the job.
+    #[arg(long, conflicts_with = "plan")]
+    detach: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TaskArg {
+    CausalLm,
+    SeqCls,
+    TokenCls,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MethodArg {
+    Lora,
+    Bitfit,
+}
+
+#[derive(Debug, Clone, Args)]
+struct LoraArgs {
+    /// LoRA: rank.
+    #[arg(long)]
+    rank: Option<u32>,
+    /// LoRA: alpha.
+    #[arg(long)]
+    alpha: Option<f64>,
+    /// LoRA: scale by alpha / sqrt(rank).
+    #[arg(long)]
+    rslora: bool,
+    /// LoRA: linears, separated by commas; nothing = all.
+    #[arg(long, value_delimiter = ',')]
+    targets: Vec<String>,
+    /// LoRA: dropout.
+    #[arg(long)]
+    dropout: Option<f64>,
+}
+
+#[derive(Debug, Clone, Args)]
+struct HyperArgs {
+    /// Passes over the data.
+    #[arg(long)]
+    epochs: Option<f64>,
+    /// Optimizer steps.
+    #[arg(long)]
+    max_steps: Option<u32>,
+    /// Examples in a micro-batch.
+    #[arg(long)]
+    batch_size: Option<u32>,
+    /// Micro-batches in a step.
+    #[arg(long)]
+    grad_accumulation: Option<u32>,
+    /// Peak learning rate.
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Learning-rate schedule.
+    #[arg(long)]
+    schedule: Option<ScheduleArg>,
+    /// Share of the steps with rising learning rate.
+    #[arg(long)]
+    warmup_ratio: Option<f64>,
+    /// Weight decay.
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// Largest gradient norm; 0 = no clipping.
+    #[arg(long)]
+    clip_norm: Option<f64>,
+    /// Longest example in tokens.
+    #[arg(long)]
+    max_length: Option<u32>,
+    /// Seed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Steps between evaluations.
+    #[arg(long)]
+    eval_every: Option<u32>,
+    /// Put short examples together.
+    #[arg(long)]
+    packing: Option<bool>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ScheduleArg {
+    Linear,
+    Cosine,
+    Constant,
+}
+
+/// Trains a delta.
+pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
+    let client = Client::connect(common).await?;
+    let dataset = match (&args.file, &args.dataset) {
+        (Some(file), _) => upload(common, &client, file).await?,
+        (None, Some(id)) => id.clone(),
+        (None, None) => bail!("one of --file and --dataset is required"),
+    };
+    let validation = match &args.validation {
+        Some(file) => Some(upload(common, &client, file).await?),
+        None => None,
+    };
+    let spec = spec(&args, dataset, validation);
+    if args.plan {
+        return plan(common, &client, spec).await;
+    }
+    let request = proto::CreateJobRequest { spec: Some(spec), idempotency_key: args.idempotency_key };
+    let job = client.training().create_job(request).await?.into_inner().job.context("a reply without a job")?;
+    if common.json {
+        output::json(&job)?;
+    } else if args.detach {
+        output::line(&job.id)?;
+    } else {
+        output::note(&format!("job {} (watch again with: deltaserve jobs watch {})", job.id, job.id));
+    }
+    if args.detach { Ok(()) } else { watch(common, &client, &job.id, 0).await }
+}
+
+async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result<String> {
+    use proto::upload_dataset_request::Message;
+    let data = Bytes::from(fs::read(file).with_context(|| format!("read {}", file.display()))?);
+    let name = file.file_name().map(|n| n.to_string_lossy().chars().take(100).collect()).unwrap_or_default();
+    let chunks = (0..data.len().div_ceil(CHUNK)).map(|i| data.slice(i * CHUNK..data.len().min((i + 1) * CHUNK)));
+    let head = std::iter::once(Message::Header(proto::DatasetHeader { name }));
+    let messages: Vec<_> =
+        head.chain(chunks.map(Message::Data)).map(|m| proto::UploadDatasetRequest { message: Some(m) }).collect();
+    let reply = client.training().upload_dataset(futures::stream::iter(messages)).await?.into_inner();
+    let dataset = reply.dataset.context("a reply without a dataset")?;
+    if !common.json {
+        output::note(&format!("{}: {} examples ({})", file.display(), dataset.rows, dataset.format));
+    }
+    Ok(dataset.id)
+}
+
+fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> proto::TrainingSpec {
+    use proto::{training_data::Source, training_spec::Validation};
+    let data = |id| proto::TrainingData { source: Some(Source::DatasetId(id)) };
+    let task = match args.task {
+        TaskArg::CausalLm => proto::Task::CausalLm,
+        TaskArg::SeqCls => proto::Task::SeqCls,
+        TaskArg::TokenCls => proto::Task::TokenCls,
+    };
+    proto::TrainingSpec {
+        output_name: args.name.clone(),
+        task: task.into(),
+        data: Some(data(dataset)),
+        validation: validation
+            .map(|id| Validation::ValidationData(data(id)))
+            .or(args.validation_fraction.map(Validation::ValidationFraction)),
+        methods: args.method.iter().map(|m| method(*m, &args.lora)).collect(),
+        labels: args.labels.clone(),
+        hyper: Some(hyper(&args.hyper)),
+        publish: Some(args.publish.policy()),
+    }
+}
+
+fn method(method: MethodArg, args: &LoraArgs) -> proto::MethodPart {
+    use proto::{lora::Targets, method_part::Part};
+    let part = match method {
+        MethodArg::Lora => Part::Lora(proto::Lora {
+            rank: args.rank,
+            alpha: args.alpha,
+            rslora: args.rslora,
+            targets: Some(match args.targets.as_slice() {
+                [] => Targets::AllLinear(true),
+                names => Targets::Modules(proto::ModuleNames { names: names.to_vec() }),
+            }),
+            rank_pattern: HashMap::new(),
+            alpha_pattern: HashMap::new(),
+            dropout: args.dropout,
+        }),
+        MethodArg::Bitfit => Part::Bitfit(proto::Bitfit::default()),
+    };
+    proto::MethodPart { part: Some(part) }
+}
+
+fn hyper(args: &HyperArgs) -> proto::HyperParameters {
+    let schedule = match args.schedule {
+        None => proto::Schedule::Unspecified,
+        Some(ScheduleArg::Linear) => proto::Schedule::Linear,
+        Some(ScheduleArg::Cosine) => proto::Schedule::Cosine,
+        Some(ScheduleArg::Constant) => proto::Schedule::Constant,
+    };
+    proto::HyperParameters {
+        epochs: args.epochs,
+        max_steps: args.max_steps,
+        batch_size: args.batch_size,
+        grad_accumulation: args.grad_accumulation,
+        learning_rate: args.lr,
+        schedule: schedule.into(),
+        warmup_ratio: args.warmup_ratio,
+        weight_decay: args.weight_decay,
+        clip_norm: args.clip_norm,
+        max_length: args.max_length,
+        seed: args.seed,
+        eval_every: args.eval_every,
+        packing: args.packing,
+        ..Default::default()
+    }
+}
+
+async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> anyhow::Result<()> {
+    let plan = client.training().plan(proto::PlanRequest { spec: Some(spec) }).await?.into_inner();
+    if common.json {
+        return output::json(&plan);
+    }
+    let r = plan.resolved.clone().unwrap_or_default();
+    let memory = plan.memory.unwrap_or_default();
+    let lines = [
+        format!("trains      {} parameters", plan.trainable_parameters),
+        format!(
+            "data        {} examples, {} tokens ({} with loss), longest {}; {} for evaluation",
+            plan.train_examples,
+            plan.train_tokens,
+            plan.supervised_tokens,
+            plan.longest_example,
+            plan.validation_examples
+        ),
+        format!(
+            "steps       {} of {} x {} examples, {} epochs, {} warmup",
+            r.total_steps, r.batch_size, r.grad_accumulation, r.epochs, r.warmup_steps
+        ),
+        format!("optimizer   AdamW, lr {}, weight decay {}, clip {}", r.learning_rate, r.weight_decay, r.clip_norm),
+        format!(
+            "memory      about {} ({} activations)",
+            output::bytes(memory.total),
+            output::bytes(memory.activations)
+        ),
+    ];
+    lines.iter().try_for_each(|l| output::line(l))?;
+    plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
+    Ok(())
+}
+
+/// Follows a job to its end; an error if it did not succeed.
+pub(super) async fn watch(common: &Common, client: &Client, id: &str, from: u64) -> anyhow::Result<()> {
+    let mut view = View::new(common);
+    let mut next = from;
+    let mut failures = 0;
+    loop {
+        let request = proto::WatchJobRequest { id: id.to_owned(), from_seq: next };
+        let broken = match client.training().watch_job(request).await {
+            Ok(reply) => {
+                let mut stream = reply.into_inner();
+                loop {
+                    match stream.message().await {
+                        Ok(Some(event)) => {
+                            (next, failures) = (event.seq + 1, 0);
+                            if let Some(end) = view.show(&event)? {
+                                return end;
+                            }
+                        }
+                        Ok(None) => break None,
+                        Err(status) => break Some(status),
+                    }
+                }
+            }
+            Err(status) => Some(status),
+        };
+        match broken {
+            Some(status) if status.code() != Code::Unavailable || failures >= RECONNECTS => return Err(status.into()),
+            None if failures >= RECONNECTS => bail!("the event stream ended before the job did"),
+            Some(_) | None => {
+                failures += 1;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+/// What is shown of events.
+enum View {
+    Json,
+    Lines,
+    Bar(ProgressBar),
+}
+
+impl View {
+    fn new(common: &Common) -> Self {
+        if common.json {
+            return Self::Json;
+        }
+        if !output::terminal() {
+            return Self::Lines;
+        }
+        let template = "{prefix:>10} [{bar:32}] {pos}/{len}  {msg}";
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        Self::Bar(ProgressBar::new(0).with_style(style.progress_chars("=> ")))
+    }
+
+    /// Shows an event; tells how the job ended, if it did.
+    fn show(&mut self, event: &proto::JobEvent) -> anyhow::Result<Option<anyhow::Result<()>>> {
+        use proto::job_event::Body;
+        if matches!(self, Self::Json) {
+            output::json(event)?;
+        }
+        match &event.body {
+            Some(Body::State(change)) => return self.state(change),
+            Some(Body::Metrics(m)) => self.metrics(m)?,
+            Some(Body::Eval(e)) => self.say(&eval_line(e))?,
+            Some(Body::Checkpoint(c)) => self.say(&format!("checkpoint at step {}", c.step))?,
+            Some(Body::Warning(n)) => self.say(&format!("warning: {} {}", n.code, n.message))?,
+            Some(Body::Log(n)) => self.say(&n.message)?,
+            None => {}
+        }
+        Ok(None)
+    }
+
+    fn state(&mut self, change: &proto::StateChange) -> anyhow::Result<Option<anyhow::Result<()>>> {
+        use proto::JobState as State;
+        let name = state_name(change.state());
+        if let Self::Bar(bar) = self {
+            bar.set_prefix(name.clone());
+        }
+        Ok(Some(match change.state() {
+            State::Succeeded => {
+                let r = change.result.clone().unwrap_or_default();
+                self.say(&format!(
+                    "published {}@{} ({}), loss {:.4}",
+                    r.name,
+                    r.number,
+                    output::short(&r.id),
+                    r.final_loss
+                ))?;
+                self.finish();
+                Ok(())
+            }
+            State::Failed | State::Cancelled | State::Interrupted => {
+                self.finish();
+                let failure = change.failure.clone().unwrap_or_default();
+                Err(anyhow::anyhow!("the job {name}: {} {}", failure.code, failure.message))
+            }
+            State::Unspecified | State::Queued | State::Running | State::Publishing => {
+                if matches!(self, Self::Lines) {
+                    output::line(&name)?;
+                }
+                return Ok(None);
+            }
+        }))
+    }
+
+    fn metrics(&mut self, m: &proto::Metrics) -> anyhow::Result<()> {
+        match self {
+            Self::Json => Ok(()),
+            Self::Lines => output::line(&format!(
+                "step {}/{}  epoch {:.2}  loss {:.4}  lr {:.2e}  {:.0} tokens/s  eta {:.0} s",
+                m.step, m.total_steps, m.epoch, m.loss, m.learning_rate, m.tokens_per_second, m.eta_seconds
+            )),
+            Self::Bar(bar) => {
+                bar.set_length(m.total_steps.into());
+                bar.set_position(m.step.into());
+                let eta = indicatif::HumanDuration(Duration::try_from_secs_f64(m.eta_seconds).unwrap_or_default());
+                bar.set_message(format!("loss {:.4}  {:.0} tokens/s  eta {eta}", m.loss, m.tokens_per_second));
+                Ok(())
+            }
+        }
+    }
+
+    fn say(&self, text: &str) -> anyhow::Result<()> {
+        match self {
+            Self::Json => Ok(()),
+            Self::Lines => output::line(text),
+            Self::Bar(bar) => {
+                bar.println(text);
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(&self) {
+        if let Self::Bar(bar) = self {
+            bar.abandon();
+        }
+    }
+}
+
+fn eval_line(e: &proto::EvalResult) -> String {
+    let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
+    format!(
+        "evaluation at step {}: loss {:.4}{}{}{}{}",
+        e.step,
+        e.loss,
+        number("perplexity", e.perplexity),
+        number("accuracy", e.accuracy),
+        number("macro-F1", e.macro_f1),
+        if e.best { "  (best)" } else { "" }
+    )
+}

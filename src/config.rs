@@ -1,0 +1,341 @@
+//! `serve`'s flags and environment, checked all at once and grouped by the subsystem that gets them.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, ValueEnum};
+
+use crate::{grpc::GrpcConfig, telemetry::LogFormat};
+
+/// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// The base: a folder with config.json, *.safetensors and tokenizer.json, or a hub id (org/name).
+    #[arg(long, env = "DELTASERVE_BASE", value_name = "DIR_OR_HUB_ID")]
+    pub base: String,
+    /// Where deltas, datasets and jobs are kept; made if missing.
+    #[arg(long, env = "DELTASERVE_DATA_DIR", value_name = "DIR", default_value = "deltaserve-data")]
+    pub data_dir: PathBuf,
+    /// Address of the gRPC server; port 0 = any. There is no authentication: beyond loopback, put a proxy in front.
+    #[arg(long, env = "DELTASERVE_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:50051")]
+    pub listen: String,
+    /// Address of metrics and probes; port 0 = any, `off` = none.
+    #[arg(long, env = "DELTASERVE_HTTP", value_name = "ADDR", default_value = "127.0.0.1:9464")]
+    pub http: String,
+    /// Where the base is kept: cpu, cuda:0 ...
+    #[arg(long, env = "DELTASERVE_DEVICE", value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU.
+    #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
+    pub dtype: Option<DtypeChoice>,
+    /// Threads of a matrix product; default the physical cores.
+    #[arg(long, env = "DELTASERVE_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+    /// Most memory of resident deltas, in MiB.
+    #[arg(long, env = "DELTASERVE_MAX_RESIDENT_MB", value_name = "MIB", default_value_t = 1024)]
+    pub max_resident_mb: u64,
+    /// Rows (tokens) of one engine step.
+    #[arg(long, env = "DELTASERVE_MAX_BATCH_TOKENS", value_name = "N", default_value_t = 512)]
+    pub max_batch_tokens: usize,
+    /// Sequences in the batch.
+    #[arg(long, env = "DELTASERVE_MAX_SEQUENCES", value_name = "N", default_value_t = 32)]
+    pub max_sequences: usize,
+    /// Positions of the key-value cache over all sequences; default from the base's context length.
+    #[arg(long, env = "DELTASERVE_KV_POSITIONS", value_name = "N")]
+    pub kv_positions: Option<usize>,
+    /// Requests that may wait for the engine; more are refused.
+    #[arg(long, env = "DELTASERVE_MAX_QUEUE", value_name = "N", default_value_t = 256)]
+    pub max_queue: usize,
+    /// Largest gRPC message, in MiB.
+    #[arg(long, env = "DELTASERVE_MAX_MESSAGE_MB", value_name = "MIB", default_value_t = 16)]
+    pub max_message_mb: u64,
+    /// Largest upload of a delta or dataset, in MiB.
+    #[arg(long, env = "DELTASERVE_MAX_UPLOAD_MB", value_name = "MIB", default_value_t = 1024)]
+    pub max_upload_mb: u64,
+    /// Training jobs that may be queued or running; more are refused. 0 = no training.
+    #[arg(long, env = "DELTASERVE_MAX_TRAIN_JOBS", value_name = "N", default_value_t = 64)]
+    pub max_train_jobs: usize,
+    /// Longest wait of training at one of its yield points while serving is busy, in milliseconds.
+    #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
+    pub train_max_yield_ms: u64,
+    /// After SIGTERM, running calls get this long to finish.
+    #[arg(long, env = "DELTASERVE_DRAIN_SECONDS", value_name = "S", default_value_t = 30)]
+    pub drain_seconds: u64,
+    /// Form of the log.
+    #[arg(long, env = "DELTASERVE_LOG_FORMAT", value_name = "FORM", default_value = "text")]
+    pub log_format: LogFormat,
+    /// What to log: `info`, `debug`, `deltaserve=debug,warn` ...
+    #[arg(long, env = "DELTASERVE_LOG", value_name = "FILTER", default_value = "info")]
+    pub log: String,
+    /// Sample deltas to register at start: each sub-folder (in PEFT's form) under its name, for the tenant `default`.
+    #[arg(long, env = "DELTASERVE_ADAPTERS_DIR", value_name = "DIR")]
+    pub adapters_dir: Option<PathBuf>,
+}
+
+/// Number type of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeChoice {
+    /// 32-bit.
+    F32,
+    /// 16-bit, 8 of exponent.
+    Bf16,
+    /// 16-bit, 5 of exponent.
+    F16,
+}
+
+/// Where the base is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU by index.
+    Cuda(usize),
+}
+
+/// What the base is and where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BaseConfig {
+    /// Folder or hub id.
+    pub source: String,
+    /// Device.
+    pub device: DeviceChoice,
+    /// Number type; `None` = the device's default.
+    pub dtype: Option<DtypeChoice>,
+}
+
+/// The engine's limits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Rows of a step.
+    pub max_batch_tokens: usize,
+    /// Sequences in the batch.
+    pub max_sequences: usize,
+    /// Positions of the key-value cache; `None` = computed from the base.
+    pub kv_positions: Option<usize>,
+    /// Requests that may wait.
+    pub max_queue: usize,
+}
+
+/// The trainer's limits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainLimits {
+    /// Jobs queued or running.
+    pub max_jobs: usize,
+    /// Longest wait at a yield point.
+    pub max_yield: Duration,
+}
+
+/// Checked configuration of `serve`. Safe to log.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The base.
+    pub base: BaseConfig,
+    /// Where everything is stored.
+    pub data_dir: PathBuf,
+    /// gRPC address.
+    pub listen: SocketAddr,
+    /// HTTP address; `None` = off.
+    pub http: Option<SocketAddr>,
+    /// Limits of the gRPC edge.
+    pub grpc: GrpcConfig,
+    /// Limits of the engine.
+    pub engine: EngineLimits,
+    /// Limits of the trainer.
+    pub train: TrainLimits,
+    /// Most bytes of resident deltas.
+    pub max_resident_bytes: u64,
+    /// Grace period of a shutdown.
+    pub drain: Duration,
+    /// Form of the log.
+    pub log_format: LogFormat,
+    /// Filter of the log.
+    pub log_filter: String,
+    /// Sample deltas.
+    pub adapters_dir: Option<PathBuf>,
+}
+
+/// Everything that is wrong with the flags.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError(pub Vec<String>);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} problem(s) in the configuration:", self.0.len())?;
+        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+const MIB: u64 = 1 << 20;
+
+impl TryFrom<ServeArgs> for Config {
+    type Error = ConfigError;
+
+    fn try_from(args: ServeArgs) -> Result<Self, ConfigError> {
+        let mut problems = Vec::new();
+        check_numbers(&args, &mut problems);
+        if args.base.trim().is_empty() {
+            problems.push("--base: must not be empty".to_owned());
+        }
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&args.log) {
+            problems.push(format!("--log: {error}"));
+        }
+        let listen = address("--listen", &args.listen, &mut problems);
+        let http = match args.http.as_str() {
+            "off" => None,
+            text => Some(address("--http", text, &mut problems)),
+        };
+        if http.is_some_and(|h| h == listen && h.port() != 0) {
+            problems.push(format!("--http: is the same address as --listen ({listen})"));
+        }
+        let device = device(&args.device, &mut problems);
+        if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
+            problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
+        }
+        if !problems.is_empty() {
+            return Err(ConfigError(problems));
+        }
+        Ok(Self {
+            base: BaseConfig { source: args.base, device, dtype: args.dtype },
+            data_dir: args.data_dir,
+            listen,
+            http,
+            grpc: GrpcConfig {
+                max_message_bytes: (args.max_message_mb * MIB) as usize,
+                max_upload_bytes: args.max_upload_mb * MIB,
+                // Admission refuses first; this bounds what is not admitted there: watchers, uploads, lists.
+                max_calls: args.max_queue + args.max_sequences + 256,
+            },
+            engine: EngineLimits {
+                max_batch_tokens: args.max_batch_tokens,
+                max_sequences: args.max_sequences,
+                kv_positions: args.kv_positions,
+                max_queue: args.max_queue,
+            },
+            train: TrainLimits {
+                max_jobs: args.max_train_jobs,
+                max_yield: Duration::from_millis(args.train_max_yield_ms),
+            },
+            max_resident_bytes: args.max_resident_mb * MIB,
+            drain: Duration::from_secs(args.drain_seconds),
+            log_format: args.log_format,
+            log_filter: args.log,
+            adapters_dir: args.adapters_dir,
+        })
+    }
+}
+
+fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
+    let numbers = [
+        ("--threads", args.threads.map(|n| n as u64), 1, 1024),
+        ("--max-resident-mb", Some(args.max_resident_mb), 1, 1 << 24),
+        ("--max-batch-tokens", Some(args.max_batch_tokens as u64), 1, 1 << 20),
+        ("--max-sequences", Some(args.max_sequences as u64), 1, 65_536),
+        ("--kv-positions", args.kv_positions.map(|n| n as u64), 16, 1 << 31),
+        ("--max-queue", Some(args.max_queue as u64), 1, 1 << 20),
+        ("--max-message-mb", Some(args.max_message_mb), 1, 2047),
+        ("--max-upload-mb", Some(args.max_upload_mb), 1, 1 << 20),
+        ("--max-train-jobs", Some(args.max_train_jobs as u64), 0, 1 << 20),
+        ("--train-max-yield-ms", Some(args.train_max_yield_ms), 0, 60_000),
+        ("--drain-seconds", Some(args.drain_seconds), 0, 86_400),
+    ];
+    for (flag, value, low, high) in numbers {
+        if let Some(value) = value.filter(|v| !(low..=high).contains(v)) {
+            problems.push(format!("{flag}: is {value}; accepted is {low} to {high}"));
+        }
+    }
+    if args.max_batch_tokens < args.max_sequences {
+        problems.push(format!(
+            "--max-batch-tokens: is {}, less than --max-sequences ({}): every sequence needs a row",
+            args.max_batch_tokens, args.max_sequences
+        ));
+    }
+}
+
+fn address(flag: &str, text: &str, problems: &mut Vec<String>) -> SocketAddr {
+    text.parse().unwrap_or_else(|_| {
+        problems.push(format!("{flag}: {text:?} is not an address; accepted are IP:PORT, e.g. 127.0.0.1:50051"));
+        SocketAddr::from(([127, 0, 0, 1], 0))
+    })
+}
+
+fn device(text: &str, problems: &mut Vec<String>) -> DeviceChoice {
+    let cuda = text.strip_prefix("cuda").and_then(|rest| match rest {
+        "" => Some(0),
+        _ => rest.strip_prefix(':')?.parse().ok(),
+    });
+    match (text, cuda) {
+        ("cpu", _) => return DeviceChoice::Cpu,
+        (_, Some(index)) if cfg!(feature = "cuda") => return DeviceChoice::Cuda(index),
+        (_, Some(_)) => problems.push(format!("--device: {text:?} needs a build with --features cuda")),
+        (_, None) => problems.push(format!("--device: {text:?} is unknown; accepted are cpu and cuda:N")),
+    }
+    DeviceChoice::Cpu
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ServeArgs,
+    }
+
+    fn config(flags: &[&str]) -> Result<Config, ConfigError> {
+        let line = ["serve"].iter().chain(flags);
+        Config::try_from(Line::try_parse_from(line).expect("flags parse").args)
+    }
+
+    #[test]
+    fn the_defaults_are_valid() -> Result<(), ConfigError> {
+        let config = config(&["--base", "models/x"])?;
+        assert_eq!(config.base.device, DeviceChoice::Cpu);
+        assert_eq!(config.grpc.max_message_bytes, 16 << 20);
+        assert!(config.http.is_some());
+        Ok(())
+    }
+
+    #[test]
+    fn all_problems_are_reported_at_once() {
+        let flags = [
+            "--base=",
+            "--listen=nowhere",
+            "--http=9090",
+            "--device=tpu",
+            "--dtype=f16",
+            "--threads=0",
+            "--max-sequences=64",
+            "--max-batch-tokens=8",
+            "--max-message-mb=4096",
+            "--log=a=b=c",
+            "--max-queue=0",
+        ];
+        let ConfigError(problems) = config(&flags).expect_err("nearly everything is wrong");
+        let expected = [
+            "--base",
+            "--listen",
+            "--http",
+            "--device",
+            "--dtype",
+            "--threads",
+            "--max-batch-tokens",
+            "--max-message-mb",
+            "--log",
+            "--max-queue",
+        ];
+        for flag in expected {
+            assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");
+        }
+        assert_eq!(problems.len(), expected.len(), "{problems:?}");
+    }
+
+    #[test]
+    fn http_can_be_off_and_never_shares_the_address() {
+        assert!(config(&["--base=x", "--http=off"]).is_ok_and(|c| c.http.is_none()));
+        assert!(config(&["--base=x", "--http=127.0.0.1:50051"]).is_err());
+    }
+}

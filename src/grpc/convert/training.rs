@@ -1,0 +1,413 @@
+//! Training messages: requests to the domain, examples to JSON lines.
+
+use serde_json::json;
+
+use crate::{
+    admission::{
+        check::Problems,
+        params::{ServeError, Violation},
+        train_params::{
+            BiasSubset, BitfitPart, DatasetInfo, HyperParams, JobState, LoraPart, MemoryEstimate, MethodPart,
+            PlanReply, ResolvedTraining, Schedule, Targets, TrainData, TrainParams, Validation,
+        },
+    },
+    grpc::proto,
+};
+
+/// What to train.
+pub(in crate::grpc) fn train(
+    spec: Option<proto::TrainingSpec>,
+    idempotency_key: String,
+) -> Result<TrainParams, ServeError> {
+    let Some(spec) = spec else { return Err(ServeError::field("spec", "is required")) };
+    let mut problems = Problems::default();
+    let params = TrainParams {
+        output_name: spec.output_name,
+        task: super::task("spec.task", spec.task, &mut problems),
+        data: data("spec.data", spec.data, &mut problems),
+        validation: spec.validation.map(|v| validation(v, &mut problems)),
+        methods: methods(spec.methods, &mut problems),
+        labels: spec.labels,
+        hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
+        publish: super::policy("spec.publish", spec.publish, &mut problems),
+        idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
+    };
+    problems.finish()?;
+    params.check()?;
+    Ok(params)
+}
+
+fn data(at: &str, message: Option<proto::TrainingData>, problems: &mut Problems) -> TrainData {
+    use proto::training_data::Source;
+    match message.and_then(|m| m.source) {
+        Some(Source::DatasetId(id)) => TrainData::Dataset(id),
+        Some(Source::Jsonl(text)) => TrainData::Jsonl(text),
+        Some(Source::Examples(examples)) => TrainData::Jsonl(json_lines(at, examples.examples, problems)),
+        None => {
+            problems.push(at, "is required: one of dataset_id, jsonl, examples");
+            TrainData::Jsonl(String::new())
+        }
+    }
+}
+
+fn validation(message: proto::training_spec::Validation, problems: &mut Problems) -> Validation {
+    use proto::training_spec::Validation as Wire;
+    match message {
+        Wire::ValidationData(m) => Validation::Data(data("spec.validation_data", Some(m), problems)),
+        Wire::ValidationFraction(share) => Validation::Fraction(share),
+    }
+}
+
+/// Line i is example i: the trainer validates examples and files alike.
+fn json_lines(at: &str, examples: Vec<proto::Example>, problems: &mut Problems) -> String {
+    use proto::example::Example as Form;
+    let mut out = String::new();
+    for (i, example) in examples.into_iter().enumerate() {
+        let value = match example.example {
+            Some(Form::Text(text)) => json!({ "text": text }),
+            Some(Form::PromptCompletion(e)) => json!({ "prompt": e.prompt, "completion": e.completion }),
+            Some(Form::Chat(chat)) => {
+                json!({ "messages": chat.messages.into_iter().map(super::inference::chat_message).collect::<Vec<_>>() })
+            }
+            Some(Form::Labelled(proto::LabelledText { text, label, pair: None })) => {
+                json!({ "text": text, "label": label })
+            }
+            Some(Form::Labelled(proto::LabelledText { text, label, pair: Some(pair) })) => {
+                json!({ "text": text, "text_pair": pair, "label": label })
+            }
+            Some(Form::Tagged(e)) => json!({ "tokens": e.tokens, "tags": e.tags }),
+            None => {
+                problems.push(format!("{at}.examples[{i}]"), "is empty; one form is required");
+                continue;
+            }
+        };
+        out.push_str(&value.to_string());
+        out.push('\n');
+    }
+    out
+}
+
+fn methods(parts: Vec<proto::MethodPart>, problems: &mut Problems) -> Vec<MethodPart> {
+    use proto::method_part::Part;
+    if parts.is_empty() {
+        return vec![MethodPart::Lora(LoraPart::default())];
+    }
+    let mut out = Vec::with_capacity(parts.len());
+    for (i, part) in parts.into_iter().enumerate() {
+        let at = format!("spec.methods[{i}]");
+        match part.part {
+            Some(Part::Lora(m)) => out.push(MethodPart::Lora(lora(&at, m, problems))),
+            Some(Part::Bitfit(m)) => out.push(MethodPart::Bitfit(bitfit(&at, m, problems))),
+            None => problems.push(at, "is empty; one kind is required"),
+        }
+    }
+    out
+}
+
+fn lora(at: &str, m: proto::Lora, problems: &mut Problems) -> LoraPart {
+    use proto::lora::Targets as Wire;
+    let targets = match m.targets {
+        None | Some(Wire::AllLinear(true)) => Targets::AllLinear,
+        Some(Wire::Modules(names)) => Targets::Modules(names.names),
+        Some(Wire::AllLinear(false)) => {
+            problems.push(format!("{at}.lora.all_linear"), "is false; leave it out or name modules");
+            Targets::AllLinear
+        }
+    };
+    LoraPart {
+        rank: m.rank,
+        alpha: m.alpha,
+        rslora: m.rslora,
+        targets,
+        rank_pattern: m.rank_pattern.into_iter().collect(),
+        alpha_pattern: m.alpha_pattern.into_iter().collect(),
+        dropout: m.dropout,
+    }
+}
+
+fn bitfit(at: &str, m: proto::Bitfit, problems: &mut Problems) -> BitfitPart {
+    use proto::BiasSubset as Wire;
+    let subset = match Wire::try_from(m.subset) {
+        Ok(Wire::Unspecified | Wire::All) => BiasSubset::All,
+        Ok(Wire::Attention) => BiasSubset::Attention,
+        Ok(Wire::Mlp) => BiasSubset::Mlp,
+        Ok(Wire::QueryAndMlpUp) => BiasSubset::QueryAndMlpUp,
+        Ok(Wire::Norm) => BiasSubset::Norm,
+        Err(unknown) => {
+            problems.push(format!("{at}.bitfit.subset"), unknown.to_string());
+            BiasSubset::All
+        }
+    };
+    BitfitPart { subset }
+}
+
+fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
+    use proto::Schedule as Wire;
+    let schedule = match Wire::try_from(m.schedule) {
+        Ok(Wire::Unspecified) => None,
+        Ok(Wire::Linear) => Some(Schedule::Linear),
+        Ok(Wire::Cosine) => Some(Schedule::Cosine),
+        Ok(Wire::Constant) => Some(Schedule::Constant),
+        Err(unknown) => {
+            problems.push("spec.hyper.schedule", unknown.to_string());
+            None
+        }
+    };
+    HyperParams {
+        epochs: m.epochs,
+        max_steps: m.max_steps,
+        batch_size: m.batch_size,
+        grad_accumulation: m.grad_accumulation,
+        learning_rate: m.learning_rate,
+        schedule,
+        warmup_ratio: m.warmup_ratio,
+        weight_decay: m.weight_decay,
+        beta1: m.beta1,
+        beta2: m.beta2,
+        eps: m.eps,
+        clip_norm: m.clip_norm,
+        max_length: m.max_length,
+        seed: m.seed,
+        eval_every: m.eval_every,
+        packing: m.packing,
+    }
+}
+
+/// A dataset to the wire.
+pub(in crate::grpc) fn dataset(d: DatasetInfo) -> proto::Dataset {
+    proto::Dataset {
+        id: d.id,
+        name: d.name.unwrap_or_default(),
+        format: d.format,
+        rows: d.rows,
+        bytes: d.bytes,
+        digest: d.digest,
+        created_ms: d.created_ms,
+    }
+}
+
+/// The reply of Plan.
+pub(in crate::grpc) fn plan_response(p: PlanReply) -> proto::PlanResponse {
+    proto::PlanResponse {
+        resolved: Some(resolved(p.resolved)),
+        trainable_parameters: p.trainable_parameters,
+        train_examples: p.train_examples,
+        validation_examples: p.validation_examples,
+        train_tokens: p.train_tokens,
+        supervised_tokens: p.supervised_tokens,
+        longest_example: p.longest_example,
+        memory: Some(memory(p.memory)),
+        warnings: p.warnings.into_iter().map(issue).collect(),
+    }
+}
+
+fn memory(m: MemoryEstimate) -> proto::MemoryEstimate {
+    proto::MemoryEstimate {
+        parameters: m.parameters,
+        gradients: m.gradients,
+        optimizer: m.optimizer,
+        activations: m.activations,
+        total: m.total(),
+    }
+}
+
+fn issue(v: Violation) -> proto::Issue {
+    proto::Issue { field: v.field, code: v.code, message: v.message }
+}
+
+pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
+    proto::ResolvedTraining {
+        task: super::task_to_wire(r.task),
+        methods: r.methods.into_iter().map(method_to_wire).collect(),
+        labels: r.labels,
+        epochs: r.epochs,
+        total_steps: r.total_steps,
+        batch_size: r.batch_size,
+        grad_accumulation: r.grad_accumulation,
+        learning_rate: r.learning_rate,
+        schedule: match r.schedule {
+            Schedule::Linear => proto::Schedule::Linear,
+            Schedule::Cosine => proto::Schedule::Cosine,
+            Schedule::Constant => proto::Schedule::Constant,
+        }
+        .into(),
+        warmup_steps: r.warmup_steps,
+        weight_decay: r.weight_decay,
+        beta1: r.beta1,
+        beta2: r.beta2,
+        eps: r.eps,
+        clip_norm: r.clip_norm,
+        max_length: r.max_length,
+        seed: r.seed,
+        eval_every: r.eval_every,
+        packing: r.packing,
+    }
+}
+
+fn method_to_wire(part: MethodPart) -> proto::MethodPart {
+    use proto::{lora::Targets as WireTargets, method_part::Part};
+    let part = match part {
+        MethodPart::Lora(m) => Part::Lora(proto::Lora {
+            rank: m.rank,
+            alpha: m.alpha,
+            rslora: m.rslora,
+            targets: Some(match m.targets {
+                Targets::AllLinear => WireTargets::AllLinear(true),
+                Targets::Modules(names) => WireTargets::Modules(proto::ModuleNames { names }),
+            }),
+            rank_pattern: m.rank_pattern.into_iter().collect(),
+            alpha_pattern: m.alpha_pattern.into_iter().collect(),
+            dropout: m.dropout,
+        }),
+        MethodPart::Bitfit(m) => {
+            let subset = match m.subset {
+                BiasSubset::All => proto::BiasSubset::All,
+                BiasSubset::Attention => proto::BiasSubset::Attention,
+                BiasSubset::Mlp => proto::BiasSubset::Mlp,
+                BiasSubset::QueryAndMlpUp => proto::BiasSubset::QueryAndMlpUp,
+                BiasSubset::Norm => proto::BiasSubset::Norm,
+            };
+            Part::Bitfit(proto::Bitfit { subset: subset.into() })
+        }
+    };
+    proto::MethodPart { part: Some(part) }
+}
+
+/// A job's state to the wire.
+pub(super) fn state_to_wire(state: JobState) -> i32 {
+    use proto::JobState as Wire;
+    match state {
+        JobState::Queued => Wire::Queued,
+        JobState::Running => Wire::Running,
+        JobState::Publishing => Wire::Publishing,
+        JobState::Succeeded => Wire::Succeeded,
+        JobState::Failed => Wire::Failed,
+        JobState::Cancelled => Wire::Cancelled,
+        JobState::Interrupted => Wire::Interrupted,
+    }
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admission::params::PublishPolicy;
+
+    fn fields(error: ServeError) -> Vec<String> {
+        match error {
+            ServeError::Invalid(all) => all.into_iter().map(|v| v.field).collect(),
+            other => panic!("{other}"),
+        }
+    }
+
+    fn spec() -> proto::TrainingSpec {
+        let source = proto::training_data::Source::Jsonl("{\"text\":\"a\"}\n".into());
+        proto::TrainingSpec {
+            output_name: "style".into(),
+            task: proto::Task::CausalLm.into(),
+            data: Some(proto::TrainingData { source: Some(source) }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_bare_spec_is_lora_with_defaults() -> Result<(), ServeError> {
+        let params = train(Some(spec()), String::new())?;
+        assert_eq!(params.methods, [MethodPart::Lora(LoraPart::default())]);
+        assert_eq!(params.hyper, HyperParams::default());
+        assert_eq!((params.publish, params.idempotency_key), (PublishPolicy::Upsert, None));
+        Ok(())
+    }
+
+    #[test]
+    fn every_bad_hyper_parameter_is_named_at_once() {
+        let hyper = proto::HyperParameters {
+            epochs: Some(f64::NAN),
+            max_steps: Some(0),
+            batch_size: Some(1_000_000),
+            learning_rate: Some(0.0),
+            warmup_ratio: Some(1.0),
+            weight_decay: Some(-0.1),
+            beta2: Some(1.0),
+            eps: Some(0.0),
+            clip_norm: Some(f64::INFINITY),
+            ..Default::default()
+        };
+        let lora = proto::Lora { rank: Some(0), alpha: Some(f64::NAN), dropout: Some(1.0), ..Default::default() };
+        let part = proto::MethodPart { part: Some(proto::method_part::Part::Lora(lora)) };
+        let bad = proto::TrainingSpec {
+            output_name: "a/b".into(),
+            methods: vec![part.clone(), part],
+            labels: vec!["x".into(), "x".into()],
+            hyper: Some(hyper),
+            validation: Some(proto::training_spec::Validation::ValidationFraction(0.9)),
+            ..spec()
+        };
+        let got = fields(train(Some(bad), "k".repeat(129)).expect_err("all of it is bad"));
+        for field in [
+            "spec.output_name",
+            "spec.validation_fraction",
+            "spec.methods[0].lora.rank",
+            "spec.methods[0].lora.alpha",
+            "spec.methods[0].lora.dropout",
+            "spec.methods[1]",
+            "spec.labels[1]",
+            "spec.hyper.epochs",
+            "spec.hyper.max_steps",
+            "spec.hyper.batch_size",
+            "spec.hyper.learning_rate",
+            "spec.hyper.warmup_ratio",
+            "spec.hyper.weight_decay",
+            "spec.hyper.beta2",
+            "spec.hyper.eps",
+            "spec.hyper.clip_norm",
+            "idempotency_key",
+        ] {
+            assert!(got.iter().any(|f| f == field), "{field} is not among {got:?}");
+        }
+    }
+
+    #[test]
+    fn contradictions_and_gaps_are_refused() {
+        let all_linear = proto::Lora { targets: Some(proto::lora::Targets::AllLinear(false)), ..Default::default() };
+        let bad = proto::TrainingSpec {
+            task: 0,
+            data: None,
+            methods: vec![
+                proto::MethodPart { part: None },
+                proto::MethodPart { part: Some(proto::method_part::Part::Lora(all_linear)) },
+            ],
+            publish: Some(proto::PublishPolicy { mode: 1, expected_id: "ab".into() }),
+            ..spec()
+        };
+        let got = fields(train(Some(bad), String::new()).expect_err("all of it is bad"));
+        let expected = [
+            "spec.task",
+            "spec.data",
+            "spec.methods[0]",
+            "spec.methods[1].lora.all_linear",
+            "spec.publish.expected_id",
+        ];
+        assert_eq!(got, expected);
+        assert_eq!(fields(train(None, String::new()).expect_err("no spec")), ["spec"]);
+    }
+
+    #[test]
+    fn examples_become_json_lines_in_order() -> Result<(), Box<dyn std::error::Error>> {
+        use proto::example::Example as Form;
+        let examples = [
+            Form::Text("a\nb".into()),
+            Form::PromptCompletion(proto::PromptCompletion { prompt: "p".into(), completion: "c".into() }),
+            Form::Labelled(proto::LabelledText { text: "t".into(), label: "l".into(), pair: None }),
+        ]
+        .map(|e| proto::Example { example: Some(e) });
+        let mut problems = Problems::default();
+        let lines = json_lines("d", examples.to_vec(), &mut problems);
+        let values: Vec<serde_json::Value> = lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        assert_eq!(values[0]["text"], "a\nb");
+        assert_eq!(values[1]["completion"], "c");
+        assert_eq!(values[2], json!({"text": "t", "label": "l"}));
+        problems.finish()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! The gRPC edge: one thin file per service, conversions, statuses, and the server that carries them.
+//!
+//! Decodes, calls [`crate::admission::Service`], encodes. Knows no tensors and holds no state of its own.
+
+mod convert;
+mod deltas;
+mod gate;
+mod inference;
+pub mod proto;
+mod server_info;
+mod status;
+mod tenant;
+mod training;
+mod upload;
+
+use std::{future::Future, time::Duration};
+
+use tokio::{net::TcpListener, sync::watch};
+use tonic::transport::{Server, server::TcpIncoming};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+pub use tenant::{DEFAULT_TENANT, TENANT_KEY};
+
+use crate::{admission::Service, shutdown::Drain};
+use proto::{
+    delta_service_server::DeltaServiceServer, inference_service_server::InferenceServiceServer,
+    server_service_server::ServerServiceServer, training_service_server::TrainingServiceServer,
+};
+
+/// Calls of one connection at a time; clients open another connection or wait.
+const MAX_STREAMS_PER_CONNECTION: u32 = 256;
+const MAX_HEADER_BYTES: u32 = 16 * 1024;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Limits of the edge.
+#[derive(Debug, Clone)]
+pub struct GrpcConfig {
+    /// Largest message, either way.
+    pub max_message_bytes: usize,
+    /// Largest upload of a delta or dataset.
+    pub max_upload_bytes: u64,
+    /// Calls at a time over all connections; further ones are refused.
+    pub max_calls: usize,
+}
+
+/// Why the edge could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum GrpcError {
+    /// The transport failed.
+    #[error("the gRPC server failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// The embedded protocol description could not be read.
+    #[error("server reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Serves until `drain` begins and its grace period is over, or all calls have ended. `ready` is what health checks say:
+/// SERVING while true and not draining.
+///
+/// # Errors
+/// [`GrpcError`].
+pub async fn serve(
+    listener: TcpListener,
+    service: Service,
+    config: GrpcConfig,
+    ready: watch::Receiver<bool>,
+    drain: Drain,
+) -> Result<(), GrpcError> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let follow = follow_readiness(reporter, ready, drain.begun());
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let receiver = upload::Receiver::new(config.max_upload_bytes);
+    let max = config.max_message_bytes;
+    macro_rules! limited {
+        ($server:ident, $service:expr) => {
+            $server::new($service).max_decoding_message_size(max).max_encoding_message_size(max)
+        };
+    }
+    let inference = inference::Inference { service: service.clone() };
+    let deltas = deltas::Deltas { service: service.clone(), receiver: receiver.clone() };
+    let training = training::Training { service: service.clone(), receiver };
+    let router = Server::builder()
+        .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .layer(gate::GateLayer::new(config.max_calls))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(limited!(InferenceServiceServer, inference))
+        .add_service(limited!(DeltaServiceServer, deltas))
+        .add_service(limited!(TrainingServiceServer, training))
+        .add_service(limited!(ServerServiceServer, server_info::Server { service }));
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let server = router.serve_with_incoming_shutdown(incoming, drain.begun());
+    tokio::select! {
+        served = server => served?,
+        () = drain.expired() => tracing::warn!("calls were cut off at the end of the grace period"),
+        () = follow => {}
+    }
+    Ok(())
+}
+
+/// Tells health checks what `ready` and the drain say; never ends.
+async fn follow_readiness(
+    reporter: HealthReporter,
+    mut ready: watch::Receiver<bool>,
+    draining: impl Future<Output = ()> + Send,
+) {
+    let services = [
+        "",
+        "deltaserve.v1.InferenceService",
+        "deltaserve.v1.DeltaService",
+        "deltaserve.v1.TrainingService",
+        "deltaserve.v1.ServerService",
+    ];
+    let mut draining = std::pin::pin!(draining);
+    let mut over = false;
+    loop {
+        let serving = *ready.borrow_and_update() && !over;
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for name in services {
+            reporter.set_service_status(name, status).await;
+        }
+        tokio::select! {
+            () = &mut draining, if !over => over = true,
+            changed = ready.changed(), if !over => over = changed.is_err(),
+            else => std::future::pending().await,
+        }
+    }
+}

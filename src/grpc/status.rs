@@ -1,0 +1,148 @@
+//! The one place where a domain error becomes a gRPC status: code, stable reason, field violations, when to retry.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::admission::params::{ServeError, Violation};
+
+/// `domain` of every `google.rpc.ErrorInfo`.
+pub(crate) const DOMAIN: &str = "deltaserve";
+
+/// When a refused caller may try again: about a queue's length at small load.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Clients accept 8 KiB of trailers by default, in base64; more would turn the status into a transport error.
+const MAX_VIOLATION_BYTES: usize = 4096;
+const MAX_MESSAGE_BYTES: usize = 800;
+
+impl From<ServeError> for Status {
+    fn from(error: ServeError) -> Self {
+        if let ServeError::Internal(detail) = &error {
+            tracing::error!(detail, "internal error");
+        }
+        let code = code(&error);
+        let message = match &error {
+            ServeError::Internal(_) => "internal error; the server's log has the details".to_owned(),
+            other => cut(&other.to_string(), MAX_MESSAGE_BYTES),
+        };
+        let mut details = ErrorDetails::with_error_info(error.reason(), DOMAIN, HashMap::new());
+        match &error {
+            ServeError::Invalid(violations) => add_violations(&mut details, violations),
+            ServeError::Overloaded(_) | ServeError::ResidentBudget(_) => {
+                details.set_retry_info(Some(RETRY_AFTER));
+            }
+            _ => {}
+        }
+        Self::with_error_details(code, message, details)
+    }
+}
+
+/// Table of the codes; the reasons are beside the error's variants.
+fn code(error: &ServeError) -> Code {
+    match error {
+        ServeError::Invalid(_) => Code::InvalidArgument,
+        ServeError::DeltaNotFound(_) | ServeError::NotFound { .. } => Code::NotFound,
+        ServeError::BaseMismatch(_) | ServeError::WrongTask(_) => Code::FailedPrecondition,
+        ServeError::AlreadyExists(_) | ServeError::IdempotencyConflict(_) => Code::AlreadyExists,
+        ServeError::Conflict(_) => Code::Aborted,
+        ServeError::Overloaded(_) | ServeError::ResidentBudget(_) => Code::ResourceExhausted,
+        ServeError::Corrupt(_) => Code::DataLoss,
+        ServeError::Draining => Code::Unavailable,
+        ServeError::DeadlineExceeded(_) => Code::DeadlineExceeded,
+        ServeError::Cancelled => Code::Cancelled,
+        ServeError::Internal(_) => Code::Internal,
+    }
+}
+
+/// As many violations as clients take, and how many were left out.
+fn add_violations(details: &mut ErrorDetails, violations: &[Violation]) {
+    let mut bytes = 0;
+    for (i, violation) in violations.iter().enumerate() {
+        let description = match violation.code.as_str() {
+            "" => violation.message.clone(),
+            code => format!("{code}: {}", violation.message),
+        };
+        let (field, description) = (cut(&violation.field, 200), cut(&description, 400));
+        bytes += field.len() + description.len() + 16;
+        if bytes > MAX_VIOLATION_BYTES {
+            details.add_bad_request_violation("", format!("and {} more problems", violations.len() - i));
+            return;
+        }
+        details.add_bad_request_violation(field, description);
+    }
+}
+
+/// At most `max` bytes, whole characters.
+fn cut(text: &str, max: usize) -> String {
+    if text.len() <= max {
+        return text.to_owned();
+    }
+    let mut end = max;
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}...", &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_has_its_code_and_reason() {
+        let s = || "x".to_owned();
+        let table = [
+            (ServeError::field("f", "m"), Code::InvalidArgument, "INVALID_REQUEST"),
+            (ServeError::DeltaNotFound(s()), Code::NotFound, "DELTA_NOT_FOUND"),
+            (ServeError::NotFound { kind: "job", name: s() }, Code::NotFound, "NOT_FOUND"),
+            (ServeError::BaseMismatch(s()), Code::FailedPrecondition, "BASE_MISMATCH"),
+            (ServeError::WrongTask(s()), Code::FailedPrecondition, "WRONG_TASK"),
+            (ServeError::AlreadyExists(s()), Code::AlreadyExists, "PUBLISH_CONFLICT"),
+            (ServeError::Conflict(s()), Code::Aborted, "PUBLISH_CONFLICT"),
+            (ServeError::IdempotencyConflict(s()), Code::AlreadyExists, "IDEMPOTENCY_CONFLICT"),
+            (ServeError::Overloaded(s()), Code::ResourceExhausted, "OVERLOADED"),
+            (ServeError::ResidentBudget(s()), Code::ResourceExhausted, "RESIDENT_BUDGET"),
+            (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
+            (ServeError::Draining, Code::Unavailable, "DRAINING"),
+            (ServeError::DeadlineExceeded(Duration::from_secs(1)), Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            (ServeError::Cancelled, Code::Cancelled, "CANCELLED"),
+            (ServeError::Internal(s()), Code::Internal, "INTERNAL"),
+        ];
+        for (error, code, reason) in table {
+            let retry = matches!(error, ServeError::Overloaded(_) | ServeError::ResidentBudget(_));
+            let status = Status::from(error);
+            let details = status.get_error_details();
+            assert_eq!(status.code(), code);
+            assert_eq!(details.error_info().map(|i| (i.reason.as_str(), i.domain.as_str())), Some((reason, DOMAIN)));
+            assert_eq!(details.retry_info().is_some(), retry, "{reason}");
+        }
+    }
+
+    #[test]
+    fn internal_detail_is_not_sent() {
+        let status = Status::from(ServeError::Internal("/secret/path".into()));
+        assert!(!status.message().contains("secret"));
+    }
+
+    #[test]
+    fn field_violations_name_the_field_the_code_and_the_problem() {
+        let violation = Violation { field: "line 3".into(), code: "NOT_JSON".into(), message: "expected `,`".into() };
+        let details = Status::from(ServeError::Invalid(vec![violation])).get_error_details();
+        let all: Vec<_> = details.bad_request().map(|b| b.field_violations.clone()).unwrap_or_default();
+        assert_eq!((all[0].field.as_str(), all[0].description.as_str()), ("line 3", "NOT_JSON: expected `,`"));
+    }
+
+    #[test]
+    fn ten_thousand_violations_fit_in_the_trailers_and_are_counted() {
+        let one = |i| Violation { field: format!("line {i}"), code: "WRONG_TYPE".into(), message: "é".repeat(700) };
+        let status = Status::from(ServeError::Invalid((0..10_000).map(one).collect()));
+        let details = status.get_error_details();
+        let all: Vec<_> = details.bad_request().map(|b| b.field_violations.clone()).unwrap_or_default();
+        let left_out = all.last().map(|v| v.description.clone()).unwrap_or_default();
+        assert_eq!(left_out, format!("and {} more problems", 10_000 - (all.len() - 1)));
+        assert!(status.details().len() * 4 / 3 < 7000, "{} bytes", status.details().len());
+        assert!(status.message().len() < 1000);
+    }
+}

@@ -1,0 +1,336 @@
+//! The structure, checked: who may import whom, which crate lives where, module docs, file lengths. A rule is a row of a
+//! table; a broken rule names the file and line.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Module of `src/` -> modules of ours that it may name. `main`, `app` and `cli` may name everything.
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("ids", &[]),
+    ("rows", &[]),
+    ("pacing", &[]),
+    ("shutdown", &[]),
+    ("telemetry", &[]),
+    ("ops", &[]),
+    ("delta", &["ids", "rows", "ops"]),
+    ("kv", &["ids", "rows", "ops"]),
+    ("nn", &["delta", "kv", "rows", "ops", "pacing"]),
+    ("model", &["nn", "delta", "kv", "rows", "ops", "ids", "pacing"]),
+    ("interop", &["model", "delta", "ids"]),
+    ("store", &["ids", "delta", "telemetry"]),
+    ("registry", &["ids", "delta", "store", "telemetry"]),
+    ("text", &[]),
+    ("engine", &["model", "nn", "delta", "kv", "rows", "ids", "ops", "registry", "shutdown", "pacing", "telemetry"]),
+    (
+        "train",
+        &[
+            "model",
+            "nn",
+            "delta",
+            "rows",
+            "ops",
+            "ids",
+            "interop",
+            "registry",
+            "store",
+            "text",
+            "shutdown",
+            "pacing",
+            "telemetry",
+            "admission",
+        ],
+    ),
+    (
+        "admission",
+        &[
+            "engine",
+            "train",
+            "registry",
+            "store",
+            "text",
+            "interop",
+            "model",
+            "delta",
+            "ids",
+            "shutdown",
+            "pacing",
+            "telemetry",
+        ],
+    ),
+    ("grpc", &["admission", "delta", "ids", "shutdown", "telemetry"]),
+    ("http", &["admission", "ids", "shutdown", "telemetry"]),
+    ("config", &["grpc", "telemetry"]),
+];
+
+/// `train` may name the domain types of `admission` and nothing else of it.
+const TRAIN_SEES_OF_ADMISSION: &[&str] = &["params", "train_params", "jobs", "check"];
+
+/// Everything may be named from here.
+const ROOTS: &[&str] = &["main.rs", "lib.rs", "app.rs", "cli", "app"];
+
+/// Crate -> the only places in `src/` that may name it.
+const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
+    ("tonic", &["grpc", "cli"]),
+    ("tonic_types", &["grpc", "cli"]),
+    ("tonic_health", &["grpc"]),
+    ("tonic_reflection", &["grpc"]),
+    ("prost", &["grpc"]),
+    ("prost_types", &["grpc"]),
+    ("axum", &["http"]),
+    ("clap", &["cli", "config.rs", "main.rs", "telemetry.rs"]),
+    ("anyhow", &["cli", "app", "app.rs", "main.rs"]),
+    ("sqlx", &["store"]),
+    ("object_store", &["store"]),
+    ("moka", &["registry"]),
+    ("minijinja", &["text"]),
+    ("tokenizers", &["text"]),
+    ("indicatif", &["cli"]),
+];
+
+/// Places that must not name a crate whose name begins with this.
+const NEVER_IN: &[(&str, &[&str])] = &[
+    (
+        "candle",
+        &[
+            "engine/scheduler.rs",
+            "engine/sequence.rs",
+            "kv/pool.rs",
+            "registry/catalog.rs",
+            "registry/budget.rs",
+            "grpc",
+            "http",
+            "cli",
+            "text",
+        ],
+    ),
+    ("tokio", &["ops", "delta", "nn", "model", "kv", "rows.rs", "ids.rs"]),
+];
+
+const MAX_LINES: usize = 500;
+/// Longer files, with the reason.
+const LONGER: &[(&str, &str)] = &[];
+
+struct Source {
+    /// Below `src/`, with `/`.
+    path: String,
+    text: String,
+}
+
+impl Source {
+    /// The module at the top: `grpc` of `grpc/status.rs`, `ids` of `ids.rs`.
+    fn top(&self) -> &str {
+        let first = self.path.split('/').next().unwrap_or_default();
+        first.strip_suffix(".rs").unwrap_or(first)
+    }
+
+    fn is_in(&self, places: &[&str]) -> bool {
+        places.iter().any(|p| self.path == *p || self.path.strip_prefix(p).is_some_and(|rest| rest.starts_with('/')))
+    }
+
+    /// Lines of code before the unit tests, numbered from 1, comments left out.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        let numbered = self.text.lines().enumerate().map(|(i, line)| (i + 1, line));
+        numbered
+            .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
+            .map(|(n, line)| (n, line.split("//").next().unwrap_or_default()))
+            .filter(|(_, line)| !line.trim().is_empty())
+    }
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    let read = |path: PathBuf| Source {
+        path: path.strip_prefix(&root).expect("below src").to_string_lossy().replace('\\', "/"),
+        text: fs::read_to_string(&path).expect("a readable source"),
+    };
+    files.into_iter().map(read).collect()
+}
+
+fn collect(folder: &Path, out: &mut Vec<PathBuf>) {
+    let mut entries: Vec<_> = fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path()).collect();
+    entries.sort();
+    for path in entries {
+        if path.is_dir() {
+            collect(&path, out);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            out.push(path);
+        }
+    }
+}
+
+/// Modules of ours named after `crate::` or in a `crate::{...}` group.
+fn named_modules(source: &Source) -> Vec<(usize, String)> {
+    let mut out = Vec::new();
+    let mut depth_in_group: Option<i32> = None;
+    for (n, line) in source.code() {
+        let mut rest = line;
+        if let Some(depth) = &mut depth_in_group {
+            scan_group(line, depth, n, &mut out);
+            if *depth <= 0 {
+                depth_in_group = None;
+            }
+            continue;
+        }
+        while let Some(at) = rest.find("crate::") {
+            rest = &rest[at + "crate::".len()..];
+            if let Some(group) = rest.strip_prefix('{') {
+                let mut depth = 1;
+                scan_group(group, &mut depth, n, &mut out);
+                if depth > 0 {
+                    depth_in_group = Some(depth);
+                }
+                break;
+            }
+            out.push((n, identifier(rest)));
+        }
+    }
+    out
+}
+
+/// Names at depth 1 of `{a::b, c::{d}}`; updates the depth.
+fn scan_group(text: &str, depth: &mut i32, n: usize, out: &mut Vec<(usize, String)>) {
+    let mut at_start = true;
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        if *depth <= 0 {
+            return;
+        }
+        match c {
+            '{' => *depth += 1,
+            '}' => *depth -= 1,
+            ',' => at_start = *depth == 1,
+            c if c.is_whitespace() => {}
+            _ => {
+                let name = identifier(rest);
+                if at_start && *depth == 1 && !name.is_empty() {
+                    out.push((n, name.clone()));
+                }
+                at_start = false;
+                if !name.is_empty() {
+                    rest = &rest[name.len()..];
+                    continue;
+                }
+            }
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+}
+
+fn identifier(text: &str) -> String {
+    text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+}
+
+/// Whether code names the crate: `tonic::`, `use tonic;`, `extern crate tonic`.
+fn names_crate(line: &str, accept: impl Fn(&str) -> bool) -> bool {
+    let mut rest = line;
+    let mut before = ' ';
+    while !rest.is_empty() {
+        let name = identifier(rest);
+        if name.is_empty() {
+            before = rest.chars().next().unwrap_or(' ');
+            rest = &rest[before.len_utf8()..];
+            continue;
+        }
+        let after = &rest[name.len()..];
+        if after.starts_with("::") && before != ':' && accept(&name) {
+            return true;
+        }
+        before = name.chars().last().unwrap_or(' ');
+        rest = after;
+    }
+    false
+}
+
+fn none_of(problems: Vec<String>) {
+    assert!(problems.is_empty(), "\n{}\n", problems.join("\n"));
+}
+
+#[test]
+fn modules_import_only_from_lower_floors() {
+    let mut problems = Vec::new();
+    for source in sources().iter().filter(|s| !s.is_in(ROOTS)) {
+        let Some((_, allowed)) = MAY_IMPORT.iter().find(|(module, _)| *module == source.top()) else {
+            problems.push(format!("src/{}: {} has no row in MAY_IMPORT", source.path, source.top()));
+            continue;
+        };
+        for (n, name) in named_modules(source) {
+            if name != source.top() && !allowed.contains(&name.as_str()) {
+                problems.push(format!("src/{}:{n}: {} must not import {name}", source.path, source.top()));
+            }
+        }
+    }
+    none_of(problems);
+}
+
+#[test]
+fn train_knows_admissions_types_and_nothing_else_of_it() {
+    let mut problems = Vec::new();
+    for source in sources().iter().filter(|s| s.top() == "train") {
+        for (n, line) in source.code() {
+            let Some(at) = line.find("admission::") else { continue };
+            let name = identifier(&line[at + "admission::".len()..]);
+            if !name.is_empty() && !TRAIN_SEES_OF_ADMISSION.contains(&name.as_str()) {
+                problems.push(format!("src/{}:{n}: train must not import admission::{name}", source.path));
+            }
+        }
+    }
+    none_of(problems);
+}
+
+#[test]
+fn crates_stay_in_their_places() {
+    let mut problems = Vec::new();
+    for source in &sources() {
+        for (n, line) in source.code() {
+            for (name, places) in CRATE_ONLY_IN {
+                if !source.is_in(places) && names_crate(line, |found| found == *name) {
+                    problems.push(format!("src/{}:{n}: {name} is only for {}", source.path, places.join(", ")));
+                }
+            }
+            for (prefix, places) in NEVER_IN {
+                if source.is_in(places) && names_crate(line, |found| found.starts_with(prefix)) {
+                    problems.push(format!("src/{}:{n}: {prefix} must not be named here", source.path));
+                }
+            }
+        }
+    }
+    none_of(problems);
+}
+
+#[test]
+fn every_file_says_what_it_owns() {
+    let silent = sources().into_iter().filter(|s| !s.text.starts_with("//! "));
+    none_of(silent.map(|s| format!("src/{}: no module doc at the top", s.path)).collect());
+}
+
+#[test]
+fn files_are_at_most_500_lines_long() {
+    let listed: BTreeSet<&str> = LONGER.iter().map(|(path, _)| *path).collect();
+    let mut problems = Vec::new();
+    for source in sources() {
+        let (lines, excused) = (source.text.lines().count(), listed.contains(source.path.as_str()));
+        match (lines > MAX_LINES, excused) {
+            (true, false) => problems.push(format!("src/{}: {lines} lines", source.path)),
+            (false, true) => problems.push(format!("src/{}: is short now; take it off LONGER", source.path)),
+            _ => {}
+        }
+    }
+    none_of(problems);
+}
+
+#[test]
+fn the_checks_see_what_they_check() {
+    let text = "//! Doc.\nuse crate::{\n    a::{x, y},\n    b, c::d,\n};\nfn f() { crate::e::g(); let s = tonic::Status::ok; }\n";
+    let source = Source { path: "grpc/x.rs".into(), text: text.into() };
+    let names: Vec<String> = named_modules(&source).into_iter().map(|(_, name)| name).collect();
+    assert_eq!(names, ["a", "b", "c", "e"]);
+    assert!(names_crate("let s = tonic::Status::ok;", |n| n == "tonic"));
+    assert!(!names_crate("let s = my::tonic::Status;", |n| n == "tonic"));
+    assert!(!names_crate("let s = tonic_types::Status;", |n| n == "tonic"));
+    assert!(source.is_in(&["grpc"]) && !source.is_in(&["gr"]) && source.is_in(&["grpc/x.rs"]));
+}
