@@ -1,6 +1,7 @@
 //! deltaserve: one frozen base model, many tenants' deltas, one forward.
 pub mod admission;
 pub mod delta;
+pub mod engine;
 pub mod ids;
 pub mod interop;
 pub mod kv;
@@ -10,3 +11,4 @@ pub mod ops;
 pub mod pacing;
 pub mod registry;
 pub mod rows;
+pub mod text;
