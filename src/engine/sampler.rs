@@ -10,22 +10,22 @@ use crate::admission::params::Sampling;
 /// A row of logits that no token can be chosen from: NaN, positive infinity, or no finite value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the model's logits are not finite")]
-pub struct NonFinite;
+pub(super) struct NonFinite;
 
 /// What was generated so far, as penalties see it.
 #[derive(Debug, Clone, Copy)]
-pub struct History<'a> {
+pub(super) struct History<'a> {
     /// The prompt: repetition penalty only.
-    pub prompt: &'a [u32],
+    pub(super) prompt: &'a [u32],
     /// The output: all penalties.
-    pub output: &'a [u32],
+    pub(super) output: &'a [u32],
 }
 
 /// Chooses the next token of a row.
 ///
 /// # Errors
 /// Logits that are not finite.
-pub fn choose(logits: &[f32], history: History<'_>, how: &Sampling, seed: u64) -> Result<u32, NonFinite> {
+pub(super) fn choose(logits: &[f32], history: History<'_>, how: &Sampling, seed: u64) -> Result<u32, NonFinite> {
     let (best, _) = scan(logits)?;
     if is_penalised(how) {
         let mut logits = logits.to_vec();
@@ -43,7 +43,7 @@ pub fn choose(logits: &[f32], history: History<'_>, how: &Sampling, seed: u64) -
 ///
 /// # Errors
 /// Logits that are not finite.
-pub fn logprobs(logits: &[f32], token: u32, n: usize) -> Result<(f32, Vec<(u32, f32)>), NonFinite> {
+pub(super) fn logprobs(logits: &[f32], token: u32, n: usize) -> Result<(f32, Vec<(u32, f32)>), NonFinite> {
     let (_, max) = scan(logits)?;
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
     let norm = f64::from(max) + sum.ln();
@@ -60,7 +60,7 @@ pub fn logprobs(logits: &[f32], token: u32, n: usize) -> Result<(f32, Vec<(u32, 
 
 /// A uniform number in [0, 1) for a position of a request: two rounds of SplitMix64's finaliser (Steele et al. 2014) as
 /// a counter-based generator. Fixed here, so that a seed means the same in every release.
-pub fn uniform(seed: u64, position: u64) -> f64 {
+pub(super) fn uniform(seed: u64, position: u64) -> f64 {
     let mix = |mut z: u64| {
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -17,26 +17,26 @@ use crate::{
 };
 
 /// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
-pub type SeqId = u64;
+pub(super) type SeqId = u64;
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub(super) struct Limits {
     /// Most rows of a step; an encoder's sequence that is longer runs alone.
-    pub max_batch_tokens: usize,
+    pub(super) max_batch_tokens: usize,
     /// Most sequences that hold pages at a time.
-    pub max_sequences: usize,
+    pub(super) max_sequences: usize,
     /// Most distinct deltas in a step; the bare base does not count.
-    pub max_deltas: usize,
+    pub(super) max_deltas: usize,
     /// Most rows of one sequence in a step.
-    pub prefill_chunk: usize,
+    pub(super) prefill_chunk: usize,
     /// Pages of the cache; `None` for a base without one (an encoder), whose sequences are never split.
-    pub pages: Option<usize>,
+    pub(super) pages: Option<usize>,
 }
 
 impl Limits {
     /// Most positions that one sequence can have.
-    pub fn max_positions(&self) -> usize {
+    pub(super) fn max_positions(&self) -> usize {
         self.pages.map_or(usize::MAX, |pages| pages.saturating_mul(crate::kv::PAGE_SIZE))
     }
 }
@@ -44,38 +44,38 @@ impl Limits {
 /// A sequence that could never run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the request needs a cache of {positions} positions; this server has {limit}")]
-pub struct NeverFits {
+pub(super) struct NeverFits {
     /// Positions that it may need.
-    pub positions: usize,
+    pub(super) positions: usize,
     /// Positions that there are.
-    pub limit: usize,
+    pub(super) limit: usize,
 }
 
 /// One sequence's share of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
+pub(super) struct Share {
     /// Whose.
-    pub id: SeqId,
+    pub(super) id: SeqId,
     /// Positions computed before.
-    pub context: usize,
+    pub(super) context: usize,
     /// Rows in this step.
-    pub len: usize,
+    pub(super) len: usize,
     /// Whether this step computes its last known position.
-    pub completes: bool,
+    pub(super) completes: bool,
 }
 
 /// The next step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct StepPlan {
+pub(super) struct StepPlan {
     /// Shares, decode first.
-    pub shares: Vec<Share>,
+    pub(super) shares: Vec<Share>,
     /// Sequences that lost their pages and start over later.
-    pub preempted: Vec<SeqId>,
+    pub(super) preempted: Vec<SeqId>,
 }
 
 impl StepPlan {
     /// Rows of the step.
-    pub fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.shares.iter().map(|s| s.len).sum()
     }
 }
@@ -91,7 +91,7 @@ struct Entry {
 
 /// All sequences that are not finished.
 #[derive(Debug)]
-pub struct Scheduler {
+pub(super) struct Scheduler {
     limits: Limits,
     pool: PagePool,
     /// Hold pages, by arrival.
@@ -105,7 +105,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// An empty scheduler.
-    pub fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: Limits) -> Self {
         let at_least_one = |n: usize| n.max(1);
         let limits = Limits {
             max_batch_tokens: at_least_one(limits.max_batch_tokens),
@@ -123,7 +123,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// A sequence that the cache can never hold.
-    pub fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, total: usize, most: usize) -> Result<(), NeverFits> {
+    pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, total: usize, most: usize) -> Result<(), NeverFits> {
         debug_assert!(total > 0 && total <= most);
         let limit = self.limits.max_positions();
         if most > limit {
@@ -134,27 +134,27 @@ impl Scheduler {
     }
 
     /// Sequences that hold pages.
-    pub fn running(&self) -> usize {
+    pub(super) fn running(&self) -> usize {
         self.running.len()
     }
 
     /// Sequences that wait for admission.
-    pub fn waiting(&self) -> usize {
+    pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
     /// Whether nothing is left to do.
-    pub fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
     /// The pages.
-    pub fn pool(&self) -> &PagePool {
+    pub(super) fn pool(&self) -> &PagePool {
         &self.pool
     }
 
     /// Cache slots of a running sequence's first positions; empty for a base without a cache.
-    pub fn slots(&self, id: SeqId, positions: usize) -> std::sync::Arc<[u32]> {
+    pub(super) fn slots(&self, id: SeqId, positions: usize) -> std::sync::Arc<[u32]> {
         match self.running.get(&id) {
             Some(entry) if self.limits.pages.is_some() => entry.pages.slots(positions),
             _ => [].into(),
@@ -162,7 +162,7 @@ impl Scheduler {
     }
 
     /// Chooses the next step's rows and takes the pages they need.
-    pub fn plan(&mut self) -> StepPlan {
+    pub(super) fn plan(&mut self) -> StepPlan {
         let mut plan = StepPlan::default();
         // with more deltas than places, a turn may fall to sequences that all lack pages; the oldest one never does
         for _ in 0..=self.running.len() + self.waiting.len() {
@@ -185,7 +185,7 @@ impl Scheduler {
     }
 
     /// A share was computed; `grew` says that a token was appended to the sequence.
-    pub fn advance(&mut self, share: &Share, grew: bool) {
+    pub(super) fn advance(&mut self, share: &Share, grew: bool) {
         if let Some(entry) = self.running.get_mut(&share.id) {
             entry.computed = share.context + share.len;
             entry.total += usize::from(grew);
@@ -194,7 +194,7 @@ impl Scheduler {
     }
 
     /// Forgets a sequence and takes its pages back.
-    pub fn remove(&mut self, id: SeqId) {
+    pub(super) fn remove(&mut self, id: SeqId) {
         let removed = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
         let Some(mut entry) = removed else { return };
         self.pool.release(&mut entry.pages);
@@ -210,7 +210,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// Says what is wrong.
-    pub fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         if let Some((id, _)) = self.waiting.iter().find(|(_, e)| !e.pages.is_empty()) {
             return Err(format!("sequence {id} waits and holds pages"));
         }
