@@ -12,9 +12,7 @@ mod sequence;
 mod step;
 mod worker;
 
-pub use request::{
-    EngineError, Event, Finished, Generate, HeldDelta, Output, Request, SubmitError, TokenOut, Work,
-};
+pub use request::{EngineError, Event, Finished, Generate, HeldDelta, Output, Request, SubmitError, TokenOut, Work};
 
 use std::{
     collections::HashMap,
@@ -101,6 +99,8 @@ pub struct EngineStats {
     pub pages_total: usize,
     /// Steps since the start.
     pub steps: u64,
+    /// Sequences that lost their pages and started over, since the start.
+    pub preemptions: u64,
 }
 
 enum Command {
@@ -118,6 +118,7 @@ struct Shared {
     waiting: AtomicUsize,
     pages_used: AtomicUsize,
     steps: AtomicU64,
+    preemptions: AtomicU64,
     stopped: AtomicBool,
 }
 
@@ -244,6 +245,7 @@ impl EngineHandle {
             pages_used: shared.pages_used.load(Ordering::Relaxed),
             pages_total: self.checks.pages,
             steps: shared.steps.load(Ordering::Relaxed),
+            preemptions: shared.preemptions.load(Ordering::Relaxed),
         }
     }
 }

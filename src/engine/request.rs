@@ -114,7 +114,8 @@ impl Work {
     }
 }
 
-/// What the engine tells about a request. Exactly one of `Finished`, `Output` and `Failed` comes last.
+/// What the engine tells about a request. Exactly one of `Finished`, `Output` and `Failed` comes last; a channel that
+/// closes without one means that the engine has stopped.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A new token (never the stop token).

@@ -123,7 +123,13 @@ impl Scheduler {
     ///
     /// # Errors
     /// A sequence that the cache can never hold.
-    pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, total: usize, most: usize) -> Result<(), NeverFits> {
+    pub(super) fn submit(
+        &mut self,
+        id: SeqId,
+        delta: Option<DeltaId>,
+        total: usize,
+        most: usize,
+    ) -> Result<(), NeverFits> {
         debug_assert!(total > 0 && total <= most);
         let limit = self.limits.max_positions();
         if most > limit {

@@ -105,7 +105,12 @@ impl Sequence {
     }
 
     /// Takes what a step computed.
-    pub(super) fn take(&mut self, got: Got, completes: bool, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+    pub(super) fn take(
+        &mut self,
+        got: Got,
+        completes: bool,
+        now: Instant,
+    ) -> Result<(Fate, Option<Tick>), EngineError> {
         match got {
             Got::Nothing => {}
             Got::Token(token) => return self.append(token, now),

@@ -34,6 +34,9 @@ impl Worker {
     /// Runs until the engine is shut down or all handles are gone.
     pub(super) fn run(mut self) {
         while self.turn() {}
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
         let ids: Vec<SeqId> = self.sequences.keys().copied().collect();
         ids.into_iter().for_each(|id| self.fail(id, EngineError::Draining));
         self.rest();
@@ -43,13 +46,11 @@ impl Worker {
     fn turn(&mut self) -> bool {
         if self.scheduler.is_idle() {
             self.rest();
-            if self.shared.draining.load(Ordering::Acquire) {
-                return false;
-            }
-            match self.commands.recv() {
-                Ok(command) => self.obey(command),
-                Err(mpsc::RecvError) => return false,
-            }
+            // read before the queue: what was submitted before the shutdown is taken
+            let draining = self.shared.draining.load(Ordering::Acquire);
+            let command = if draining { self.commands.try_recv().ok() } else { self.commands.recv().ok() };
+            let Some(command) = command else { return false };
+            self.obey(command);
             self.pacer.set_busy(true);
         }
         while let Ok(command) = self.commands.try_recv() {
@@ -131,6 +132,7 @@ impl Worker {
         let mut plan = self.scheduler.plan();
         for id in &plan.preempted {
             self.metrics.preemptions.increment(1);
+            self.shared.preemptions.fetch_add(1, Ordering::Relaxed);
             self.sequences.get_mut(id).into_iter().for_each(Sequence::restart);
         }
         if plan.shares.is_empty() {
@@ -187,15 +189,7 @@ impl Worker {
         let tasks = shares.iter().map(task).collect::<Result<Vec<_>, String>>()?;
         let (stepper, device) = (&mut self.stepper, &self.base.device);
         // a torn value could only be the compiled batch, which is forgotten after an error
-        let outcome = catch_unwind(AssertUnwindSafe(|| device.with_context(|| stepper.run(&tasks))));
-        match outcome {
-            Ok(result) => result.map_err(|e| e.to_string()),
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-                Err(format!("panic: {}", text.unwrap_or("of unknown kind")))
-            }
-        }
+        caught(|| device.with_context(|| stepper.run(&tasks)))
     }
 
     /// Hands results to their sequences.
@@ -227,5 +221,31 @@ impl Worker {
         shared.running.store(self.scheduler.running(), Ordering::Relaxed);
         shared.waiting.store(self.scheduler.waiting(), Ordering::Relaxed);
         shared.pages_used.store(self.scheduler.pool().used(), Ordering::Relaxed);
+    }
+}
+
+/// Runs a computation; its error or panic as text.
+fn caught<T>(compute: impl FnOnce() -> candle_core::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(compute)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(format!("panic: {}", text.unwrap_or("of unknown kind")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::caught;
+
+    #[test]
+    fn a_panic_is_an_error_also_across_the_thread_pool() {
+        let device = candle_core::Device::Cpu;
+        let outcome = caught(|| device.with_context(|| -> candle_core::Result<()> { panic!("row {}", 3) }));
+        assert_eq!(outcome, Err("panic: row 3".into()));
+        assert_eq!(caught(|| device.with_context(|| Ok(1))), Ok(1), "the pool goes on");
+        assert_eq!(caught(|| -> candle_core::Result<()> { candle_core::bail!("no") }), Err("no".into()));
     }
 }

@@ -12,7 +12,7 @@ mod tokenizer;
 pub use chat::{ChatError, ChatTemplate};
 pub use decode_stream::DecodeStream;
 pub use stop::{StopOutcome, StopStrings};
-pub use tokenizer::{Encoded, SpecialIds, TextError, TextModel};
+pub use tokenizer::{Encoded, MAX_TEXT_BYTES, SpecialIds, TextError, TextModel};
 
 #[cfg(test)]
 pub(crate) mod testing {
