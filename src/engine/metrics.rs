@@ -1,0 +1,56 @@
+//! The engine's metrics: handles made once.
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+
+use super::scheduler::Scheduler;
+
+/// Handles of all engine metrics; names are described in telemetry.
+pub(super) struct Metrics {
+    /// Rows of a step.
+    pub(super) batch_rows: Histogram,
+    /// Distinct deltas of a step.
+    pub(super) distinct_deltas: Histogram,
+    /// Wall time of a step.
+    pub(super) step_seconds: Histogram,
+    /// Arrival to first token.
+    pub(super) time_to_first_token: Histogram,
+    /// Between two tokens of a sequence.
+    pub(super) inter_token: Histogram,
+    /// Sequences that lost their pages.
+    pub(super) preemptions: Counter,
+    /// Prompt tokens of sequences that started.
+    pub(super) prompt_tokens: Counter,
+    /// Tokens generated.
+    pub(super) completion_tokens: Counter,
+    queue_depth: Gauge,
+    running: Gauge,
+    pages_used: Gauge,
+    pages_free: Gauge,
+}
+
+impl Metrics {
+    pub(super) fn new() -> Self {
+        Self {
+            batch_rows: histogram!("deltaserve_batch_rows"),
+            distinct_deltas: histogram!("deltaserve_step_distinct_deltas"),
+            step_seconds: histogram!("deltaserve_step_seconds"),
+            time_to_first_token: histogram!("deltaserve_time_to_first_token_seconds"),
+            inter_token: histogram!("deltaserve_inter_token_seconds"),
+            preemptions: counter!("deltaserve_preemptions_total"),
+            prompt_tokens: counter!("deltaserve_tokens_total", "kind" => "prompt"),
+            completion_tokens: counter!("deltaserve_tokens_total", "kind" => "completion"),
+            queue_depth: gauge!("deltaserve_queue_depth", "queue" => "engine"),
+            running: gauge!("deltaserve_running_sequences"),
+            pages_used: gauge!("deltaserve_kv_pages", "state" => "used"),
+            pages_free: gauge!("deltaserve_kv_pages", "state" => "free"),
+        }
+    }
+
+    /// Sets the gauges.
+    pub(super) fn observe(&self, scheduler: &Scheduler) {
+        self.queue_depth.set(scheduler.waiting() as f64);
+        self.running.set(scheduler.running() as f64);
+        self.pages_used.set(scheduler.pool().used() as f64);
+        self.pages_free.set(scheduler.pool().free() as f64);
+    }
+}

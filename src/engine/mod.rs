@@ -1,0 +1,295 @@
+//! The engine: one thread that owns serving's compute.
+//!
+//! The async side submits a [`Request`] and reads [`Event`]s; the thread never awaits, does no IO, and shares nothing
+//! with the trainer but the [`Pacer`]. Requests join and leave between steps (continuous batching); rows of different
+//! deltas and of the bare base share one forward.
+
+mod metrics;
+mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod step;
+mod worker;
+
+pub use request::{EngineError, Event, Finished, Generate, HeldDelta, Output, Request, SubmitError, TokenOut, Work};
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use self::{
+    metrics::Metrics,
+    scheduler::{Limits, Scheduler},
+    step::Stepper,
+    worker::Worker,
+};
+use crate::{
+    admission::params::Pooling,
+    kv::{KvCache, PAGE_SIZE},
+    model::{Architecture, Base},
+    pacing::Pacer,
+};
+
+/// Sizes of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Most rows of a step.
+    pub max_batch_tokens: usize,
+    /// Most sequences that hold cache pages at a time; at most `max_batch_tokens` count.
+    pub max_sequences: usize,
+    /// Most distinct deltas in a step.
+    pub max_deltas: usize,
+    /// Most prompt tokens of one sequence in a step: what a long prompt may cost the others.
+    pub prefill_chunk: usize,
+    /// Cache pages of [`PAGE_SIZE`] positions; unused by encoders.
+    pub kv_pages: usize,
+    /// Requests that may wait to be taken by the engine thread. Admission's permits keep it from filling.
+    pub queue: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_batch_tokens: 512,
+            max_sequences: 64,
+            max_deltas: 32,
+            prefill_chunk: 256,
+            kv_pages: 1024,
+            queue: 1024,
+        }
+    }
+}
+
+/// Why the engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// No memory for the cache.
+    #[error("cannot allocate a cache of {positions} positions: {source}")]
+    Cache {
+        /// Positions asked for.
+        positions: usize,
+        /// Why.
+        source: candle_core::Error,
+    },
+    /// No thread.
+    #[error("cannot start the engine thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// The engine now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Sequences that hold pages or are in a step.
+    pub running: usize,
+    /// Sequences that wait.
+    pub waiting: usize,
+    /// Pages in use.
+    pub pages_used: usize,
+    /// All pages.
+    pub pages_total: usize,
+    /// Steps since the start.
+    pub steps: u64,
+    /// Sequences that lost their pages and started over, since the start.
+    pub preemptions: u64,
+}
+
+enum Command {
+    Submit(Box<Request>),
+    /// Look at `Shared`.
+    Wake,
+}
+
+/// What handles and thread both see.
+#[derive(Debug, Default)]
+struct Shared {
+    draining: AtomicBool,
+    drain_deadline: Mutex<Option<Instant>>,
+    running: AtomicUsize,
+    waiting: AtomicUsize,
+    pages_used: AtomicUsize,
+    steps: AtomicU64,
+    preemptions: AtomicU64,
+    stopped: AtomicBool,
+}
+
+/// Marks the engine as stopped when its thread ends, also by a panic.
+struct Tombstone {
+    shared: Arc<Shared>,
+    pacer: Arc<Pacer>,
+}
+
+impl Drop for Tombstone {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        self.pacer.set_busy(false);
+    }
+}
+
+/// The async side's access to the engine; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    commands: mpsc::SyncSender<Command>,
+    shared: Arc<Shared>,
+    checks: Arc<Checks>,
+}
+
+/// What the engine refuses at once, so that one bad request never fails a step of others.
+#[derive(Debug)]
+struct Checks {
+    arch: Architecture,
+    positions: usize,
+    pages: usize,
+    queue: usize,
+}
+
+/// Starts the engine thread.
+///
+/// # Errors
+/// No memory for the cache, or no thread.
+pub fn spawn(
+    base: Arc<Base>,
+    config: EngineConfig,
+    pacer: Arc<Pacer>,
+) -> Result<(EngineHandle, JoinHandle<()>), SpawnError> {
+    let arch = &base.arch;
+    let pages = if arch.is_causal() { config.kv_pages.max(1) } else { 0 };
+    let slots = pages * PAGE_SIZE;
+    let kv = arch.is_causal().then(|| KvCache::new(arch.layers, slots, arch.kv_width(), base.dtype, &base.device));
+    let kv = kv.transpose().map_err(|source| SpawnError::Cache { positions: slots, source })?;
+    let limits = Limits {
+        max_batch_tokens: config.max_batch_tokens,
+        max_sequences: config.max_sequences,
+        max_deltas: config.max_deltas,
+        prefill_chunk: config.prefill_chunk,
+        pages: arch.is_causal().then_some(pages),
+    };
+    let queue = config.queue.max(1);
+    // bounded; `submit` never waits: a full queue is an answer
+    let (commands, receiver) = mpsc::sync_channel(queue);
+    let shared = Arc::new(Shared::default());
+    let positions = arch.max_positions.min(limits.max_positions());
+    let checks = Arc::new(Checks { arch: arch.clone(), positions, pages, queue });
+    let worker = Worker {
+        commands: receiver,
+        shared: Arc::clone(&shared),
+        scheduler: Scheduler::new(limits),
+        stepper: Stepper::new(Arc::clone(&base), kv),
+        base,
+        pacer: Arc::clone(&pacer),
+        metrics: Metrics::new(),
+        sequences: HashMap::new(),
+        next: 0,
+    };
+    let tombstone = Tombstone { shared: Arc::clone(&shared), pacer };
+    let thread = std::thread::Builder::new().name("engine".into()).stack_size(64 << 20).spawn(move || {
+        let _tombstone = tombstone;
+        worker.run();
+    })?;
+    Ok((EngineHandle { commands, shared, checks }, thread))
+}
+
+impl EngineHandle {
+    /// Hands a request over. Never waits.
+    ///
+    /// # Errors
+    /// A request that can never be served, a full queue, an engine that stops or has stopped.
+    pub fn submit(&self, mut request: Request) -> Result<(), SubmitError> {
+        if self.shared.draining.load(Ordering::Acquire) {
+            return Err(SubmitError::Draining);
+        }
+        self.checks.check(&mut request).map_err(SubmitError::Invalid)?;
+        self.commands.try_send(Command::Submit(Box::new(request))).map_err(|e| match e {
+            mpsc::TrySendError::Full(_) => SubmitError::Overloaded(self.checks.queue),
+            mpsc::TrySendError::Disconnected(_) if self.shared.draining.load(Ordering::Acquire) => {
+                SubmitError::Draining
+            }
+            mpsc::TrySendError::Disconnected(_) => SubmitError::Stopped,
+        })
+    }
+
+    /// Stops taking requests, lets those that were taken run for at most `grace`, fails the rest with
+    /// [`EngineError::Draining`], and ends the thread.
+    pub fn shutdown(&self, grace: Duration) {
+        *self.shared.drain_deadline.lock() = Some(Instant::now() + grace);
+        self.shared.draining.store(true, Ordering::Release);
+        // a full queue means that the thread is awake anyway
+        let _ = self.commands.try_send(Command::Wake);
+    }
+
+    /// Whether the engine thread runs. If it does not and nobody shut it down, the process should end.
+    pub fn is_alive(&self) -> bool {
+        !self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    /// Longest sequence (prompt and output) that a request may come to.
+    pub fn max_positions(&self) -> usize {
+        self.checks.positions
+    }
+
+    /// The engine now.
+    pub fn stats(&self) -> EngineStats {
+        let shared = &self.shared;
+        EngineStats {
+            running: shared.running.load(Ordering::Relaxed),
+            waiting: shared.waiting.load(Ordering::Relaxed),
+            pages_used: shared.pages_used.load(Ordering::Relaxed),
+            pages_total: self.checks.pages,
+            steps: shared.steps.load(Ordering::Relaxed),
+            preemptions: shared.preemptions.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Checks {
+    fn check(&self, request: &mut Request) -> Result<(), String> {
+        let arch = &self.arch;
+        let len = request.tokens.len();
+        if len == 0 {
+            return Err("the request has no tokens".into());
+        }
+        if let Some(id) = request.tokens.iter().find(|&&t| t as usize >= arch.vocab) {
+            return Err(format!("token {id} is outside the vocabulary of {}", arch.vocab));
+        }
+        if let Some(types) = &request.token_types {
+            let known = arch.token_types.max(1);
+            if types.len() != len || types.iter().any(|&t| t as usize >= known) {
+                return Err(format!("token types must be {len} numbers below {known}"));
+            }
+        }
+        let generates = arch.is_causal() && !arch.names.lm_head.is_empty();
+        let new = match &mut request.work {
+            Work::Generate(_) | Work::Score { .. } if !generates => {
+                return Err(format!("a {} base does not generate or score", arch.family));
+            }
+            Work::Generate(g) if g.max_new_tokens == 0 => return Err("max_new_tokens must be at least 1".into()),
+            Work::Generate(g) => g.max_new_tokens,
+            Work::Score { from } if *from == 0 || *from >= len => {
+                return Err(format!("scores from position {from} of {len} tokens: accepted are 1 to the last one"));
+            }
+            Work::Embed { pooling, .. } => {
+                if *pooling == Pooling::Default {
+                    *pooling = if arch.is_causal() { Pooling::Last } else { Pooling::Mean };
+                }
+                0
+            }
+            Work::Score { .. } | Work::Classify | Work::ClassifyTokens => 0,
+        };
+        if len.saturating_add(new) > self.positions {
+            return Err(format!("{len} prompt tokens and {new} new ones exceed the {} positions", self.positions));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

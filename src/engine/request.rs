@@ -1,0 +1,201 @@
+//! What the engine is asked and what it answers. The async side builds requests; the engine thread sends events.
+
+use std::{
+    any::Any,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use crate::{
+    admission::params::{FinishReason, Pooling, Sampling, Timings, Usage},
+    delta::Delta,
+    ids::DeltaId,
+};
+
+/// A delta that a request uses, with the lease that keeps it resident; released with the request, on every exit.
+pub struct HeldDelta {
+    id: DeltaId,
+    delta: Arc<Delta>,
+    _lease: Box<dyn Any + Send + Sync>,
+}
+
+impl HeldDelta {
+    /// `lease` is kept as long as the request runs.
+    pub fn new(id: DeltaId, delta: Arc<Delta>, lease: impl Any + Send + Sync) -> Self {
+        Self { id, delta, _lease: Box::new(lease) }
+    }
+
+    /// Which version.
+    pub fn id(&self) -> DeltaId {
+        self.id
+    }
+
+    /// Its patches.
+    pub fn delta(&self) -> &Arc<Delta> {
+        &self.delta
+    }
+}
+
+impl std::fmt::Debug for HeldDelta {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("HeldDelta").field(&self.id).finish()
+    }
+}
+
+/// One sequence for the engine.
+#[derive(Debug)]
+pub struct Request {
+    /// The caller's number, for logs only.
+    pub id: u64,
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// Segment ids, one per token; all 0 if absent.
+    pub token_types: Option<Vec<u32>>,
+    /// Its delta; `None` = the bare base.
+    pub delta: Option<HeldDelta>,
+    /// What to do.
+    pub work: Work,
+    /// Not started, or failed, after this.
+    pub deadline: Option<Instant>,
+    /// Where answers go. Its capacity must be at least [`Work::events`]; the engine never waits for it, and a closed
+    /// channel ends the request at the next step.
+    pub events: mpsc::Sender<Event>,
+    /// The admission permit, released with the request.
+    pub permit: Option<OwnedSemaphorePermit>,
+    /// When it came, for the queue time.
+    pub arrived: Instant,
+}
+
+/// What to do with a sequence.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// Continue it.
+    Generate(Generate),
+    /// One vector of label logits: the delta's head, else the base's own.
+    Classify,
+    /// Label logits of every token.
+    ClassifyTokens,
+    /// One vector of the hidden size.
+    Embed {
+        /// How to pool; `Default`: mean for encoders, the last token for decoders.
+        pooling: Pooling,
+        /// Scale to unit length.
+        normalize: bool,
+    },
+    /// Log-probabilities of its own tokens.
+    Score {
+        /// First position scored, at least 1.
+        from: usize,
+    },
+}
+
+/// How to continue a sequence.
+#[derive(Debug, Clone)]
+pub struct Generate {
+    /// How tokens are chosen. An absent seed counts as 0: admission draws one.
+    pub sampling: Sampling,
+    /// Most new tokens, at least 1.
+    pub max_new_tokens: usize,
+    /// Tokens that end the output (the base's end-of-sequence ids among them, unless they are to be ignored).
+    pub stop_tokens: Vec<u32>,
+    /// Report log-probabilities, with this many alternatives.
+    pub logprobs: Option<usize>,
+}
+
+impl Work {
+    /// Most events that this work sends.
+    pub fn events(&self) -> usize {
+        match self {
+            Self::Generate(g) => g.max_new_tokens.saturating_add(2),
+            _ => 2,
+        }
+    }
+}
+
+/// What the engine tells about a request. Exactly one of `Finished`, `Output` and `Failed` comes last; a channel that
+/// closes without one means that the engine has stopped.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A new token (never the stop token).
+    Token(TokenOut),
+    /// The continuation is complete.
+    Finished(Finished),
+    /// The result of work other than `Generate`.
+    Output(Output, Timings),
+    /// The request failed; its events before this one stay valid.
+    Failed(EngineError),
+}
+
+/// A generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenOut {
+    /// The token.
+    pub id: u32,
+    /// Natural log of its probability under the raw logits; 0 if not asked for.
+    pub logprob: f32,
+    /// The likeliest tokens; empty if not asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// The end of a continuation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finished {
+    /// `StopToken` or `Length`.
+    pub reason: FinishReason,
+    /// Tokens; a stop token counts, though it is not sent.
+    pub usage: Usage,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// The result of work other than `Generate`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// `[labels]`.
+    Logits(Vec<f32>),
+    /// Per token, `[labels]`.
+    TokenLogits(Vec<Vec<f32>>),
+    /// `[hidden]`.
+    Embedding(Vec<f32>),
+    /// Natural-log probabilities of the tokens from the first scored position on.
+    Scores(Vec<f32>),
+}
+
+/// Why a request that was taken failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// A step failed; only its own sequences did. The text is for logs.
+    #[error("a step failed: {0}")]
+    Internal(String),
+    /// The model's numbers for this request are not finite (a broken delta).
+    #[error("the model's output is not finite")]
+    NonFinite,
+    /// Neither the delta nor the base has a classification head.
+    #[error("neither the delta nor the base has a head for this")]
+    NoHead,
+    /// The deadline passed.
+    #[error("the deadline passed after {0:?}")]
+    DeadlineExceeded(Duration),
+    /// The engine stops.
+    #[error("the engine is shutting down")]
+    Draining,
+}
+
+/// Why a request was not taken. Nothing was sent on its channel.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// A request that this base or this cache can never serve; admission checks these first, for better messages.
+    #[error("{0}")]
+    Invalid(String),
+    /// The engine's queue is full.
+    #[error("the engine's queue of {0} requests is full")]
+    Overloaded(usize),
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    Draining,
+    /// The engine thread is gone.
+    #[error("the engine has stopped")]
+    Stopped,
+}

@@ -1,0 +1,362 @@
+//! The scheduler: which rows of which sequences make up the next step. A pure state machine: no tensors, no clock.
+//!
+//! One rule for prefill and decode: every sequence has `computed < total` positions, and a step hands out a budget of
+//! rows. First come sequences that miss one position (decode), then those that miss more (prefill, in chunks), then new
+//! ones in order of arrival. A new sequence gets the pages of all its positions at once, so only decode can run out of
+//! pages; it then takes those of the youngest younger sequence, which starts over later. The oldest sequence can always
+//! go on, so everything ends.
+//!
+//! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, so
+//! each is served within a bounded number of steps.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::{
+    ids::DeltaId,
+    kv::{PagePool, PageTable, pages_for},
+};
+
+/// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
+pub(super) type SeqId = u64;
+
+/// Limits of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Most rows of a step; an encoder's sequence that is longer runs alone.
+    pub(super) max_batch_tokens: usize,
+    /// Most sequences that hold pages at a time.
+    pub(super) max_sequences: usize,
+    /// Most distinct deltas in a step; the bare base does not count.
+    pub(super) max_deltas: usize,
+    /// Most rows of one sequence in a step.
+    pub(super) prefill_chunk: usize,
+    /// Pages of the cache; `None` for a base without one (an encoder), whose sequences are never split.
+    pub(super) pages: Option<usize>,
+}
+
+impl Limits {
+    /// Most positions that one sequence can have.
+    pub(super) fn max_positions(&self) -> usize {
+        self.pages.map_or(usize::MAX, |pages| pages.saturating_mul(crate::kv::PAGE_SIZE))
+    }
+}
+
+/// A sequence that could never run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the request needs a cache of {positions} positions; this server has {limit}")]
+pub(super) struct NeverFits {
+    /// Positions that it may need.
+    pub(super) positions: usize,
+    /// Positions that there are.
+    pub(super) limit: usize,
+}
+
+/// One sequence's share of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    /// Whose.
+    pub(super) id: SeqId,
+    /// Positions computed before.
+    pub(super) context: usize,
+    /// Rows in this step.
+    pub(super) len: usize,
+    /// Whether this step computes its last known position.
+    pub(super) completes: bool,
+}
+
+/// The next step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct StepPlan {
+    /// Shares, decode first.
+    pub(super) shares: Vec<Share>,
+    /// Sequences that lost their pages and start over later.
+    pub(super) preempted: Vec<SeqId>,
+}
+
+impl StepPlan {
+    /// Rows of the step.
+    pub(super) fn rows(&self) -> usize {
+        self.shares.iter().map(|s| s.len).sum()
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    delta: Option<DeltaId>,
+    /// Positions that are known (prompt and output so far).
+    total: usize,
+    computed: usize,
+    pages: PageTable,
+}
+
+/// All sequences that are not finished.
+#[derive(Debug)]
+pub(super) struct Scheduler {
+    limits: Limits,
+    pool: PagePool,
+    /// Hold pages, by arrival.
+    running: BTreeMap<SeqId, Entry>,
+    /// Hold none, by arrival.
+    waiting: BTreeMap<SeqId, Entry>,
+    /// When each delta was last in a step; only of deltas that sequences here use.
+    served: HashMap<DeltaId, u64>,
+    step: u64,
+}
+
+impl Scheduler {
+    /// An empty scheduler.
+    pub(super) fn new(limits: Limits) -> Self {
+        let at_least_one = |n: usize| n.max(1);
+        let limits = Limits {
+            max_batch_tokens: at_least_one(limits.max_batch_tokens),
+            // so decode alone never uses up the rows of a step
+            max_sequences: limits.max_sequences.clamp(1, at_least_one(limits.max_batch_tokens)),
+            max_deltas: at_least_one(limits.max_deltas),
+            prefill_chunk: at_least_one(limits.prefill_chunk),
+            pages: limits.pages,
+        };
+        let pool = PagePool::new(limits.pages.unwrap_or(0));
+        Self { limits, pool, running: BTreeMap::new(), waiting: BTreeMap::new(), served: HashMap::new(), step: 0 }
+    }
+
+    /// Queues a sequence of `total` known positions that may grow to `most`. Ids must grow.
+    ///
+    /// # Errors
+    /// A sequence that the cache can never hold.
+    pub(super) fn submit(
+        &mut self,
+        id: SeqId,
+        delta: Option<DeltaId>,
+        total: usize,
+        most: usize,
+    ) -> Result<(), NeverFits> {
+        debug_assert!(total > 0 && total <= most);
+        let limit = self.limits.max_positions();
+        if most > limit {
+            return Err(NeverFits { positions: most, limit });
+        }
+        self.waiting.insert(id, Entry { delta, total, computed: 0, pages: PageTable::default() });
+        Ok(())
+    }
+
+    /// Sequences that hold pages.
+    pub(super) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that wait for admission.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether nothing is left to do.
+    pub(super) fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// The pages.
+    pub(super) fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    /// Cache slots of a running sequence's first positions; empty for a base without a cache.
+    pub(super) fn slots(&self, id: SeqId, positions: usize) -> std::sync::Arc<[u32]> {
+        match self.running.get(&id) {
+            Some(entry) if self.limits.pages.is_some() => entry.pages.slots(positions),
+            _ => [].into(),
+        }
+    }
+
+    /// Chooses the next step's rows and takes the pages they need.
+    pub(super) fn plan(&mut self) -> StepPlan {
+        let mut plan = StepPlan::default();
+        // with more deltas than places, a turn may fall to sequences that all lack pages; the oldest one never does
+        for _ in 0..=self.running.len() + self.waiting.len() {
+            self.plan_turn(&mut plan);
+            if !plan.shares.is_empty() {
+                break;
+            }
+        }
+        plan
+    }
+
+    fn plan_turn(&mut self, plan: &mut StepPlan) {
+        self.step += 1;
+        let allowed = self.allowed_deltas();
+        let mut budget = self.limits.max_batch_tokens;
+        self.plan_decode(&allowed, &mut budget, plan);
+        self.plan_prefill(&allowed, &mut budget, plan);
+        self.admit(&allowed, &mut budget, plan);
+        self.served.extend(allowed.into_iter().map(|delta| (delta, self.step)));
+    }
+
+    /// A share was computed; `grew` says that a token was appended to the sequence.
+    pub(super) fn advance(&mut self, share: &Share, grew: bool) {
+        if let Some(entry) = self.running.get_mut(&share.id) {
+            entry.computed = share.context + share.len;
+            entry.total += usize::from(grew);
+            debug_assert!(entry.computed <= entry.total);
+        }
+    }
+
+    /// Forgets a sequence and takes its pages back.
+    pub(super) fn remove(&mut self, id: SeqId) {
+        let removed = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
+        let Some(mut entry) = removed else { return };
+        self.pool.release(&mut entry.pages);
+        if let Some(delta) = entry.delta {
+            let mut all = self.running.values().chain(self.waiting.values());
+            if !all.any(|e| e.delta == Some(delta)) {
+                self.served.remove(&delta);
+            }
+        }
+    }
+
+    /// Free and held pages are all pages, and nobody who waits holds one.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub(super) fn check(&self) -> Result<(), String> {
+        if let Some((id, _)) = self.waiting.iter().find(|(_, e)| !e.pages.is_empty()) {
+            return Err(format!("sequence {id} waits and holds pages"));
+        }
+        self.pool.check(self.running.values().map(|e| &e.pages))
+    }
+
+    /// Deltas of this step: all that want to run, or those that waited longest.
+    fn allowed_deltas(&self) -> HashSet<DeltaId> {
+        let places = self.limits.max_sequences.saturating_sub(self.running.len());
+        let mut free = self.pool.free();
+        let admissible = self.waiting.iter().take(places).take_while(|(_, e)| {
+            let need = self.pages_of(e.total);
+            let fits = need <= free;
+            free = free.saturating_sub(need);
+            fits
+        });
+        // delta -> its oldest sequence
+        let mut wanted: HashMap<DeltaId, SeqId> = HashMap::new();
+        for (&id, entry) in self.running.iter().chain(admissible) {
+            if let Some(delta) = entry.delta {
+                let oldest = wanted.entry(delta).or_insert(id);
+                *oldest = id.min(*oldest);
+            }
+        }
+        let mut order: Vec<(u64, SeqId, DeltaId)> =
+            wanted.into_iter().map(|(d, id)| (self.served.get(&d).copied().unwrap_or(0), id, d)).collect();
+        if order.len() > self.limits.max_deltas {
+            order.sort_unstable();
+            order.truncate(self.limits.max_deltas);
+        }
+        order.into_iter().map(|(_, _, d)| d).collect()
+    }
+
+    fn pages_of(&self, positions: usize) -> usize {
+        if self.limits.pages.is_some() { pages_for(positions) } else { 0 }
+    }
+
+    /// Sequences that miss one position, oldest first; each may need one more page.
+    fn plan_decode(&mut self, allowed: &HashSet<DeltaId>, budget: &mut usize, plan: &mut StepPlan) {
+        let decoding = |e: &Entry| e.computed > 0 && e.total - e.computed == 1;
+        let ids: Vec<SeqId> = self.running.iter().filter(|(_, e)| decoding(e)).map(|(id, _)| *id).collect();
+        for id in ids {
+            if *budget == 0 {
+                return;
+            }
+            // an older sequence may have taken its pages just now
+            let Some(entry) = self.running.get(&id) else { continue };
+            if !may_run(entry, allowed) || !self.cover(id, plan) {
+                continue;
+            }
+            self.share(id, budget, plan);
+        }
+    }
+
+    /// Sequences that miss more than one position, oldest first. Their pages were taken at admission.
+    fn plan_prefill(&mut self, allowed: &HashSet<DeltaId>, budget: &mut usize, plan: &mut StepPlan) {
+        let missing = |e: &Entry| e.total > e.computed && !(e.computed > 0 && e.total - e.computed == 1);
+        let ids: Vec<SeqId> =
+            self.running.iter().filter(|(_, e)| missing(e) && may_run(e, allowed)).map(|(id, _)| *id).collect();
+        for id in ids {
+            if *budget == 0 {
+                return;
+            }
+            self.share(id, budget, plan);
+        }
+    }
+
+    /// Waiting sequences in order of arrival. One whose delta has no place in this step is passed over, but its pages
+    /// and its place are kept for it; one that lacks pages or budget stops admission, so that nobody overtakes it.
+    fn admit(&mut self, allowed: &HashSet<DeltaId>, budget: &mut usize, plan: &mut StepPlan) {
+        // pages just taken away must not be handed to newcomers before their owner is back
+        if !plan.preempted.is_empty() {
+            return;
+        }
+        let places = self.limits.max_sequences.saturating_sub(self.running.len());
+        let ids: Vec<SeqId> = self.waiting.keys().copied().take(places).collect();
+        let mut kept = 0;
+        for id in ids {
+            let Some(entry) = self.waiting.get_mut(&id) else { continue };
+            if *budget == 0 {
+                return;
+            }
+            let pages = if self.limits.pages.is_some() { pages_for(entry.total) } else { 0 };
+            if !may_run(entry, allowed) {
+                kept += pages;
+                continue;
+            }
+            let split = self.limits.pages.is_some();
+            if !split && entry.total > *budget && !plan.shares.is_empty() {
+                return;
+            }
+            if split && (self.pool.free() < kept + pages || !self.pool.cover(&mut entry.pages, entry.total)) {
+                return;
+            }
+            if let Some(entry) = self.waiting.remove(&id) {
+                self.running.insert(id, entry);
+                self.share(id, budget, plan);
+            }
+        }
+    }
+
+    /// Gives a running sequence its rows of this step.
+    fn share(&self, id: SeqId, budget: &mut usize, plan: &mut StepPlan) {
+        let Some(entry) = self.running.get(&id) else { return };
+        let missing = entry.total - entry.computed;
+        let len = match self.limits.pages {
+            Some(_) => missing.min(self.limits.prefill_chunk).min(*budget),
+            None => missing,
+        };
+        *budget = budget.saturating_sub(len);
+        plan.shares.push(Share { id, context: entry.computed, len, completes: len == missing });
+    }
+
+    /// Makes a sequence's pages cover its positions, at the cost of younger sequences. `false`: it has to wait, because
+    /// only older ones hold pages.
+    fn cover(&mut self, id: SeqId, plan: &mut StepPlan) -> bool {
+        loop {
+            let Some(entry) = self.running.get_mut(&id) else { return false };
+            if self.limits.pages.is_none() || self.pool.cover(&mut entry.pages, entry.total) {
+                return true;
+            }
+            match self.running.last_key_value().map(|(youngest, _)| *youngest) {
+                Some(youngest) if youngest > id => self.preempt(youngest, plan),
+                _ => return false,
+            }
+        }
+    }
+
+    fn preempt(&mut self, id: SeqId, plan: &mut StepPlan) {
+        let Some(mut entry) = self.running.remove(&id) else { return };
+        self.pool.release(&mut entry.pages);
+        entry.computed = 0;
+        self.waiting.insert(id, entry);
+        plan.preempted.push(id);
+    }
+}
+
+fn may_run(entry: &Entry, allowed: &HashSet<DeltaId>) -> bool {
+    entry.delta.is_none_or(|d| allowed.contains(&d))
+}
+
+#[cfg(test)]
+mod tests;

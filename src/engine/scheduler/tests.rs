@@ -1,0 +1,235 @@
+//! The scheduler's laws, on random loads.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::kv::PAGE_SIZE;
+
+fn delta(n: u8) -> Option<DeltaId> {
+    (n > 0).then(|| DeltaId::from_bytes([n; 32]))
+}
+
+fn limits() -> Limits {
+    Limits { max_batch_tokens: 64, max_sequences: 8, max_deltas: 4, prefill_chunk: 32, pages: Some(64) }
+}
+
+/// One request of a random load: when it comes, its delta, its prompt and how many tokens it generates.
+#[derive(Debug, Clone)]
+struct Job {
+    at: u64,
+    delta: u8,
+    prompt: usize,
+    new: usize,
+}
+
+fn jobs() -> impl Strategy<Value = Vec<Job>> {
+    let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30);
+    proptest::collection::vec(job.prop_map(|(at, delta, prompt, new)| Job { at, delta, prompt, new }), 1..25)
+}
+
+fn any_limits() -> impl Strategy<Value = Limits> {
+    let pages = prop_oneof![Just(None), (7usize..30).prop_map(Some)];
+    (1usize..80, 1usize..9, 1usize..4, 1usize..40, pages).prop_map(
+        |(max_batch_tokens, max_sequences, max_deltas, prefill_chunk, pages)| Limits {
+            max_batch_tokens,
+            max_sequences,
+            max_deltas,
+            prefill_chunk,
+            pages,
+        },
+    )
+}
+
+/// Runs a load to its end and checks every step.
+fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
+    let mut scheduler = Scheduler::new(limits);
+    let mut left: BTreeMap<SeqId, (Job, usize)> = BTreeMap::new();
+    let mut arrivals: Vec<(SeqId, Job)> = jobs.iter().cloned().enumerate().map(|(i, j)| (i as SeqId, j)).collect();
+    arrivals.sort_by_key(|(_, j)| j.at);
+    let mut arrivals: std::collections::VecDeque<Job> = arrivals.into_iter().map(|(_, j)| j).collect();
+    let mut next = 0;
+    for step in 0..20_000u64 {
+        while arrivals.front().is_some_and(|j| j.at <= step) {
+            let Some(mut job) = arrivals.pop_front() else { break };
+            if limits.pages.is_none() {
+                job.new = 0;
+            }
+            let most = job.prompt + job.new.saturating_sub(1);
+            match scheduler.submit(next, delta(job.delta), job.prompt, most) {
+                Ok(()) => drop(left.insert(next, (job, 0))),
+                Err(e) => prop_assert!(e.positions > e.limit),
+            }
+            next += 1;
+        }
+        if scheduler.is_idle() {
+            if arrivals.is_empty() {
+                prop_assert!(left.is_empty());
+                prop_assert_eq!(scheduler.pool().used(), 0);
+                prop_assert!(scheduler.served.is_empty());
+                return Ok(());
+            }
+            continue;
+        }
+        let plan = scheduler.plan();
+        check_step(&scheduler, &plan, limits, &left)?;
+        for share in &plan.shares {
+            let Some((job, made)) = left.get_mut(&share.id) else { return Err(TestCaseError::fail("unknown id")) };
+            if !share.completes {
+                scheduler.advance(share, false);
+                continue;
+            }
+            *made += 1;
+            let done = *made >= job.new.max(1);
+            scheduler.advance(share, !done);
+            if done {
+                scheduler.remove(share.id);
+                left.remove(&share.id);
+            }
+        }
+        prop_assert_eq!(scheduler.check(), Ok(()));
+    }
+    Err(TestCaseError::fail(format!("{} sequences never finish", left.len())))
+}
+
+fn check_step(
+    s: &Scheduler,
+    plan: &StepPlan,
+    l: Limits,
+    left: &BTreeMap<SeqId, (Job, usize)>,
+) -> Result<(), TestCaseError> {
+    prop_assert!(!plan.shares.is_empty(), "an unfinished load always has a step");
+    prop_assert!(plan.rows() <= l.max_batch_tokens || (l.pages.is_none() && plan.shares.len() == 1));
+    prop_assert!(s.running() <= l.max_sequences);
+    prop_assert_eq!(s.check(), Ok(()));
+    let mut ids: Vec<SeqId> = plan.shares.iter().map(|s| s.id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    prop_assert_eq!(ids.len(), plan.shares.len(), "one share per sequence");
+    prop_assert!(plan.preempted.iter().all(|p| !ids.contains(p)));
+    let deltas: HashSet<u8> = ids.iter().map(|id| left[id].0.delta).filter(|d| *d > 0).collect();
+    prop_assert!(deltas.len() <= l.max_deltas);
+    for share in &plan.shares {
+        prop_assert!(share.len > 0);
+        let (job, made) = &left[&share.id];
+        let total = job.prompt + made;
+        prop_assert_eq!(share.completes, share.context + share.len == total);
+        match l.pages {
+            None => prop_assert!(share.context == 0 && share.completes, "an encoder's sequence is never split"),
+            Some(_) => {
+                prop_assert!(share.len <= l.prefill_chunk);
+                prop_assert_eq!(s.slots(share.id, share.context + share.len).len(), share.context + share.len);
+            }
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_step_keeps_the_limits_and_every_admitted_sequence_finishes(limits in any_limits(), jobs in jobs()) {
+        run(limits, &jobs)?;
+    }
+
+    #[test]
+    fn no_delta_waits_longer_than_a_round(deltas in proptest::collection::vec(1u8..12, 2..12), cap in 1usize..5) {
+        let mut s = Scheduler::new(Limits { max_deltas: cap, max_sequences: 64, pages: Some(640), ..limits() });
+        for (id, d) in deltas.iter().enumerate() {
+            prop_assert!(s.submit(id as SeqId, delta(*d), 4, 100).is_ok());
+        }
+        let distinct = deltas.iter().collect::<HashSet<_>>().len();
+        let mut last = vec![0; deltas.len()];
+        for step in 1..60 {
+            let plan = s.plan();
+            for share in &plan.shares {
+                last[share.id as usize] = step;
+                s.advance(share, share.completes);
+            }
+            for (id, last) in last.iter().enumerate() {
+                prop_assert!(step - last <= distinct.div_ceil(cap), "sequence {id} waits since step {last}");
+            }
+        }
+    }
+}
+
+fn ids(plan: &StepPlan) -> Vec<SeqId> {
+    plan.shares.iter().map(|s| s.id).collect()
+}
+
+fn go(s: &mut Scheduler) -> StepPlan {
+    let plan = s.plan();
+    plan.shares.iter().for_each(|share| s.advance(share, share.completes));
+    plan
+}
+
+#[test]
+fn decode_comes_first_then_chunks_then_newcomers() {
+    let mut s = Scheduler::new(limits());
+    s.submit(1, None, 4, 20).expect("fits");
+    go(&mut s);
+    s.submit(2, None, 100, 200).expect("fits");
+    s.submit(3, None, 50, 60).expect("fits");
+    let plan = go(&mut s);
+    assert_eq!(plan.shares.iter().map(|s| (s.id, s.len)).collect::<Vec<_>>(), vec![(1, 1), (2, 32), (3, 31)]);
+    let plan = go(&mut s);
+    assert_eq!(
+        plan.shares.iter().map(|s| (s.id, s.context, s.len, s.completes)).collect::<Vec<_>>(),
+        vec![(1, 5, 1, true), (2, 32, 32, false), (3, 31, 19, true)]
+    );
+}
+
+#[test]
+fn the_youngest_gives_its_pages_and_comes_back_first() {
+    let mut s = Scheduler::new(Limits { pages: Some(3), ..limits() });
+    s.submit(1, None, PAGE_SIZE, 3 * PAGE_SIZE).expect("fits");
+    s.submit(2, None, PAGE_SIZE, 2 * PAGE_SIZE).expect("fits");
+    assert_eq!(ids(&go(&mut s)), vec![1, 2]);
+    s.submit(3, None, 1, 2).expect("fits");
+    // both grow over a page border: the older takes the last free page, then the younger's
+    let plan = go(&mut s);
+    assert_eq!((ids(&plan), plan.preempted), (vec![1], vec![]));
+    assert_eq!(s.running(), 2);
+    for _ in 0..PAGE_SIZE - 1 {
+        assert_eq!(ids(&go(&mut s)), vec![1], "the younger waits with its pages, newcomers behind it");
+    }
+    let plan = go(&mut s);
+    assert_eq!((ids(&plan), plan.preempted), (vec![1], vec![2]));
+    s.remove(1);
+    let plan = go(&mut s);
+    assert_eq!(plan.shares[0], Share { id: 2, context: 0, len: PAGE_SIZE + 1, completes: true });
+    assert_eq!(ids(&plan), vec![2, 3]);
+}
+
+#[test]
+fn a_request_beyond_the_cache_is_refused_with_the_numbers() {
+    let mut s = Scheduler::new(Limits { pages: Some(2), ..limits() });
+    let limit = 2 * PAGE_SIZE;
+    assert_eq!(s.submit(1, None, 1, limit + 1), Err(NeverFits { positions: limit + 1, limit }));
+    assert_eq!(s.submit(1, None, 1, limit), Ok(()));
+}
+
+#[test]
+fn an_encoder_request_over_the_budget_runs_alone() {
+    let mut s = Scheduler::new(Limits { pages: None, ..limits() });
+    s.submit(1, None, 10, 10).expect("fits");
+    s.submit(2, None, 500, 500).expect("fits");
+    s.submit(3, None, 10, 10).expect("fits");
+    let mut step = || {
+        let plan = s.plan();
+        ids(&plan).into_iter().for_each(|id| s.remove(id));
+        ids(&plan)
+    };
+    assert_eq!((step(), step(), step()), (vec![1], vec![2], vec![3]));
+}
+
+#[test]
+fn one_delta_more_than_places_is_served_in_turn() {
+    let mut s = Scheduler::new(Limits { max_deltas: 2, ..limits() });
+    for id in 1..=3u8 {
+        s.submit(u64::from(id), delta(id), 2, 50).expect("fits");
+    }
+    s.submit(9, None, 2, 50).expect("fits");
+    assert_eq!(ids(&go(&mut s)), vec![1, 2, 9]);
+    assert_eq!(ids(&go(&mut s)), vec![1, 9, 3], "the one that was passed over is first");
+}

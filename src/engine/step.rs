@@ -1,0 +1,252 @@
+//! One step: shares of sequences to packed rows, one forward, and what each sequence gets out of it.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Result, Storage, Tensor};
+use rayon::prelude::*;
+
+use super::{
+    request::{TokenOut, Work},
+    sampler,
+    scheduler::Share,
+    sequence::Sequence,
+};
+use crate::{
+    admission::params::Pooling,
+    delta::{Delta, DeltaBatch},
+    ids::DeltaId,
+    kv::KvCache,
+    model::{Base, Input},
+    nn::Cx,
+    rows::RowLayout,
+};
+
+/// One sequence's part in a step.
+pub(super) struct Task<'a> {
+    pub(super) share: Share,
+    pub(super) sequence: &'a Sequence,
+    /// Cache slots of its positions up to the last row; empty without a cache.
+    pub(super) slots: Arc<[u32]>,
+}
+
+/// What a sequence gets out of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Got {
+    /// Its rows are in the cache, and nothing else was due.
+    Nothing,
+    /// The next token.
+    Token(TokenOut),
+    /// Logits that no token can be chosen from.
+    NonFinite,
+    /// Classification without a head.
+    NoHead,
+    /// Numbers to append: label logits, log-probabilities, the pooled row.
+    Numbers(Vec<f32>),
+    /// Numbers to add up: hidden rows.
+    Sum(Vec<f32>),
+    /// One vector per row: token classification.
+    Rows(Vec<Vec<f32>>),
+}
+
+/// Which delta each span has, and its length: what a compiled batch depends on.
+type Shape = Vec<(Option<DeltaId>, usize)>;
+
+/// Runs steps on a base.
+pub(super) struct Stepper {
+    base: Arc<Base>,
+    kv: Option<KvCache>,
+    compiled: Option<(Shape, DeltaBatch)>,
+}
+
+impl Stepper {
+    pub(super) fn new(base: Arc<Base>, kv: Option<KvCache>) -> Self {
+        Self { base, kv, compiled: None }
+    }
+
+    /// Lets go of the deltas of the last step.
+    pub(super) fn forget(&mut self) {
+        self.compiled = None;
+    }
+
+    /// Computes all tasks in one forward; one result per task, and the number of distinct deltas.
+    pub(super) fn run(&mut self, tasks: &[Task<'_>]) -> Result<(Vec<Got>, usize)> {
+        let mut rows = RowLayout::default();
+        let mut tokens = Vec::new();
+        let mut types = Vec::new();
+        let typed = tasks.iter().any(|t| t.sequence.request.token_types.is_some());
+        for Task { share, sequence, slots } in tasks {
+            rows.push(share.len, share.context, Arc::clone(slots));
+            let range = share.context..share.context + share.len;
+            tokens.extend_from_slice(&sequence.tokens()[range.clone()]);
+            if typed {
+                let given = sequence.request.token_types.as_deref();
+                types.extend(range.map(|i| given.and_then(|t| t.get(i)).copied().unwrap_or(0)));
+            }
+        }
+        let base = Arc::clone(&self.base);
+        let shape = tasks.iter().map(|t| (t.sequence.delta_id(), t.share.len)).collect();
+        self.compile(shape, tasks, &rows);
+        let none = DeltaBatch::none();
+        let deltas = self.compiled.as_ref().map_or(&none, |(_, batch)| batch);
+        let cx = Cx { rows: &rows, deltas, kv: self.kv.as_ref(), pacer: None };
+        let input = Input { tokens: &tokens, token_types: typed.then_some(&types[..]) };
+        let hidden = base.transformer.forward(&input, &cx)?; // [rows, hidden]
+        let mut got = vec![Got::Nothing; tasks.len()];
+        let reader = Reader { base: &base, tasks, rows: &rows, hidden: &hidden, cx: &cx };
+        reader.tokens(&mut got)?;
+        reader.scores(&mut got)?;
+        reader.classes(&mut got)?;
+        reader.embeddings(&mut got)?;
+        Ok((got, deltas.distinct()))
+    }
+
+    /// Compiles the deltas of a step, unless the last step had the same ones at the same rows.
+    fn compile(&mut self, shape: Shape, tasks: &[Task<'_>], rows: &RowLayout) {
+        if self.compiled.as_ref().is_some_and(|(last, _)| *last == shape) {
+            return;
+        }
+        if shape.iter().all(|(delta, _)| delta.is_none()) {
+            self.compiled = None;
+            return;
+        }
+        // a version that was evicted and loaded again while it ran has two copies: one of them is enough
+        let mut by_id: Vec<(DeltaId, &Arc<Delta>)> = Vec::new();
+        let per_span: Vec<Option<Arc<Delta>>> = tasks
+            .iter()
+            .map(|task| {
+                let held = task.sequence.request.delta.as_ref()?;
+                let known = by_id.iter().find(|(id, _)| *id == held.id()).map(|(_, delta)| *delta);
+                let delta = known.unwrap_or_else(|| {
+                    by_id.push((held.id(), held.delta()));
+                    held.delta()
+                });
+                Some(Arc::clone(delta))
+            })
+            .collect();
+        self.compiled = Some((shape, DeltaBatch::new(rows, &per_span, self.base.sites.len())));
+    }
+}
+
+/// Reads results out of the final hidden states.
+struct Reader<'a> {
+    base: &'a Base,
+    tasks: &'a [Task<'a>],
+    rows: &'a RowLayout,
+    hidden: &'a Tensor,
+    cx: &'a Cx<'a>,
+}
+
+impl Reader<'_> {
+    /// The next token of every generating sequence whose last known position was computed.
+    fn tokens(&self, got: &mut [Got]) -> Result<()> {
+        let due = |t: &Task<'_>| t.share.completes && matches!(t.sequence.request.work, Work::Generate(_));
+        let which: Vec<usize> = self.tasks.iter().enumerate().filter(|(_, t)| due(t)).map(|(i, _)| i).collect();
+        if which.is_empty() {
+            return Ok(());
+        }
+        let last = self.rows.last_rows();
+        let pick: Vec<u32> = which.iter().map(|&i| last[i]).collect();
+        let logits = self.base.transformer.logits(self.hidden, &pick, self.cx)?; // [pick, vocab]
+        let vocab = logits.dim(D::Minus1)?;
+        let chosen = with_numbers(&logits, |numbers| {
+            let rows = numbers.par_chunks_exact(vocab).zip(&which);
+            rows.map(|(row, &i)| choose(row, self.tasks[i].sequence)).collect::<Vec<_>>()
+        })?;
+        which.into_iter().zip(chosen).for_each(|(i, token)| got[i] = token);
+        Ok(())
+    }
+
+    /// Log-probabilities of the scored tokens that these rows predict.
+    fn scores(&self, got: &mut [Got]) -> Result<()> {
+        let (mut pick, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
+            let Work::Score { from } = task.sequence.request.work else { continue };
+            let before = pick.len();
+            for row in 0..span.len {
+                let target = span.context_len + row + 1;
+                if let Some(&token) = task.sequence.tokens().get(target).filter(|_| target >= from) {
+                    pick.push((span.start + row) as u32);
+                    targets.push(token);
+                }
+            }
+            counts.push((i, pick.len() - before));
+        }
+        if pick.is_empty() {
+            return Ok(());
+        }
+        let nll = self.base.transformer.nll(self.hidden, &pick, &targets, self.cx)?.to_vec1::<f32>()?;
+        let mut rest = nll.as_slice();
+        for (i, count) in counts {
+            let (own, others) = rest.split_at(count);
+            got[i] = Got::Numbers(own.iter().map(|x| -x).collect());
+            rest = others;
+        }
+        Ok(())
+    }
+
+    fn classes(&self, got: &mut [Got]) -> Result<()> {
+        let work = |i: usize| &self.tasks[i].sequence.request.work;
+        let due = |i: &usize| self.tasks[*i].share.completes && matches!(work(*i), Work::Classify);
+        let whole: Vec<usize> = (0..self.tasks.len()).filter(due).collect();
+        if !whole.is_empty() {
+            let logits = self.base.transformer.classify(self.hidden, self.cx)?;
+            for i in whole {
+                got[i] = match &logits[i] {
+                    Some(logits) => Got::Numbers(logits.to_vec1()?),
+                    None => Got::NoHead,
+                };
+            }
+        }
+        let each: Vec<usize> = (0..self.tasks.len()).filter(|&i| matches!(work(i), Work::ClassifyTokens)).collect();
+        if !each.is_empty() {
+            let logits = self.base.transformer.classify_tokens(self.hidden, self.cx)?;
+            for i in each {
+                got[i] = match &logits[i] {
+                    Some(logits) => Got::Rows(logits.to_vec2()?),
+                    None => Got::NoHead,
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Pooled hidden states; a mean is summed up chunk by chunk.
+    fn embeddings(&self, got: &mut [Got]) -> Result<()> {
+        for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
+            let Work::Embed { pooling, .. } = task.sequence.request.work else { continue };
+            let row = |at: usize| self.hidden.narrow(0, at, 1)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
+            match pooling {
+                Pooling::Mean | Pooling::Default => {
+                    let rows = self.hidden.narrow(0, span.start, span.len)?.to_dtype(DType::F32)?;
+                    got[i] = Got::Sum(rows.sum(0)?.to_vec1()?);
+                }
+                Pooling::Cls if span.context_len == 0 => got[i] = Got::Numbers(row(span.start)?),
+                Pooling::Last if task.share.completes => got[i] = Got::Numbers(row(span.start + span.len - 1)?),
+                Pooling::Cls | Pooling::Last => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The next token of one sequence.
+fn choose(logits: &[f32], sequence: &Sequence) -> Got {
+    let Work::Generate(how) = &sequence.request.work else { return Got::Nothing };
+    let seed = how.sampling.seed.unwrap_or(0);
+    let token = sampler::choose(logits, sequence.history(), &how.sampling, seed).and_then(|id| match how.logprobs {
+        None => Ok(TokenOut { id, logprob: 0.0, top: vec![] }),
+        Some(n) => sampler::logprobs(logits, id, n).map(|(logprob, top)| TokenOut { id, logprob, top }),
+    });
+    token.map_or(Got::NonFinite, Got::Token)
+}
+
+/// Reads a tensor's numbers, without a copy where they lie in host memory.
+fn with_numbers<R>(t: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    {
+        let (storage, layout) = t.storage_and_layout();
+        if let (Storage::Cpu(cpu), Some((from, to))) = (&*storage, layout.contiguous_offsets()) {
+            return Ok(read(&cpu.as_slice::<f32>()?[from..to]));
+        }
+    }
+    Ok(read(&t.flatten_all()?.to_vec1::<f32>()?))
+}

@@ -1,0 +1,127 @@
+//! Continuations: what a sequence says depends on its tokens, its delta and its seed alone.
+
+use super::*;
+use crate::model::testing::{tiny_gpt2, tiny_llama};
+
+/// Jobs of all lengths: bare base and five deltas, some of them shared.
+fn jobs(base: &Base) -> Vec<Job> {
+    (0..14u64)
+        .map(|i| {
+            let work = greedy(1 + (i as usize * 7) % 40);
+            let which = (i % 6) as u8;
+            let job = Job::new(prompt(i, 1 + (i as usize * 13) % 90), work);
+            if which == 0 { job } else { job.with(&delta(base, which, 0)) }
+        })
+        .collect()
+}
+
+/// Each in an engine that does nothing else.
+fn alone(base: &Arc<Base>, jobs: &[Job]) -> Vec<Answer> {
+    let engine = Engine::new(base, roomy());
+    jobs.iter().map(|job| Answer::read(engine.submit(job))).collect()
+}
+
+#[test]
+fn a_mixed_batch_says_what_each_request_says_alone() {
+    for config in [tiny_llama(), tiny_gpt2()] {
+        let base = base(&config);
+        let jobs = jobs(&base);
+        let expected = alone(&base, &jobs);
+        let different: std::collections::HashSet<_> = expected.iter().map(Answer::ids).collect();
+        assert!(different.len() > 10, "the deltas do something");
+        let engine = Engine::new(&base, roomy());
+        assert_same(&engine.together(&jobs), &expected);
+        engine.settle();
+        // in waves: requests join while others run, in another order
+        let backwards: Vec<Job> = jobs.iter().rev().cloned().collect();
+        let mut receivers = Vec::new();
+        for wave in backwards.chunks(3) {
+            receivers.extend(wave.iter().map(|job| engine.submit(job)));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let mut answers: Vec<Answer> = receivers.into_iter().map(Answer::read).collect();
+        answers.reverse();
+        assert_same(&answers, &expected);
+        engine.settle();
+    }
+}
+
+#[test]
+fn chunks_few_deltas_at_a_time_and_few_places_change_nothing() {
+    let base = base(&tiny_llama());
+    let jobs = jobs(&base);
+    let expected = alone(&base, &jobs);
+    let narrow = EngineConfig { max_batch_tokens: 16, max_sequences: 5, max_deltas: 2, prefill_chunk: 7, ..roomy() };
+    let engine = Engine::new(&base, narrow);
+    assert_same(&engine.together(&jobs), &expected);
+    engine.settle();
+}
+
+#[test]
+fn a_preempted_sequence_says_what_it_would_have_said() {
+    let base = base(&tiny_llama());
+    let sampled = |i: u64| {
+        Work::Generate(Generate {
+            sampling: Sampling { temperature: 1.0, seed: Some(i), ..Sampling::default() },
+            max_new_tokens: 60,
+            stop_tokens: vec![],
+            logprobs: Some(0),
+        })
+    };
+    let jobs: Vec<Job> = (0..6)
+        .map(|i| Job::new(prompt(i, 20), if i % 2 == 0 { greedy(60) } else { sampled(i) }))
+        .map(|job| job.with(&delta(&base, 1, 0)))
+        .collect();
+    let expected = alone(&base, &jobs);
+    let engine = Engine::new(&base, EngineConfig { kv_pages: 12, prefill_chunk: 9, ..roomy() });
+    assert_same(&engine.together(&jobs), &expected);
+    engine.settle();
+    assert!(engine.handle.stats().preemptions > 0, "12 pages cannot hold six sequences of five pages");
+}
+
+#[test]
+fn a_seed_reproduces_a_continuation_in_any_company() {
+    let base = base(&tiny_gpt2());
+    let with_seed = |seed| {
+        let sampling = Sampling { temperature: 1.5, top_k: 50, top_p: 0.95, seed: Some(seed), ..Sampling::default() };
+        let work = Generate { sampling, max_new_tokens: 30, stop_tokens: vec![], logprobs: None };
+        Job::new(prompt(1, 10), Work::Generate(work))
+    };
+    let engine = Engine::new(&base, roomy());
+    let first = Answer::read(engine.submit(&with_seed(5))).ids();
+    let mut company = jobs(&base);
+    company.insert(3, with_seed(5));
+    company.push(with_seed(6));
+    let answers = engine.together(&company);
+    assert_eq!(answers[3].ids(), first);
+    assert_ne!(answers[company.len() - 1].ids(), first);
+}
+
+#[test]
+fn the_end_is_a_stop_token_or_the_length() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let whole = Answer::read(engine.submit(&Job::new(prompt(2, 9), greedy(12))));
+    let end = whole.finished.clone().expect("finishes");
+    assert_eq!((end.reason, end.usage.prompt_tokens, end.usage.completion_tokens), (FinishReason::Length, 9, 12));
+    assert_eq!(whole.tokens.len(), 12);
+    let at = whole.ids().iter().position(|id| *id == whole.ids()[5]).expect("it is there");
+    let Work::Generate(how) = greedy(12) else { unreachable!() };
+    let work = Work::Generate(Generate { stop_tokens: vec![whole.ids()[5]], ..how });
+    let stopped = Answer::read(engine.submit(&Job::new(prompt(2, 9), work)));
+    assert_eq!(stopped.ids()[..], whole.ids()[..at], "the stop token is not sent");
+    let end = stopped.finished.expect("finishes");
+    assert_eq!((end.reason, end.usage.completion_tokens as usize), (FinishReason::StopToken, at + 1));
+}
+
+#[test]
+fn log_probabilities_belong_to_the_greedy_choice() {
+    let base = base(&tiny_gpt2());
+    let engine = Engine::new(&base, roomy());
+    let answer = Answer::read(engine.submit(&Job::new(prompt(3, 9), greedy(10))));
+    for token in &answer.tokens {
+        assert_eq!(token.top.len(), 3);
+        assert_eq!(token.top[0], (token.id, token.logprob));
+        assert!(token.logprob <= 0.0 && token.top.windows(2).all(|w| w[0].1 >= w[1].1));
+    }
+}

@@ -1,0 +1,197 @@
+//! Ends: whatever happens to a request, its pages, lease and permit come back and the others go on.
+
+use super::*;
+use crate::model::testing::{tiny_bert, tiny_llama};
+
+/// Waits for something that the engine does within a few steps.
+fn until(what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < Duration::from_secs(30), "does not come");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_sequence() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let stays = Job::new(prompt(1, 4), greedy(60)).with(&delta(&base, 1, 0));
+    let leaves = Job::new(prompt(2, 4), greedy(240)).with(&delta(&base, 2, 0));
+    let permits = Arc::new(tokio::sync::Semaphore::new(1));
+    let (mut request, mut events) = leaves.request();
+    request.permit = Some(Arc::clone(&permits).try_acquire_owned().expect("permit"));
+    engine.handle.submit(request).expect("taken");
+    let stays_events = engine.submit(&stays);
+    assert!(matches!(events.blocking_recv(), Some(Event::Token(_))));
+    drop(events);
+    until(|| Arc::strong_count(&leaves.lease) == 1 && permits.available_permits() == 1);
+    assert_eq!(Answer::read(stays_events).tokens.len(), 60);
+    engine.settle();
+    until(|| Arc::strong_count(&stays.lease) == 1);
+}
+
+#[test]
+fn a_thousand_opens_and_cancels_leave_nothing_behind() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, EngineConfig { queue: 2000, kv_pages: 40, ..roomy() });
+    let deltas: Vec<_> = (1..9).map(|n| delta(&base, n, 0)).collect();
+    let lease = Arc::new(());
+    for i in 0..1000usize {
+        let mut job = Job::new(prompt(i as u64, 1 + i % 40), greedy(1 + i % 100)).with(&deltas[i % 8]);
+        job.lease = Arc::clone(&lease);
+        let mut events = engine.submit(&job);
+        if i % 7 == 0 {
+            events.blocking_recv();
+        }
+    }
+    engine.settle();
+    until(|| Arc::strong_count(&lease) == 1);
+}
+
+#[test]
+fn a_request_past_its_deadline_never_starts() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let late = Job { deadline: Some(Instant::now()), ..Job::new(prompt(1, 4), greedy(9)) };
+    let answer = Answer::read(engine.submit(&late));
+    assert!(matches!(answer.failed, Some(EngineError::DeadlineExceeded(_))), "{answer:?}");
+    assert_eq!(engine.handle.stats().steps, 0);
+}
+
+#[test]
+fn a_running_request_ends_at_its_deadline() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let deadline = Some(Instant::now() + Duration::from_millis(4));
+    let answer = Answer::read(engine.submit(&Job { deadline, ..Job::new(prompt(1, 4), greedy(250)) }));
+    assert!(matches!(answer.failed, Some(EngineError::DeadlineExceeded(_))), "{answer:?}");
+    assert!(answer.tokens.len() < 250);
+    engine.settle();
+}
+
+#[test]
+fn numbers_that_are_not_finite_fail_their_request_only() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let Some((id, good)) = delta(&base, 3, 0) else { unreachable!() };
+    let sick = good.patches().iter().map(|(site, patch)| {
+        let Patch::LowRank(l) = patch else { unreachable!() };
+        (*site, Patch::LowRank(LowRank { scale: f64::NAN, ..l.clone() }))
+    });
+    let sick = Some((DeltaId::from_bytes([99; 32]), Arc::new(Delta::new(spec(Task::CausalLm), sick.collect(), None))));
+    let well = Job::new(prompt(1, 9), greedy(8)).with(&Some((id, good)));
+    let expected = Answer::read(engine.submit(&well));
+    let jobs = [
+        well,
+        Job::new(prompt(1, 9), greedy(8)).with(&sick),
+        Job::new(prompt(1, 9), Work::Score { from: 1 }).with(&sick),
+        Job::new(prompt(1, 9), Work::Embed { pooling: Pooling::Mean, normalize: true }).with(&sick),
+    ];
+    let mut answers = engine.together(&jobs);
+    for answer in answers.drain(1..) {
+        assert_eq!(answer.failed, Some(EngineError::NonFinite));
+    }
+    assert_same(&answers, &[expected]);
+    engine.settle();
+}
+
+#[test]
+fn a_step_that_fails_takes_only_its_own_requests_with_it() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let Some((_, good)) = delta(&base, 3, 0) else { unreachable!() };
+    let mut rng = Rng(1);
+    let misfit = LowRank { a: tensor(&mut rng, &[2, 5], 1.0), b: tensor(&mut rng, &[2, 3], 1.0), scale: 1.0 };
+    let misfit = Delta::new(spec(Task::CausalLm), vec![(good.patches()[0].0, Patch::LowRank(misfit))], None);
+    let broken = Job::new(prompt(1, 9), greedy(8)).with(&Some((DeltaId::from_bytes([98; 32]), Arc::new(misfit))));
+    let answer = Answer::read(engine.submit(&broken));
+    assert!(matches!(answer.failed, Some(EngineError::Internal(_))), "{answer:?}");
+    engine.settle();
+    until(|| Arc::strong_count(&broken.lease) == 1);
+    assert!(engine.handle.is_alive());
+    assert_eq!(Answer::read(engine.submit(&Job::new(prompt(1, 9), greedy(8)))).tokens.len(), 8);
+}
+
+#[test]
+fn what_can_never_be_served_is_refused_at_once() {
+    let llama = base(&tiny_llama());
+    let engine = Engine::new(&llama, EngineConfig { kv_pages: 4, ..roomy() });
+    let refused = |engine: &Engine, job: Job| match engine.handle.submit(job.request().0) {
+        Err(SubmitError::Invalid(reason)) => reason,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(&engine, Job::new(vec![], greedy(1))).contains("no tokens"));
+    assert!(refused(&engine, Job::new(vec![1, 128], greedy(1))).contains("128"));
+    assert!(refused(&engine, Job::new(vec![u32::MAX], Work::Classify)).contains("vocabulary"));
+    assert!(refused(&engine, Job::new(vec![1], greedy(0))).contains("at least 1"));
+    assert!(refused(&engine, Job::new(vec![1], greedy(usize::MAX))).contains("exceed the 64 positions"));
+    assert!(refused(&engine, Job::new(vec![1; 60], greedy(5))).contains("60 prompt tokens and 5"));
+    assert!(refused(&engine, Job::new(vec![1], Work::Score { from: 1 })).contains("position 1"));
+    assert!(refused(&engine, Job::new(vec![1, 2], Work::Score { from: 0 })).contains("position 0"));
+    assert_eq!(Answer::read(engine.submit(&Job::new(vec![1; 60], greedy(4)))).tokens.len(), 4);
+    let bert = base(&tiny_bert());
+    let engine = Engine::new(&bert, roomy());
+    assert!(refused(&engine, Job::new(vec![1], greedy(1))).contains("bert"));
+    let types = Job { types: Some(vec![0, 2]), ..Job::new(vec![1, 2], Work::Classify) };
+    assert!(refused(&engine, types).contains("token types"));
+    assert!(refused(&engine, Job::new(vec![1; 65], Work::Classify)).contains("64 positions"));
+}
+
+#[test]
+fn shutdown_lets_running_work_finish_and_takes_no_more() {
+    let base = base(&tiny_llama());
+    let mut engine = Engine::new(&base, roomy());
+    let events = engine.submit(&Job::new(prompt(1, 4), greedy(100)));
+    engine.handle.shutdown(Duration::from_secs(60));
+    assert_eq!(engine.handle.submit(Job::new(vec![1], greedy(1)).request().0), Err(SubmitError::Draining));
+    assert_eq!(Answer::read(events).tokens.len(), 100);
+    engine.thread.take().map(JoinHandle::join).expect("once").expect("no panic");
+    assert!(!engine.handle.is_alive());
+    engine.thread = Some(std::thread::spawn(|| {}));
+}
+
+#[test]
+fn shutdown_fails_what_is_left_at_the_end_of_grace() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, EngineConfig { max_sequences: 1, ..roomy() });
+    let running = engine.submit(&Job::new(prompt(1, 4), greedy(250)));
+    let waiting = engine.submit(&Job::new(prompt(2, 4), greedy(250)));
+    engine.handle.shutdown(Duration::from_millis(2));
+    assert_eq!(Answer::read(running).failed, Some(EngineError::Draining));
+    assert_eq!(Answer::read(waiting).failed, Some(EngineError::Draining));
+}
+
+#[test]
+fn a_full_queue_is_an_answer() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, EngineConfig { queue: 1, ..roomy() });
+    let mut refused = 0;
+    let mut receivers = Vec::new();
+    for i in 0..200 {
+        let (request, events) = Job::new(prompt(i, 30), greedy(1)).request();
+        match engine.handle.submit(request) {
+            Ok(()) => receivers.push(events),
+            Err(e) => {
+                assert_eq!(e, SubmitError::Overloaded(1));
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0);
+    for events in receivers {
+        assert!(Answer::read(events).finished.is_some());
+    }
+}
+
+#[test]
+fn serving_marks_itself_busy_while_it_works() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    assert!(!engine.pacer.is_busy());
+    let mut events = engine.submit(&Job::new(prompt(1, 4), greedy(200)));
+    events.blocking_recv();
+    assert!(engine.pacer.is_busy());
+    drop(events);
+    engine.settle();
+}

@@ -1,0 +1,251 @@
+//! The engine thread: takes commands, asks the scheduler, runs steps, sends events. It holds no policy.
+
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, atomic::Ordering, mpsc},
+    time::Instant,
+};
+
+use super::{
+    Command, Shared,
+    metrics::Metrics,
+    request::{EngineError, Request},
+    scheduler::{Scheduler, SeqId, Share, StepPlan},
+    sequence::{Fate, Sequence, Tick},
+    step::{Got, Stepper, Task},
+};
+use crate::{model::Base, pacing::Pacer};
+
+/// Everything that the engine thread owns.
+pub(super) struct Worker {
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) scheduler: Scheduler,
+    pub(super) stepper: Stepper,
+    pub(super) base: Arc<Base>,
+    pub(super) pacer: Arc<Pacer>,
+    pub(super) metrics: Metrics,
+    pub(super) sequences: HashMap<SeqId, Sequence>,
+    pub(super) next: SeqId,
+}
+
+impl Worker {
+    /// Runs until the engine is shut down or all handles are gone.
+    pub(super) fn run(mut self) {
+        while self.turn() {}
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+        let ids: Vec<SeqId> = self.sequences.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.fail(id, EngineError::Draining));
+        self.rest();
+    }
+
+    /// Takes what came, then runs one step. `false`: nothing is left to do, ever.
+    fn turn(&mut self) -> bool {
+        if self.scheduler.is_idle() {
+            self.rest();
+            // read before the queue: what was submitted before the shutdown is taken
+            let draining = self.shared.draining.load(Ordering::Acquire);
+            let command = if draining { self.commands.try_recv().ok() } else { self.commands.recv().ok() };
+            let Some(command) = command else { return false };
+            self.obey(command);
+            self.pacer.set_busy(true);
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+        self.sweep(Instant::now());
+        if !self.scheduler.is_idle() {
+            self.step();
+        }
+        let overdue = self.shared.drain_deadline.lock().is_some_and(|deadline| Instant::now() >= deadline);
+        !overdue || self.scheduler.is_idle()
+    }
+
+    /// Idle: lets everything go and checks the books.
+    fn rest(&mut self) {
+        self.stepper.forget();
+        self.pacer.set_busy(false);
+        self.observe();
+        if let Err(problem) = self.scheduler.check() {
+            // a lost page would shrink the cache for ever: better to be restarted
+            tracing::error!(problem, "the page books do not add up");
+            debug_assert!(false, "{problem}");
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(request) => self.take(*request),
+            Command::Wake => {}
+        }
+    }
+
+    fn take(&mut self, request: Request) {
+        let id = self.next;
+        self.next += 1;
+        let sequence = Sequence::new(request);
+        match self.scheduler.submit(id, sequence.delta_id(), sequence.known(), sequence.most()) {
+            Ok(()) => drop(self.sequences.insert(id, sequence)),
+            Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
+        }
+    }
+
+    /// Drops sequences that nobody waits for and fails those whose deadline passed, waiting or running.
+    fn sweep(&mut self, now: Instant) {
+        let gone: Vec<SeqId> =
+            self.sequences.iter().filter(|(_, s)| s.request.events.is_closed()).map(|(id, _)| *id).collect();
+        gone.into_iter().for_each(|id| drop(self.retire(id)));
+        let late: Vec<SeqId> = self
+            .sequences
+            .iter()
+            .filter(|(_, s)| s.request.deadline.is_some_and(|deadline| deadline <= now))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in late {
+            let waited = self.sequences.get(&id).map(|s| now.saturating_duration_since(s.request.arrived));
+            self.fail(id, EngineError::DeadlineExceeded(waited.unwrap_or_default()));
+        }
+    }
+
+    /// The one way out: pages go back, lease and permit fall with the sequence.
+    fn retire(&mut self, id: SeqId) -> Option<Sequence> {
+        self.scheduler.remove(id);
+        let sequence = self.sequences.remove(&id);
+        if sequence.as_ref().is_some_and(|s| s.request.delta.is_some()) {
+            self.stepper.forget();
+        }
+        sequence
+    }
+
+    fn fail(&mut self, id: SeqId, error: EngineError) {
+        if let Some(sequence) = self.retire(id) {
+            tracing::debug!(request = sequence.request.id, %error, "request failed");
+            sequence.fail(error);
+        }
+    }
+
+    fn step(&mut self) {
+        let start = Instant::now();
+        let mut plan = self.scheduler.plan();
+        for id in &plan.preempted {
+            self.metrics.preemptions.increment(1);
+            self.shared.preemptions.fetch_add(1, Ordering::Relaxed);
+            self.sequences.get_mut(id).into_iter().for_each(Sequence::restart);
+        }
+        if plan.shares.is_empty() {
+            // cannot be, says the scheduler's property test; if it were, this thread would spin
+            tracing::error!("no sequence can go on");
+            let ids: Vec<SeqId> = self.sequences.keys().copied().collect();
+            ids.into_iter().for_each(|id| self.fail(id, EngineError::Internal("no sequence can go on".into())));
+            return;
+        }
+        self.group_by_delta(&mut plan);
+        for share in &plan.shares {
+            if let Some(sequence) = self.sequences.get_mut(&share.id)
+                && sequence.start(start)
+            {
+                self.metrics.prompt_tokens.increment(sequence.prompt_tokens() as u64);
+            }
+        }
+        match self.compute(&plan.shares) {
+            Ok((got, distinct)) => {
+                self.metrics.distinct_deltas.record(distinct as f64);
+                self.settle(&plan.shares, got);
+            }
+            Err(reason) => {
+                tracing::error!(reason, sequences = plan.shares.len(), "a step failed");
+                self.stepper.forget();
+                for share in &plan.shares {
+                    self.fail(share.id, EngineError::Internal(reason.clone()));
+                }
+            }
+        }
+        self.metrics.batch_rows.record(plan.rows() as f64);
+        self.metrics.step_seconds.record(start.elapsed().as_secs_f64());
+        self.shared.steps.fetch_add(1, Ordering::Relaxed);
+        self.observe();
+    }
+
+    /// Puts rows of one delta side by side, so that they make one range; order is otherwise kept.
+    fn group_by_delta(&self, plan: &mut StepPlan) {
+        let delta = |share: &Share| self.sequences.get(&share.id).and_then(Sequence::delta_id);
+        let mut first = HashMap::new();
+        for (i, share) in plan.shares.iter().enumerate() {
+            first.entry(delta(share)).or_insert(i);
+        }
+        plan.shares.sort_by_key(|share| first.get(&delta(share)).copied());
+    }
+
+    /// Runs the forward. A panic in it is an error of this step.
+    fn compute(&mut self, shares: &[Share]) -> Result<(Vec<Got>, usize), String> {
+        let (scheduler, sequences) = (&self.scheduler, &self.sequences);
+        let task = |share: &Share| {
+            let sequence = sequences.get(&share.id).ok_or_else(|| format!("sequence {} is unknown", share.id))?;
+            Ok(Task { share: *share, sequence, slots: scheduler.slots(share.id, share.context + share.len) })
+        };
+        let tasks = shares.iter().map(task).collect::<Result<Vec<_>, String>>()?;
+        let (stepper, device) = (&mut self.stepper, &self.base.device);
+        // a torn value could only be the compiled batch, which is forgotten after an error
+        caught(|| device.with_context(|| stepper.run(&tasks)))
+    }
+
+    /// Hands results to their sequences.
+    fn settle(&mut self, shares: &[Share], got: Vec<Got>) {
+        let now = Instant::now();
+        for (share, got) in shares.iter().zip(got) {
+            let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
+            match sequence.take(got, share.completes, now) {
+                Ok((fate, tick)) => {
+                    match tick {
+                        Some(Tick::First(seconds)) => self.metrics.time_to_first_token.record(seconds),
+                        Some(Tick::Next(seconds)) => self.metrics.inter_token.record(seconds),
+                        None => {}
+                    }
+                    self.metrics.completion_tokens.increment(u64::from(tick.is_some()));
+                    match fate {
+                        Fate::GoesOn { grew } => self.scheduler.advance(share, grew),
+                        Fate::Ends => drop(self.retire(share.id)),
+                    }
+                }
+                Err(error) => self.fail(share.id, error),
+            }
+        }
+    }
+
+    fn observe(&self) {
+        self.metrics.observe(&self.scheduler);
+        let shared = &self.shared;
+        shared.running.store(self.scheduler.running(), Ordering::Relaxed);
+        shared.waiting.store(self.scheduler.waiting(), Ordering::Relaxed);
+        shared.pages_used.store(self.scheduler.pool().used(), Ordering::Relaxed);
+    }
+}
+
+/// Runs a computation; its error or panic as text.
+fn caught<T>(compute: impl FnOnce() -> candle_core::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(compute)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(format!("panic: {}", text.unwrap_or("of unknown kind")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::caught;
+
+    #[test]
+    fn a_panic_is_an_error_also_across_the_thread_pool() {
+        let device = candle_core::Device::Cpu;
+        let outcome = caught(|| device.with_context(|| -> candle_core::Result<()> { panic!("row {}", 3) }));
+        assert_eq!(outcome, Err("panic: row 3".into()));
+        assert_eq!(caught(|| device.with_context(|| Ok(1))), Ok(1), "the pool goes on");
+        assert_eq!(caught(|| -> candle_core::Result<()> { candle_core::bail!("no") }), Err("no".into()));
+    }
+}

@@ -1,0 +1,342 @@
+//! The base's tokenizer: text to ids with offsets, ids to text, and which ids are special.
+//!
+//! Wraps `tokenizers`. Truncation and padding of `tokenizer.json` are taken out: a text is refused when it is too long,
+//! never cut. A second copy reads special tokens as plain text, for text that comes from users.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+use tokenizers::{Encoding, Tokenizer};
+
+/// Longest accepted text in bytes, unless [`TextModel::with_max_bytes`] sets another limit.
+pub const MAX_TEXT_BYTES: usize = 4 << 20;
+
+/// Why text or tokenizer files were refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{file} is not valid: {reason}")]
+    Invalid {
+        /// The file's name.
+        file: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The text is longer than accepted.
+    #[error("the text is {bytes} bytes long; at most {limit} are accepted")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The tokenizer could not encode a text.
+    #[error("the tokenizer cannot encode this text: {0}")]
+    Encode(String),
+    /// The tokenizer could not decode ids.
+    #[error("the tokenizer cannot decode these ids: {0}")]
+    Decode(String),
+}
+
+/// Ids of the special tokens that `tokenizer_config.json` or `special_tokens_map.json` names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SpecialIds {
+    /// Beginning of a sequence.
+    pub bos: Option<u32>,
+    /// End of a sequence.
+    pub eos: Option<u32>,
+    /// Padding.
+    pub pad: Option<u32>,
+    /// Unknown.
+    pub unk: Option<u32>,
+    /// Classification (BERT's first token).
+    pub cls: Option<u32>,
+    /// Separator.
+    pub sep: Option<u32>,
+    /// Mask.
+    pub mask: Option<u32>,
+}
+
+/// An encoded text or pair of texts; all vectors have the same length.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// 0 for the first text, 1 for the second (as the tokenizer's template says).
+    pub type_ids: Vec<u32>,
+    /// Byte range of each token in its own text; `(0, 0)` for added special tokens.
+    pub offsets: Vec<(usize, usize)>,
+    /// Which text a token comes from (0 or 1); `None` for added special tokens.
+    pub sources: Vec<Option<usize>>,
+    /// Index of the word within its text; `None` for added special tokens.
+    pub words: Vec<Option<u32>>,
+}
+
+/// A tokenizer with the names of its special tokens.
+#[derive(Debug)]
+pub struct TextModel {
+    tokenizer: Tokenizer,
+    /// The same tokenizer, but text that looks like a special token is plain text.
+    plain: Tokenizer,
+    special: SpecialIds,
+    special_texts: Vec<(String, u32)>,
+    special_set: HashSet<u32>,
+    config: Value,
+    max_bytes: usize,
+}
+
+impl TextModel {
+    /// Opens `tokenizer.json` and, where present, `tokenizer_config.json` and `special_tokens_map.json`.
+    ///
+    /// # Errors
+    /// A missing `tokenizer.json`, an unreadable or invalid file.
+    pub fn open(dir: &Path) -> Result<Self, TextError> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|source| TextError::Read { path, source })?;
+        let config = read_json(dir, "tokenizer_config.json")?;
+        let map = read_json(dir, "special_tokens_map.json")?;
+        Self::from_json(&bytes, config.as_ref(), map.as_ref())
+    }
+
+    /// Builds from the bytes of `tokenizer.json` and the parsed `tokenizer_config.json` and `special_tokens_map.json`.
+    ///
+    /// # Errors
+    /// Bytes that are not a tokenizer.
+    pub fn from_json(bytes: &[u8], config: Option<&Value>, map: Option<&Value>) -> Result<Self, TextError> {
+        let invalid = |e: &dyn std::fmt::Display| TextError::Invalid { file: "tokenizer.json", reason: e.to_string() };
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| invalid(&e))?;
+        tokenizer.with_truncation(None).map_err(|e| invalid(&e))?;
+        tokenizer.with_padding(None);
+        let mut plain = tokenizer.clone();
+        plain.set_encode_special_tokens(true);
+        let id = |name: &str| {
+            let text = [config, map].into_iter().flatten().find_map(|c| token_text(c.get(name)?))?;
+            tokenizer.token_to_id(&text)
+        };
+        let special = SpecialIds {
+            bos: id("bos_token"),
+            eos: id("eos_token"),
+            pad: id("pad_token"),
+            unk: id("unk_token"),
+            cls: id("cls_token"),
+            sep: id("sep_token"),
+            mask: id("mask_token"),
+        };
+        let added = tokenizer.get_added_tokens_decoder();
+        let mut special_texts: Vec<_> = added
+            .into_iter()
+            .filter(|(_, t)| t.special && !t.content.is_empty())
+            .map(|(i, t)| (t.content, i))
+            .collect();
+        special_texts.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.0.cmp(&b.0)));
+        let special_set = special_texts.iter().map(|(_, id)| *id).collect();
+        let config = config.cloned().unwrap_or(Value::Null);
+        Ok(Self { tokenizer, plain, special, special_texts, special_set, config, max_bytes: MAX_TEXT_BYTES })
+    }
+
+    /// Sets the longest accepted text.
+    #[must_use]
+    pub fn with_max_bytes(mut self, max_bytes: usize) -> Self {
+        self.max_bytes = max_bytes;
+        self
+    }
+
+    /// The special ids.
+    pub fn special(&self) -> SpecialIds {
+        self.special
+    }
+
+    /// `tokenizer_config.json`, or null.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Number of ids, added tokens included.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Ids of a text in which special tokens are recognised (for text that we made, such as a rendered chat).
+    ///
+    /// # Errors
+    /// A text over the limit, or one that the tokenizer refuses.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
+        self.check(text.len())?;
+        let encoding = self.tokenizer.encode_fast(text, add_special).map_err(|e| TextError::Encode(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Ids of a text from a user: text that looks like a special token stays text. `add_special` still adds what the
+    /// tokenizer's template adds.
+    ///
+    /// # Errors
+    /// A text over the limit, or one that the tokenizer refuses.
+    pub fn encode_user(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
+        self.check(text.len())?;
+        let encoding = self.plain.encode_fast(text, add_special).map_err(|e| TextError::Encode(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// A user's text, or pair of texts, with byte offsets, types and words; special tokens are added.
+    ///
+    /// # Errors
+    /// Texts over the limit, or that the tokenizer refuses.
+    pub fn encode_pair(&self, text: &str, second: Option<&str>) -> Result<Encoded, TextError> {
+        self.check(text.len() + second.map_or(0, str::len))?;
+        let encoding = match second {
+            None => self.plain.encode(text, true),
+            Some(second) => self.plain.encode((text, second), true),
+        };
+        Ok(encoded(&encoding.map_err(|e| TextError::Encode(e.to_string()))?))
+    }
+
+    /// Text of ids, special tokens left out.
+    ///
+    /// # Errors
+    /// Ids that the decoder refuses.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, TextError> {
+        self.tokenizer.decode(ids, true).map_err(|e| TextError::Decode(e.to_string()))
+    }
+
+    /// An id's form in the vocabulary (`Ġthe`, `▁the`, `##ing`); `None` for an id that is not in it.
+    pub fn token_str(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
+    /// An id's text alone, special tokens included; an incomplete character shows as U+FFFD.
+    pub fn token_text(&self, id: u32) -> String {
+        self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+
+    /// The id of a vocabulary entry.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// Whether an id never shows in decoded text: a special token, or no entry of the vocabulary.
+    pub fn is_silent(&self, id: u32) -> bool {
+        self.special_set.contains(&id) || self.tokenizer.id_to_token(id).is_none()
+    }
+
+    /// The first special token that a text contains, as a byte range.
+    pub fn find_special(&self, text: &str) -> Option<std::ops::Range<usize>> {
+        // longest first in `special_texts`, and `min_by_key` keeps the first of equals
+        let hits = self.special_texts.iter().filter_map(|(s, _)| text.find(s.as_str()).map(|at| at..at + s.len()));
+        hits.min_by_key(|r| r.start)
+    }
+
+    fn check(&self, bytes: usize) -> Result<(), TextError> {
+        if bytes > self.max_bytes { Err(TextError::TooLong { bytes, limit: self.max_bytes }) } else { Ok(()) }
+    }
+}
+
+fn encoded(e: &Encoding) -> Encoded {
+    let sources = (0..e.len()).map(|i| e.token_to_sequence(i)).collect::<Vec<_>>();
+    let special = e.get_special_tokens_mask();
+    Encoded {
+        ids: e.get_ids().to_vec(),
+        type_ids: e.get_type_ids().to_vec(),
+        offsets: e.get_offsets().to_vec(),
+        sources: sources.into_iter().zip(special).map(|(s, m)| if *m == 1 { None } else { s }).collect(),
+        words: e.get_word_ids().to_vec(),
+    }
+}
+
+/// A special token is written as a string or as an object with `content`.
+pub(super) fn token_text(value: &Value) -> Option<String> {
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+}
+
+/// Reads a JSON file of the folder; `None` where it is absent.
+pub(super) fn read_json(dir: &Path, file: &'static str) -> Result<Option<Value>, TextError> {
+    let path = dir.join(file);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(TextError::Read { path, source }),
+    };
+    let value = serde_json::from_slice(&bytes);
+    value.map(Some).map_err(|e| TextError::Invalid { file, reason: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::testing::{FOLDERS, bytes, shared};
+
+    #[test]
+    fn special_ids_come_from_strings_and_objects() {
+        let model = bytes();
+        assert_eq!(model.special(), SpecialIds { bos: Some(256), eos: Some(257), ..SpecialIds::default() });
+        assert_eq!(model.vocab_size(), 258);
+    }
+
+    #[test]
+    fn a_text_is_never_truncated_even_if_the_file_says_so() {
+        let ids = bytes().encode("longer than four", true).expect("encodes");
+        assert_eq!(ids.len(), 17);
+        assert_eq!(ids[0], 256);
+    }
+
+    #[test]
+    fn special_tokens_in_user_text_stay_text() {
+        let model = bytes();
+        assert_eq!(model.encode("a<eos>", false).expect("encodes"), vec![97, 257]);
+        let user = model.encode_user("a<eos>", true).expect("encodes");
+        assert_eq!(user, [256, 97].into_iter().chain("<eos>".bytes().map(u32::from)).collect::<Vec<_>>());
+        assert_eq!(model.find_special("a<eos><bos>"), Some(1..6));
+        assert_eq!(model.find_special("<eo s>"), None);
+        // T5's Unigram vocabulary lists `<extra_id_*>` among its plain pieces too, so there text can still become one
+        for folder in FOLDERS.into_iter().filter(|f| !f.contains("t5")) {
+            let Some(model) = shared(folder) else { continue };
+            for (text, id) in &model.special_texts {
+                let ids = model.encode_user(&format!("x {text} y"), false).expect("encodes");
+                assert!(!ids.contains(id), "{folder}: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_over_the_limit_is_refused_with_the_numbers() {
+        let model = bytes().with_max_bytes(3);
+        let error = model.encode("four", true).expect_err("too long").to_string();
+        assert_eq!(error, "the text is 4 bytes long; at most 3 are accepted");
+        assert!(model.encode_pair("ab", Some("cd")).is_err());
+    }
+
+    #[test]
+    fn offsets_are_bytes_of_each_text_and_pairs_know_their_source() {
+        let e = bytes().encode_pair("é", Some("b")).expect("encodes");
+        assert_eq!(e.ids, vec![0xC3, 0xA9, 257, 98]);
+        assert_eq!(e.type_ids, vec![0, 0, 0, 1]);
+        assert_eq!(e.sources, vec![Some(0), Some(0), None, Some(1)]);
+        let Some(bert) = shared("all-minilm-l6-v2-bert") else { return };
+        let text = "Émile naïvely\twalks";
+        let e = bert.encode_pair(text, None).expect("encodes");
+        let words: Vec<&str> = e.offsets.iter().map(|&(a, b)| &text[a..b]).collect();
+        assert_eq!(words.first(), Some(&""));
+        assert_eq!(words[1], "Émile");
+        assert_eq!(e.sources.last(), Some(&None));
+        assert_eq!(bert.special().cls, Some(101));
+        assert_eq!(e.words[1], Some(0));
+    }
+
+    #[test]
+    fn broken_files_are_errors_that_name_the_file() {
+        let error = TextModel::from_json(b"{}", None, None).expect_err("no tokenizer").to_string();
+        assert!(error.starts_with("tokenizer.json is not valid"), "{error}");
+        let error = TextModel::open(Path::new("/nonexistent")).expect_err("no folder").to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+}
