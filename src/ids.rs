@@ -149,6 +149,31 @@ digest_type!(
     BlobId
 );
 
+/// Digests as 64 hexadecimal digits: `#[serde(with = "crate::ids::as_hex")]`.
+pub mod as_hex {
+    use std::{fmt::Display, str::FromStr};
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    /// Writes the digits.
+    ///
+    /// # Errors
+    /// The serializer's own.
+    pub fn serialize<T: Display, S: Serializer>(id: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(id)
+    }
+
+    /// Reads the digits.
+    ///
+    /// # Errors
+    /// If they are not a digest.
+    pub fn deserialize<'de, T: FromStr<Err = super::DigestError>, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<T, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
 impl BlobId {
     /// The id of these bytes.
     pub fn of(bytes: &[u8]) -> Self {

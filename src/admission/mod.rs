@@ -1,2 +1,3 @@
 //! Admission: the one place that joins text, registry, engine and training.
 pub mod params;
+pub mod train_params;

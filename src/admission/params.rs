@@ -320,7 +320,8 @@ pub struct TokenizeReply {
 }
 
 /// What a publish may do to an existing name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PublishPolicy {
     /// The name must be new (or have no live version).
     Create,
@@ -328,7 +329,7 @@ pub enum PublishPolicy {
     #[default]
     Upsert,
     /// Replace exactly this version.
-    CompareAndSwap(DeltaId),
+    CompareAndSwap(#[serde(with = "crate::ids::as_hex")] DeltaId),
 }
 
 /// An upload: a PEFT folder's files.
