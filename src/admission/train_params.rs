@@ -1,0 +1,548 @@
+//! What training clients ask for and get, in the domain's own types. Everything here is serialisable: a job's request,
+//! its resolved form and its events are stored as JSON, and a replayed event equals the one first sent.
+//!
+//! No tensors, no wire format. Unset hyper-parameters are `None` in [`TrainParams`] and never in [`ResolvedTraining`].
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::params::{PublishPolicy, Violation};
+use crate::delta::Task;
+
+/// A training request (`CreateJob`, `Plan`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainParams {
+    /// The name under which the finished delta is published.
+    pub output_name: String,
+    /// What the delta is for; a classification task brings a head.
+    pub task: Task,
+    /// The examples.
+    pub data: TrainData,
+    /// The examples for evaluation; `None` = no evaluation.
+    pub validation: Option<Validation>,
+    /// What is trained beside the head; at least one part. Kinds do not repeat.
+    pub methods: Vec<MethodPart>,
+    /// Label names in index order; empty = sorted names found in the data.
+    pub labels: Vec<String>,
+    /// Hyper-parameters; unset ones get per-method defaults.
+    pub hyper: HyperParams,
+    /// What the publish may do to an existing name.
+    pub publish: PublishPolicy,
+    /// Two creates with one key are one job; the same key with another request is an error.
+    pub idempotency_key: Option<String>,
+}
+
+/// Where examples come from. Examples given as messages are turned into JSON lines at the edge, so that there is one
+/// validation: line `i` is example `i`, counting from 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainData {
+    /// JSON lines, one example each.
+    Jsonl(String),
+    /// Id of an uploaded dataset.
+    Dataset(String),
+}
+
+/// Where examples for evaluation come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Validation {
+    /// Separate examples.
+    Data(TrainData),
+    /// This share of the training examples, drawn by the seed and not trained on; in (0, 0.5].
+    Fraction(f64),
+}
+
+/// One part of a combination of methods.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum MethodPart {
+    /// Low-rank updates of linears (Hu et al. 2021).
+    Lora(LoraPart),
+    /// Bias terms (Ben Zaken et al. 2021).
+    Bitfit(BitfitPart),
+}
+
+impl MethodPart {
+    /// The method's name in specs and tables.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Lora(_) => "lora",
+            Self::Bitfit(_) => "bitfit",
+        }
+    }
+}
+
+/// LoRA: `out += scale * B(A(x))`, scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoraPart {
+    /// 1 to 1024; default 16.
+    pub rank: Option<u32>,
+    /// Default 2 x rank.
+    pub alpha: Option<f64>,
+    /// Scale by alpha / sqrt(rank) (Kalajdzievski 2023).
+    pub rslora: bool,
+    /// Which linears.
+    pub targets: Targets,
+    /// Rank of modules whose name ends with (or matches) the key; overrides `rank`.
+    pub rank_pattern: BTreeMap<String, u32>,
+    /// Alpha of modules whose name ends with (or matches) the key; overrides `alpha`.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Dropout on the input of A while training, in [0, 1); default 0.
+    pub dropout: Option<f64>,
+}
+
+/// Which linears of the base a LoRA changes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Targets {
+    /// Every linear of the blocks (not the head, not the embedding).
+    #[default]
+    AllLinear,
+    /// Module names as in the base's checkpoint: the last part (`q_proj`) or a longer suffix.
+    Modules(Vec<String>),
+}
+
+/// BitFit: trains bias terms only.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitfitPart {
+    /// Which biases.
+    pub subset: BiasSubset,
+}
+
+/// Which biases BitFit trains.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BiasSubset {
+    /// All that the base offers.
+    #[default]
+    All,
+    /// Those of the attention's linears.
+    Attention,
+    /// Those of the MLP's linears.
+    Mlp,
+    /// Query and the MLP's first linear: the paper's small subset.
+    QueryAndMlpUp,
+    /// Those of the norms.
+    Norm,
+}
+
+/// Learning-rate schedule after the warmup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Falls linearly to 0.
+    #[default]
+    Linear,
+    /// Falls to 0 on a half cosine.
+    Cosine,
+    /// Stays.
+    Constant,
+}
+
+/// Hyper-parameters as asked for; `None` = the method's default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct HyperParams {
+    /// Passes over the data, (0, 1000].
+    pub epochs: Option<f64>,
+    /// Optimizer steps; the smaller of this and `epochs` ends the run.
+    pub max_steps: Option<u32>,
+    /// Examples per micro-batch.
+    pub batch_size: Option<u32>,
+    /// Micro-batches per optimizer step.
+    pub grad_accumulation: Option<u32>,
+    /// Peak learning rate.
+    pub learning_rate: Option<f64>,
+    /// Learning-rate schedule.
+    pub schedule: Option<Schedule>,
+    /// Share of the steps with rising learning rate, [0, 1).
+    pub warmup_ratio: Option<f64>,
+    /// Decoupled weight decay (not on biases).
+    pub weight_decay: Option<f64>,
+    /// AdamW's first moment decay, [0, 1).
+    pub beta1: Option<f64>,
+    /// AdamW's second moment decay, [0, 1).
+    pub beta2: Option<f64>,
+    /// AdamW's epsilon, > 0.
+    pub eps: Option<f64>,
+    /// Largest gradient norm; 0 = no clipping.
+    pub clip_norm: Option<f64>,
+    /// Longest example in tokens; longer ones are cut (text) or refused (where the completion would be lost).
+    pub max_length: Option<u32>,
+    /// Seed of initial values, data order, dropout and validation split.
+    pub seed: Option<u64>,
+    /// Evaluate every so many optimizer steps; 0 = only at the end of every epoch.
+    pub eval_every: Option<u32>,
+    /// Put several short examples into one row sequence (attention stays per example).
+    pub packing: Option<bool>,
+}
+
+/// Hyper-parameters as used: echoed by `Plan` and kept with the job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResolvedTraining {
+    /// Task.
+    pub task: Task,
+    /// Method parts with every field set.
+    pub methods: Vec<MethodPart>,
+    /// Label names in index order (classification).
+    pub labels: Vec<String>,
+    /// Passes over the data.
+    pub epochs: f64,
+    /// Optimizer steps in all.
+    pub total_steps: u32,
+    /// Examples per micro-batch.
+    pub batch_size: u32,
+    /// Micro-batches per optimizer step.
+    pub grad_accumulation: u32,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Schedule.
+    pub schedule: Schedule,
+    /// Steps with rising learning rate.
+    pub warmup_steps: u32,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// First moment decay.
+    pub beta1: f64,
+    /// Second moment decay.
+    pub beta2: f64,
+    /// Epsilon.
+    pub eps: f64,
+    /// Largest gradient norm; 0 = no clipping.
+    pub clip_norm: f64,
+    /// Longest example in tokens.
+    pub max_length: u32,
+    /// Seed.
+    pub seed: u64,
+    /// Steps between evaluations; 0 = at the end of every epoch.
+    pub eval_every: u32,
+    /// Packing.
+    pub packing: bool,
+}
+
+/// What a job would do: the reply of `Plan`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlanReply {
+    /// Hyper-parameters as they would be used.
+    pub resolved: ResolvedTraining,
+    /// Numbers that would be trained.
+    pub trainable_parameters: u64,
+    /// Examples trained on.
+    pub train_examples: u64,
+    /// Examples for evaluation.
+    pub validation_examples: u64,
+    /// Tokens of one pass over the training examples.
+    pub train_tokens: u64,
+    /// Those of them that carry loss.
+    pub supervised_tokens: u64,
+    /// Longest example in tokens, after cutting.
+    pub longest_example: u32,
+    /// Estimated peak bytes beside the resident base.
+    pub memory: MemoryEstimate,
+    /// Things to know that do not stop the job (cut examples, duplicates ...): line, code, message.
+    pub warnings: Vec<Violation>,
+}
+
+/// Estimated bytes of a run beside the resident base.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryEstimate {
+    /// Trained tensors.
+    pub parameters: u64,
+    /// Their gradients.
+    pub gradients: u64,
+    /// AdamW's moments.
+    pub optimizer: u64,
+    /// Kept activations of one micro-batch and the largest temporary.
+    pub activations: u64,
+}
+
+impl MemoryEstimate {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.parameters + self.gradients + self.optimizer + self.activations
+    }
+}
+
+/// Where a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waiting for the trainer.
+    Queued,
+    /// Training.
+    Running,
+    /// Trained; its version is being written.
+    Publishing,
+    /// Published. Terminal.
+    Succeeded,
+    /// Ended by an error. Terminal.
+    Failed,
+    /// Ended by `CancelJob`. Terminal.
+    Cancelled,
+    /// The server stopped while it ran. Terminal.
+    Interrupted,
+}
+
+impl JobState {
+    /// The name in the store and in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Publishing => "publishing",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Interrupted => "interrupted",
+        }
+    }
+
+    /// Reads [`Self::as_str`].
+    pub fn parse(name: &str) -> Option<Self> {
+        [
+            Self::Queued,
+            Self::Running,
+            Self::Publishing,
+            Self::Succeeded,
+            Self::Failed,
+            Self::Cancelled,
+            Self::Interrupted,
+        ]
+        .into_iter()
+        .find(|s| s.as_str() == name)
+    }
+
+    /// No event follows a terminal state.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled | Self::Interrupted)
+    }
+}
+
+/// What a succeeded job made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobResult {
+    /// Name.
+    pub name: String,
+    /// Version number under that name.
+    pub number: u64,
+    /// Version digest, 64 hexadecimal digits.
+    pub id: String,
+    /// Training loss of the last step.
+    pub final_loss: f64,
+    /// The best evaluation: the one whose checkpoint was published.
+    pub best_eval: Option<EvalEvent>,
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobFailure {
+    /// Stable code: `NON_FINITE_LOSS`, `PUBLISH_CONFLICT`, `OUT_OF_MEMORY`, `INTERNAL`, `INTERRUPTED` ...
+    pub code: String,
+    /// What happened, with the step.
+    pub message: String,
+}
+
+/// A job, as clients see it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobInfo {
+    /// Id (UUID v7).
+    pub id: String,
+    /// Name it publishes under.
+    pub output_name: String,
+    /// State.
+    pub state: JobState,
+    /// Hyper-parameters as used.
+    pub resolved: ResolvedTraining,
+    /// Optimizer steps done.
+    pub step: u32,
+    /// Unix milliseconds.
+    pub created_ms: i64,
+    /// Unix milliseconds of the last event.
+    pub updated_ms: i64,
+    /// Sequence number of the last event.
+    pub last_seq: u64,
+    /// If it succeeded.
+    pub result: Option<JobResult>,
+    /// If it failed or was interrupted.
+    pub failure: Option<JobFailure>,
+}
+
+/// One event of a job's gap-free, replayable stream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobEventInfo {
+    /// Counts from 1 without gaps.
+    pub seq: u64,
+    /// Unix milliseconds.
+    pub at_ms: i64,
+    /// What happened.
+    pub body: JobEventBody,
+}
+
+/// What happened; stored as JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "type")]
+pub enum JobEventBody {
+    /// The state changed; a terminal one is the last event.
+    State(StateEvent),
+    /// An optimizer step.
+    Metrics(MetricsEvent),
+    /// An evaluation.
+    Eval(EvalEvent),
+    /// The best checkpoint so far was kept.
+    Checkpoint(CheckpointEvent),
+    /// Something to know that does not stop the job.
+    Warning(NoteEvent),
+    /// A line for people.
+    Log(NoteEvent),
+}
+
+/// A change of state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StateEvent {
+    /// The new state.
+    pub state: JobState,
+    /// With `succeeded`.
+    pub result: Option<JobResult>,
+    /// With `failed` and `interrupted`.
+    pub failure: Option<JobFailure>,
+}
+
+/// Metrics of one optimizer step.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MetricsEvent {
+    /// Optimizer steps done.
+    pub step: u32,
+    /// Optimizer steps in all.
+    pub total_steps: u32,
+    /// Passes done, with fraction.
+    pub epoch: f64,
+    /// Mean loss of the step.
+    pub loss: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens (with padding-free counting) per second of the step.
+    pub tokens_per_second: f64,
+    /// Expected seconds to the end.
+    pub eta_seconds: f64,
+    /// Milliseconds of the step.
+    pub step_ms: f64,
+    /// Those of them given to serving.
+    pub yielded_ms: f64,
+}
+
+/// Metrics of an evaluation on the validation examples.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct EvalEvent {
+    /// After this many optimizer steps.
+    pub step: u32,
+    /// Mean loss.
+    pub loss: f64,
+    /// `exp(loss)`; language modelling only.
+    pub perplexity: Option<f64>,
+    /// Share of right labels; classification only.
+    pub accuracy: Option<f64>,
+    /// Macro-averaged F1; classification only.
+    pub macro_f1: Option<f64>,
+    /// Whether it is the best so far.
+    pub best: bool,
+}
+
+/// A kept checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointEvent {
+    /// After this many optimizer steps.
+    pub step: u32,
+    /// Digest of the stored blob, or empty if it is in memory only.
+    pub blob: String,
+}
+
+/// A message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoteEvent {
+    /// Stable code; may be empty.
+    pub code: String,
+    /// Text.
+    pub message: String,
+}
+
+/// A dataset upload.
+#[derive(Debug, Clone)]
+pub struct DatasetUpload {
+    /// A name for people; need not be unique.
+    pub name: Option<String>,
+    /// JSON lines; UTF-8.
+    pub data: Bytes,
+}
+
+/// A stored dataset, as clients see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetInfo {
+    /// Id.
+    pub id: String,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// `text`, `prompt_completion`, `messages`, `label`, `tags`.
+    pub format: String,
+    /// Examples.
+    pub rows: u64,
+    /// Bytes stored.
+    pub bytes: u64,
+    /// SHA-256 of the bytes, 64 hexadecimal digits.
+    pub digest: String,
+    /// Unix milliseconds.
+    pub created_ms: i64,
+}
+
+/// Which events to watch.
+#[derive(Debug, Clone)]
+pub struct WatchParams {
+    /// Job id.
+    pub job: String,
+    /// First sequence number wanted; 0 and 1 both replay everything.
+    pub from_seq: u64,
+    /// Give up when this much time has passed since arrival.
+    pub timeout: Option<Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_survives_its_stored_form() -> Result<(), serde_json::Error> {
+        let params = TrainParams {
+            output_name: "style".into(),
+            task: Task::SeqCls,
+            data: TrainData::Dataset("d1".into()),
+            validation: Some(Validation::Fraction(0.1)),
+            methods: vec![
+                MethodPart::Lora(LoraPart {
+                    rank: Some(8),
+                    targets: Targets::Modules(vec!["q_proj".into()]),
+                    ..LoraPart::default()
+                }),
+                MethodPart::Bitfit(BitfitPart::default()),
+            ],
+            labels: vec!["no".into(), "yes".into()],
+            hyper: HyperParams { learning_rate: Some(3e-4), ..HyperParams::default() },
+            publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
+            idempotency_key: None,
+        };
+        let stored = serde_json::to_string(&params)?;
+        assert_eq!(serde_json::from_str::<TrainParams>(&stored)?, params);
+        Ok(())
+    }
+
+    #[test]
+    fn state_names_read_back_and_exactly_four_are_terminal() {
+        let names = ["queued", "running", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
+        let states: Vec<_> = names.iter().filter_map(|n| JobState::parse(n)).collect();
+        assert_eq!(states.iter().map(|s| s.as_str()).collect::<Vec<_>>(), names);
+        assert_eq!(states.iter().filter(|s| s.is_terminal()).count(), 4);
+        assert_eq!(JobState::parse("paused"), None);
+    }
+}
