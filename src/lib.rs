@@ -11,3 +11,4 @@ pub mod ops;
 pub mod pacing;
 pub mod registry;
 pub mod rows;
+pub mod train;

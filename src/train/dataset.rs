@@ -32,8 +32,8 @@ impl Format {
             Self::Text => "text",
             Self::PromptCompletion => "prompt_completion",
             Self::Messages => "messages",
-            Self::TextLabel => "text_label",
-            Self::TokenLabels => "token_labels",
+            Self::TextLabel => "label",
+            Self::TokenLabels => "tags",
         }
     }
 
@@ -456,7 +456,8 @@ mod tests {
     fn odd_bytes_are_problems_of_their_line() {
         assert_eq!(codes(""), vec![(Code::EmptyFile, 0, String::new())]);
         assert_eq!(codes("\n \r\n"), vec![(Code::EmptyFile, 0, String::new())]);
-        let (data, report) = Dataset::parse(b"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": \"\xff\"}\n{\"text\": \"\\ud800\"}");
+        let (data, report) =
+            Dataset::parse(b"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": \"\xff\"}\n{\"text\": \"\\ud800\"}");
         assert_eq!(data.rows.len(), 1);
         let found: Vec<_> = report.issues.iter().map(|i| (i.code, i.line)).collect();
         assert_eq!(found, vec![(Code::NotUtf8, 2), (Code::NotJson, 3)]);
