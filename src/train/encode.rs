@@ -320,7 +320,7 @@ impl Encoder<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// One id per byte; 1 starts and 2 ends a text. Two adjoining `l` become one token, as merges do.

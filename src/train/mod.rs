@@ -4,6 +4,7 @@ pub mod dataset;
 pub mod encode;
 pub mod issue;
 pub mod optim;
+pub mod plan;
 pub mod spec;
 pub mod trainable;
 pub mod validate;

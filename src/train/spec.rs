@@ -87,7 +87,7 @@ impl TrainSpec {
         labels: &[String],
         base: BaseShape<'_>,
     ) -> Result<Self, Vec<Violation>> {
-        let mut r = Resolver { base, problems: Vec::new(), patches: BTreeMap::new() };
+        let mut r = Resolver { base, task, problems: Vec::new(), patches: BTreeMap::new() };
         r.check_task(methods, task, labels);
         let mut kinds = BTreeSet::new();
         for (i, part) in methods.iter().enumerate() {
@@ -142,6 +142,7 @@ impl TrainSpec {
 
 struct Resolver<'a> {
     base: BaseShape<'a>,
+    task: Task,
     problems: Vec<Violation>,
     patches: BTreeMap<SiteId, Vec<PatchPlan>>,
 }
@@ -221,7 +222,17 @@ impl Resolver<'_> {
 
     /// Sites that a LoRA may change: everything that multiplies by a matrix.
     fn matrices(&self) -> Vec<(SiteId, &SiteEntry)> {
-        self.base.sites.iter().filter(|(_, e)| e.in_dim > 0 && !e.module.is_empty() && e.site != Site::LmHead).collect()
+        let matrix = |e: &SiteEntry| matches!(e.site, Site::Linear { .. } | Site::Pooler | Site::LmHead);
+        self.base.sites.iter().filter(|(_, e)| matrix(e) && self.reached(e.site)).collect()
+    }
+
+    /// Whether the task's forward passes the site: a patch elsewhere would never get a gradient.
+    fn reached(&self, site: Site) -> bool {
+        match site {
+            Site::Pooler => self.task == Task::SeqCls,
+            Site::LmHead => self.task == Task::CausalLm,
+            _ => true,
+        }
     }
 
     fn targets(&mut self, field: &str, targets: &Targets) -> Vec<SiteId> {
@@ -290,8 +301,13 @@ impl Resolver<'_> {
             (BiasSubset::Norm, Site::Norm { .. } | Site::EmbeddingNorm | Site::FinalNorm) => true,
             _ => false,
         };
-        let sites: Vec<_> =
-            self.base.sites.iter().filter(|(_, e)| e.has_bias && chosen(e.site)).map(|(id, _)| id).collect();
+        let sites: Vec<_> = self
+            .base
+            .sites
+            .iter()
+            .filter(|(_, e)| e.has_bias && chosen(e.site) && self.reached(e.site))
+            .map(|(id, _)| id)
+            .collect();
         if sites.is_empty() {
             let with: BTreeSet<&str> = (self.base.sites.iter().filter(|(_, e)| e.has_bias))
                 .map(|(_, e)| e.module.rsplit('.').next().unwrap_or_default())

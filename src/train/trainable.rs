@@ -46,17 +46,16 @@ pub struct Trainable {
     vars: Vec<NamedVar>,
     parts: Vec<(SiteId, Part)>,
     head: Option<(usize, Option<usize>)>,
-    dtype: DType,
     live: Option<Arc<Delta>>,
 }
 
 impl Trainable {
     /// Fresh variables: LoRA's A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5) and B zero, biases zero, head weights
-    /// from N(0, 0.02); so before the first step the delta changes nothing but the head. `dtype`: of the base.
+    /// from N(0, 0.02); so before the first step the delta changes nothing but the head. Always f32, whatever the base's type.
     ///
     /// # Errors
     /// The device, or a site that the table does not have.
-    pub fn init(spec: &TrainSpec, sites: &SiteTable, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn init(spec: &TrainSpec, sites: &SiteTable, seed: u64, device: &Device) -> Result<Self> {
         let mut b = Builder { vars: Vec::new(), rng: batches::rng(seed, Stream::Init), device };
         let mut parts = Vec::with_capacity(spec.patches.len());
         for (site, plan) in &spec.patches {
@@ -82,14 +81,14 @@ impl Trainable {
             parameters: b.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
             resident_bytes: 0,
         };
-        Self { spec: delta_spec, vars: b.vars, parts, head, dtype, live: None }.with_live()
+        Self { spec: delta_spec, vars: b.vars, parts, head, live: None }.with_live()
     }
 
     /// Variables with the values of an existing delta, to train it further.
     ///
     /// # Errors
     /// The device, or a site that the table does not have.
-    pub fn from_delta(delta: &Delta, sites: &SiteTable, dtype: DType) -> Result<Self> {
+    pub fn from_delta(delta: &Delta, sites: &SiteTable) -> Result<Self> {
         let mut vars = Vec::new();
         let mut add = |name: String, t: &Tensor, decays: bool| -> Result<usize> {
             vars.push(NamedVar { name, var: Var::from_tensor(&t.to_dtype(DType::F32)?.copy()?)?, decays });
@@ -117,7 +116,7 @@ impl Trainable {
             }
             None => None,
         };
-        Self { spec: delta.spec.clone(), vars, parts, head, dtype, live: None }.with_live()
+        Self { spec: delta.spec.clone(), vars, parts, head, live: None }.with_live()
     }
 
     /// The variables, in a fixed order.
@@ -140,7 +139,7 @@ impl Trainable {
     pub fn delta(&self, dropout: &mut StdRng) -> Result<Arc<Delta>> {
         match &self.live {
             Some(delta) if !self.has_dropout() => Ok(Arc::clone(delta)),
-            _ => Ok(Arc::new(self.build(|_, var| var.as_tensor().to_dtype(self.dtype), Some(dropout))?)),
+            _ => Ok(Arc::new(self.build(|_, var| Ok(var.as_tensor().clone()), Some(dropout))?)),
         }
     }
 
@@ -150,7 +149,7 @@ impl Trainable {
     /// # Errors
     /// The device.
     pub fn detached(&self) -> Result<Delta> {
-        self.build(|_, var| var.as_detached_tensor().to_dtype(self.dtype), None)
+        self.build(|_, var| Ok(var.as_detached_tensor()), None)
     }
 
     /// The delta of a snapshot, independent of the variables, in f32: what is published.
@@ -190,9 +189,7 @@ impl Trainable {
     }
 
     fn with_live(mut self) -> Result<Self> {
-        if self.dtype == DType::F32 {
-            self.live = Some(Arc::new(self.build(|_, var| Ok(var.as_tensor().clone()), None)?));
-        }
+        self.live = Some(Arc::new(self.build(|_, var| Ok(var.as_tensor().clone()), None)?));
         Ok(self)
     }
 
@@ -279,7 +276,7 @@ mod tests {
         ];
         let base = BaseShape { sites: &sites, hidden: 8, vocab: 32, causal: false };
         let spec = TrainSpec::resolve(&methods, Task::SeqCls, &["a".into(), "b".into()], base).unwrap();
-        let t = Trainable::init(&spec, &sites, seed, DType::F32, &Device::Cpu).unwrap();
+        let t = Trainable::init(&spec, &sites, seed, &Device::Cpu).unwrap();
         assert_eq!(t.spec.parameters, spec.parameters(&sites));
         (sites, t)
     }
@@ -337,7 +334,7 @@ mod tests {
     #[test]
     fn an_existing_delta_is_trained_on_from_its_values() {
         let (sites, t) = make(5, 0.0);
-        let again = Trainable::from_delta(&t.detached().unwrap(), &sites, DType::F32).unwrap();
+        let again = Trainable::from_delta(&t.detached().unwrap(), &sites).unwrap();
         let sorted = |t: &Trainable| {
             let mut v: Vec<_> = t.vars().iter().map(|v| v.name.clone()).zip(values(t)).collect();
             v.sort_by(|a, b| a.0.cmp(&b.0));
