@@ -6,7 +6,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::{
     delta::{Delta, DeltaBatch},
-    model::{Base, Input},
+    model::{Base, HeadLogits, Input},
     nn::Cx,
     pacing::Pacer,
     rows::RowLayout,
@@ -63,25 +63,28 @@ fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) 
         let Target::Label(label) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
         gold.push(*label);
     }
-    let logits = with_head(base.transformer.classify(hidden, cx)?)?;
-    cross_entropy(Tensor::stack(&logits, 0)?, gold) // [texts, labels]
+    let logits = only_group(base.transformer.head_logits(hidden, cx)?, examples.len())?; // [texts, labels]
+    cross_entropy(logits, gold)
 }
 
 fn word_labels(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Losses> {
-    let logits = with_head(base.transformer.classify_tokens(hidden, cx)?)?;
-    let (mut picked, mut gold) = (Vec::with_capacity(examples.len()), Vec::new());
-    for (example, logits) in examples.iter().zip(logits) {
+    let logits = only_group(base.transformer.token_head_logits(hidden, cx)?, examples.len())?; // [rows, labels]
+    let (mut pick, mut gold) = (Vec::new(), Vec::new());
+    for (example, span) in examples.iter().zip(cx.rows.spans()) {
         let Target::Tags(tags) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
-        let at: Vec<u32> = tags.iter().map(|(at, _)| *at).collect();
+        pick.extend(tags.iter().map(|(at, _)| span.start as u32 + at));
         gold.extend(tags.iter().map(|(_, label)| *label));
-        picked.push(logits.index_select(&Tensor::new(at, logits.device())?, 0)?);
     }
-    cross_entropy(Tensor::cat(&picked, 0)?, gold) // [words, labels]
+    let logits = logits.index_select(&Tensor::new(pick, logits.device())?, 0)?; // [words, labels]
+    cross_entropy(logits, gold)
 }
 
-fn with_head(logits: Vec<Option<Tensor>>) -> Result<Vec<Tensor>> {
-    let no_head = || candle_core::Error::msg("classification without a head");
-    logits.into_iter().map(|l| l.ok_or_else(no_head)).collect()
+/// One delta, so one head for all spans, in order.
+fn only_group(mut groups: Vec<HeadLogits>, spans: usize) -> Result<Tensor> {
+    match (groups.pop(), groups.is_empty()) {
+        (Some(group), true) if group.spans.len() == spans => Ok(group.logits),
+        _ => candle_core::bail!("classification without a head"),
+    }
 }
 
 fn cross_entropy(logits: Tensor, gold: Vec<u32>) -> Result<Losses> {
