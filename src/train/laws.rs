@@ -25,7 +25,7 @@ use crate::{
     rows::RowLayout,
 };
 
-fn base(kind: &str) -> Arc<Base> {
+pub(super) fn tiny(kind: &str) -> Arc<Base> {
     let config = match kind {
         "llama" => testing::tiny_llama(),
         "gpt2" => testing::tiny_gpt2(),
@@ -128,7 +128,7 @@ fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
         ("bert", Task::SeqCls, vec![]),
     ];
     for (family, task, methods) in cases {
-        let base = base(family);
+        let base = tiny(family);
         let input = input(&base, task, &methods, hyper(10));
         let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
         let batch: Vec<&Encoded> = input.train.iter().take(8).collect();
@@ -167,7 +167,7 @@ fn key_bias(name: &str) -> bool {
 #[test]
 fn gradients_match_central_differences() {
     for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls)] {
-        let base = base(family);
+        let base = tiny(family);
         let input = input(&base, task, &lora(), hyper(10));
         let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
         let batch: Vec<&Encoded> = input.train.iter().take(6).collect();
@@ -185,7 +185,7 @@ fn gradients_match_central_differences() {
             let norm = global_norm([g]).unwrap();
             let unit = (g.detach() / norm).unwrap();
             let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 1e-2);
-            let mut value = |step: f64| {
+            let value = |step: f64| {
                 v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
                 f64::from(loss().to_scalar::<f32>().unwrap())
             };
@@ -198,7 +198,7 @@ fn gradients_match_central_differences() {
 
 #[test]
 fn base_unchanged() {
-    let base = base("llama");
+    let base = tiny("llama");
     let rows = RowLayout::packed(&[5, 3]);
     let hidden = || {
         let none = DeltaBatch::none();
@@ -220,7 +220,7 @@ fn the_loss_falls_by_more_than_half() {
         ("bert", Task::TokenCls, bitfit()),
         ("gpt2", Task::SeqCls, lora()),
     ] {
-        let base = base(family);
+        let base = tiny(family);
         let run = Run::new(Arc::clone(&base), None, input(&base, task, &methods, hyper(120))).unwrap();
         let (events, outcome) = finish(run);
         let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };
@@ -234,7 +234,7 @@ fn the_loss_falls_by_more_than_half() {
 
 #[test]
 fn the_same_seed_gives_the_same_delta_and_another_seed_another() {
-    let base = base("bert");
+    let base = tiny("bert");
     let run = |seed| {
         let methods = [MethodPart::Lora(LoraPart { rank: Some(2), dropout: Some(0.2), ..LoraPart::default() })];
         let end = train(&base, input(&base, Task::SeqCls, &methods, ResolvedTraining { seed, ..hyper(6) }));
@@ -251,7 +251,7 @@ fn the_same_seed_gives_the_same_delta_and_another_seed_another() {
 
 #[test]
 fn accumulation_equals_one_large_batch() {
-    let base = base("llama");
+    let base = tiny("llama");
     let run = |batch_size, grad_accumulation| {
         let mut run = Run::new(
             Arc::clone(&base),
@@ -274,7 +274,7 @@ fn accumulation_equals_one_large_batch() {
 
 #[test]
 fn divergence_fails_with_the_step_and_keeps_the_last_good_checkpoint() {
-    let base = base("llama");
+    let base = tiny("llama");
     for (lr, code) in [(f64::NAN, "DIVERGED"), (1e9, "DIVERGED"), (f64::INFINITY, "DIVERGED")] {
         let resolved = ResolvedTraining { learning_rate: lr, ..hyper(20) };
         let run = Run::new(Arc::clone(&base), None, input(&base, Task::CausalLm, &lora(), resolved)).unwrap();
@@ -291,7 +291,7 @@ fn divergence_fails_with_the_step_and_keeps_the_last_good_checkpoint() {
 
 #[test]
 fn the_best_evaluation_is_what_is_published() {
-    let base = base("bert");
+    let base = tiny("bert");
     let resolved = ResolvedTraining { eval_every: 5, ..hyper(23) };
     let input = RunInput { validation: examples(Task::SeqCls, 60), ..input(&base, Task::SeqCls, &lora(), resolved) };
     let (events, outcome) = finish(Run::new(Arc::clone(&base), None, input).unwrap());
@@ -306,7 +306,7 @@ fn the_best_evaluation_is_what_is_published() {
 
 #[test]
 fn packing_changes_what_shares_a_step_not_what_an_example_sees() {
-    let base = base("llama");
+    let base = tiny("llama");
     let input = input(&base, Task::CausalLm, &lora(), hyper(10));
     let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
     let each = |batch: &[&Encoded]| {
@@ -321,7 +321,7 @@ fn packing_changes_what_shares_a_step_not_what_an_example_sees() {
 
 #[test]
 fn a_prepared_request_runs() {
-    let base = base("llama");
+    let base = tiny("llama");
     let mut p = params(Task::CausalLm, lora());
     p.hyper = HyperParams { max_steps: Some(3), ..HyperParams::default() };
     let spec = TrainSpec::resolve(&p.methods, p.task, &[], shape(&base)).unwrap();

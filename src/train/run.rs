@@ -69,6 +69,8 @@ pub struct Trained {
     pub final_loss: f64,
     /// The evaluation of the published checkpoint.
     pub best_eval: Option<EvalEvent>,
+    /// The same weights as safetensors bytes: kept when publishing fails, so that no training is lost.
+    pub checkpoint: Vec<u8>,
 }
 
 /// Why a run stopped.
@@ -232,7 +234,10 @@ impl Run {
             Ok(None) => Advance::More(events),
             Ok(Some(outcome)) => Advance::Done(events, Box::new(outcome)),
             Err(e) => {
-                let failed = self.fail("INTERNAL", format!("step {}: {e}", self.step + 1));
+                let text = e.to_string();
+                let code =
+                    if text.to_ascii_lowercase().contains("out of memory") { "OUT_OF_MEMORY" } else { "INTERNAL" };
+                let failed = self.fail(code, format!("step {}: {text}", self.step + 1));
                 Advance::Done(events, Box::new(failed))
             }
         }
@@ -428,7 +433,8 @@ impl Run {
             None => (self.trainable.snapshot()?, None),
         };
         let delta = self.trainable.publishable(&snapshot)?;
-        Ok(Outcome::Trained(Trained { delta, final_loss: self.last_loss, best_eval }))
+        let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
+        Ok(Outcome::Trained(Trained { delta, final_loss: self.last_loss, best_eval, checkpoint }))
     }
 
     fn fail(&self, code: &'static str, message: String) -> Outcome {
