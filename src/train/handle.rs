@@ -47,7 +47,7 @@ impl Default for TrainerConfig {
 }
 
 /// Why the trainer refused.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The queue, or the tenant's share of it, is full.
     #[error("overloaded: {0}")]
@@ -204,7 +204,7 @@ impl TrainerHandle {
         let (params, prepared) = (params.clone(), prepared.clone());
         // a task of its own: a client that hangs up cannot leave a job half made
         let made = tokio::spawn(async move { this.make(id, tenant, params, prepared, permit).await });
-        made.await.unwrap_or_else(|e| Err(LogError::Store(e.to_string()).into()))
+        made.await.unwrap_or_else(|e| Err(LogError::Runtime(e.to_string()).into()))
     }
 
     async fn make(
@@ -219,7 +219,7 @@ impl TrainerHandle {
             id: id.clone(),
             tenant: tenant.clone(),
             output_name: params.output_name.clone(),
-            request_json: serde_json::to_string(&params).map_err(|e| LogError::Store(e.to_string()))?,
+            request_json: serde_json::to_string(&params).map_err(|e| LogError::Runtime(e.to_string()))?,
             resolved: prepared.reply.resolved.clone(),
             idempotency_key: params.idempotency_key.clone(),
             request_digest: request_digest(&params, &prepared),

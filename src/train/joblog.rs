@@ -23,9 +23,9 @@ pub enum LogError {
     /// The job is over: nothing may follow.
     #[error("job {0} has ended")]
     Ended(String),
-    /// The store failed or holds something unreadable.
+    /// A task of the runtime ended early.
     #[error("{0}")]
-    Store(String),
+    Runtime(String),
 }
 
 /// A job to be made.
@@ -112,7 +112,7 @@ impl JobLog {
     /// [`LogError::Ended`] after a terminal state, or the store's.
     pub async fn append(&self, id: &str, step: u32, body: JobEventBody) -> Result<u64, LogError> {
         let mut jobs = self.jobs.lock();
-        let kept = jobs.get_mut(id).ok_or_else(|| LogError::Store(format!("no job {id}")))?;
+        let kept = jobs.get_mut(id).ok_or_else(|| LogError::Runtime(format!("no job {id}")))?;
         let info = &mut kept.job.info;
         if info.state.is_terminal() {
             return Err(LogError::Ended(id.to_owned()));
@@ -175,11 +175,11 @@ impl JobLog {
         Ok(self.jobs.lock().values().filter(|k| !k.job.info.state.is_terminal()).map(|k| k.job.clone()).collect())
     }
 
-    /// Keeps a blob (a checkpoint).
+    /// Keeps a checkpoint's bytes for as long as the job is kept.
     ///
     /// # Errors
     /// The store's.
-    pub async fn put_blob(&self, bytes: Bytes) -> Result<BlobId, LogError> {
+    pub async fn keep_checkpoint(&self, _id: &str, bytes: Bytes) -> Result<BlobId, LogError> {
         let id = BlobId::of(&bytes);
         self.blobs.lock().insert(id.to_string(), bytes);
         Ok(id)

@@ -107,7 +107,7 @@ fn finish(mut run: Run) -> (Vec<JobEventBody>, Outcome) {
 
 fn train(base: &Arc<Base>, input: RunInput) -> Trained {
     match finish(Run::new(Arc::clone(base), None, input).unwrap()).1 {
-        Outcome::Trained(t) => t,
+        Outcome::Trained(t) => *t,
         Outcome::Failed(f) => panic!("{f:?}"),
     }
 }

@@ -15,7 +15,8 @@ pub fn describe() {
     describe_gauge!("deltaserve_train_loss", "loss of the last step, by slot of the running job (0 to 7)");
     describe_counter!("deltaserve_train_tokens_total", "tokens trained on");
     describe_gauge!("deltaserve_train_yielded_seconds_total", Unit::Seconds, "time given to serving, only growing");
-    describe_gauge!("deltaserve_train_jobs", "jobs in memory by state");
+    describe_gauge!("deltaserve_train_jobs", "jobs that have not ended, by state");
+    describe_counter!("deltaserve_train_jobs_ended_total", "jobs that have ended, by state");
 }
 
 /// What one run reports.

@@ -106,33 +106,22 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         validation = hold.iter().map(|i| train[*i].clone()).collect();
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
-    let resolved = resolve(params, &methods, &labels, &train, max_length, base.shape);
-    Ok(finish(resolved, spec, train, validation, warnings, base.shape))
-}
-
-fn finish(
-    resolved: ResolvedTraining,
-    spec: TrainSpec,
-    train: Vec<Encoded>,
-    validation: Vec<Encoded>,
-    warnings: Vec<Violation>,
-    base: BaseShape<'_>,
-) -> Prepared {
+    let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
+    let resolved = chosen.resolve(&train);
     let longest = train.iter().chain(&validation).map(|e| e.tokens.len()).max().unwrap_or(0);
-    let in_batch = resolved.batch_size as usize * longest;
-    let rows = in_batch.min(MICRO_TOKENS.max(longest));
+    let rows = (resolved.batch_size as usize * longest).min(MICRO_TOKENS.max(longest));
     let reply = PlanReply {
-        trainable_parameters: spec.parameters(base.sites),
+        trainable_parameters: spec.parameters(base.shape.sites),
         train_examples: train.len() as u64,
         validation_examples: validation.len() as u64,
         train_tokens: train.iter().map(|e| e.tokens.len() as u64).sum(),
         supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
         longest_example: longest as u32,
-        memory: spec.memory(base, rows, longest),
+        memory: spec.memory(base.shape, rows, longest),
         warnings,
         resolved,
     };
-    Prepared { reply, spec, train: train.into(), validation: validation.into() }
+    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into() })
 }
 
 fn violation(field: &str, message: impl Into<String>) -> Violation {
@@ -220,52 +209,57 @@ fn max_length(h: &HyperParams, task: Task, max_positions: usize) -> usize {
     h.max_length.map_or(default, |n| n as usize).min(max_positions)
 }
 
-fn resolve(
-    params: &TrainParams,
-    methods: &[MethodPart],
-    labels: &LabelSet,
-    train: &[Encoded],
+/// What the hyper-parameters depend on.
+struct Chosen<'a> {
+    params: &'a TrainParams,
+    methods: &'a [MethodPart],
+    labels: &'a LabelSet,
     max_length: usize,
-    base: BaseShape<'_>,
-) -> ResolvedTraining {
-    let h = &params.hyper;
-    let lm = params.task == Task::CausalLm;
-    let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
-    let grad_accumulation = h.grad_accumulation.unwrap_or(1);
-    let packing = h.packing.unwrap_or(false);
-    let seed = h.seed.unwrap_or(0);
-    let lens: Vec<usize> = train.iter().map(|e| e.tokens.len()).collect();
-    let size = batch_size as usize * grad_accumulation as usize;
-    let per_epoch = Batches::new(&lens, size, packing.then_some(max_length), seed).per_epoch();
-    let cap = h.max_steps.unwrap_or(MAX_STEPS);
-    // a step limit alone decides how long a job is
-    let epochs = h.epochs.unwrap_or(match h.max_steps {
-        Some(steps) => f64::from(steps) / per_epoch.max(1) as f64,
-        None if lm => 3.0,
-        None => 4.0,
-    });
-    let total_steps = ((epochs * per_epoch as f64).ceil().max(1.0) as u32).min(cap);
-    let warmup_ratio = h.warmup_ratio.unwrap_or(if lm { 0.03 } else { 0.06 });
-    ResolvedTraining {
-        task: params.task,
-        methods: methods.to_vec(),
-        labels: if lm { Vec::new() } else { labels.names().to_vec() },
-        epochs,
-        total_steps,
-        batch_size,
-        grad_accumulation,
-        learning_rate: h.learning_rate.unwrap_or_else(|| learning_rate(methods, params.task, base.hidden)),
-        schedule: h.schedule.unwrap_or(Schedule::Linear),
-        warmup_steps: (warmup_ratio * f64::from(total_steps)).floor() as u32,
-        weight_decay: h.weight_decay.unwrap_or(0.0),
-        beta1: h.beta1.unwrap_or(0.9),
-        beta2: h.beta2.unwrap_or(0.999),
-        eps: h.eps.unwrap_or(1e-8),
-        clip_norm: h.clip_norm.unwrap_or(1.0),
-        max_length: max_length as u32,
-        seed,
-        eval_every: h.eval_every.unwrap_or(0),
-        packing,
+    base: BaseShape<'a>,
+}
+
+impl Chosen<'_> {
+    fn resolve(&self, train: &[Encoded]) -> ResolvedTraining {
+        let Self { params, methods, labels, max_length, base } = *self;
+        let h = &params.hyper;
+        let lm = params.task == Task::CausalLm;
+        let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
+        let grad_accumulation = h.grad_accumulation.unwrap_or(1);
+        let packing = h.packing.unwrap_or(false);
+        let seed = h.seed.unwrap_or(0);
+        let lens: Vec<usize> = train.iter().map(|e| e.tokens.len()).collect();
+        let size = batch_size as usize * grad_accumulation as usize;
+        let per_epoch = Batches::new(&lens, size, packing.then_some(max_length), seed).per_epoch();
+        let cap = h.max_steps.unwrap_or(MAX_STEPS);
+        // a step limit alone decides how long a job is
+        let epochs = h.epochs.unwrap_or(match h.max_steps {
+            Some(steps) => f64::from(steps) / per_epoch.max(1) as f64,
+            None if lm => 3.0,
+            None => 4.0,
+        });
+        let total_steps = ((epochs * per_epoch as f64).ceil().max(1.0) as u32).min(cap);
+        let warmup_ratio = h.warmup_ratio.unwrap_or(if lm { 0.03 } else { 0.06 });
+        ResolvedTraining {
+            task: params.task,
+            methods: methods.to_vec(),
+            labels: if lm { Vec::new() } else { labels.names().to_vec() },
+            epochs,
+            total_steps,
+            batch_size,
+            grad_accumulation,
+            learning_rate: h.learning_rate.unwrap_or_else(|| learning_rate(methods, params.task, base.hidden)),
+            schedule: h.schedule.unwrap_or(Schedule::Linear),
+            warmup_steps: (warmup_ratio * f64::from(total_steps)).floor() as u32,
+            weight_decay: h.weight_decay.unwrap_or(0.0),
+            beta1: h.beta1.unwrap_or(0.9),
+            beta2: h.beta2.unwrap_or(0.999),
+            eps: h.eps.unwrap_or(1e-8),
+            clip_norm: h.clip_norm.unwrap_or(1.0),
+            max_length: max_length as u32,
+            seed,
+            eval_every: h.eval_every.unwrap_or(0),
+            packing,
+        }
     }
 }
 

@@ -55,7 +55,7 @@ pub enum Advance {
 #[derive(Debug)]
 pub enum Outcome {
     /// All steps are done.
-    Trained(Trained),
+    Trained(Box<Trained>),
     /// It cannot go on.
     Failed(Failed),
 }
@@ -333,7 +333,7 @@ impl Run {
         let lr = self.schedule.at(self.step);
         self.optimizer.step(&grads, lr, clip_scale(norm, self.input.resolved.clip_norm))?;
         let weights = global_norm(vars.iter().map(|v| v.var.as_tensor()))?;
-        if !(weights <= MAX_WEIGHT_NORM) {
+        if weights.is_nan() || weights > MAX_WEIGHT_NORM {
             let message =
                 format!("the weights diverged in step {} (norm {weights:.3e}, learning rate {lr})", self.step + 1);
             return Ok(Some(self.fail("DIVERGED", message)));
@@ -434,7 +434,8 @@ impl Run {
         };
         let delta = self.trainable.publishable(&snapshot)?;
         let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
-        Ok(Outcome::Trained(Trained { delta, final_loss: self.last_loss, best_eval, checkpoint }))
+        let final_loss = self.last_loss;
+        Ok(Outcome::Trained(Box::new(Trained { delta, final_loss, best_eval, checkpoint })))
     }
 
     fn fail(&self, code: &'static str, message: String) -> Outcome {

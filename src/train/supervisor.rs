@@ -232,7 +232,7 @@ impl Supervisor {
                 self.append(&id, *body).await;
             }
             Report::Ended(id, end) => match *end {
-                End::Trained(trained) => self.publish(&id, trained).await,
+                End::Trained(trained) => self.publish(&id, *trained).await,
                 End::Failed(failed) => self.failed(&id, failed).await,
                 End::Cancelled if self.shared.is_draining() => {
                     self.running.remove(&id);
@@ -332,7 +332,7 @@ impl Supervisor {
     }
 
     async fn keep_checkpoint(&mut self, id: &str, step: u32, bytes: Bytes) {
-        let event = match self.shared.log.put_blob(bytes).await {
+        let event = match self.shared.log.keep_checkpoint(id, bytes).await {
             Ok(blob) => JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() }),
             Err(e) => {
                 let message = format!("the last good checkpoint (step {step}) could not be kept: {e}");

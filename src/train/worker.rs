@@ -51,7 +51,7 @@ pub(crate) enum Report {
 /// How a job left the thread.
 #[derive(Debug)]
 pub(crate) enum End {
-    Trained(Trained),
+    Trained(Box<Trained>),
     Failed(Failed),
     Cancelled,
 }
