@@ -47,7 +47,7 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     }
     let grads = first.backward().map_err(fail)?;
     let n = gradients(f, &base, &delta, &grads, &want)?;
-    let steps = steps(f, case, &trainable, || loss(&base, &delta, task, &want))?;
+    let steps = steps(f, case, (&base, &trainable), || loss(&base, &delta, task, &want))?;
     let finals = finals(f, case, (&base, &delta), &want)?;
     Ok(format!("loss and {n} gradients at step 0, {steps} steps, {finals} final tensors"))
 }
@@ -56,7 +56,7 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
 fn steps(
     f: &Fixtures,
     case: &Value,
-    trainable: &Trainable,
+    (base, trainable): (&Base, &Trainable),
     loss: impl Fn() -> candle_core::Result<Tensor>,
 ) -> Step<usize> {
     let hp = |name: &str| case["hp"][name].as_f64().ok_or_else(|| fail(format!("no hyper-parameter {name}")));
@@ -104,6 +104,14 @@ fn steps(
             return Err(fail(format!("learning rate of step {step} is {lr}, expected {expected}")));
         }
         adam.step(&grads, lr, clip_scale(norm, clip)).map_err(fail)?;
+        // the library trains whole biases, so it decays the base's share of them, too
+        for v in trainable.vars() {
+            let site = v.name.strip_suffix(".bias").and_then(|m| base.sites.by_module(m));
+            if let Some(own) = site.map(|s| base.bias(s)).transpose().map_err(fail)?.flatten() {
+                let share = (own * (lr * params.weight_decay)).map_err(fail)?;
+                v.var.set(&(v.var.as_detached_tensor() - share).map_err(fail)?).map_err(fail)?;
+            }
+        }
     }
     Ok(total as usize)
 }
