@@ -21,3 +21,4 @@ pub mod rows;
 pub mod shutdown;
 pub mod telemetry;
 pub mod text;
+pub mod train;

@@ -45,7 +45,7 @@ impl Default for Sampling {
 }
 
 /// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct ChatMessage {
     /// `system`, `user`, `assistant`, or what the base's template knows.
     pub role: String,

@@ -1,20 +1,23 @@
-//! Training parity: loss and gradients at step 0.
+//! Training parity: loss and gradients at step 0, then the losses, gradient norms and weights of all AdamW steps.
 
 use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
+    admission::train_params::Schedule,
     delta::{Delta, DeltaBatch, Patch},
     model::{Base, Input},
     nn::Cx,
     rows::RowLayout,
+    train::{
+        batches::{Stream, rng},
+        optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
+        trainable::Trainable,
+    },
 };
 use serde_json::Value;
 
-use crate::{
-    cases::tracked,
-    fixtures::{Batch, Fixtures, Outcome, Step, fail},
-};
+use crate::fixtures::{Batch, Fixtures, Outcome, Step, fail};
 
 pub fn run(f: &Fixtures, case: &Value) -> Outcome {
     match check(f, case) {
@@ -29,21 +32,120 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     let own = f.list("cases").iter().find(|c| c["delta"] == path);
     let own = own.ok_or_else(|| fail(format!("no case for {path}")))?;
     let delta = f.delta(&base, own)?.ok_or_else(|| fail("no delta"))?;
-    if delta.patches().iter().any(|(_, p)| !matches!(p, Patch::LowRank(_))) {
+    if delta.patches().iter().any(|(_, p)| matches!(p, Patch::Scale(_))) {
         return Err(Outcome::Unsupported("training of this method".into()));
     }
-    let delta = tracked(&delta)?;
+    let trainable = Trainable::from_delta(&delta, &base.sites).map_err(fail)?;
+    let delta = trainable.delta(&mut rng(0, Stream::Dropout)).map_err(fail)?;
     let want = f.tensors(case["expected"].as_str().unwrap_or_default())?;
     let task = case["task"].as_str().unwrap_or_default();
-    let loss = loss(&base, &delta, task, &want).map_err(fail)?;
-    let value = f64::from(loss.to_scalar::<f32>().map_err(fail)?);
+    let first = loss(&base, &delta, task, &want).map_err(fail)?;
+    let value = f64::from(first.to_scalar::<f32>().map_err(fail)?);
     let expected = case["losses"][0].as_f64().ok_or_else(|| fail("no losses"))?;
     if (value - expected).abs() > f.tolerance("loss_step0_atol") {
         return Err(fail(format!("loss at step 0 is {value}, expected {expected}")));
     }
-    let grads = loss.backward().map_err(fail)?;
+    let grads = first.backward().map_err(fail)?;
     let n = gradients(f, &base, &delta, &grads, &want)?;
-    Ok(format!("loss and {n} gradients at step 0"))
+    let steps = steps(f, case, (&base, &trainable), || loss(&base, &delta, task, &want))?;
+    let finals = finals(f, case, (&base, &delta), &want)?;
+    Ok(format!("loss and {n} gradients at step 0, {steps} steps, {finals} final tensors"))
+}
+
+/// The losses before each step and after the last, with our optimizer, schedule and clipping.
+fn steps(
+    f: &Fixtures,
+    case: &Value,
+    (base, trainable): (&Base, &Trainable),
+    loss: impl Fn() -> candle_core::Result<Tensor>,
+) -> Step<usize> {
+    let hp = |name: &str| case["hp"][name].as_f64().ok_or_else(|| fail(format!("no hyper-parameter {name}")));
+    let params = AdamParams {
+        beta1: case["hp"]["betas"][0].as_f64().unwrap_or(0.9),
+        beta2: case["hp"]["betas"][1].as_f64().unwrap_or(0.999),
+        eps: hp("eps")?,
+        weight_decay: hp("weight_decay")?,
+    };
+    let total = hp("steps")? as u32;
+    let kind = match case["hp"]["schedule"].as_str() {
+        Some("linear") => Schedule::Linear,
+        Some("cosine") => Schedule::Cosine,
+        _ => Schedule::Constant,
+    };
+    let warmup = case["hp"]["warmup_steps"].as_u64().unwrap_or(0) as u32;
+    let schedule = LrSchedule { peak: hp("lr")?, kind, warmup, total };
+    let clip = case["hp"]["clip_norm"].as_f64().unwrap_or(0.0);
+    // the library decays every trained tensor, biases of heads too
+    let vars = trainable.vars().iter().map(|v| (v.var.clone(), true));
+    let mut adam = AdamW::new(params, vars).map_err(fail)?;
+    let atol = f.tolerance("losses_atol");
+    for step in 0..=total {
+        let now = loss().map_err(fail)?;
+        let value = f64::from(now.to_scalar::<f32>().map_err(fail)?);
+        let expected = case["losses"][step as usize].as_f64().unwrap_or(f64::NAN);
+        if !((value - expected).abs() <= atol) {
+            return Err(fail(format!("loss before step {step} is {value}, expected {expected}")));
+        }
+        if step == total {
+            break;
+        }
+        let grads = now.backward().map_err(fail)?;
+        let grads: Vec<Tensor> = (trainable.vars().iter())
+            .map(|v| grads.get(&v.var).cloned().ok_or_else(|| fail(format!("no gradient of {}", v.name))))
+            .collect::<Step<_>>()?;
+        let norm = global_norm(&grads).map_err(fail)?;
+        let expected = case["grad_norms"][step as usize].as_f64().unwrap_or(f64::NAN);
+        if !((norm - expected).abs() <= 1e-3 * expected + 1e-4) {
+            return Err(fail(format!("gradient norm of step {step} is {norm}, expected {expected}")));
+        }
+        let lr = schedule.at(step);
+        let expected = case["lrs"][step as usize].as_f64().unwrap_or(f64::NAN);
+        if !((lr - expected).abs() <= 1e-9) {
+            return Err(fail(format!("learning rate of step {step} is {lr}, expected {expected}")));
+        }
+        adam.step(&grads, lr, clip_scale(norm, clip)).map_err(fail)?;
+        // the library trains whole biases, so it decays the base's share of them, too
+        for v in trainable.vars() {
+            let site = v.name.strip_suffix(".bias").and_then(|m| base.sites.by_module(m));
+            if let Some(own) = site.map(|s| base.bias(s)).transpose().map_err(fail)?.flatten() {
+                let share = (own * (lr * params.weight_decay)).map_err(fail)?;
+                v.var.set(&(v.var.as_detached_tensor() - share).map_err(fail)?).map_err(fail)?;
+            }
+        }
+    }
+    Ok(total as usize)
+}
+
+/// Weights after the last step. Elements whose first gradient is rounding noise are left out: Adam turns it into steps.
+fn finals(f: &Fixtures, case: &Value, (base, delta): (&Base, &Delta), want: &HashMap<String, Tensor>) -> Step<usize> {
+    let vars = named(base, delta);
+    let noise = 20.0 * case["noise_f64"]["final"].as_f64().unwrap_or(0.0);
+    let (atol, floor) = (f.tolerance("final_atol").max(noise), f.tolerance("grad_floor"));
+    let flat = |t: &Tensor| t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>()).map_err(fail);
+    let n = vars.len();
+    for (name, var, transposed) in vars {
+        let find = |kind: &str| {
+            let hit = |k: &&String| {
+                k.starts_with(kind) && (k.ends_with(&format!(".{name}")) || k.ends_with(&format!("::{name}")))
+            };
+            want.keys().find(hit).map(|k| &want[k]).ok_or_else(|| fail(format!("no {kind} of {name}")))
+        };
+        let got = if transposed { var.t().map_err(fail)? } else { var.clone() };
+        // BitFit's file has whole biases, the variable is what was added
+        let bias = name.strip_suffix(".bias").and_then(|m| base.sites.by_module(m));
+        let got = match bias.map(|site| base.bias(site)).transpose().map_err(fail)?.flatten() {
+            Some(own) => (got + own).map_err(fail)?,
+            None => got,
+        };
+        let (got, end, first) = (flat(&got)?, flat(find("final::")?)?, flat(find("grad::")?)?);
+        for ((a, b), g) in got.iter().zip(end).zip(first) {
+            let off = f64::from((a - b).abs());
+            if f64::from(g.abs()) >= floor && !(off <= atol) {
+                return Err(fail(format!("{name} ends at {a} instead of {b}")));
+            }
+        }
+    }
+    Ok(n)
 }
 
 /// The library's loss of the whole batch.
@@ -103,6 +205,9 @@ fn named(base: &Base, delta: &Delta) -> Vec<(String, Tensor, bool)> {
         if let Patch::LowRank(l) = patch {
             out.push((format!("{module}.lora_A.weight"), l.a.clone(), false));
             out.push((format!("{module}.lora_B.weight"), l.b.clone(), true)); // kept transposed
+        }
+        if let Patch::Bias(b) = patch {
+            out.push((format!("{module}.bias"), b.clone(), false)); // kept as the difference to the base's
         }
     }
     if let Some(head) = delta.head() {

@@ -1,0 +1,472 @@
+//! Training examples: JSON lines in, typed examples out, with every problem of every line.
+//!
+//! It knows the formats and their fields. It never tokenises (`encode`) and never judges across lines (`validate`).
+
+use serde_json::{Map, Value};
+
+use crate::{
+    admission::params::ChatMessage,
+    train::issue::{Code, Report},
+};
+
+/// What the lines of a file look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// `{"text"}`: continue any text; every token carries loss.
+    Text,
+    /// `{"prompt", "completion"}`: loss on the completion.
+    PromptCompletion,
+    /// `{"messages": [{"role", "content"}]}`: loss on the assistant's turns.
+    Messages,
+    /// `{"text", "label"}`: sequence classification.
+    TextLabel,
+    /// `{"tokens": [..], "labels": [..]}`: one label per word.
+    TokenLabels,
+}
+
+impl Format {
+    /// The name in stored records and messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Messages => "messages",
+            Self::TextLabel => "label",
+            Self::TokenLabels => "tags",
+        }
+    }
+
+    /// The format with these fields, the most specific first.
+    fn detect(object: &Map<String, Value>) -> Option<Self> {
+        let has = |field: &str| object.contains_key(field);
+        if has("messages") {
+            Some(Self::Messages)
+        } else if has("prompt") || has("completion") {
+            Some(Self::PromptCompletion)
+        } else if has("tokens") || has("labels") {
+            Some(Self::TokenLabels)
+        } else if has("label") {
+            Some(Self::TextLabel)
+        } else if has("text") {
+            Some(Self::Text)
+        } else {
+            None
+        }
+    }
+}
+
+/// A label as written: a name, or an index into the names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Label {
+    /// By name.
+    Name(String),
+    /// By index.
+    Index(u64),
+}
+
+impl std::fmt::Display for Label {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Name(name) => write!(f, "{name:?}"),
+            Self::Index(i) => write!(f, "{i}"),
+        }
+    }
+}
+
+/// One example.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Example {
+    /// Any text.
+    Text(String),
+    /// A prompt and how it should go on.
+    PromptCompletion {
+        /// Read.
+        prompt: String,
+        /// Learned.
+        completion: String,
+    },
+    /// A conversation.
+    Messages(Vec<ChatMessage>),
+    /// A text and its label.
+    TextLabel {
+        /// Read.
+        text: String,
+        /// Learned.
+        label: Label,
+    },
+    /// Words and their labels.
+    TokenLabels {
+        /// Read.
+        tokens: Vec<String>,
+        /// Learned, one per word.
+        labels: Vec<Label>,
+    },
+}
+
+/// An example and where it came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Line in the file, counting from 1.
+    pub line: u64,
+    /// The example.
+    pub example: Example,
+}
+
+/// A parsed file.
+#[derive(Debug, Clone, Default)]
+pub struct Dataset {
+    /// The format of its lines; `None` when no line had one.
+    pub format: Option<Format>,
+    /// The good lines.
+    pub rows: Vec<Row>,
+}
+
+impl Dataset {
+    /// Reads JSON lines. Blank lines are skipped; a line with a problem is reported and left out.
+    pub fn parse(bytes: &[u8]) -> (Self, Report) {
+        let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+        let mut report = Report::default();
+        let mut data = Self::default();
+        for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
+            let line = line.trim_ascii();
+            if !line.is_empty() {
+                data.push_line(i as u64 + 1, line, &mut report);
+            }
+        }
+        if data.rows.is_empty() && report.is_ok() {
+            report.error(Code::EmptyFile, 0, "", "has no examples; one JSON object per line is needed");
+        }
+        (data, report)
+    }
+
+    fn push_line(&mut self, line: u64, bytes: &[u8], report: &mut Report) {
+        let Some(object) = parse_object(line, bytes, report) else { return };
+        let Some(format) = Format::detect(&object) else {
+            report.error(Code::UnknownFormat, line, "", unknown_format(&object));
+            return;
+        };
+        match self.format {
+            Some(first) if first != format => {
+                let message = format!("is {}, the lines before are {}", format.as_str(), first.as_str());
+                report.error(Code::MixedFormats, line, "", message);
+                return;
+            }
+            _ => self.format = Some(format),
+        }
+        let mut fields = Fields { object: &object, line, report };
+        if let Some(example) = fields.example(format) {
+            self.rows.push(Row { line, example });
+        }
+    }
+}
+
+fn parse_object(line: u64, bytes: &[u8], report: &mut Report) -> Option<Map<String, Value>> {
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text,
+        Err(e) => {
+            report.error(Code::NotUtf8, line, "", format!("is not UTF-8 from byte {} of the line", e.valid_up_to()));
+            return None;
+        }
+    };
+    match serde_json::from_str::<Value>(text) {
+        Ok(Value::Object(object)) => Some(object),
+        Ok(other) => {
+            report.error(Code::WrongType, line, "", format!("is {}, a JSON object is needed", kind(&other)));
+            None
+        }
+        Err(e) => {
+            let what = e.to_string();
+            let what = what.rsplit_once(" at line").map_or(what.as_str(), |(w, _)| w).to_owned();
+            report.error(Code::NotJson, line, "", format!("is not JSON: {what} at column {}", e.column()));
+            None
+        }
+    }
+}
+
+fn unknown_format(object: &Map<String, Value>) -> String {
+    let fields: Vec<_> = object.keys().take(8).map(String::as_str).collect();
+    format!(
+        "has the fields [{}]; accepted are {{text}}, {{prompt, completion}}, {{messages}}, {{text, label}}, {{tokens, labels}}",
+        fields.join(", ")
+    )
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// Reads the fields of one line and reports what is wrong with them, all of them.
+struct Fields<'a> {
+    object: &'a Map<String, Value>,
+    line: u64,
+    report: &'a mut Report,
+}
+
+impl<'a> Fields<'a> {
+    fn example(&mut self, format: Format) -> Option<Example> {
+        match format {
+            Format::Text => Some(Example::Text(self.filled("text")?)),
+            Format::PromptCompletion => {
+                let (prompt, completion) = (self.string("prompt"), self.string("completion"));
+                let (prompt, completion) = (prompt?, completion?);
+                if completion.trim().is_empty() {
+                    self.error(Code::EmptyCompletion, "/completion", "is empty: there is nothing to learn");
+                    return None;
+                }
+                Some(Example::PromptCompletion { prompt, completion })
+            }
+            Format::Messages => self.messages(),
+            Format::TextLabel => {
+                let (text, label) = (self.filled("text"), self.label());
+                Some(Example::TextLabel { text: text?, label: label? })
+            }
+            Format::TokenLabels => self.token_labels(),
+        }
+    }
+
+    fn error(&mut self, code: Code, pointer: &str, message: impl Into<String>) {
+        self.report.error(code, self.line, pointer, message);
+    }
+
+    fn value(&mut self, field: &str) -> Option<&'a Value> {
+        let value = self.object.get(field);
+        if value.is_none() {
+            self.error(Code::MissingField, &format!("/{field}"), "is missing");
+        }
+        value
+    }
+
+    fn string(&mut self, field: &str) -> Option<String> {
+        match self.value(field)? {
+            Value::String(s) => Some(s.clone()),
+            other => {
+                let message = format!("is {}, a string is needed", kind(other));
+                self.error(Code::WrongType, &format!("/{field}"), message);
+                None
+            }
+        }
+    }
+
+    fn filled(&mut self, field: &str) -> Option<String> {
+        let text = self.string(field)?;
+        if text.trim().is_empty() {
+            self.error(Code::EmptyText, &format!("/{field}"), "is empty");
+            return None;
+        }
+        Some(text)
+    }
+
+    fn label(&mut self) -> Option<Label> {
+        let value = self.value("label")?;
+        self.one_label(value, "/label")
+    }
+
+    fn one_label(&mut self, value: &Value, pointer: &str) -> Option<Label> {
+        match value {
+            Value::String(s) if s.trim().is_empty() => {
+                self.error(Code::LabelUnknown, pointer, "is empty; a label needs a name");
+                None
+            }
+            Value::String(s) => Some(Label::Name(s.clone())),
+            Value::Number(n) if n.is_u64() => n.as_u64().map(Label::Index),
+            other => {
+                let what = kind(other);
+                self.error(Code::WrongType, pointer, format!("is {what}; a label is a string or an index from 0"));
+                None
+            }
+        }
+    }
+
+    fn array(&mut self, field: &str) -> Option<&'a Vec<Value>> {
+        match self.value(field)? {
+            Value::Array(a) => Some(a),
+            other => {
+                let message = format!("is {}, an array is needed", kind(other));
+                self.error(Code::WrongType, &format!("/{field}"), message);
+                None
+            }
+        }
+    }
+
+    fn token_labels(&mut self) -> Option<Example> {
+        let (words, tags) = (self.array("tokens"), self.array("labels"));
+        let (words, tags) = (words?, tags?);
+        if words.is_empty() {
+            self.error(Code::EmptyText, "/tokens", "is empty");
+            return None;
+        }
+        let mut tokens = Vec::with_capacity(words.len());
+        for (i, word) in words.iter().enumerate() {
+            match word {
+                Value::String(s) => tokens.push(s.clone()),
+                other => {
+                    let message = format!("is {}, a string is needed", kind(other));
+                    self.error(Code::WrongType, &format!("/tokens/{i}"), message);
+                }
+            }
+        }
+        let labels: Vec<_> =
+            tags.iter().enumerate().filter_map(|(i, tag)| self.one_label(tag, &format!("/labels/{i}"))).collect();
+        if words.len() != tags.len() {
+            let message = format!("has {} labels for {} tokens; one per token is needed", tags.len(), words.len());
+            self.error(Code::TagLengthMismatch, "/labels", message);
+            return None;
+        }
+        (tokens.len() == words.len() && labels.len() == tags.len()).then_some(Example::TokenLabels { tokens, labels })
+    }
+
+    fn messages(&mut self) -> Option<Example> {
+        let list = self.array("messages")?;
+        let before = self.report.errors;
+        let mut messages = Vec::with_capacity(list.len());
+        for (i, value) in list.iter().enumerate() {
+            if let Some(message) = self.message(i, value) {
+                messages.push(message);
+            }
+        }
+        if self.report.errors == before {
+            self.check_turns(&messages);
+        }
+        (self.report.errors == before).then_some(Example::Messages(messages))
+    }
+
+    fn message(&mut self, i: usize, value: &Value) -> Option<ChatMessage> {
+        let Value::Object(object) = value else {
+            let message = format!("is {}, an object with role and content is needed", kind(value));
+            self.error(Code::WrongType, &format!("/messages/{i}"), message);
+            return None;
+        };
+        let mut text = |field: &str| match object.get(field) {
+            Some(Value::String(s)) => Some(s.clone()),
+            Some(other) => {
+                let message = format!("is {}, a string is needed", kind(other));
+                self.error(Code::WrongType, &format!("/messages/{i}/{field}"), message);
+                None
+            }
+            None => {
+                self.error(Code::MissingField, &format!("/messages/{i}/{field}"), "is missing");
+                None
+            }
+        };
+        let (role, content) = (text("role"), text("content"));
+        let (role, content) = (role?, content?);
+        if !matches!(role.as_str(), "system" | "user" | "assistant") {
+            let message = format!("is {role:?}; accepted are system, user, assistant");
+            self.error(Code::BadRole, &format!("/messages/{i}/role"), message);
+            return None;
+        }
+        if role == "assistant" && content.trim().is_empty() {
+            let at = format!("/messages/{i}/content");
+            self.error(Code::EmptyCompletion, &at, "is empty: there is nothing to learn");
+            return None;
+        }
+        Some(ChatMessage { role, content })
+    }
+
+    /// At most one system message, first; then user and assistant in turn, and at least one assistant.
+    fn check_turns(&mut self, messages: &[ChatMessage]) {
+        let skip = usize::from(messages.first().is_some_and(|m| m.role == "system"));
+        for (i, m) in messages.iter().enumerate().skip(skip) {
+            let want = if (i - skip) % 2 == 0 { "user" } else { "assistant" };
+            if m.role != want {
+                let message = format!("is {:?} where {want:?} is due: user and assistant must take turns", m.role);
+                self.error(Code::RolesNotAlternating, &format!("/messages/{i}/role"), message);
+                return;
+            }
+        }
+        if !messages.iter().any(|m| m.role == "assistant") {
+            self.error(Code::NoAssistant, "/messages", "has no assistant message: there is nothing to learn");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn codes(text: &str) -> Vec<(Code, u64, String)> {
+        Dataset::parse(text.as_bytes()).1.issues.into_iter().map(|i| (i.code, i.line, i.pointer)).collect()
+    }
+
+    #[test]
+    fn every_format_is_known_by_its_fields() {
+        for (line, format) in [
+            (r#"{"text": "a"}"#, Format::Text),
+            (r#"{"prompt": "", "completion": "b"}"#, Format::PromptCompletion),
+            (r#"{"messages": [{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#, Format::Messages),
+            (r#"{"text": "a", "label": "x", "fine_label": "y"}"#, Format::TextLabel),
+            (r#"{"text": "a", "label": 1}"#, Format::TextLabel),
+            (r#"{"tokens": ["a"], "labels": ["O"]}"#, Format::TokenLabels),
+        ] {
+            let (data, report) = Dataset::parse(line.as_bytes());
+            assert!(report.is_ok(), "{line}: {report:?}");
+            assert_eq!((data.format, data.rows.len()), (Some(format), 1), "{line}");
+        }
+    }
+
+    #[test]
+    fn all_problems_are_reported_with_line_and_pointer_not_only_the_first() {
+        let text = "{\"prompt\": \"a\", \"completion\": \"b\"}\n\
+                    {\"prompt\": 1, \"completion\": []}\n\
+                    nonsense\n\
+                    \n\
+                    {\"prompt\": \"a\", \"completion\": \" \"}\n\
+                    {\"text\": \"a\"}\n\
+                    {\"x\": 1}\n\
+                    [1]\n\
+                    {\"prompt\": \"a\"}\n";
+        assert_eq!(
+            codes(text),
+            vec![
+                (Code::WrongType, 2, "/prompt".into()),
+                (Code::WrongType, 2, "/completion".into()),
+                (Code::NotJson, 3, String::new()),
+                (Code::EmptyCompletion, 5, "/completion".into()),
+                (Code::MixedFormats, 6, String::new()),
+                (Code::UnknownFormat, 7, String::new()),
+                (Code::WrongType, 8, String::new()),
+                (Code::MissingField, 9, "/completion".into()),
+            ]
+        );
+    }
+
+    #[test]
+    fn conversations_have_known_roles_in_turns_and_an_assistant() {
+        let m = |roles: &[&str]| {
+            let list: Vec<_> = roles.iter().map(|r| serde_json::json!({"role": r, "content": "x"})).collect();
+            serde_json::json!({ "messages": list }).to_string()
+        };
+        assert!(codes(&m(&["system", "user", "assistant", "user", "assistant"])).is_empty());
+        assert_eq!(codes(&m(&["user", "tool"])), vec![(Code::BadRole, 1, "/messages/1/role".into())]);
+        assert_eq!(codes(&m(&["user", "user"])), vec![(Code::RolesNotAlternating, 1, "/messages/1/role".into())]);
+        assert_eq!(codes(&m(&["assistant"])), vec![(Code::RolesNotAlternating, 1, "/messages/0/role".into())]);
+        assert_eq!(codes(&m(&["user"])), vec![(Code::NoAssistant, 1, "/messages".into())]);
+        assert_eq!(codes(&m(&[])), vec![(Code::NoAssistant, 1, "/messages".into())]);
+    }
+
+    #[test]
+    fn odd_bytes_are_problems_of_their_line() {
+        assert_eq!(codes(""), vec![(Code::EmptyFile, 0, String::new())]);
+        assert_eq!(codes("\n \r\n"), vec![(Code::EmptyFile, 0, String::new())]);
+        let (data, report) =
+            Dataset::parse(b"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": \"\xff\"}\n{\"text\": \"\\ud800\"}");
+        assert_eq!(data.rows.len(), 1);
+        let found: Vec<_> = report.issues.iter().map(|i| (i.code, i.line)).collect();
+        assert_eq!(found, vec![(Code::NotUtf8, 2), (Code::NotJson, 3)]);
+        assert_eq!(
+            codes(r#"{"tokens": ["a", "b"], "labels": ["O"]}"#),
+            vec![(Code::TagLengthMismatch, 1, "/labels".into())]
+        );
+        assert_eq!(codes(r#"{"text": "a", "label": -1}"#), vec![(Code::WrongType, 1, "/label".into())]);
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(codes(&deep), vec![(Code::NotJson, 1, String::new())]);
+    }
+}

@@ -1,0 +1,420 @@
+//! Examples to tokens: what is read and which positions carry loss.
+//!
+//! Completions and assistant turns carry loss, prompts do not; plain text carries loss everywhere. Texts are cut as
+//! serving would cut them, so that a delta is trained on the same tokens that it will see. No tensors here.
+
+use std::sync::Arc;
+
+use crate::{
+    admission::params::ChatMessage,
+    train::{
+        dataset::{Dataset, Example, Row},
+        issue::{Code, Report},
+        validate::LabelSet,
+    },
+};
+
+/// Text -> ids; the flag asks for the tokenizer's special tokens.
+pub type EncodeFn = Arc<dyn Fn(&str, bool) -> Result<Vec<u32>, String> + Send + Sync>;
+/// Words -> ids without special tokens, and for each id the index of its word.
+pub type EncodeWordsFn = Arc<dyn Fn(&[String]) -> Result<Vec<(u32, usize)>, String> + Send + Sync>;
+/// Conversation -> text; the flag asks for the opening of the assistant's next turn.
+pub type RenderFn = Arc<dyn Fn(&[ChatMessage], bool) -> Result<String, String> + Send + Sync>;
+
+/// What training needs to know of the base's text side.
+#[derive(Clone)]
+pub struct TextCodec {
+    /// Text to ids.
+    pub encode: EncodeFn,
+    /// Words to ids.
+    pub encode_words: EncodeWordsFn,
+    /// The chat template, if the base has one.
+    pub render_chat: Option<RenderFn>,
+    /// Ids that end a text; the first is appended to completions.
+    pub eos: Vec<u32>,
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+}
+
+impl std::fmt::Debug for TextCodec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let chat = self.render_chat.is_some();
+        write!(
+            f,
+            "TextCodec {{ eos: {:?}, prefix: {:?}, suffix: {:?}, chat: {chat} }}",
+            self.eos, self.prefix, self.suffix
+        )
+    }
+}
+
+impl TextCodec {
+    /// Finds out which special tokens the tokenizer puts around a text.
+    ///
+    /// # Errors
+    /// The tokenizer's message when it cannot encode at all.
+    pub fn new(
+        encode: EncodeFn,
+        encode_words: EncodeWordsFn,
+        render_chat: Option<RenderFn>,
+        eos: Vec<u32>,
+    ) -> Result<Self, String> {
+        let (plain, full) = (encode("a", false)?, encode("a", true)?);
+        let at = (0..=full.len().saturating_sub(plain.len())).find(|at| full[*at..].starts_with(&plain));
+        let at = at.ok_or("special tokens do not surround the text")?;
+        let (prefix, suffix) = (full[..at].to_vec(), full[at + plain.len()..].to_vec());
+        Ok(Self { encode, encode_words, render_chat, eos, prefix, suffix })
+    }
+
+    /// The codec of a tokenizer.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn from_tokenizer(
+        tokenizer: Arc<tokenizers::Tokenizer>,
+        render_chat: Option<RenderFn>,
+        eos: Vec<u32>,
+    ) -> Result<Self, String> {
+        let words = Arc::clone(&tokenizer);
+        let encode: EncodeFn = Arc::new(move |text, special| {
+            tokenizer.encode_fast(text, special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string())
+        });
+        let encode_words: EncodeWordsFn = Arc::new(move |list| {
+            let list: Vec<&str> = list.iter().map(String::as_str).collect();
+            let encoding = words.encode(list, false).map_err(|e| e.to_string())?;
+            let ids = encoding.get_ids().iter().zip(encoding.get_word_ids());
+            Ok(ids.filter_map(|(id, word)| word.map(|w| (*id, w as usize))).collect())
+        });
+        Self::new(encode, encode_words, render_chat, eos)
+    }
+
+    /// Ids without special tokens.
+    fn plain(&self, text: &str) -> Result<Vec<u32>, String> {
+        (self.encode)(text, false)
+    }
+
+    /// Ids of `text + piece`, given those of `text`, as (ids, where the piece begins). Encoded together where that
+    /// leaves the first part as it is (the tokens that a model would have produced), else apart.
+    fn extend(&self, ids: &[u32], text: &str, piece: &str) -> Result<Vec<u32>, String> {
+        let whole = self.plain(&format!("{text}{piece}"))?;
+        if whole.len() > ids.len() && whole.starts_with(ids) {
+            return Ok(whole);
+        }
+        let mut out = ids.to_vec();
+        out.extend(self.plain(piece)?);
+        Ok(out)
+    }
+}
+
+/// What an example teaches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Per token, whether predicting it carries loss; never the first.
+    Tokens(Vec<bool>),
+    /// The label of the whole text.
+    Label(u32),
+    /// (position, label) of every word's first piece.
+    Tags(Vec<(u32, u32)>),
+}
+
+/// One example as the model sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids, at least one.
+    pub tokens: Vec<u32>,
+    /// What it teaches.
+    pub target: Target,
+}
+
+impl Encoded {
+    /// How many losses it contributes: supervised tokens, labelled words, or one.
+    pub fn weight(&self) -> usize {
+        match &self.target {
+            Target::Tokens(mask) => mask.iter().filter(|m| **m).count(),
+            Target::Label(_) => 1,
+            Target::Tags(tags) => tags.len(),
+        }
+    }
+}
+
+/// Encodes a data set; examples with problems are reported and left out.
+pub fn encode(
+    data: &Dataset,
+    codec: &TextCodec,
+    labels: &LabelSet,
+    max_length: usize,
+    report: &mut Report,
+) -> Vec<Encoded> {
+    let mut encoder = Encoder { codec, labels, max_length, report, out: Vec::with_capacity(data.rows.len()) };
+    for row in &data.rows {
+        if let Err((code, message)) = encoder.row(row) {
+            encoder.report.error(code, row.line, "", message);
+        }
+    }
+    encoder.out
+}
+
+struct Encoder<'a> {
+    codec: &'a TextCodec,
+    labels: &'a LabelSet,
+    max_length: usize,
+    report: &'a mut Report,
+    out: Vec<Encoded>,
+}
+
+type RowResult = Result<(), (Code, String)>;
+
+fn tokenizer(e: String) -> (Code, String) {
+    (Code::Tokenizer, format!("could not be tokenised: {e}"))
+}
+
+impl Encoder<'_> {
+    fn row(&mut self, row: &Row) -> RowResult {
+        match &row.example {
+            Example::Text(text) => self.text(text),
+            Example::PromptCompletion { prompt, completion } => self.completion(row.line, prompt, completion),
+            Example::Messages(messages) => self.messages(row.line, messages),
+            Example::TextLabel { text, label } => match self.labels.get(label) {
+                Some(label) => self.label(row.line, text, label),
+                None => Ok(()), // reported by validate
+            },
+            Example::TokenLabels { tokens, labels } => {
+                let tags: Option<Vec<u32>> = labels.iter().map(|l| self.labels.get(l)).collect();
+                tags.map_or(Ok(()), |tags| self.tags(row.line, tokens, &tags))
+            }
+        }
+    }
+
+    /// A text, in pieces of `max_length` if it is longer; the end carries an end-of-text token.
+    fn text(&mut self, text: &str) -> RowResult {
+        let mut ids = self.codec.prefix.clone();
+        ids.extend(self.codec.plain(text).map_err(tokenizer)?);
+        if let Some(eos) = self.codec.eos.first() {
+            ids.push(*eos);
+        }
+        let before = self.out.len();
+        for piece in ids.chunks(self.max_length.max(2)) {
+            if piece.len() > 1 {
+                let mask = (0..piece.len()).map(|i| i > 0).collect();
+                self.out.push(Encoded { tokens: piece.to_vec(), target: Target::Tokens(mask) });
+            }
+        }
+        if self.out.len() == before {
+            return Err((Code::NoSupervisedToken, "has one token only: there is nothing to predict".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn completion(&mut self, line: u64, prompt: &str, completion: &str) -> RowResult {
+        let head = self.codec.plain(prompt).map_err(tokenizer)?;
+        let whole = self.codec.extend(&head, prompt, completion).map_err(tokenizer)?;
+        let mut ids = self.codec.prefix.clone();
+        let learn_from = ids.len() + head.len();
+        ids.extend(whole);
+        ids.extend(self.codec.eos.first());
+        let mask = (0..ids.len()).map(|i| i >= learn_from.max(1)).collect();
+        self.supervised(line, ids, mask)
+    }
+
+    fn messages(&mut self, line: u64, messages: &[ChatMessage]) -> RowResult {
+        let Some(render) = &self.codec.render_chat else {
+            let message = "needs a chat template, which this base does not have; use prompt and completion";
+            return Err((Code::ChatTemplate, message.to_owned()));
+        };
+        let bad = |e: String| (Code::ChatTemplate, format!("was refused by the chat template: {e}"));
+        let (mut text, mut ids, mut mask) = (String::new(), Vec::new(), Vec::new());
+        let turns = messages.iter().enumerate().filter(|(_, m)| m.role == "assistant").map(|(i, _)| i);
+        for turn in turns {
+            let opening = render(&messages[..turn], true).map_err(bad)?;
+            let closed = render(&messages[..=turn], false).map_err(bad)?;
+            for (upto, learn) in [(&opening, false), (&closed, true)] {
+                let Some(piece) = upto.strip_prefix(text.as_str()) else {
+                    return Err(bad("it renders earlier turns differently once later ones follow".to_owned()));
+                };
+                ids = self.codec.extend(&ids, &text, piece).map_err(tokenizer)?;
+                mask.resize(ids.len(), learn);
+                text.clone_from(upto);
+            }
+        }
+        let tail_ends = ids.iter().zip(&mask).rev().take_while(|(_, m)| **m).any(|(id, _)| self.codec.eos.contains(id));
+        if let (false, Some(eos)) = (tail_ends, self.codec.eos.first()) {
+            ids.push(*eos);
+            mask.push(true);
+        }
+        if let Some(first) = mask.first_mut() {
+            *first = false;
+        }
+        self.supervised(line, ids, mask)
+    }
+
+    /// Cuts the end of what is too long; an example of which no supervised token is left is an error.
+    fn supervised(&mut self, line: u64, mut ids: Vec<u32>, mut mask: Vec<bool>) -> RowResult {
+        let total = ids.len();
+        ids.truncate(self.max_length);
+        mask.truncate(self.max_length);
+        if !mask.contains(&true) {
+            let message = format!(
+                "has {total} tokens of which the first {} carry no loss; max_length is {}",
+                ids.len(),
+                self.max_length
+            );
+            return Err((Code::NoSupervisedToken, message));
+        }
+        self.warn_cut(line, total, ids.len());
+        self.out.push(Encoded { tokens: ids, target: Target::Tokens(mask) });
+        Ok(())
+    }
+
+    fn label(&mut self, line: u64, text: &str, label: u32) -> RowResult {
+        let body = self.codec.plain(text).map_err(tokenizer)?;
+        if body.is_empty() {
+            return Err((Code::EmptyText, "has no tokens".to_owned()));
+        }
+        let (tokens, _) = self.surround(line, body);
+        self.out.push(Encoded { tokens, target: Target::Label(label) });
+        Ok(())
+    }
+
+    fn tags(&mut self, line: u64, words: &[String], tags: &[u32]) -> RowResult {
+        let pieces = (self.codec.encode_words)(words).map_err(tokenizer)?;
+        let mut firsts = Vec::with_capacity(words.len());
+        let mut last = None;
+        for (at, (_, word)) in pieces.iter().enumerate() {
+            if last != Some(*word) {
+                firsts.push((at, *word));
+                last = Some(*word);
+            }
+        }
+        let (tokens, kept) = self.surround(line, pieces.into_iter().map(|(id, _)| id).collect());
+        let offset = self.codec.prefix.len();
+        let tags: Vec<_> = firsts
+            .into_iter()
+            .filter(|(at, _)| *at < kept)
+            .filter_map(|(at, word)| tags.get(word).map(|tag| ((offset + at) as u32, *tag)))
+            .collect();
+        if tags.is_empty() {
+            return Err((Code::NoSupervisedToken, "has no word that the tokenizer knows".to_owned()));
+        }
+        self.out.push(Encoded { tokens, target: Target::Tags(tags) });
+        Ok(())
+    }
+
+    /// Special tokens around a body that is cut to fit; also how much of the body is kept.
+    fn surround(&mut self, line: u64, mut body: Vec<u32>) -> (Vec<u32>, usize) {
+        let codec = self.codec;
+        let room = self.max_length.saturating_sub(codec.prefix.len() + codec.suffix.len()).max(1);
+        self.warn_cut(line, body.len(), body.len().min(room));
+        body.truncate(room);
+        let kept = body.len();
+        let mut tokens = codec.prefix.clone();
+        tokens.extend(body);
+        tokens.extend(&codec.suffix);
+        (tokens, kept)
+    }
+
+    fn warn_cut(&mut self, line: u64, total: usize, kept: usize) {
+        if kept < total {
+            let message = format!("has {total} tokens; it was cut to {kept} (max_length {})", self.max_length);
+            self.report.warn(Code::TooLong, line, "", message);
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// One id per byte; 1 starts and 2 ends a text. Two adjoining `l` become one token, as merges do.
+    pub(crate) fn byte_codec(bos: bool) -> TextCodec {
+        let encode: EncodeFn = Arc::new(move |text, special| {
+            let joined = text.replace("ll", "\u{1}");
+            let body = joined.bytes().map(|b| 10 + u32::from(b));
+            Ok((bos && special).then_some(1).into_iter().chain(body).collect())
+        });
+        let words: EncodeWordsFn = Arc::new(|list| {
+            Ok(list.iter().enumerate().flat_map(|(w, s)| s.bytes().map(move |b| (10 + u32::from(b), w))).collect())
+        });
+        let render: RenderFn = Arc::new(|messages, open| {
+            let mut s: String = messages.iter().map(|m| format!("<{}>{}\n", &m.role[..1], m.content)).collect();
+            if open {
+                s.push_str("<a>");
+            }
+            Ok(s)
+        });
+        TextCodec::new(encode, words, Some(render), vec![2]).unwrap()
+    }
+
+    fn run(text: &str, codec: &TextCodec, labels: &[&str], max_length: usize) -> (Vec<Encoded>, Report) {
+        let (data, mut report) = Dataset::parse(text.as_bytes());
+        let labels = LabelSet::new(labels.iter().map(|s| (*s).to_owned()).collect());
+        let out = encode(&data, codec, &labels, max_length, &mut report);
+        (out, report)
+    }
+
+    fn learned(e: &Encoded) -> String {
+        let Target::Tokens(mask) = &e.target else { panic!("not a text") };
+        let ids = e.tokens.iter().zip(mask).filter(|(_, m)| **m).map(|(id, _)| *id);
+        ids.map(|id| if id < 10 { '$' } else { char::from((id - 10) as u8) }).collect()
+    }
+
+    #[test]
+    fn loss_is_on_the_completion_and_its_end_only() {
+        let (out, report) = run(r#"{"prompt": "ab", "completion": "cd"}"#, &byte_codec(true), &[], 64);
+        assert!(report.is_ok());
+        assert_eq!(out[0].tokens, [1, 107, 108, 109, 110, 2]);
+        assert_eq!(learned(&out[0]), "cd$");
+        let (out, _) = run(r#"{"prompt": "", "completion": "cd"}"#, &byte_codec(false), &[], 64);
+        assert_eq!(learned(&out[0]), "d$", "without a start token nothing predicts the first token");
+    }
+
+    #[test]
+    fn a_merge_across_the_border_does_not_change_the_prompt() {
+        let (out, _) = run(r#"{"prompt": "al", "completion": "lo"}"#, &byte_codec(false), &[], 64);
+        assert_eq!(out[0].tokens, [107, 118, 118, 121, 2]);
+        assert_eq!(learned(&out[0]), "lo$");
+    }
+
+    #[test]
+    fn loss_is_on_every_assistant_turn() {
+        let line = r#"{"messages": [{"role":"user","content":"q"},{"role":"assistant","content":"x"},
+            {"role":"user","content":"r"},{"role":"assistant","content":"y"}]}"#
+            .replace('\n', " ");
+        let (out, report) = run(&line, &byte_codec(false), &[], 64);
+        assert!(report.is_ok(), "{report:?}");
+        assert_eq!(learned(&out[0]), "x\ny\n$");
+        let mut codec = byte_codec(false);
+        codec.render_chat = None;
+        assert_eq!(run(&line, &codec, &[], 64).1.issues[0].code, Code::ChatTemplate);
+    }
+
+    #[test]
+    fn long_texts_become_pieces_and_long_completions_are_cut_with_a_warning() {
+        let (out, report) = run(r#"{"text": "abcdefg"}"#, &byte_codec(true), &[], 4);
+        assert!(report.issues.is_empty());
+        assert_eq!(out.iter().map(|e| e.tokens.len()).collect::<Vec<_>>(), [4, 4]);
+        assert_eq!(
+            out.iter().map(learned).collect::<Vec<_>>(),
+            ["abc", "efg"],
+            "8 ids with the start; the lone end is left out"
+        );
+        let (out, report) = run(r#"{"prompt": "ab", "completion": "cdef"}"#, &byte_codec(false), &[], 4);
+        assert_eq!((learned(&out[0]).as_str(), report.issues[0].code), ("cd", Code::TooLong));
+        let (out, report) = run(r#"{"prompt": "abcd", "completion": "e"}"#, &byte_codec(false), &[], 4);
+        assert!(out.is_empty());
+        assert_eq!(report.issues[0].code, Code::NoSupervisedToken);
+    }
+
+    #[test]
+    fn classification_keeps_the_special_tokens_when_it_cuts() {
+        let (out, report) = run(r#"{"text": "abcdef", "label": "y"}"#, &byte_codec(true), &["n", "y"], 4);
+        assert_eq!((out[0].tokens.as_slice(), &out[0].target), (&[1, 107, 108, 109][..], &Target::Label(1)));
+        assert_eq!(report.issues[0].code, Code::TooLong);
+    }
+
+    #[test]
+    fn a_tag_belongs_to_the_first_piece_of_its_word() {
+        let line = r#"{"tokens": ["ab", "", "c"], "labels": ["O", "O", "B"]}"#;
+        let (out, report) = run(line, &byte_codec(true), &["O", "B"], 64);
+        assert!(report.is_ok());
+        assert_eq!(out[0].target, Target::Tags(vec![(1, 0), (3, 1)]), "the empty word has no piece");
+    }
+}

@@ -1,0 +1,384 @@
+//! The trainer from outside: create, cancel, get, list and watch jobs. Cheap to clone; it computes nothing.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use crate::{
+    admission::train_params::{JobEventBody, JobEventInfo, JobInfo, JobState, StateEvent, TrainParams},
+    ids::TenantId,
+    model::Base,
+    pacing::Pacer,
+    train::{
+        joblog::{JobLog, LogError, NewJob},
+        plan::Prepared,
+        run::RunInput,
+        supervisor::{Command, Parts, Pending, Publisher, Supervisor, interrupted},
+        worker,
+    },
+};
+
+/// Limits of the trainer.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainerConfig {
+    /// Jobs that train at the same time, taking turns.
+    pub max_concurrent_jobs: usize,
+    /// Jobs that may wait.
+    pub max_queued_jobs: usize,
+    /// Waiting and running jobs of one tenant.
+    pub max_jobs_per_tenant: usize,
+}
+
+impl Default for TrainerConfig {
+    fn default() -> Self {
+        Self { max_concurrent_jobs: 4, max_queued_jobs: 64, max_jobs_per_tenant: 16 }
+    }
+}
+
+/// Why the trainer refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The queue, or the tenant's share of it, is full.
+    #[error("overloaded: {0}")]
+    Overloaded(String),
+    /// The server is going down.
+    #[error("the server is shutting down")]
+    Draining,
+    /// No such job, or another tenant's.
+    #[error("no job {0:?}")]
+    NotFound(String),
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+/// A job that is not over: what watchers wait for.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) seq: watch::Sender<u64>,
+    step: u32,
+    tenant: TenantId,
+}
+
+/// What handles and the supervisor share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) log: JobLog,
+    live: Mutex<HashMap<String, Live>>,
+    draining: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn progress(&self, id: &str, step: u32) {
+        if let Some(live) = self.live.lock().get_mut(id) {
+            live.step = step;
+        }
+    }
+
+    pub(crate) fn step(&self, id: &str) -> u32 {
+        self.live.lock().get(id).map_or(0, |l| l.step)
+    }
+
+    pub(crate) fn notify(&self, id: &str, seq: u64) {
+        if let Some(live) = self.live.lock().get(id) {
+            live.tell(seq);
+        }
+    }
+
+    pub(crate) fn forget(&self, id: &str) {
+        self.live.lock().remove(id);
+    }
+
+    fn subscribe(&self, id: &str) -> Option<watch::Receiver<u64>> {
+        self.live.lock().get(id).map(|l| l.seq.subscribe())
+    }
+
+    /// Enters a job unless its tenant has too many.
+    fn enter(&self, id: &str, tenant: &TenantId, most: usize) -> Result<(), TrainError> {
+        let mut live = self.live.lock();
+        let own = live.values().filter(|l| l.tenant == *tenant).count();
+        if own >= most {
+            return Err(TrainError::Overloaded(format!(
+                "{own} jobs of this tenant are waiting or running; at most {most}"
+            )));
+        }
+        let entry = Live { seq: watch::Sender::new(0), step: 0, tenant: tenant.clone() };
+        live.insert(id.to_owned(), entry);
+        Ok(())
+    }
+}
+
+/// What the trainer is made of.
+pub struct TrainerParts {
+    /// The resident weights.
+    pub base: Arc<Base>,
+    /// Shared with the engine.
+    pub pacer: Arc<Pacer>,
+    /// Where jobs are kept.
+    pub log: JobLog,
+    /// Makes versions of finished deltas.
+    pub publisher: Publisher,
+}
+
+/// The trainer.
+#[derive(Debug, Clone)]
+pub struct TrainerHandle {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    room: Arc<Semaphore>,
+    config: TrainerConfig,
+}
+
+impl TrainerHandle {
+    /// Ends jobs that an earlier process left behind, then starts the trainer thread and its supervisor (on the current
+    /// tokio runtime). The thread ends after [`Self::drain`], or when every handle is gone.
+    ///
+    /// # Errors
+    /// The log's, or no thread.
+    pub async fn spawn(parts: TrainerParts, config: TrainerConfig) -> Result<(Self, JoinHandle<()>), SpawnError> {
+        let TrainerParts { base, pacer, log, publisher } = parts;
+        for job in log.unfinished().await? {
+            let (id, was) = (&job.info.id, job.info.state.as_str());
+            tracing::warn!(job = id, state = was, "found a job that an earlier process left; it ends as interrupted");
+            let failure = Some(interrupted(&format!("the server stopped while the job was {was}")));
+            let end = StateEvent { state: JobState::Interrupted, result: None, failure };
+            log.append(id, job.info.step, JobEventBody::State(end)).await?;
+        }
+        let max_running = config.max_concurrent_jobs.max(1);
+        let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
+        let (report, reports) = mpsc::channel(256);
+        let (commands, commanded) = mpsc::channel(64);
+        let thread = worker::spawn(base, pacer, starting, report)?;
+        let shared = Arc::new(Shared { log, live: Mutex::default(), draining: AtomicBool::new(false) });
+        let supervisor = Supervisor::new(Parts {
+            shared: Arc::clone(&shared),
+            publisher,
+            max_running,
+            starts,
+            commands: commanded,
+            to_self: commands.downgrade(),
+            reports,
+        });
+        tokio::spawn(supervisor.run());
+        let room = Arc::new(Semaphore::new(max_running + config.max_queued_jobs));
+        Ok((Self { shared, commands, room, config }, thread))
+    }
+
+    /// Enqueues a prepared job; with an idempotency key that was used for the same request, returns that job.
+    ///
+    /// # Errors
+    /// [`TrainError`].
+    pub async fn create(
+        &self,
+        tenant: &TenantId,
+        params: &TrainParams,
+        prepared: &Prepared,
+    ) -> Result<JobInfo, TrainError> {
+        if self.shared.is_draining() {
+            return Err(TrainError::Draining);
+        }
+        let full = |_| TrainError::Overloaded(format!("{} training jobs are waiting", self.config.max_queued_jobs));
+        let permit = Arc::clone(&self.room).try_acquire_owned().map_err(full)?;
+        let id = uuid::Uuid::now_v7().to_string();
+        self.shared.enter(&id, tenant, self.config.max_jobs_per_tenant)?;
+        let (this, tenant) = (self.clone(), tenant.clone());
+        let (params, prepared) = (params.clone(), prepared.clone());
+        // a task of its own: a client that hangs up cannot leave a job half made
+        let made = tokio::spawn(async move { this.make(id, tenant, params, prepared, permit).await });
+        made.await.unwrap_or_else(|e| Err(LogError::Runtime(e.to_string()).into()))
+    }
+
+    async fn make(
+        &self,
+        id: String,
+        tenant: TenantId,
+        params: TrainParams,
+        prepared: Prepared,
+        permit: tokio::sync::OwnedSemaphorePermit,
+    ) -> Result<JobInfo, TrainError> {
+        let new = NewJob {
+            id: id.clone(),
+            tenant: tenant.clone(),
+            output_name: params.output_name.clone(),
+            request_json: serde_json::to_string(&params).map_err(|e| LogError::Runtime(e.to_string()))?,
+            resolved: prepared.reply.resolved.clone(),
+            idempotency_key: params.idempotency_key.clone(),
+            request_digest: request_digest(&params, &prepared),
+        };
+        let job = match self.shared.log.create(new).await {
+            Ok((job, true)) => job,
+            Ok((job, false)) => {
+                self.shared.forget(&id);
+                return Ok(job.info);
+            }
+            Err(e) => {
+                self.shared.forget(&id);
+                return Err(e.into());
+            }
+        };
+        let queued = JobEventBody::State(StateEvent { state: JobState::Queued, result: None, failure: None });
+        let seq = match self.shared.log.append(&id, 0, queued).await {
+            Ok(seq) => seq,
+            Err(e) => {
+                self.shared.forget(&id); // found unfinished at the next start
+                return Err(e.into());
+            }
+        };
+        self.shared.notify(&id, seq);
+        let input = RunInput::from(&prepared);
+        let pending = Pending { id, name: params.output_name, policy: params.publish, tenant, input, permit };
+        let sent = self.commands.send(Command::Enqueue(Box::new(pending))).await;
+        sent.map_err(|_| TrainError::Draining)?;
+        Ok(JobInfo { last_seq: seq, ..job.info })
+    }
+
+    /// Ends a job: at once if it waits, within a micro-step if it trains, not at all if it is being published. Returns
+    /// the job as it is then; its terminal event follows.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFound`], or the log's.
+    pub async fn cancel(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, TrainError> {
+        let job = self.get(tenant, id).await?;
+        if job.state.is_terminal() {
+            return Ok(job);
+        }
+        let (done, marked) = oneshot::channel();
+        if self.commands.send(Command::Cancel(id.to_owned(), done)).await.is_ok() {
+            let _ = marked.await;
+        }
+        self.get(tenant, id).await
+    }
+
+    /// A job.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFound`] (also for another tenant's), or the log's.
+    pub async fn get(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, TrainError> {
+        let mut job = self.shared.log.get(tenant, id).await?.ok_or_else(|| TrainError::NotFound(id.to_owned()))?;
+        job.step = job.step.max(self.shared.step(id));
+        Ok(job)
+    }
+
+    /// A tenant's jobs, newest first; and the token of the next page.
+    ///
+    /// # Errors
+    /// The log's.
+    pub async fn list(
+        &self,
+        tenant: &TenantId,
+        token: Option<&str>,
+        limit: u32,
+        state: Option<JobState>,
+    ) -> Result<(Vec<JobInfo>, Option<String>), TrainError> {
+        let (mut jobs, next) = self.shared.log.list(tenant, token, limit, state).await?;
+        jobs.iter_mut().for_each(|j| j.step = j.step.max(self.shared.step(&j.id)));
+        Ok((jobs, next))
+    }
+
+    /// Events from a number on (0 and 1: all), live until the terminal one.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFound`], or the log's.
+    pub async fn watch(&self, tenant: &TenantId, id: &str, from_seq: u64) -> Result<JobWatch, TrainError> {
+        // subscribe first, then read: what is written in between wakes the watcher
+        let news = self.shared.subscribe(id);
+        self.get(tenant, id).await?;
+        let (log, id) = (self.shared.log.clone(), id.to_owned());
+        Ok(JobWatch { log, id, next: from_seq.max(1), ready: VecDeque::new(), news, over: false })
+    }
+
+    /// Stops taking jobs, interrupts what runs, and waits until all of it is written, at most `grace`.
+    pub async fn drain(&self, grace: Duration) {
+        self.shared.set_draining();
+        let (done, drained) = oneshot::channel();
+        if self.commands.send(Command::Drain(done)).await.is_ok() && tokio::time::timeout(grace, drained).await.is_err()
+        {
+            tracing::warn!("training jobs were still running when the grace time was over");
+        }
+    }
+}
+
+/// Why the trainer did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// No thread.
+    #[error("no trainer thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// What "the same request" means for an idempotency key: the request and the very examples.
+fn request_digest(params: &TrainParams, prepared: &Prepared) -> String {
+    let mut h = Sha256::new();
+    h.update(serde_json::to_vec(&TrainParams { idempotency_key: None, ..params.clone() }).unwrap_or_default());
+    for example in prepared.train.iter().chain(prepared.validation.iter()) {
+        h.update((example.tokens.len() as u64).to_le_bytes());
+        example.tokens.iter().for_each(|t| h.update(t.to_le_bytes()));
+    }
+    hex::encode(h.finalize())
+}
+
+/// A gap-free stream of a job's events: always read from the log, woken by the supervisor. A slow reader delays nobody
+/// and misses nothing.
+#[derive(Debug)]
+pub struct JobWatch {
+    log: JobLog,
+    id: String,
+    next: u64,
+    ready: VecDeque<JobEventInfo>,
+    news: Option<watch::Receiver<u64>>,
+    over: bool,
+}
+
+impl JobWatch {
+    /// The next event; `None` after the terminal one.
+    ///
+    /// # Errors
+    /// The log's.
+    pub async fn next(&mut self) -> Result<Option<JobEventInfo>, LogError> {
+        const PAGE: u32 = 256;
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                self.next = event.seq + 1;
+                self.over = matches!(&event.body, JobEventBody::State(s) if s.state.is_terminal());
+                return Ok(Some(event));
+            }
+            if self.over {
+                return Ok(None);
+            }
+            // seen before reading, so that an event written meanwhile wakes the wait below
+            if let Some(news) = &mut self.news {
+                news.borrow_and_update();
+            }
+            self.ready = self.log.events(&self.id, self.next, PAGE).await?.into();
+            if !self.ready.is_empty() {
+                continue;
+            }
+            let Some(news) = &mut self.news else { return Ok(None) };
+            if news.changed().await.is_err() {
+                self.news = None; // the job left memory: one last look
+            }
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! Laws of training that need a whole (tiny) model: gradients reach every variable, the base never changes, seeds decide,
+//! accumulation is exact, divergence fails.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::{
+    batches::{Stream, rng},
+    encode::{Encoded, Target},
+    objective::losses,
+    optim::global_norm,
+    plan::{Prepared, tests::params},
+    run::{Advance, Outcome, Run, RunInput, Trained},
+    spec::{BaseShape, TrainSpec},
+    trainable::Trainable,
+};
+use crate::{
+    admission::train_params::{
+        BitfitPart, HyperParams, JobEventBody, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
+    },
+    delta::{DeltaBatch, Task},
+    model::{Base, Input, testing},
+    nn::Cx,
+    rows::RowLayout,
+};
+
+pub(super) fn tiny(kind: &str) -> Arc<Base> {
+    let config = match kind {
+        "llama" => testing::tiny_llama(),
+        "gpt2" => testing::tiny_gpt2(),
+        _ => testing::tiny_bert(),
+    };
+    Arc::new(testing::random_base(&config, 7).unwrap())
+}
+
+pub(super) fn shape(base: &Base) -> BaseShape<'_> {
+    let causal = base.arch.is_causal();
+    BaseShape { sites: &base.sites, hidden: base.arch.hidden, vocab: base.arch.vocab, causal }
+}
+
+/// Texts that count upwards from a start, of different lengths; labels and tags follow from the start.
+fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
+    let one = |i: usize| {
+        let tokens: Vec<u32> = (0..4 + i % 5).map(|j| (3 + (i * 13) % 40 + j) as u32).collect();
+        let target = match task {
+            Task::CausalLm => Target::Tokens((0..tokens.len()).map(|t| t > 0).collect()),
+            Task::SeqCls => Target::Label(u32::from(tokens[0] > 22)),
+            _ => Target::Tags(tokens.iter().enumerate().skip(1).map(|(t, id)| (t as u32, id % 2)).collect()),
+        };
+        Encoded { tokens, target }
+    };
+    (0..n).map(one).collect()
+}
+
+fn hyper(total_steps: u32) -> ResolvedTraining {
+    ResolvedTraining {
+        task: Task::CausalLm,
+        methods: vec![],
+        labels: vec![],
+        epochs: 1.0,
+        total_steps,
+        batch_size: 8,
+        grad_accumulation: 1,
+        learning_rate: 1e-2,
+        schedule: Schedule::Constant,
+        warmup_steps: 0,
+        weight_decay: 0.0,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        clip_norm: 1.0,
+        max_length: 32,
+        seed: 11,
+        eval_every: 0,
+        packing: false,
+    }
+}
+
+pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: ResolvedTraining) -> RunInput {
+    let labels: Vec<String> = if task == Task::CausalLm { vec![] } else { vec!["a".into(), "b".into()] };
+    let spec = TrainSpec::resolve(methods, task, &labels, shape(base)).unwrap();
+    let resolved = ResolvedTraining { task, labels, methods: methods.to_vec(), ..resolved };
+    RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]) }
+}
+
+fn lora() -> Vec<MethodPart> {
+    vec![MethodPart::Lora(LoraPart { rank: Some(4), alpha: Some(8.0), ..LoraPart::default() })]
+}
+
+fn bitfit() -> Vec<MethodPart> {
+    vec![MethodPart::Bitfit(BitfitPart::default())]
+}
+
+fn finish(mut run: Run) -> (Vec<JobEventBody>, Outcome) {
+    let mut all = Vec::new();
+    loop {
+        match run.advance() {
+            Advance::More(events) => all.extend(events),
+            Advance::Done(events, outcome) => {
+                all.extend(events);
+                return (all, *outcome);
+            }
+        }
+    }
+}
+
+fn train(base: &Arc<Base>, input: RunInput) -> Trained {
+    match finish(Run::new(Arc::clone(base), None, input).unwrap()).1 {
+        Outcome::Trained(t) => *t,
+        Outcome::Failed(f) => panic!("{f:?}"),
+    }
+}
+
+fn flat(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
+    let cases = [
+        ("llama", Task::CausalLm, lora()),
+        ("llama", Task::SeqCls, lora()),
+        ("gpt2", Task::CausalLm, [lora(), bitfit()].concat()),
+        ("gpt2", Task::TokenCls, bitfit()),
+        ("bert", Task::SeqCls, [lora(), bitfit()].concat()),
+        ("bert", Task::TokenCls, [lora(), bitfit()].concat()),
+        ("bert", Task::SeqCls, vec![]),
+    ];
+    for (family, task, methods) in cases {
+        let base = tiny(family);
+        let input = input(&base, task, &methods, hyper(10));
+        let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
+        let batch: Vec<&Encoded> = input.train.iter().take(8).collect();
+        let grads = || {
+            let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
+            losses(&base, delta, &batch, None).unwrap().each.mean_all().unwrap().backward().unwrap()
+        };
+        let first = grads();
+        for v in t.vars() {
+            let norm = global_norm([first.get(&v.var).unwrap_or_else(|| panic!("{family} {task:?} {}: cut", v.name))])
+                .unwrap();
+            // B is zero before the first step, so A's first gradient is zero by design
+            assert!(norm.is_finite(), "{family} {task:?} {}", v.name);
+            assert!(
+                v.name.ends_with("lora_A") == (norm == 0.0) || key_bias(&v.name),
+                "{family} {task:?} {}: {norm}",
+                v.name
+            );
+            if v.name.ends_with("lora_B") {
+                v.var.set(&(v.var.ones_like().unwrap() * 0.01).unwrap()).unwrap();
+            }
+        }
+        let second = grads();
+        for v in t.vars() {
+            let norm = global_norm([second.get(&v.var).unwrap()]).unwrap();
+            assert!(norm.is_finite() && (norm > 0.0 || key_bias(&v.name)), "{family} {task:?} {}: {norm}", v.name);
+        }
+    }
+}
+
+/// A key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
+fn key_bias(name: &str) -> bool {
+    name.ends_with("key.bias")
+}
+
+#[test]
+fn gradients_match_central_differences() {
+    for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls)] {
+        let base = tiny(family);
+        let input = input(&base, task, &lora(), hyper(10));
+        let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
+        let batch: Vec<&Encoded> = input.train.iter().take(6).collect();
+        let loss = || {
+            let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
+            losses(&base, delta, &batch, None).unwrap().each.mean_all().unwrap()
+        };
+        for v in t.vars().iter().filter(|v| v.name.ends_with("lora_B")) {
+            v.var.set(&Tensor::rand(-0.1f32, 0.1, v.var.shape(), &base.device).unwrap()).unwrap();
+        }
+        let grads = loss().backward().unwrap();
+        for v in t.vars() {
+            // along the gradient itself: the change of the loss is the gradient's norm
+            let g = grads.get(&v.var).unwrap();
+            let norm = global_norm([g]).unwrap();
+            let unit = (g.detach() / norm).unwrap();
+            let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 1e-2);
+            let value = |step: f64| {
+                v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
+                f64::from(loss().to_scalar::<f32>().unwrap())
+            };
+            let slope = (value(h) - value(-h)) / (2.0 * h);
+            v.var.set(&at).unwrap();
+            assert!((slope - norm).abs() <= 0.02 * norm + 2e-4, "{family} {}: {slope} {norm}", v.name);
+        }
+    }
+}
+
+#[test]
+fn base_unchanged() {
+    let base = tiny("llama");
+    let rows = RowLayout::packed(&[5, 3]);
+    let hidden = || {
+        let none = DeltaBatch::none();
+        flat(&base.transformer.forward(&Input::tokens(&[1, 2, 3, 4, 5, 6, 7, 8]), &Cx::new(&rows, &none)).unwrap())
+    };
+    let matrices = || -> Vec<Vec<f32>> {
+        base.sites.linears().filter_map(|(id, _)| base.linear(id).unwrap()).map(|(w, _)| flat(&w)).collect()
+    };
+    let before = (hidden(), matrices());
+    train(&base, input(&base, Task::CausalLm, &lora(), hyper(5)));
+    assert_eq!(before, (hidden(), matrices()), "bit for bit");
+}
+
+#[test]
+fn the_loss_falls_by_more_than_half() {
+    for (family, task, methods) in [
+        ("llama", Task::CausalLm, lora()),
+        ("bert", Task::SeqCls, lora()),
+        ("bert", Task::TokenCls, bitfit()),
+        ("gpt2", Task::SeqCls, lora()),
+    ] {
+        let base = tiny(family);
+        let run = Run::new(Arc::clone(&base), None, input(&base, task, &methods, hyper(120))).unwrap();
+        let (events, outcome) = finish(run);
+        let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };
+        let first = events.iter().find_map(|e| match e {
+            JobEventBody::Metrics(m) => Some(m.loss),
+            _ => None,
+        });
+        assert!(end.final_loss < 0.5 * first.unwrap(), "{family} {task:?}: {first:?} -> {}", end.final_loss);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_delta_and_another_seed_another() {
+    let base = tiny("bert");
+    let run = |seed| {
+        let methods = [MethodPart::Lora(LoraPart { rank: Some(2), dropout: Some(0.2), ..LoraPart::default() })];
+        let end = train(&base, input(&base, Task::SeqCls, &methods, ResolvedTraining { seed, ..hyper(6) }));
+        let deltas = end.delta.patches().iter().flat_map(|(_, p)| match p {
+            crate::delta::Patch::LowRank(l) => [flat(&l.a), flat(&l.b)].concat(),
+            crate::delta::Patch::Bias(t) | crate::delta::Patch::Scale(t) => flat(t),
+        });
+        deltas.chain(flat(&end.delta.head().unwrap().weight)).collect::<Vec<f32>>()
+    };
+    let first = run(1);
+    assert!(first.iter().zip(run(1)).all(|(a, b)| (a - b).abs() < 1e-6));
+    assert_ne!(first, run(2));
+}
+
+#[test]
+fn accumulation_equals_one_large_batch() {
+    let base = tiny("llama");
+    let run = |batch_size, grad_accumulation| {
+        let mut run = Run::new(
+            Arc::clone(&base),
+            None,
+            input(&base, Task::CausalLm, &lora(), ResolvedTraining { batch_size, grad_accumulation, ..hyper(4) }),
+        )
+        .unwrap();
+        while run.step() < 4 {
+            assert!(matches!(run.advance(), Advance::More(_)));
+        }
+        let weights: Vec<f32> = run.trainable().vars().iter().flat_map(|v| flat(&v.var)).collect();
+        (run.last_loss(), weights)
+    };
+    let (loss, weights) = run(16, 1);
+    let (split_loss, split_weights) = run(2, 8);
+    assert!((loss - split_loss).abs() < 1e-5, "{loss} {split_loss}");
+    let worst = weights.iter().zip(&split_weights).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-5, "{worst}");
+}
+
+#[test]
+fn divergence_fails_with_the_step_and_keeps_the_last_good_checkpoint() {
+    let base = tiny("llama");
+    for (lr, code) in [(f64::NAN, "DIVERGED"), (1e9, "DIVERGED"), (f64::INFINITY, "DIVERGED")] {
+        let resolved = ResolvedTraining { learning_rate: lr, ..hyper(20) };
+        let run = Run::new(Arc::clone(&base), None, input(&base, Task::CausalLm, &lora(), resolved)).unwrap();
+        let (_, outcome) = finish(run);
+        let Outcome::Failed(f) = outcome else { panic!("{lr}: {outcome:?}") };
+        assert_eq!(f.code, code);
+        assert!(f.message.contains("step 1"), "{}", f.message);
+        let (step, bytes) = f.checkpoint.unwrap();
+        assert_eq!(step, 0);
+        let kept = candle_core::safetensors::load_buffer(&bytes, &base.device).unwrap();
+        assert!(global_norm(kept.values()).unwrap().is_finite());
+    }
+}
+
+#[test]
+fn the_best_evaluation_is_what_is_published() {
+    let base = tiny("bert");
+    let resolved = ResolvedTraining { eval_every: 5, ..hyper(23) };
+    let input = RunInput { validation: examples(Task::SeqCls, 60), ..input(&base, Task::SeqCls, &lora(), resolved) };
+    let (events, outcome) = finish(Run::new(Arc::clone(&base), None, input).unwrap());
+    let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };
+    let evals: Vec<_> =
+        events.iter().filter_map(|e| if let JobEventBody::Eval(e) = e { Some(e) } else { None }).collect();
+    assert_eq!(evals.iter().map(|e| e.step).collect::<Vec<_>>(), [5, 10, 15, 20, 23]);
+    let best = evals.iter().filter(|e| e.best).next_back().unwrap();
+    assert_eq!(end.best_eval.as_ref(), Some(*best));
+    assert!(evals.iter().all(|e| e.accuracy.unwrap() <= best.accuracy.unwrap()));
+}
+
+#[test]
+fn packing_changes_what_shares_a_step_not_what_an_example_sees() {
+    let base = tiny("llama");
+    let input = input(&base, Task::CausalLm, &lora(), hyper(10));
+    let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
+    let each = |batch: &[&Encoded]| {
+        let delta = Arc::new(t.detached().unwrap());
+        flat(&losses(&base, delta, batch, None).unwrap().each)
+    };
+    let all: Vec<&Encoded> = input.train.iter().take(7).collect();
+    let together = each(&all);
+    let alone: Vec<f32> = all.iter().flat_map(|e| each(&[*e])).collect();
+    assert!(together.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 1e-4));
+}
+
+#[test]
+fn a_prepared_request_runs() {
+    let base = tiny("llama");
+    let mut p = params(Task::CausalLm, lora());
+    p.hyper = HyperParams { max_steps: Some(3), ..HyperParams::default() };
+    let spec = TrainSpec::resolve(&p.methods, p.task, &[], shape(&base)).unwrap();
+    let prepared = Prepared {
+        reply: PlanReply {
+            resolved: hyper(3),
+            trainable_parameters: 0,
+            train_examples: 0,
+            validation_examples: 0,
+            train_tokens: 0,
+            supervised_tokens: 0,
+            longest_example: 0,
+            memory: Default::default(),
+            warnings: vec![],
+        },
+        spec,
+        train: examples(Task::CausalLm, 5),
+        validation: Arc::from([]),
+    };
+    assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());
+}

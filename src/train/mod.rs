@@ -1,0 +1,36 @@
+//! Training in the background, against the same resident weights that serve.
+//!
+//! ```text
+//! request + data -> plan (validate, tokenise, resolve) -> handle -> supervisor (queue, events, publish)
+//!                                                                       |  ^
+//!                                                              starts   v  |  reports
+//!                                                                worker (thread): run, micro-step by micro-step
+//! ```
+//! It knows the model, deltas and the log of jobs. It never touches the engine (only the pacer is shared), never changes
+//! a base weight, and never makes a version itself: the composition root gives it a [`Publisher`].
+
+pub mod batches;
+pub mod dataset;
+pub mod encode;
+pub mod eval;
+mod handle;
+pub mod issue;
+pub mod joblog;
+#[cfg(test)]
+mod laws;
+pub mod metrics;
+pub mod objective;
+pub mod optim;
+pub mod plan;
+pub mod run;
+pub mod spec;
+mod supervisor;
+#[cfg(test)]
+mod supervisor_tests;
+pub mod trainable;
+pub mod validate;
+mod worker;
+
+pub use handle::{JobWatch, SpawnError, TrainError, TrainerConfig, TrainerHandle, TrainerParts};
+pub use plan::{BaseInfo, Inputs, Prepared, prepare};
+pub use supervisor::{PublishFailure, PublishInfo, PublishJob, Published, Publisher};

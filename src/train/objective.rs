@@ -1,0 +1,96 @@
+//! The losses: next token, label of a text, labels of words. One forward, the same as serving's.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Result, Tensor};
+
+use crate::{
+    delta::{Delta, DeltaBatch},
+    model::{Base, HeadLogits, Input},
+    nn::Cx,
+    pacing::Pacer,
+    rows::RowLayout,
+    train::encode::{Encoded, Target},
+};
+
+/// Losses of a micro-batch, one per supervised token, text or word.
+#[derive(Debug)]
+pub struct Losses {
+    /// `[n]`, f32; tracked when the delta's tensors are variables.
+    pub each: Tensor,
+    /// Classification: `[n, labels]`, f32.
+    pub logits: Option<Tensor>,
+    /// Classification: the right label of each row of `logits`.
+    pub gold: Vec<u32>,
+}
+
+/// Runs examples (all of one kind) through the base with a delta.
+///
+/// # Errors
+/// Those of the forward, or a target that the base cannot serve.
+pub fn losses(base: &Base, delta: Arc<Delta>, examples: &[&Encoded], pacer: Option<&Arc<Pacer>>) -> Result<Losses> {
+    let lens: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
+    let rows = RowLayout::packed(&lens);
+    let tokens: Vec<u32> = examples.iter().flat_map(|e| e.tokens.iter().copied()).collect();
+    let deltas = DeltaBatch::single(delta, &rows, base.sites.len());
+    let cx = Cx { rows: &rows, deltas: &deltas, kv: None, pacer };
+    let hidden = base.transformer.forward(&Input { tokens: &tokens, token_types: None }, &cx)?; // [rows, hidden]
+    match examples.first().map(|e| &e.target) {
+        Some(Target::Tokens(_)) => next_token(base, &hidden, examples, &cx),
+        Some(Target::Label(_)) => text_label(base, &hidden, examples, &cx),
+        Some(Target::Tags(_)) => word_labels(base, &hidden, examples, &cx),
+        None => candle_core::bail!("an empty micro-batch"),
+    }
+}
+
+/// Row `t - 1` predicts token `t`, for every supervised `t`.
+fn next_token(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Losses> {
+    let (mut pick, mut targets) = (Vec::new(), Vec::new());
+    for (example, span) in examples.iter().zip(cx.rows.spans()) {
+        let Target::Tokens(mask) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
+        for (t, _) in mask.iter().enumerate().skip(1).filter(|(_, learn)| **learn) {
+            pick.push((span.start + t - 1) as u32);
+            targets.push(example.tokens[t]);
+        }
+    }
+    let each = base.transformer.nll(hidden, &pick, &targets, cx)?; // [n]
+    Ok(Losses { each, logits: None, gold: Vec::new() })
+}
+
+fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Losses> {
+    let mut gold = Vec::with_capacity(examples.len());
+    for example in examples {
+        let Target::Label(label) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
+        gold.push(*label);
+    }
+    let logits = only_group(base.transformer.head_logits(hidden, cx)?, examples.len())?; // [texts, labels]
+    cross_entropy(logits, gold)
+}
+
+fn word_labels(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Losses> {
+    let logits = only_group(base.transformer.token_head_logits(hidden, cx)?, examples.len())?; // [rows, labels]
+    let (mut pick, mut gold) = (Vec::new(), Vec::new());
+    for (example, span) in examples.iter().zip(cx.rows.spans()) {
+        let Target::Tags(tags) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
+        pick.extend(tags.iter().map(|(at, _)| span.start as u32 + at));
+        gold.extend(tags.iter().map(|(_, label)| *label));
+    }
+    let logits = logits.index_select(&Tensor::new(pick, logits.device())?, 0)?; // [words, labels]
+    cross_entropy(logits, gold)
+}
+
+/// One delta, so one head for all spans, in order.
+fn only_group(mut groups: Vec<HeadLogits>, spans: usize) -> Result<Tensor> {
+    match (groups.pop(), groups.is_empty()) {
+        (Some(group), true) if group.spans.len() == spans => Ok(group.logits),
+        _ => candle_core::bail!("classification without a head"),
+    }
+}
+
+fn cross_entropy(logits: Tensor, gold: Vec<u32>) -> Result<Losses> {
+    let logits = logits.to_dtype(DType::F32)?;
+    let log_probs = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
+    let index = Tensor::new(gold.as_slice(), logits.device())?.unsqueeze(1)?; // [n, 1]
+    let each = log_probs.gather(&index, 1)?.squeeze(1)?.neg()?; // [n]
+    Ok(Losses { each, logits: Some(logits), gold })
+}

@@ -1,0 +1,369 @@
+//! From a request and its data to everything that a run needs: resolved hyper-parameters, tokens, sites, an estimate.
+//!
+//! `Plan` and `CreateJob` both end here, so a dry run says exactly what a job would do. Every problem is reported, not
+//! only the first. No tensors.
+
+use std::sync::Arc;
+
+use crate::{
+    admission::{
+        params::Violation,
+        train_params::{
+            HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule, TrainParams, Validation,
+        },
+    },
+    delta::Task,
+    train::{
+        batches::{self, Batches},
+        dataset::Dataset,
+        encode::{Encoded, TextCodec, encode},
+        issue::{Report, Severity},
+        spec::{BaseShape, TrainSpec},
+        validate::{LabelSet, check_train, check_validation},
+    },
+};
+
+/// Rows of one forward and backward while training: the longest that serving ever waits for, and the activations' bound.
+pub const MICRO_TOKENS: usize = 2048;
+
+/// Most optimizer steps of a job.
+pub const MAX_STEPS: u32 = 10_000_000;
+
+/// A request with its data at hand.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// The request.
+    pub params: &'a TrainParams,
+    /// JSON lines of the training examples.
+    pub train: &'a [u8],
+    /// JSON lines of the validation examples, if the request has separate ones.
+    pub validation: Option<&'a [u8]>,
+}
+
+/// What planning needs to know of the base.
+#[derive(Debug, Clone, Copy)]
+pub struct BaseInfo<'a> {
+    /// Sites and widths.
+    pub shape: BaseShape<'a>,
+    /// Longest sequence.
+    pub max_positions: usize,
+}
+
+/// A job, ready to run.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// What is told to the client: resolved hyper-parameters, counts, estimate, warnings.
+    pub reply: PlanReply,
+    /// Sites and patches.
+    pub spec: TrainSpec,
+    /// Training examples.
+    pub train: Arc<[Encoded]>,
+    /// Validation examples; may be empty.
+    pub validation: Arc<[Encoded]>,
+}
+
+/// Resolves a request. Runs long (it tokenises everything): not for an async thread.
+///
+/// # Errors
+/// Every problem of the request and of its data.
+pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Result<Prepared, Vec<Violation>> {
+    let params = inputs.params;
+    let mut problems = check_hyper(&params.hyper, base.max_positions);
+    if let Some(Validation::Fraction(f)) = params.validation
+        && !(f > 0.0 && f <= 0.5)
+    {
+        problems.push(violation("validation.fraction", format!("is {f}; accepted is (0, 0.5]")));
+    }
+    let (data, mut report) = Dataset::parse(inputs.train);
+    let labels = LabelSet::resolve(&params.labels, &data, &mut report);
+    check_train(&data, params.task, &labels, &mut report);
+    let methods = with_defaults(&params.methods, params.task, base.shape);
+    // while the data is bad, its labels are no ground to complain about the head
+    let spec = match TrainSpec::resolve(&methods, params.task, labels.names(), base.shape) {
+        Ok(spec) => Some(spec),
+        Err(found) => {
+            problems.extend(found.into_iter().filter(|v| report.is_ok() || !v.field.starts_with("labels")));
+            None
+        }
+    };
+    let max_length = max_length(&params.hyper, params.task, base.max_positions);
+    let fits = problems.iter().all(|p| p.field != "hyper.max_length");
+    let mut train = if fits { encode(&data, codec, &labels, max_length, &mut report) } else { Vec::new() };
+    problems.extend(report.violations("data"));
+    let mut warnings = warnings("data", &report);
+    let mut validation = Vec::new();
+    if let Some(bytes) = inputs.validation {
+        let (held, mut report) = Dataset::parse(bytes);
+        check_validation(&held, &data, params.task, &labels, &mut report);
+        validation = if fits { encode(&held, codec, &labels, max_length, &mut report) } else { Vec::new() };
+        problems.extend(report.violations("validation"));
+        warnings.extend(self::warnings("validation", &report));
+    }
+    let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
+    let seed = params.hyper.seed.unwrap_or(0);
+    if let Some(Validation::Fraction(f)) = params.validation {
+        let (keep, hold) = batches::split(train.len(), f, seed);
+        validation = hold.iter().map(|i| train[*i].clone()).collect();
+        train = keep.iter().map(|i| train[*i].clone()).collect();
+    }
+    let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
+    let resolved = chosen.resolve(&train);
+    let longest = train.iter().chain(&validation).map(|e| e.tokens.len()).max().unwrap_or(0);
+    let rows = (resolved.batch_size as usize * longest).min(MICRO_TOKENS.max(longest));
+    let reply = PlanReply {
+        trainable_parameters: spec.parameters(base.shape.sites),
+        train_examples: train.len() as u64,
+        validation_examples: validation.len() as u64,
+        train_tokens: train.iter().map(|e| e.tokens.len() as u64).sum(),
+        supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
+        longest_example: longest as u32,
+        memory: spec.memory(base.shape, rows, longest),
+        warnings,
+        resolved,
+    };
+    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into() })
+}
+
+fn violation(field: &str, message: impl Into<String>) -> Violation {
+    Violation { field: field.to_owned(), code: String::new(), message: message.into() }
+}
+
+fn warnings(field: &str, report: &Report) -> Vec<Violation> {
+    let all = report.issues.iter().filter(|i| i.severity == Severity::Warning);
+    let place = |line: u64, pointer: &str| match line {
+        0 => field.to_owned(),
+        n => format!("{field} line {n} {pointer}").trim_end().to_owned(),
+    };
+    all.map(|i| Violation {
+        field: place(i.line, &i.pointer),
+        code: i.code.as_str().to_owned(),
+        message: i.message.clone(),
+    })
+    .collect()
+}
+
+/// Ranges of everything that is set. A learning rate is only asked to be a positive number: one that is too high makes
+/// the run diverge, which ends it.
+fn check_hyper(h: &HyperParams, max_positions: usize) -> Vec<Violation> {
+    let mut out = Vec::new();
+    let mut real = |field: &str, value: Option<f64>, ok: fn(f64) -> bool, accepted: &str| {
+        if let Some(v) = value
+            && !(v.is_finite() && ok(v))
+        {
+            out.push(violation(&format!("hyper.{field}"), format!("is {v}; accepted is {accepted}")));
+        }
+    };
+    real("epochs", h.epochs, |v| v > 0.0 && v <= 1000.0, "(0, 1000]");
+    real("learning_rate", h.learning_rate, |v| v > 0.0, "a positive number");
+    real("warmup_ratio", h.warmup_ratio, |v| (0.0..1.0).contains(&v), "[0, 1)");
+    real("weight_decay", h.weight_decay, |v| (0.0..=1.0).contains(&v), "[0, 1]");
+    real("beta1", h.beta1, |v| (0.0..1.0).contains(&v), "[0, 1)");
+    real("beta2", h.beta2, |v| (0.0..1.0).contains(&v), "[0, 1)");
+    real("eps", h.eps, |v| v > 0.0 && v <= 1.0, "(0, 1]");
+    real("clip_norm", h.clip_norm, |v| v >= 0.0, "0 (off) or a positive number");
+    let mut whole = |field: &str, value: Option<u32>, min: u32, max: u32| {
+        if let Some(v) = value
+            && !(min..=max).contains(&v)
+        {
+            out.push(violation(&format!("hyper.{field}"), format!("is {v}; accepted is {min} to {max}")));
+        }
+    };
+    whole("max_steps", h.max_steps, 1, MAX_STEPS);
+    whole("batch_size", h.batch_size, 1, 4096);
+    whole("grad_accumulation", h.grad_accumulation, 1, 4096);
+    whole("max_length", h.max_length, 4, u32::try_from(max_positions).unwrap_or(u32::MAX));
+    out
+}
+
+/// Method parts with every field set.
+fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec<MethodPart> {
+    let rank_default = if task == Task::CausalLm && base.causal { 16 } else { 8 };
+    let part = |part: &MethodPart| match part {
+        MethodPart::Lora(p) => {
+            let rank = p.rank.unwrap_or(rank_default);
+            MethodPart::Lora(LoraPart {
+                rank: Some(rank),
+                alpha: p.alpha.or(Some(2.0 * f64::from(rank))),
+                dropout: p.dropout.or(Some(0.0)),
+                ..p.clone()
+            })
+        }
+        MethodPart::Bitfit(p) => MethodPart::Bitfit(p.clone()),
+    };
+    methods.iter().map(part).collect()
+}
+
+/// Learning rates that are known to work (FORMATS 5.5); of a combination, the smallest.
+fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
+    let lm = task == Task::CausalLm;
+    let of = |part: &MethodPart| match part {
+        MethodPart::Lora(_) if lm => (5e-4 * (2000.0 / hidden as f64).sqrt()).clamp(1e-4, 3e-3),
+        MethodPart::Lora(_) => 1e-3,
+        MethodPart::Bitfit(_) => 2e-3,
+    };
+    methods.iter().map(of).fold(None, |least: Option<f64>, lr| Some(least.map_or(lr, |l| l.min(lr)))).unwrap_or(5e-3)
+}
+
+fn max_length(h: &HyperParams, task: Task, max_positions: usize) -> usize {
+    let default = if task == Task::CausalLm { 512 } else { 128 };
+    h.max_length.map_or(default, |n| n as usize).min(max_positions)
+}
+
+/// What the hyper-parameters depend on.
+struct Chosen<'a> {
+    params: &'a TrainParams,
+    methods: &'a [MethodPart],
+    labels: &'a LabelSet,
+    max_length: usize,
+    base: BaseShape<'a>,
+}
+
+impl Chosen<'_> {
+    fn resolve(&self, train: &[Encoded]) -> ResolvedTraining {
+        let Self { params, methods, labels, max_length, base } = *self;
+        let h = &params.hyper;
+        let lm = params.task == Task::CausalLm;
+        let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
+        let grad_accumulation = h.grad_accumulation.unwrap_or(1);
+        let packing = h.packing.unwrap_or(false);
+        let seed = h.seed.unwrap_or(0);
+        let lens: Vec<usize> = train.iter().map(|e| e.tokens.len()).collect();
+        let size = batch_size as usize * grad_accumulation as usize;
+        let per_epoch = Batches::new(&lens, size, packing.then_some(max_length), seed).per_epoch();
+        let cap = h.max_steps.unwrap_or(MAX_STEPS);
+        // a step limit alone decides how long a job is
+        let epochs = h.epochs.unwrap_or(match h.max_steps {
+            Some(steps) => f64::from(steps) / per_epoch.max(1) as f64,
+            None if lm => 3.0,
+            None => 4.0,
+        });
+        let total_steps = ((epochs * per_epoch as f64).ceil().max(1.0) as u32).min(cap);
+        let warmup_ratio = h.warmup_ratio.unwrap_or(if lm { 0.03 } else { 0.06 });
+        ResolvedTraining {
+            task: params.task,
+            methods: methods.to_vec(),
+            labels: if lm { Vec::new() } else { labels.names().to_vec() },
+            epochs,
+            total_steps,
+            batch_size,
+            grad_accumulation,
+            learning_rate: h.learning_rate.unwrap_or_else(|| learning_rate(methods, params.task, base.hidden)),
+            schedule: h.schedule.unwrap_or(Schedule::Linear),
+            warmup_steps: (warmup_ratio * f64::from(total_steps)).floor() as u32,
+            weight_decay: h.weight_decay.unwrap_or(0.0),
+            beta1: h.beta1.unwrap_or(0.9),
+            beta2: h.beta2.unwrap_or(0.999),
+            eps: h.eps.unwrap_or(1e-8),
+            clip_norm: h.clip_norm.unwrap_or(1.0),
+            max_length: max_length as u32,
+            seed,
+            eval_every: h.eval_every.unwrap_or(0),
+            packing,
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{
+        admission::{params::PublishPolicy, train_params::TrainData},
+        train::{encode::tests::byte_codec, spec::tests::table},
+    };
+
+    pub(crate) fn params(task: Task, methods: Vec<MethodPart>) -> TrainParams {
+        TrainParams {
+            output_name: "out".into(),
+            task,
+            data: TrainData::Jsonl(String::new()),
+            validation: None,
+            methods,
+            labels: vec![],
+            hyper: HyperParams::default(),
+            publish: PublishPolicy::Upsert,
+            idempotency_key: None,
+        }
+    }
+
+    fn lora() -> Vec<MethodPart> {
+        vec![MethodPart::Lora(LoraPart::default())]
+    }
+
+    fn run(params: &TrainParams, train: &str, validation: Option<&str>) -> Result<Prepared, Vec<Violation>> {
+        let sites = table(true);
+        let causal = params.task == Task::CausalLm;
+        let shape = BaseShape { sites: &sites, hidden: 8, vocab: 300, causal };
+        let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes) };
+        prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
+    }
+
+    fn lines(n: usize) -> String {
+        (0..n).map(|i| format!("{{\"text\": \"number {i}\", \"label\": \"{}\"}}\n", ["odd", "even"][i % 2])).collect()
+    }
+
+    #[test]
+    fn defaults_are_resolved_and_echoed() {
+        let p = run(&params(Task::SeqCls, lora()), &lines(100), None).unwrap();
+        let r = &p.reply.resolved;
+        assert_eq!((r.batch_size, r.epochs, r.total_steps, r.warmup_steps), (32, 4.0, 16, 0));
+        assert_eq!((r.learning_rate, r.labels.clone()), (1e-3, vec!["even".to_owned(), "odd".to_owned()]));
+        let MethodPart::Lora(part) = &r.methods[0] else { panic!("lora") };
+        assert_eq!((part.rank, part.alpha, part.dropout), (Some(8), Some(16.0), Some(0.0)));
+        assert_eq!(p.reply.trainable_parameters, p.spec.parameters(&table(true)));
+        assert!(p.reply.memory.total() > 0);
+        let mut limited = params(Task::SeqCls, lora());
+        limited.hyper.max_steps = Some(7);
+        assert_eq!(run(&limited, &lines(100), None).unwrap().reply.resolved.total_steps, 7);
+        limited.hyper.epochs = Some(1.0);
+        assert_eq!(run(&limited, &lines(100), None).unwrap().reply.resolved.total_steps, 4);
+    }
+
+    #[test]
+    fn a_fraction_is_held_out_by_the_seed() {
+        let mut p = params(Task::SeqCls, lora());
+        p.validation = Some(Validation::Fraction(0.2));
+        let a = run(&p, &lines(50), None).unwrap();
+        assert_eq!((a.train.len(), a.validation.len()), (40, 10));
+        assert_eq!(a.validation, run(&p, &lines(50), None).unwrap().validation);
+        p.hyper.seed = Some(9);
+        assert_ne!(a.validation, run(&p, &lines(50), None).unwrap().validation);
+        p.validation = Some(Validation::Fraction(0.9));
+        assert_eq!(run(&p, &lines(50), None).unwrap_err()[0].field, "validation.fraction");
+    }
+
+    #[test]
+    fn problems_of_request_training_and_validation_data_come_together() {
+        let mut p = params(Task::SeqCls, lora());
+        p.hyper.learning_rate = Some(f64::NAN);
+        p.hyper.batch_size = Some(0);
+        p.hyper.beta2 = Some(1.0);
+        let bad = format!("{}nonsense\n", lines(4));
+        let found = run(&p, &bad, Some("{\"text\": \"x\", \"label\": \"third\"}")).unwrap_err();
+        let found: Vec<_> = found.iter().map(|v| (v.field.as_str(), v.code.as_str())).collect();
+        let want = [
+            ("hyper.learning_rate", ""),
+            ("hyper.beta2", ""),
+            ("hyper.batch_size", ""),
+            ("data line 5", "NOT_JSON"),
+            ("validation line 1 /label", "LABEL_UNKNOWN"),
+        ];
+        assert_eq!(found, want);
+    }
+
+    #[test]
+    fn an_empty_or_single_example_set_is_refused() {
+        let p = params(Task::CausalLm, lora());
+        assert_eq!(run(&p, "", None).unwrap_err()[0].code, "EMPTY_FILE");
+        assert_eq!(run(&p, "{\"text\": \"one\"}", None).unwrap_err()[0].code, "TOO_FEW_EXAMPLES");
+        assert_eq!(
+            run(
+                &params(Task::SeqCls, lora()),
+                "{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":\"b\",\"label\":\"x\"}",
+                None
+            )
+            .unwrap_err()[0]
+                .code,
+            "ONE_LABEL"
+        );
+    }
+}

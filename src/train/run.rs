@@ -1,0 +1,455 @@
+//! One job's training, a micro-step at a time.
+//!
+//! [`Run::advance`] does at most one forward and backward, so that whoever calls it can interleave jobs, cancel within a
+//! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use candle_core::{Result, Tensor};
+use rand::rngs::StdRng;
+
+use crate::{
+    admission::train_params::{EvalEvent, JobEventBody, MetricsEvent, ResolvedTraining},
+    delta::{Delta, Task},
+    model::Base,
+    pacing::Pacer,
+    train::{
+        batches::{self, Batches, Stream, micro_batches},
+        encode::Encoded,
+        eval::{Tally, better},
+        metrics::TrainMetrics,
+        objective::{Losses, losses},
+        optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
+        plan::{MICRO_TOKENS, Prepared},
+        spec::TrainSpec,
+        trainable::{Snapshot, Trainable},
+    },
+};
+
+/// Weights beyond half precision's range are no delta any more: the run has diverged even if its loss is still a number.
+const MAX_WEIGHT_NORM: f64 = 65_504.0;
+
+/// Metrics of every step are sent unless steps come faster than this.
+const METRICS_EVERY: Duration = Duration::from_millis(100);
+
+/// Steps between good checkpoints that a failure falls back to.
+const KEEP_EVERY: u32 = 10;
+
+/// What a run reports beside its end.
+pub type RunEvents = Vec<JobEventBody>;
+
+/// How a run goes on.
+#[derive(Debug)]
+pub enum Advance {
+    /// There is more to do.
+    More(RunEvents),
+    /// It is over.
+    Done(RunEvents, Box<Outcome>),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// All steps are done.
+    Trained(Box<Trained>),
+    /// It cannot go on.
+    Failed(Failed),
+}
+
+/// A trained delta.
+#[derive(Debug)]
+pub struct Trained {
+    /// The best checkpoint (the last, without evaluation); plain f32 tensors.
+    pub delta: Delta,
+    /// Loss of the last step.
+    pub final_loss: f64,
+    /// The evaluation of the published checkpoint.
+    pub best_eval: Option<EvalEvent>,
+    /// The same weights as safetensors bytes: kept when publishing fails, so that no training is lost.
+    pub checkpoint: Vec<u8>,
+}
+
+/// Why a run stopped.
+#[derive(Debug)]
+pub struct Failed {
+    /// Stable code.
+    pub code: &'static str,
+    /// What happened, with the step.
+    pub message: String,
+    /// The last good checkpoint: its step and safetensors bytes.
+    pub checkpoint: Option<(u32, Vec<u8>)>,
+}
+
+/// The data and choices of a run.
+#[derive(Debug, Clone)]
+pub struct RunInput {
+    /// Hyper-parameters.
+    pub resolved: ResolvedTraining,
+    /// Sites and patches.
+    pub spec: TrainSpec,
+    /// Training examples.
+    pub train: Arc<[Encoded]>,
+    /// Validation examples.
+    pub validation: Arc<[Encoded]>,
+}
+
+impl From<&Prepared> for RunInput {
+    fn from(p: &Prepared) -> Self {
+        Self {
+            resolved: p.reply.resolved.clone(),
+            spec: p.spec.clone(),
+            train: Arc::clone(&p.train),
+            validation: Arc::clone(&p.validation),
+        }
+    }
+}
+
+/// A step under way: micro-batches to go and what was gathered so far.
+#[derive(Debug, Default)]
+struct Step {
+    todo: VecDeque<Vec<usize>>,
+    weight: f64,
+    loss: f64,
+    tokens: usize,
+    grads: Vec<Option<Tensor>>,
+    busy: Duration,
+    yielded: Duration,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Train(Step),
+    Eval { todo: VecDeque<Vec<usize>>, tally: Tally },
+}
+
+#[derive(Debug)]
+struct Best {
+    eval: EvalEvent,
+    snapshot: Snapshot,
+}
+
+/// One job under training.
+#[derive(Debug)]
+pub struct Run {
+    base: Arc<Base>,
+    pacer: Option<Arc<Pacer>>,
+    metrics: TrainMetrics,
+    input: RunInput,
+    lens: Vec<usize>,
+    trainable: Trainable,
+    optimizer: AdamW,
+    schedule: LrSchedule,
+    batches: Batches,
+    dropout: StdRng,
+    phase: Phase,
+    step: u32,
+    last_loss: f64,
+    best: Option<Best>,
+    /// Weights that gave a finite loss.
+    good: Option<(u32, Snapshot)>,
+    /// Weights whose loss is not known yet.
+    unproven: Option<(u32, Snapshot)>,
+    started: Instant,
+    last_metrics: Option<Instant>,
+}
+
+impl Run {
+    /// Sets a run up: variables, optimizer, order of the data.
+    ///
+    /// # Errors
+    /// The device.
+    pub fn new(base: Arc<Base>, pacer: Option<Arc<Pacer>>, input: RunInput) -> Result<Self> {
+        let seed = input.resolved.seed;
+        let trainable = Trainable::init(&input.spec, &base.sites, seed, &base.device)?;
+        Self::with_trainable(base, pacer, input, trainable)
+    }
+
+    /// As [`Self::new`], from given variables (an existing delta).
+    ///
+    /// # Errors
+    /// The device.
+    pub fn with_trainable(
+        base: Arc<Base>,
+        pacer: Option<Arc<Pacer>>,
+        input: RunInput,
+        trainable: Trainable,
+    ) -> Result<Self> {
+        let r = &input.resolved;
+        let lens: Vec<usize> = input.train.iter().map(|e| e.tokens.len()).collect();
+        let size = r.batch_size as usize * r.grad_accumulation as usize;
+        let pack_to = r.packing.then_some(r.max_length as usize);
+        let adam = AdamParams { beta1: r.beta1, beta2: r.beta2, eps: r.eps, weight_decay: r.weight_decay };
+        let schedule =
+            LrSchedule { peak: r.learning_rate, kind: r.schedule, warmup: r.warmup_steps, total: r.total_steps };
+        Ok(Self {
+            optimizer: AdamW::new(adam, trainable.vars().iter().map(|v| (v.var.clone(), v.decays)))?,
+            batches: Batches::new(&lens, size, pack_to, r.seed),
+            dropout: batches::rng(r.seed, Stream::Dropout),
+            good: Some((0, trainable.snapshot()?)),
+            metrics: TrainMetrics::in_slot(usize::MAX),
+            phase: Phase::Train(Step::default()),
+            step: 0,
+            last_loss: f64::NAN,
+            best: None,
+            unproven: None,
+            started: Instant::now(),
+            last_metrics: None,
+            schedule,
+            trainable,
+            lens,
+            input,
+            pacer,
+            base,
+        })
+    }
+
+    /// Shows this run's loss in a slot of the loss metric.
+    pub(crate) fn show_in_slot(&mut self, slot: usize) {
+        self.metrics = TrainMetrics::in_slot(slot);
+    }
+
+    /// Optimizer steps done.
+    pub fn step(&self) -> u32 {
+        self.step
+    }
+
+    /// The variables.
+    pub fn trainable(&self) -> &Trainable {
+        &self.trainable
+    }
+
+    /// Loss of the last finished step.
+    pub fn last_loss(&self) -> f64 {
+        self.last_loss
+    }
+
+    /// Does one micro-step.
+    pub fn advance(&mut self) -> Advance {
+        let mut events = Vec::new();
+        match self.try_advance(&mut events) {
+            Ok(None) => Advance::More(events),
+            Ok(Some(outcome)) => Advance::Done(events, Box::new(outcome)),
+            Err(e) => {
+                let text = e.to_string();
+                let code =
+                    if text.to_ascii_lowercase().contains("out of memory") { "OUT_OF_MEMORY" } else { "INTERNAL" };
+                let failed = self.fail(code, format!("step {}: {text}", self.step + 1));
+                Advance::Done(events, Box::new(failed))
+            }
+        }
+    }
+
+    fn try_advance(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
+        if let Phase::Eval { todo, .. } = &mut self.phase {
+            return match todo.pop_front() {
+                Some(batch) => self.eval_micro(&batch).map(|()| None),
+                None => self.finish_eval(events),
+            };
+        }
+        if self.step >= self.input.resolved.total_steps {
+            return self.trained().map(Some);
+        }
+        self.train_micro(events)
+    }
+
+    fn train_micro(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
+        let start = Instant::now();
+        let yielded = self.pacer.as_ref().map(|p| p.yielded());
+        let mut step = match &mut self.phase {
+            Phase::Train(step) if !step.todo.is_empty() => std::mem::take(step),
+            _ => self.begin_step(),
+        };
+        let Some(batch) = step.todo.pop_front() else { candle_core::bail!("no examples to train on") };
+        let loss = self.forward_backward(&mut step, &batch)?;
+        step.loss += loss;
+        if !loss.is_finite() {
+            let message = format!("the loss of step {} is {loss}", self.step + 1);
+            return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
+        }
+        step.busy += start.elapsed();
+        if let (Some(p), Some(before)) = (&self.pacer, yielded) {
+            step.yielded += p.yielded().saturating_sub(before);
+        }
+        if step.todo.is_empty() {
+            return self.finish_step(step, events);
+        }
+        self.phase = Phase::Train(step);
+        Ok(None)
+    }
+
+    fn begin_step(&mut self) -> Step {
+        let r = &self.input.resolved;
+        let batch = self.batches.next_batch();
+        // with packing, a batch counts packs; the token bound alone decides how they are cut
+        let examples = if r.packing { usize::MAX } else { r.batch_size as usize };
+        let todo: VecDeque<_> = micro_batches(&batch, &self.lens, examples, MICRO_TOKENS).into();
+        let weight = batch.iter().map(|i| self.input.train[*i].weight()).sum::<usize>().max(1) as f64;
+        let tokens = batch.iter().map(|i| self.lens[*i]).sum();
+        Step { todo, weight, tokens, grads: vec![None; self.trainable.vars().len()], ..Step::default() }
+    }
+
+    /// Adds a micro-batch's share of the step's loss and gradients: normalised by the whole step's losses, not a mean
+    /// of means, so that accumulation equals one large batch.
+    fn forward_backward(&mut self, step: &mut Step, batch: &[usize]) -> Result<f64> {
+        let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
+        let delta = self.trainable.delta(&mut self.dropout)?;
+        let Losses { each, .. } = losses(&self.base, delta, &examples, self.pacer.as_ref())?;
+        let share = (each.sum_all()? / step.weight)?;
+        let loss = f64::from(share.to_scalar::<f32>()?);
+        if !loss.is_finite() {
+            return Ok(loss);
+        }
+        let mut grads = share.backward()?;
+        for (sum, var) in step.grads.iter_mut().zip(self.trainable.vars()) {
+            if let Some(grad) = grads.remove(var.var.as_tensor()) {
+                let grad = grad.detach();
+                *sum = Some(match sum.take() {
+                    Some(before) => (before + grad)?,
+                    None => grad,
+                });
+            }
+        }
+        Ok(loss)
+    }
+
+    fn finish_step(&mut self, step: Step, events: &mut RunEvents) -> Result<Option<Outcome>> {
+        let start = Instant::now();
+        if let Some(proven) = self.unproven.take() {
+            self.good = Some(proven);
+        }
+        let vars = self.trainable.vars();
+        let grads: Vec<Tensor> = (step.grads.into_iter().zip(vars))
+            .map(|(grad, v)| grad.map_or_else(|| v.var.zeros_like().map(|z| z.detach()), Ok))
+            .collect::<Result<_>>()?;
+        let norm = global_norm(&grads)?;
+        if !norm.is_finite() {
+            let message = format!("the gradient of step {} is not finite (loss {})", self.step + 1, step.loss);
+            return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
+        }
+        let lr = self.schedule.at(self.step);
+        self.optimizer.step(&grads, lr, clip_scale(norm, self.input.resolved.clip_norm))?;
+        let weights = global_norm(vars.iter().map(|v| v.var.as_tensor()))?;
+        if weights.is_nan() || weights > MAX_WEIGHT_NORM {
+            let message =
+                format!("the weights diverged in step {} (norm {weights:.3e}, learning rate {lr})", self.step + 1);
+            return Ok(Some(self.fail("DIVERGED", message)));
+        }
+        self.step += 1;
+        self.last_loss = step.loss;
+        if self.step.is_multiple_of(KEEP_EVERY) {
+            self.unproven = Some((self.step, self.trainable.snapshot()?));
+        }
+        let busy = step.busy + start.elapsed();
+        let event = self.metrics_event(&step.tokens, (lr, norm), busy, step.yielded);
+        self.metrics.step(&event, step.tokens);
+        if let Some(event) = self.due(event) {
+            events.push(JobEventBody::Metrics(event));
+        }
+        self.phase = if self.eval_due() { self.begin_eval() } else { Phase::Train(Step::default()) };
+        Ok(None)
+    }
+
+    fn metrics_event(&self, tokens: &usize, (lr, norm): (f64, f64), busy: Duration, yielded: Duration) -> MetricsEvent {
+        let r = &self.input.resolved;
+        let left = f64::from(r.total_steps.saturating_sub(self.step));
+        MetricsEvent {
+            step: self.step,
+            total_steps: r.total_steps,
+            epoch: f64::from(self.step) / self.batches.per_epoch().max(1) as f64,
+            loss: self.last_loss,
+            learning_rate: lr,
+            grad_norm: norm,
+            tokens_per_second: *tokens as f64 / busy.as_secs_f64().max(1e-9),
+            eta_seconds: self.started.elapsed().as_secs_f64() / f64::from(self.step.max(1)) * left,
+            step_ms: busy.as_secs_f64() * 1e3,
+            yielded_ms: yielded.as_secs_f64() * 1e3,
+        }
+    }
+
+    /// The event if it is time for one: the first and last step always report.
+    fn due(&mut self, event: MetricsEvent) -> Option<MetricsEvent> {
+        let edge = event.step == 1 || event.step == event.total_steps;
+        let due = edge || self.last_metrics.is_none_or(|t| t.elapsed() >= METRICS_EVERY);
+        due.then(|| {
+            self.last_metrics = Some(Instant::now());
+            event
+        })
+    }
+
+    fn eval_due(&self) -> bool {
+        if self.input.validation.is_empty() {
+            return false;
+        }
+        let every = match self.input.resolved.eval_every {
+            0 => self.batches.per_epoch().max(1) as u32,
+            n => n,
+        };
+        self.step.is_multiple_of(every) || self.step == self.input.resolved.total_steps
+    }
+
+    fn begin_eval(&self) -> Phase {
+        let lens: Vec<usize> = self.input.validation.iter().map(|e| e.tokens.len()).collect();
+        let mut order: Vec<usize> = (0..lens.len()).collect();
+        order.sort_by_key(|i| lens[*i]);
+        let todo = micro_batches(&order, &lens, 64, MICRO_TOKENS).into();
+        let labels = if self.input.resolved.task == Task::CausalLm { 0 } else { self.input.resolved.labels.len() };
+        Phase::Eval { todo, tally: Tally::new(labels) }
+    }
+
+    fn eval_micro(&mut self, batch: &[usize]) -> Result<()> {
+        let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.validation[*i]).collect();
+        let delta = Arc::new(self.trainable.detached()?);
+        let losses = losses(&self.base, delta, &examples, self.pacer.as_ref())?;
+        if let Phase::Eval { tally, .. } = &mut self.phase {
+            tally.add(&losses)?;
+        }
+        Ok(())
+    }
+
+    fn finish_eval(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
+        let Phase::Eval { tally, .. } = std::mem::replace(&mut self.phase, Phase::Train(Step::default())) else {
+            return Ok(None);
+        };
+        let mut eval = tally.finish(self.step, self.input.resolved.task);
+        if !eval.loss.is_finite() {
+            let message = format!("the validation loss after step {} is {}", self.step, eval.loss);
+            return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
+        }
+        eval.best = self.best.as_ref().is_none_or(|best| better(&eval, &best.eval));
+        if eval.best {
+            self.best = Some(Best { eval: eval.clone(), snapshot: self.trainable.snapshot()? });
+        }
+        events.push(JobEventBody::Eval(eval));
+        Ok(None)
+    }
+
+    fn trained(&mut self) -> Result<Outcome> {
+        let (snapshot, best_eval) = match self.best.take() {
+            Some(best) => (best.snapshot, Some(best.eval)),
+            None => (self.trainable.snapshot()?, None),
+        };
+        let delta = self.trainable.publishable(&snapshot)?;
+        let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
+        let final_loss = self.last_loss;
+        Ok(Outcome::Trained(Box::new(Trained { delta, final_loss, best_eval, checkpoint })))
+    }
+
+    fn fail(&self, code: &'static str, message: String) -> Outcome {
+        let kept = match &self.best {
+            Some(best) => Some((best.eval.step, &best.snapshot)),
+            None => self.good.as_ref().map(|(step, snapshot)| (*step, snapshot)),
+        };
+        let checkpoint = kept.and_then(|(step, snapshot)| {
+            let bytes = self.trainable.checkpoint_bytes(snapshot);
+            bytes
+                .inspect_err(|e| tracing::warn!(error = %e, "the last good checkpoint could not be kept"))
+                .ok()
+                .map(|bytes| (step, bytes))
+        });
+        Outcome::Failed(Failed { code, message, checkpoint })
+    }
+}

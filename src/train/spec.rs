@@ -1,0 +1,443 @@
+//! What a job trains: a request's methods, resolved against what the base offers.
+//!
+//! Everything contradictory, unknown or out of range is an error that names the field and what is accepted; nothing is
+//! ignored. No tensors: the result is a list of sites with their patch shapes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use regex::{Regex, RegexBuilder};
+
+use crate::{
+    admission::{
+        params::Violation,
+        train_params::{BiasSubset, BitfitPart, LoraPart, MemoryEstimate, MethodPart, Targets},
+    },
+    delta::{Proj, Site, SiteEntry, SiteId, SiteTable, Task},
+    train::validate::{MAX_LABELS, some_of},
+};
+
+/// Largest accepted rank.
+pub const MAX_RANK: u32 = 1024;
+
+/// What is trained at one site.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PatchPlan {
+    /// A low-rank pair.
+    LowRank {
+        /// Rank.
+        rank: usize,
+        /// Multiplies `B A x`.
+        scale: f64,
+        /// Alpha that the scale was made of, for the exported config.
+        alpha: f64,
+        /// Dropout on the input while training.
+        dropout: f64,
+    },
+    /// A difference to the bias.
+    Bias,
+}
+
+/// The head that is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadPlan {
+    /// Number of labels.
+    pub labels: usize,
+    /// Input width.
+    pub hidden: usize,
+    /// Encoders' heads have a bias, decoders' (`score`) have none, as in `transformers`.
+    pub bias: bool,
+}
+
+/// A resolved specification.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainSpec {
+    /// Task.
+    pub task: Task,
+    /// Methods in it, `head` included.
+    pub methods: Vec<String>,
+    /// Label names.
+    pub labels: Vec<String>,
+    /// What is trained where, by site.
+    pub patches: Vec<(SiteId, PatchPlan)>,
+    /// The head, for classification.
+    pub head: Option<HeadPlan>,
+}
+
+/// What the specification needs to know of the base.
+#[derive(Debug, Clone, Copy)]
+pub struct BaseShape<'a> {
+    /// Sites.
+    pub sites: &'a SiteTable,
+    /// Width of hidden states.
+    pub hidden: usize,
+    /// Vocabulary.
+    pub vocab: usize,
+    /// Whether it predicts the next token (else it is an encoder).
+    pub causal: bool,
+}
+
+impl TrainSpec {
+    /// Resolves a request.
+    ///
+    /// # Errors
+    /// Every contradiction, unknown name and number out of range.
+    pub fn resolve(
+        methods: &[MethodPart],
+        task: Task,
+        labels: &[String],
+        base: BaseShape<'_>,
+    ) -> Result<Self, Vec<Violation>> {
+        let mut r = Resolver { base, task, problems: Vec::new(), patches: BTreeMap::new() };
+        r.check_task(methods, task, labels);
+        let mut kinds = BTreeSet::new();
+        for (i, part) in methods.iter().enumerate() {
+            let field = format!("methods[{i}]");
+            if !kinds.insert(part.kind()) {
+                r.problem(&field, format!("{} is given twice; give each method once", part.kind()));
+            }
+            match part {
+                MethodPart::Lora(p) => r.lora(&field, p),
+                MethodPart::Bitfit(p) => r.bitfit(&field, p),
+            }
+        }
+        if !r.problems.is_empty() {
+            return Err(r.problems);
+        }
+        let classifies = matches!(task, Task::SeqCls | Task::TokenCls);
+        let head = classifies.then_some(HeadPlan { labels: labels.len(), hidden: base.hidden, bias: !base.causal });
+        let mut methods: Vec<String> = methods.iter().map(|m| m.kind().to_owned()).collect();
+        methods.extend(head.map(|_| "head".to_owned()));
+        let patches =
+            r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
+        let labels = if classifies { labels.to_vec() } else { Vec::new() };
+        Ok(Self { task, methods, labels, patches, head })
+    }
+
+    /// Numbers that are trained.
+    pub fn parameters(&self, sites: &SiteTable) -> u64 {
+        let head = self.head.map_or(0, |h| h.labels * h.hidden + if h.bias { h.labels } else { 0 });
+        let patch = |(site, plan): &(SiteId, PatchPlan)| {
+            sites.get(*site).map_or(0, |e| match plan {
+                PatchPlan::LowRank { rank, .. } => rank * (e.in_dim + e.out_dim),
+                PatchPlan::Bias => e.out_dim,
+            })
+        };
+        (head + self.patches.iter().map(patch).sum::<usize>()) as u64
+    }
+
+    /// Bytes that a run needs beside the base: `rows` of a micro-batch, `longest` example in it. An estimate: every
+    /// linear keeps its input and output once, attention its probabilities, a language model one chunk of logits.
+    pub fn memory(&self, base: BaseShape<'_>, rows: usize, longest: usize) -> MemoryEstimate {
+        const F32: usize = 4;
+        const LOGIT_ROWS: usize = 512;
+        let parameters = self.parameters(base.sites) * F32 as u64;
+        let widths: usize = base.sites.linears().map(|(_, e)| e.in_dim + e.out_dim).sum();
+        let layers = base.sites.iter().filter(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::O, .. })).count();
+        let heads = base.hidden.div_ceil(64).max(1);
+        let logits = if self.task == Task::CausalLm { LOGIT_ROWS.min(rows) * base.vocab * 2 } else { 0 };
+        let activations = (rows * widths + rows * longest * heads * layers + logits) * F32;
+        MemoryEstimate { parameters, gradients: parameters, optimizer: 2 * parameters, activations: activations as u64 }
+    }
+}
+
+struct Resolver<'a> {
+    base: BaseShape<'a>,
+    task: Task,
+    problems: Vec<Violation>,
+    patches: BTreeMap<SiteId, Vec<PatchPlan>>,
+}
+
+impl Resolver<'_> {
+    fn problem(&mut self, field: &str, message: impl Into<String>) {
+        self.problems.push(Violation { field: field.to_owned(), code: String::new(), message: message.into() });
+    }
+
+    fn check_task(&mut self, methods: &[MethodPart], task: Task, labels: &[String]) {
+        match task {
+            Task::Feature => {
+                self.problem("task", "feature extraction has no loss; accepted are causal_lm, seq_cls, token_cls")
+            }
+            Task::CausalLm if !self.base.causal => {
+                self.problem("task", "is causal_lm, but the base is an encoder; accepted are seq_cls, token_cls");
+            }
+            Task::CausalLm if methods.is_empty() => self.problem("methods", "is empty; give at least one method"),
+            Task::CausalLm if !labels.is_empty() => self.problem("labels", "are given, but causal_lm has no labels"),
+            Task::SeqCls | Task::TokenCls => self.check_labels(labels),
+            Task::CausalLm => {}
+        }
+    }
+
+    fn check_labels(&mut self, labels: &[String]) {
+        let mut seen = BTreeSet::new();
+        if !(2..=MAX_LABELS).contains(&labels.len()) {
+            self.problem("labels", format!("has {} labels; 2 to {MAX_LABELS} are accepted", labels.len()));
+        }
+        for (i, label) in labels.iter().enumerate() {
+            if label.trim().is_empty() {
+                self.problem(&format!("labels[{i}]"), "is empty");
+            } else if !seen.insert(label) {
+                self.problem(&format!("labels[{i}]"), format!("{label:?} is given twice"));
+            }
+        }
+    }
+
+    fn lora(&mut self, field: &str, part: &LoraPart) {
+        let rank = part.rank.unwrap_or(16);
+        let alpha = part.alpha.unwrap_or(2.0 * f64::from(rank));
+        let dropout = part.dropout.unwrap_or(0.0);
+        self.check_rank(&format!("{field}.rank"), rank);
+        self.check_alpha(&format!("{field}.alpha"), alpha);
+        if !(0.0..1.0).contains(&dropout) {
+            self.problem(&format!("{field}.dropout"), format!("is {dropout}; accepted is [0, 1)"));
+        }
+        let sites = self.targets(&format!("{field}.targets"), &part.targets);
+        let ranks = self.patterns(&format!("{field}.rank_pattern"), &part.rank_pattern, &sites);
+        let alphas = self.patterns(&format!("{field}.alpha_pattern"), &part.alpha_pattern, &sites);
+        for (key, rank) in &part.rank_pattern {
+            self.check_rank(&format!("{field}.rank_pattern[{key:?}]"), *rank);
+        }
+        for (key, alpha) in &part.alpha_pattern {
+            self.check_alpha(&format!("{field}.alpha_pattern[{key:?}]"), *alpha);
+        }
+        for site in sites {
+            let rank = ranks.get(&site).copied().unwrap_or(rank).max(1);
+            let alpha = alphas.get(&site).copied().unwrap_or(alpha);
+            let scale = alpha / if part.rslora { f64::from(rank).sqrt() } else { f64::from(rank) };
+            let plan = PatchPlan::LowRank { rank: rank as usize, scale, alpha, dropout };
+            self.patches.entry(site).or_default().push(plan);
+        }
+    }
+
+    fn check_rank(&mut self, field: &str, rank: u32) {
+        if !(1..=MAX_RANK).contains(&rank) {
+            self.problem(field, format!("is {rank}; accepted is 1 to {MAX_RANK}"));
+        }
+    }
+
+    fn check_alpha(&mut self, field: &str, alpha: f64) {
+        if !(alpha.is_finite() && alpha > 0.0 && alpha <= 1e6) {
+            self.problem(field, format!("is {alpha}; accepted is (0, 1000000]"));
+        }
+    }
+
+    /// Sites that a LoRA may change: everything that multiplies by a matrix.
+    fn matrices(&self) -> Vec<(SiteId, &SiteEntry)> {
+        let matrix = |e: &SiteEntry| matches!(e.site, Site::Linear { .. } | Site::Pooler | Site::LmHead);
+        self.base.sites.iter().filter(|(_, e)| matrix(e) && self.reached(e.site)).collect()
+    }
+
+    /// Whether the task's forward passes the site: a patch elsewhere would never get a gradient.
+    fn reached(&self, site: Site) -> bool {
+        match site {
+            Site::Pooler => self.task == Task::SeqCls,
+            Site::LmHead => self.task == Task::CausalLm,
+            _ => true,
+        }
+    }
+
+    fn targets(&mut self, field: &str, targets: &Targets) -> Vec<SiteId> {
+        let names = match targets {
+            Targets::AllLinear => return self.base.sites.linears().map(|(id, _)| id).collect(),
+            Targets::Modules(names) if names.is_empty() => {
+                self.problem(field, "names no module; give names or all-linear");
+                return Vec::new();
+            }
+            Targets::Modules(names) => names,
+        };
+        let mut found = BTreeSet::new();
+        for name in names {
+            if name == "all-linear" {
+                found.extend(self.base.sites.linears().map(|(id, _)| id));
+                continue;
+            }
+            let hits = self.matching(name);
+            if hits.is_empty() {
+                let accepted = self.accepted();
+                self.problem(
+                    field,
+                    format!("{name:?} is no linear of this base; accepted are {accepted}, or all-linear"),
+                );
+            }
+            found.extend(hits);
+        }
+        found.into_iter().collect()
+    }
+
+    fn accepted(&self) -> String {
+        let names: BTreeSet<&str> =
+            self.matrices().iter().map(|(_, e)| e.module.rsplit('.').next().unwrap_or_default()).collect();
+        some_of(&names.into_iter().collect::<Vec<_>>())
+    }
+
+    fn matching(&self, key: &str) -> Vec<SiteId> {
+        let pattern = module_pattern(key);
+        let hit = |module: &str| module_matches(module, key, pattern.as_ref());
+        self.matrices().into_iter().filter(|(_, e)| hit(&e.module)).map(|(id, _)| id).collect()
+    }
+
+    /// Values by site; a key that matches none of the chosen sites is an error.
+    fn patterns<T: Copy>(&mut self, field: &str, map: &BTreeMap<String, T>, sites: &[SiteId]) -> BTreeMap<SiteId, T> {
+        let mut out = BTreeMap::new();
+        for (key, value) in map {
+            let hits: Vec<_> = self.matching(key).into_iter().filter(|id| sites.contains(id)).collect();
+            if hits.is_empty() {
+                self.problem(field, format!("{key:?} matches none of the target modules"));
+            }
+            for id in hits {
+                out.entry(id).or_insert(*value); // the first key wins, as in PEFT
+            }
+        }
+        out
+    }
+
+    fn bitfit(&mut self, field: &str, part: &BitfitPart) {
+        let chosen = |site: Site| match (part.subset, site) {
+            (BiasSubset::All, _) => true,
+            (BiasSubset::Attention, Site::Linear { proj, .. }) => {
+                matches!(proj, Proj::Q | Proj::K | Proj::V | Proj::Qkv | Proj::O)
+            }
+            (BiasSubset::Mlp, Site::Linear { proj, .. }) => matches!(proj, Proj::Gate | Proj::Up | Proj::Down),
+            (BiasSubset::QueryAndMlpUp, Site::Linear { proj, .. }) => matches!(proj, Proj::Q | Proj::Qkv | Proj::Up),
+            (BiasSubset::Norm, Site::Norm { .. } | Site::EmbeddingNorm | Site::FinalNorm) => true,
+            _ => false,
+        };
+        let sites: Vec<_> = self
+            .base
+            .sites
+            .iter()
+            .filter(|(_, e)| e.has_bias && chosen(e.site) && self.reached(e.site))
+            .map(|(id, _)| id)
+            .collect();
+        if sites.is_empty() {
+            let with: BTreeSet<&str> = (self.base.sites.iter().filter(|(_, e)| e.has_bias))
+                .map(|(_, e)| e.module.rsplit('.').next().unwrap_or_default())
+                .collect();
+            let have = if with.is_empty() { "none".to_owned() } else { some_of(&with.into_iter().collect::<Vec<_>>()) };
+            self.problem(
+                &format!("{field}.subset"),
+                format!("selects no bias of this base; modules with a bias: {have}"),
+            );
+        }
+        for site in sites {
+            self.patches.entry(site).or_default().push(PatchPlan::Bias);
+        }
+    }
+}
+
+/// PEFT's rule for pattern keys: a regular expression for the end of the module's path.
+fn module_pattern(key: &str) -> Option<Regex> {
+    RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(1 << 20).build().ok()
+}
+
+/// A key matches a module by suffix (in either direction: keys may carry the full path of the head model) or pattern.
+fn module_matches(module: &str, key: &str, pattern: Option<&Regex>) -> bool {
+    let suffix =
+        |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    !key.is_empty() && (suffix(module, key) || suffix(key, module) || pattern.is_some_and(|p| p.is_match(module)))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::delta::NormAt;
+
+    pub(crate) fn table(biases: bool) -> SiteTable {
+        let mut t = SiteTable::default();
+        for layer in 0..2 {
+            for (proj, name, i, o) in [
+                (Proj::Q, "self_attn.q_proj", 8, 8),
+                (Proj::V, "self_attn.v_proj", 8, 4),
+                (Proj::O, "self_attn.o_proj", 8, 8),
+                (Proj::Up, "mlp.up_proj", 8, 16),
+            ] {
+                let module = format!("layers.{layer}.{name}");
+                t.push(SiteEntry {
+                    site: Site::Linear { layer, proj },
+                    module,
+                    in_dim: i,
+                    out_dim: o,
+                    has_bias: biases,
+                });
+            }
+            let module = format!("layers.{layer}.norm");
+            let site = Site::Norm { layer, at: NormAt::Attn };
+            t.push(SiteEntry { site, module, in_dim: 0, out_dim: 8, has_bias: biases });
+        }
+        t
+    }
+
+    fn base(sites: &SiteTable) -> BaseShape<'_> {
+        BaseShape { sites, hidden: 8, vocab: 32, causal: true }
+    }
+
+    fn lora(part: LoraPart) -> Vec<MethodPart> {
+        vec![MethodPart::Lora(part)]
+    }
+
+    #[test]
+    fn targets_are_names_suffixes_patterns_or_all_linears() {
+        let sites = table(false);
+        let count = |names: &[&str]| {
+            let targets = Targets::Modules(names.iter().map(|s| (*s).to_owned()).collect());
+            TrainSpec::resolve(&lora(LoraPart { targets, ..LoraPart::default() }), Task::CausalLm, &[], base(&sites))
+                .map(|s| s.patches.len())
+                .map_err(|v| v[0].message.clone())
+        };
+        assert_eq!(count(&["q_proj"]), Ok(2));
+        assert_eq!(count(&["layers.1.self_attn.q_proj", "v_proj"]), Ok(3));
+        assert_eq!(count(&["model.layers.1.self_attn.q_proj"]), Ok(1));
+        assert_eq!(count(&[r"layers\.0\..*_proj"]), Ok(4));
+        assert_eq!(count(&["all-linear"]), Ok(8));
+        let message = count(&["proj"]).unwrap_err();
+        assert!(message.contains("\"proj\"") && message.contains("o_proj, q_proj, up_proj, v_proj"), "{message}");
+    }
+
+    #[test]
+    fn patterns_set_rank_and_alpha_and_must_match() {
+        let sites = table(false);
+        let mut part = LoraPart { rank: Some(4), alpha: Some(8.0), rslora: true, ..LoraPart::default() };
+        part.rank_pattern.insert("layers.0.self_attn.q_proj".into(), 16);
+        part.alpha_pattern.insert("v_proj".into(), 2.0);
+        let spec = TrainSpec::resolve(&lora(part.clone()), Task::CausalLm, &[], base(&sites)).unwrap();
+        let scale = |m: &str| match spec.patches.iter().find(|(id, _)| sites.get(*id).unwrap().module == m).unwrap().1 {
+            PatchPlan::LowRank { rank, scale, .. } => (rank, scale),
+            PatchPlan::Bias => panic!("bias"),
+        };
+        assert_eq!(scale("layers.0.self_attn.q_proj"), (16, 2.0));
+        assert_eq!(scale("layers.1.self_attn.q_proj"), (4, 4.0));
+        assert_eq!(scale("layers.1.self_attn.v_proj"), (4, 1.0));
+        assert_eq!(spec.parameters(&sites), (16 * 16 + 4 * 16 + 2 * 4 * 12 + 2 * 4 * 16 + 2 * 4 * 24) as u64);
+        part.rank_pattern.insert("k_proj".into(), 1);
+        assert!(TrainSpec::resolve(&lora(part), Task::CausalLm, &[], base(&sites)).is_err());
+    }
+
+    #[test]
+    fn bitfit_takes_the_biases_that_exist() {
+        let (with, without) = (table(true), table(false));
+        let spec = |subset, sites| {
+            let methods = [MethodPart::Bitfit(BitfitPart { subset })];
+            TrainSpec::resolve(&methods, Task::CausalLm, &[], base(sites)).map(|s| s.patches.len())
+        };
+        assert_eq!(spec(BiasSubset::All, &with), Ok(10));
+        assert_eq!(spec(BiasSubset::QueryAndMlpUp, &with), Ok(4));
+        assert_eq!(spec(BiasSubset::Norm, &with), Ok(2));
+        assert!(spec(BiasSubset::All, &without).unwrap_err()[0].message.contains("no bias"));
+    }
+
+    #[test]
+    fn contradictions_and_numbers_out_of_range_are_all_named() {
+        let sites = table(true);
+        let part = LoraPart { rank: Some(0), alpha: Some(f64::NAN), dropout: Some(1.0), ..LoraPart::default() };
+        let twice = [lora(part.clone()), lora(LoraPart::default())].concat();
+        let problems = TrainSpec::resolve(&twice, Task::CausalLm, &["x".into()], base(&sites)).unwrap_err();
+        let fields: Vec<_> = problems.iter().map(|v| v.field.as_str()).collect();
+        assert_eq!(fields, ["labels", "methods[0].rank", "methods[0].alpha", "methods[0].dropout", "methods[1]"]);
+        let encoder = BaseShape { causal: false, ..base(&sites) };
+        assert!(TrainSpec::resolve(&lora(LoraPart::default()), Task::CausalLm, &[], encoder).is_err());
+        let same = ["a".to_owned(), "a".to_owned()];
+        assert!(TrainSpec::resolve(&[], Task::SeqCls, &same, encoder).is_err());
+        let two = ["a".to_owned(), "b".to_owned()];
+        let head = TrainSpec::resolve(&[], Task::SeqCls, &two, encoder).unwrap();
+        assert_eq!((head.methods.clone(), head.parameters(&sites)), (vec!["head".to_owned()], 18));
+    }
+}

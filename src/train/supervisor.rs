@@ -1,0 +1,409 @@
+//! The supervisor: one task that owns the queue and every job's state, writes every event, and publishes.
+//!
+//! All state changes of a job go through here, one after the other, so each job gets exactly one terminal state. It never
+//! waits for the trainer thread and never computes.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::SyncSender,
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use crate::{
+    admission::{
+        params::PublishPolicy,
+        train_params::{
+            CheckpointEvent, EvalEvent, JobEventBody, JobFailure, JobResult, JobState, NoteEvent, StateEvent,
+        },
+    },
+    delta::Delta,
+    ids::{DeltaId, TenantId},
+    train::{
+        handle::{Live, Shared},
+        metrics::JobGauges,
+        run::{Failed, RunInput, Trained},
+        worker::{End, Report, Start},
+    },
+};
+
+/// A finished job's delta, to be made a version.
+#[derive(Debug)]
+pub struct PublishJob {
+    /// Which job.
+    pub job: String,
+    /// Whose.
+    pub tenant: TenantId,
+    /// Under which name.
+    pub name: String,
+    /// What may happen to an existing name.
+    pub policy: PublishPolicy,
+    /// Plain f32 tensors.
+    pub delta: Delta,
+    /// How it was trained, for the version's files.
+    pub input: PublishInfo,
+}
+
+/// What the files say about how a delta was trained.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PublishInfo {
+    /// Scales are alpha / sqrt(rank).
+    pub rslora: bool,
+    /// LoRA dropout.
+    pub dropout: f64,
+}
+
+/// The version that a publish made.
+#[derive(Debug, Clone, Copy)]
+pub struct Published {
+    /// Number under the name.
+    pub number: u64,
+    /// Digest.
+    pub id: DeltaId,
+}
+
+/// Why a publish failed.
+#[derive(Debug, Clone)]
+pub struct PublishFailure {
+    /// Stable code.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+}
+
+/// Encodes a delta and makes it a version, all or nothing. Given by the composition root, so that training knows neither
+/// file formats nor the registry.
+pub type Publisher = Arc<dyn Fn(PublishJob) -> BoxFuture<'static, Result<Published, PublishFailure>> + Send + Sync>;
+
+/// A job that waits.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) id: String,
+    pub(crate) tenant: TenantId,
+    pub(crate) name: String,
+    pub(crate) policy: PublishPolicy,
+    pub(crate) input: RunInput,
+    pub(crate) permit: OwnedSemaphorePermit,
+}
+
+/// What handles ask for.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Enqueue(Box<Pending>),
+    /// Answered once the job is marked; it ends within a micro-step.
+    Cancel(String, oneshot::Sender<()>),
+    Published(String, Result<Published, PublishFailure>),
+    /// No more starts; running jobs end as interrupted; answered when none is left.
+    Drain(oneshot::Sender<()>),
+}
+
+/// A job on the trainer thread or being published.
+struct Running {
+    tenant: TenantId,
+    name: String,
+    policy: PublishPolicy,
+    info: PublishInfo,
+    slot: usize,
+    cancel: Arc<AtomicBool>,
+    phase: Phase,
+    _permit: OwnedSemaphorePermit,
+}
+
+enum Phase {
+    Training,
+    Publishing { final_loss: f64, best_eval: Option<EvalEvent>, checkpoint: Bytes },
+}
+
+pub(crate) struct Supervisor {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) publisher: Publisher,
+    pub(crate) max_running: usize,
+    pub(crate) starts: Option<SyncSender<Start>>,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    /// For the tasks that publish.
+    pub(crate) to_self: mpsc::WeakSender<Command>,
+    pub(crate) reports: mpsc::Receiver<Report>,
+    queue: VecDeque<Pending>,
+    running: HashMap<String, Running>,
+    gauges: JobGauges,
+    drained: Option<oneshot::Sender<()>>,
+}
+
+/// The channels and parts of a supervisor.
+pub(crate) struct Parts {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) publisher: Publisher,
+    pub(crate) max_running: usize,
+    pub(crate) starts: SyncSender<Start>,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) to_self: mpsc::WeakSender<Command>,
+    pub(crate) reports: mpsc::Receiver<Report>,
+}
+
+impl Supervisor {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts { shared, publisher, max_running, starts, commands, to_self, reports } = parts;
+        Self {
+            shared,
+            publisher,
+            max_running,
+            starts: Some(starts),
+            commands,
+            to_self,
+            reports,
+            queue: VecDeque::new(),
+            running: HashMap::new(),
+            gauges: JobGauges::new(),
+            drained: None,
+        }
+    }
+
+    pub(crate) async fn run(mut self) {
+        loop {
+            tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => return, // every handle is gone
+                },
+                report = self.reports.recv() => match report {
+                    Some(report) => self.report(report).await,
+                    None => return self.trainer_died().await,
+                },
+            }
+            self.start_waiting().await;
+            let publishing = self.running.values().filter(|r| matches!(r.phase, Phase::Publishing { .. })).count();
+            self.gauges.set(self.queue.len(), self.running.len() - publishing, publishing);
+            if self.running.is_empty()
+                && let Some(done) = self.drained.take()
+            {
+                self.starts = None; // the trainer thread ends
+                let _ = done.send(());
+            }
+        }
+    }
+
+    async fn command(&mut self, command: Command) {
+        match command {
+            Command::Enqueue(job) if self.shared.is_draining() => {
+                let failure = interrupted("the server shut down before the job began");
+                self.terminal(&job.id, JobState::Interrupted, None, Some(failure)).await;
+            }
+            Command::Enqueue(job) => self.queue.push_back(*job),
+            Command::Cancel(id, done) => {
+                self.cancel(&id).await;
+                let _ = done.send(());
+            }
+            Command::Published(id, result) => self.published(&id, result).await,
+            Command::Drain(done) => {
+                self.shared.set_draining();
+                for job in std::mem::take(&mut self.queue) {
+                    let failure = interrupted("the server shut down before the job began");
+                    self.terminal(&job.id, JobState::Interrupted, None, Some(failure)).await;
+                }
+                self.running.values().for_each(|r| r.cancel.store(true, Ordering::Relaxed));
+                self.drained = Some(done);
+            }
+        }
+    }
+
+    async fn cancel(&mut self, id: &str) {
+        if let Some(at) = self.queue.iter().position(|j| j.id == id) {
+            self.queue.remove(at);
+            self.terminal(id, JobState::Cancelled, None, None).await;
+        } else if let Some(job) = self.running.get(id) {
+            // too late once it is being published: that ends by itself
+            job.cancel.store(true, Ordering::Relaxed);
+        }
+    }
+
+    async fn report(&mut self, report: Report) {
+        match report {
+            Report::Event(id, body) => {
+                if let JobEventBody::Metrics(m) = body.as_ref() {
+                    self.shared.progress(&id, m.step);
+                }
+                self.append(&id, *body).await;
+            }
+            Report::Ended(id, end) => match *end {
+                End::Trained(trained) => self.publish(&id, *trained).await,
+                End::Failed(failed) => self.failed(&id, failed).await,
+                End::Cancelled if self.shared.is_draining() => {
+                    self.running.remove(&id);
+                    let failure = interrupted("the server shut down");
+                    self.terminal(&id, JobState::Interrupted, None, Some(failure)).await;
+                }
+                End::Cancelled => {
+                    self.running.remove(&id);
+                    self.terminal(&id, JobState::Cancelled, None, None).await;
+                }
+            },
+        }
+    }
+
+    /// Starts what fits, the tenant with the fewest running jobs first, oldest first among equals.
+    async fn start_waiting(&mut self) {
+        while self.running.len() < self.max_running && !self.queue.is_empty() && !self.shared.is_draining() {
+            let load = |tenant: &TenantId| self.running.values().filter(|r| r.tenant == *tenant).count();
+            let Some(at) = (0..self.queue.len()).min_by_key(|i| (load(&self.queue[*i].tenant), *i)) else { return };
+            let Some(job) = self.queue.remove(at) else { return };
+            let slot = (0..).find(|s| self.running.values().all(|r| r.slot != *s)).unwrap_or(0);
+            let cancel = Arc::new(AtomicBool::new(false));
+            let start = Start { id: job.id.clone(), input: job.input, cancel: Arc::clone(&cancel), slot };
+            let running = Running {
+                info: publish_info(&start.input),
+                tenant: job.tenant,
+                name: job.name,
+                policy: job.policy,
+                slot,
+                cancel,
+                phase: Phase::Training,
+                _permit: job.permit,
+            };
+            self.append(&job.id, state(JobState::Running)).await;
+            self.running.insert(job.id.clone(), running);
+            // holds as many as may run at a time, so it is never full
+            let sent = self.starts.as_ref().is_some_and(|s| s.try_send(start).is_ok());
+            if !sent {
+                self.running.remove(&job.id);
+                let failure = JobFailure { code: "INTERNAL".into(), message: "the trainer thread has ended".into() };
+                self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
+            }
+        }
+    }
+
+    async fn publish(&mut self, id: &str, trained: Trained) {
+        self.append(id, state(JobState::Publishing)).await;
+        let Some(job) = self.running.get_mut(id) else { return };
+        let Trained { delta, checkpoint, final_loss, best_eval } = trained;
+        job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.into() };
+        let request = PublishJob {
+            job: id.to_owned(),
+            tenant: job.tenant.clone(),
+            name: job.name.clone(),
+            policy: job.policy,
+            delta,
+            input: job.info,
+        };
+        let (publisher, id, done) = (Arc::clone(&self.publisher), id.to_owned(), self.to_self.clone());
+        // a task of its own, so that a slow disk delays no other job's events; a panic in it is an answer, too
+        tokio::spawn(async move {
+            let result = tokio::spawn(publisher(request)).await.unwrap_or_else(|e| {
+                Err(PublishFailure { code: "INTERNAL".into(), message: format!("publishing: {e}") })
+            });
+            if let Some(done) = done.upgrade() {
+                let _ = done.send(Command::Published(id, result)).await;
+            }
+        });
+    }
+
+    async fn published(&mut self, id: &str, result: Result<Published, PublishFailure>) {
+        let Some(Running { name, phase: Phase::Publishing { final_loss, best_eval, checkpoint }, .. }) =
+            self.running.remove(id)
+        else {
+            return;
+        };
+        match result {
+            Ok(Published { number, id: version }) => {
+                let result = JobResult { name, number, id: version.to_string(), final_loss, best_eval };
+                self.terminal(id, JobState::Succeeded, Some(result), None).await;
+            }
+            Err(PublishFailure { code, message }) => {
+                let step = self.shared.step(id);
+                self.keep_checkpoint(id, step, checkpoint).await;
+                self.terminal(id, JobState::Failed, None, Some(JobFailure { code, message })).await;
+            }
+        }
+    }
+
+    async fn failed(&mut self, id: &str, failed: Failed) {
+        self.running.remove(id);
+        if let Some((step, bytes)) = failed.checkpoint {
+            self.keep_checkpoint(id, step, bytes.into()).await;
+        }
+        let failure = JobFailure { code: failed.code.into(), message: failed.message };
+        self.terminal(id, JobState::Failed, None, Some(failure)).await;
+    }
+
+    async fn keep_checkpoint(&mut self, id: &str, step: u32, bytes: Bytes) {
+        let event = match self.shared.log.keep_checkpoint(id, bytes).await {
+            Ok(blob) => JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() }),
+            Err(e) => {
+                let message = format!("the last good checkpoint (step {step}) could not be kept: {e}");
+                JobEventBody::Warning(NoteEvent { code: "CHECKPOINT_LOST".into(), message })
+            }
+        };
+        self.append(id, event).await;
+    }
+
+    async fn append(&self, id: &str, body: JobEventBody) {
+        let step = self.shared.step(id);
+        match self.shared.log.append(id, step, body).await {
+            Ok(seq) => self.shared.notify(id, seq),
+            // progress is lost, the job is not: its end is tried again
+            Err(e) => tracing::error!(job = id, error = %e, "a training event could not be stored"),
+        }
+    }
+
+    /// Writes the one terminal state. A store that fails for a moment is tried again; after that the job is found
+    /// unfinished at the next start and ends there.
+    async fn terminal(&self, id: &str, to: JobState, result: Option<JobResult>, failure: Option<JobFailure>) {
+        const TRIES: u32 = 5;
+        let step = self.shared.step(id);
+        let body = JobEventBody::State(StateEvent { state: to, result, failure });
+        for attempt in 1..=TRIES {
+            match self.shared.log.append(id, step, body.clone()).await {
+                Ok(seq) => {
+                    tracing::info!(job = id, state = to.as_str(), "training job ended");
+                    self.shared.notify(id, seq);
+                    break;
+                }
+                Err(e) => {
+                    tracing::error!(job = id, attempt, error = %e, "a job's end could not be stored");
+                    tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
+                }
+            }
+        }
+        self.gauges.ended(to);
+        self.shared.forget(id);
+    }
+
+    async fn trainer_died(mut self) {
+        tracing::error!("the trainer thread ended");
+        let ids: Vec<String> = self.running.drain().map(|(id, _)| id).collect();
+        for id in ids.into_iter().chain(std::mem::take(&mut self.queue).into_iter().map(|j| j.id)) {
+            let failure = interrupted("the trainer thread ended");
+            self.terminal(&id, JobState::Interrupted, None, Some(failure)).await;
+        }
+    }
+}
+
+fn state(state: JobState) -> JobEventBody {
+    JobEventBody::State(StateEvent { state, result: None, failure: None })
+}
+
+pub(crate) fn interrupted(message: &str) -> JobFailure {
+    JobFailure { code: "INTERRUPTED".into(), message: message.to_owned() }
+}
+
+fn publish_info(input: &RunInput) -> PublishInfo {
+    use crate::admission::train_params::MethodPart;
+    let lora = input.resolved.methods.iter().find_map(|m| match m {
+        MethodPart::Lora(p) => Some(p),
+        MethodPart::Bitfit(_) => None,
+    });
+    lora.map_or(PublishInfo::default(), |p| PublishInfo { rslora: p.rslora, dropout: p.dropout.unwrap_or(0.0) })
+}
+
+impl Live {
+    /// Tells watchers that there is an event up to this number.
+    pub(crate) fn tell(&self, seq: u64) {
+        self.seq.send_modify(|s| *s = seq.max(*s));
+    }
+}

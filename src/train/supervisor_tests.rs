@@ -1,0 +1,253 @@
+//! Laws of the job machinery: exactly one terminal state, gap-free events, cancel, limits, restart, failing publishes.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::FutureExt;
+use tokio::sync::Notify;
+
+use super::{
+    JobWatch, PublishFailure, PublishJob, Published, Publisher, TrainError, TrainerConfig, TrainerHandle, TrainerParts,
+    joblog::{JobLog, LogError, NewJob},
+    laws::{shape, tiny},
+    plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
+};
+use crate::{
+    admission::train_params::{JobEventBody, JobEventInfo, JobState, LoraPart, MethodPart, TrainParams},
+    delta::Task,
+    ids::{DeltaId, TenantId},
+    pacing::Pacer,
+    train::encode::tests::byte_codec,
+};
+
+fn tenant(name: &str) -> TenantId {
+    TenantId::new(name).unwrap()
+}
+
+fn request(max_steps: u32) -> (TrainParams, Prepared) {
+    let base = tiny("llama");
+    let mut p = params(Task::CausalLm, vec![MethodPart::Lora(LoraPart { rank: Some(2), ..LoraPart::default() })]);
+    p.hyper.max_steps = Some(max_steps);
+    let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
+    let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None };
+    let info = BaseInfo { shape: shape(&base), max_positions: base.arch.max_positions };
+    let prepared = prepare(inputs, info, &byte_codec(true)).unwrap();
+    (p, prepared)
+}
+
+fn accept(count: &Arc<AtomicUsize>) -> Publisher {
+    let count = Arc::clone(count);
+    Arc::new(move |job: PublishJob| {
+        let number = count.fetch_add(1, Ordering::SeqCst) as u64 + 1;
+        async move {
+            assert!(!job.delta.patches().is_empty());
+            Ok(Published { number, id: DeltaId::from_bytes([number as u8; 32]) })
+        }
+        .boxed()
+    })
+}
+
+async fn trainer(log: &JobLog, publisher: Publisher, config: TrainerConfig) -> TrainerHandle {
+    let pacer = Arc::new(Pacer::new(Duration::from_millis(5)));
+    let parts = TrainerParts { base: tiny("llama"), pacer, log: log.clone(), publisher };
+    TrainerHandle::spawn(parts, config).await.unwrap().0
+}
+
+async fn all(mut watch: JobWatch) -> Vec<JobEventInfo> {
+    let mut out = Vec::new();
+    while let Some(event) = watch.next().await.unwrap() {
+        out.push(event);
+    }
+    out
+}
+
+fn states(events: &[JobEventInfo]) -> Vec<JobState> {
+    let state = |e: &JobEventInfo| match &e.body {
+        JobEventBody::State(s) => Some(s.state),
+        _ => None,
+    };
+    events.iter().filter_map(state).collect()
+}
+
+fn gap_free(events: &[JobEventInfo], from: u64) {
+    let seqs: Vec<u64> = events.iter().map(|e| e.seq).collect();
+    assert_eq!(seqs, (from..from + events.len() as u64).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_runs_to_success_with_a_gap_free_replayable_stream() {
+    let (log, count) = (JobLog::default(), Arc::default());
+    let trainer = trainer(&log, accept(&count), TrainerConfig::default()).await;
+    let (p, prepared) = request(12);
+    let a = tenant("a");
+    let job = trainer.create(&a, &p, &prepared).await.unwrap();
+    assert_eq!((job.state, job.last_seq), (JobState::Queued, 1));
+    let live = all(trainer.watch(&a, &job.id, 0).await.unwrap()).await;
+    gap_free(&live, 1);
+    use JobState::{Publishing, Queued, Running, Succeeded};
+    assert_eq!(states(&live), [Queued, Running, Publishing, Succeeded]);
+    assert!(live.iter().any(|e| matches!(&e.body, JobEventBody::Metrics(m) if m.step == 12 && m.loss.is_finite())));
+    assert_eq!(live, all(trainer.watch(&a, &job.id, 1).await.unwrap()).await, "a replay equals what was sent");
+    let tail = all(trainer.watch(&a, &job.id, 3).await.unwrap()).await;
+    gap_free(&tail, 3);
+    let done = trainer.get(&a, &job.id).await.unwrap();
+    assert_eq!((done.state, done.step, done.result.unwrap().number), (JobState::Succeeded, 12, 1));
+    assert_eq!(count.load(Ordering::SeqCst), 1);
+    // nothing may follow the end, and other tenants see nothing
+    let more = log.append(&job.id, 0, live[0].body.clone()).await;
+    assert!(matches!(more, Err(LogError::Ended(_))));
+    assert!(matches!(trainer.get(&tenant("b"), &job.id).await, Err(TrainError::NotFound(_))));
+    assert!(matches!(trainer.watch(&tenant("b"), &job.id, 0).await, Err(TrainError::NotFound(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
+    let (log, count) = (JobLog::default(), Arc::default());
+    let config = TrainerConfig { max_concurrent_jobs: 1, max_queued_jobs: 1, max_jobs_per_tenant: 9 };
+    let trainer = trainer(&log, accept(&count), config).await;
+    let (p, prepared) = request(1_000_000);
+    let a = tenant("a");
+    let running = trainer.create(&a, &p, &prepared).await.unwrap();
+    let mut watch = trainer.watch(&a, &running.id, 0).await.unwrap();
+    while !matches!(watch.next().await.unwrap().unwrap().body, JobEventBody::Metrics(_)) {}
+    let waiting = trainer.create(&a, &p, &prepared).await.unwrap();
+    assert!(matches!(trainer.create(&a, &p, &prepared).await, Err(TrainError::Overloaded(_))));
+    assert_eq!(trainer.cancel(&a, &waiting.id).await.unwrap().state, JobState::Cancelled);
+    trainer.cancel(&a, &running.id).await.unwrap();
+    let rest = tokio::time::timeout(Duration::from_secs(10), all(watch)).await.unwrap();
+    assert_eq!(states(&rest), [JobState::Cancelled]);
+    assert_eq!(trainer.cancel(&a, &running.id).await.unwrap().state, JobState::Cancelled, "again changes nothing");
+    assert_eq!(count.load(Ordering::SeqCst), 0, "a cancelled job publishes nothing");
+    let (p, prepared) = request(2);
+    let next = trainer.create(&a, &p, &prepared).await.unwrap();
+    assert_eq!(states(&all(trainer.watch(&a, &next.id, 0).await.unwrap()).await).last(), Some(&JobState::Succeeded));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_of_several_tenants_take_turns() {
+    let log = JobLog::default();
+    let config = TrainerConfig { max_concurrent_jobs: 3, max_queued_jobs: 8, max_jobs_per_tenant: 2 };
+    let trainer = trainer(&log, accept(&Arc::default()), config).await;
+    let (p, prepared) = request(1_000_000);
+    let mut jobs = Vec::new();
+    for name in ["a", "b", "c"] {
+        jobs.push((tenant(name), trainer.create(&tenant(name), &p, &prepared).await.unwrap().id));
+    }
+    trainer.create(&tenant("a"), &p, &prepared).await.unwrap();
+    assert!(
+        matches!(trainer.create(&tenant("a"), &p, &prepared).await, Err(TrainError::Overloaded(_))),
+        "one tenant's flood"
+    );
+    for (t, id) in &jobs {
+        let mut watch = trainer.watch(t, id, 0).await.unwrap();
+        while !matches!(watch.next().await.unwrap().unwrap().body, JobEventBody::Metrics(m) if m.step > 3) {}
+    }
+    trainer.drain(Duration::from_secs(10)).await;
+    for (t, id) in &jobs {
+        let job = trainer.get(t, id).await.unwrap();
+        assert_eq!((job.state, job.failure.unwrap().code.as_str()), (JobState::Interrupted, "INTERRUPTED"));
+    }
+    assert!(matches!(trainer.create(&tenant("b"), &p, &prepared).await, Err(TrainError::Draining)));
+    assert!(log.unfinished().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_publish_fails_the_job_and_keeps_its_weights() {
+    let log = JobLog::default();
+    let refuse: Publisher = Arc::new(|_| {
+        async { Err(PublishFailure { code: "PUBLISH_CONFLICT".into(), message: "replaced meanwhile".into() }) }.boxed()
+    });
+    let panics: Publisher = Arc::new(|_| async { panic!("disk") }.boxed());
+    for (publisher, code) in [(refuse, "PUBLISH_CONFLICT"), (panics, "INTERNAL")] {
+        let trainer = trainer(&log, publisher, TrainerConfig::default()).await;
+        let (p, prepared) = request(2);
+        let job = trainer.create(&tenant("a"), &p, &prepared).await.unwrap();
+        let events = all(trainer.watch(&tenant("a"), &job.id, 0).await.unwrap()).await;
+        assert_eq!(states(&events).last(), Some(&JobState::Failed));
+        assert!(events.iter().any(|e| matches!(&e.body, JobEventBody::Checkpoint(c) if !c.blob.is_empty())));
+        assert_eq!(trainer.get(&tenant("a"), &job.id).await.unwrap().failure.unwrap().code, code);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_diverging_job_fails_and_never_publishes() {
+    let (log, count) = (JobLog::default(), Arc::default());
+    let trainer = trainer(&log, accept(&count), TrainerConfig::default()).await;
+    let (p, mut prepared) = request(50);
+    prepared.reply.resolved.learning_rate = 1e9;
+    prepared.reply.resolved.warmup_steps = 0;
+    let job = trainer.create(&tenant("a"), &p, &prepared).await.unwrap();
+    let events = all(trainer.watch(&tenant("a"), &job.id, 0).await.unwrap()).await;
+    assert_eq!(states(&events), [JobState::Queued, JobState::Running, JobState::Failed]);
+    assert!(events.iter().any(|e| matches!(&e.body, JobEventBody::Checkpoint(_))), "the last good checkpoint is kept");
+    assert_eq!(count.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_left_by_a_dead_process_ends_as_interrupted_at_the_next_start() {
+    let log = JobLog::default();
+    let (p, prepared) = request(2);
+    let new = NewJob {
+        id: "j".into(),
+        tenant: tenant("a"),
+        output_name: "x".into(),
+        request_json: "{}".into(),
+        resolved: prepared.reply.resolved.clone(),
+        idempotency_key: None,
+        request_digest: String::new(),
+    };
+    log.create(new).await.unwrap();
+    let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
+    let job = trainer.get(&tenant("a"), "j").await.unwrap();
+    assert_eq!((job.state, job.failure.unwrap().code.as_str()), (JobState::Interrupted, "INTERRUPTED"));
+    let events = all(trainer.watch(&tenant("a"), "j", 0).await.unwrap()).await;
+    assert_eq!(states(&events), [JobState::Interrupted], "a watch of an ended job replays and ends");
+    assert!(trainer.create(&tenant("a"), &p, &prepared).await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_idempotency_key_is_one_job() {
+    let log = JobLog::default();
+    let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
+    let (mut p, prepared) = request(3);
+    p.idempotency_key = Some("k".into());
+    let first = trainer.create(&tenant("a"), &p, &prepared).await.unwrap();
+    assert_eq!(trainer.create(&tenant("a"), &p, &prepared).await.unwrap().id, first.id);
+    assert_ne!(trainer.create(&tenant("b"), &p, &prepared).await.unwrap().id, first.id, "keys are per tenant");
+    p.output_name = "other".into();
+    let conflict = trainer.create(&tenant("a"), &p, &prepared).await;
+    assert!(matches!(conflict, Err(TrainError::Log(LogError::IdempotencyConflict(_)))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_publish_delays_no_other_job() {
+    let (log, gate) = (JobLog::default(), Arc::new(Notify::new()));
+    let slow: Publisher = {
+        let gate = Arc::clone(&gate);
+        Arc::new(move |job: PublishJob| {
+            let gate = Arc::clone(&gate);
+            async move {
+                if job.tenant.as_str() == "slow" {
+                    gate.notified().await;
+                }
+                Ok(Published { number: 1, id: DeltaId::from_bytes([1; 32]) })
+            }
+            .boxed()
+        })
+    };
+    let trainer = trainer(&log, slow, TrainerConfig::default()).await;
+    let (p, prepared) = request(2);
+    let stuck = trainer.create(&tenant("slow"), &p, &prepared).await.unwrap();
+    let other = trainer.create(&tenant("b"), &p, &prepared).await.unwrap();
+    let events = all(trainer.watch(&tenant("b"), &other.id, 0).await.unwrap()).await;
+    assert_eq!(states(&events).last(), Some(&JobState::Succeeded));
+    assert!(!trainer.get(&tenant("slow"), &stuck.id).await.unwrap().state.is_terminal());
+    gate.notify_one();
+    let events = all(trainer.watch(&tenant("slow"), &stuck.id, 0).await.unwrap()).await;
+    assert_eq!(states(&events).last(), Some(&JobState::Succeeded));
+}

@@ -1,0 +1,281 @@
+//! Judges examples across lines: labels, duplicates, and whether there is anything to learn at all.
+//!
+//! It sees parsed examples only; lines are read by `dataset`, lengths are known after `encode`.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
+use crate::{
+    delta::Task,
+    train::{
+        dataset::{Dataset, Example, Format, Label, Row},
+        issue::{Code, Report},
+    },
+};
+
+/// Fewest examples of a training set.
+pub const MIN_EXAMPLES: usize = 2;
+
+/// Most labels of a head.
+pub const MAX_LABELS: usize = 10_000;
+
+/// Label names and their indices.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LabelSet {
+    names: Vec<String>,
+    index: HashMap<String, u32>,
+}
+
+impl LabelSet {
+    /// Label names in index order.
+    pub fn new(names: Vec<String>) -> Self {
+        let index = names.iter().enumerate().map(|(i, n)| (n.clone(), i as u32)).collect();
+        Self { names, index }
+    }
+
+    /// The names, in index order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Number of labels.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// The index of a label, if it is one of these.
+    pub fn get(&self, label: &Label) -> Option<u32> {
+        match label {
+            Label::Name(name) => self.index.get(name).copied(),
+            Label::Index(i) => u32::try_from(*i).ok().filter(|i| (*i as usize) < self.names.len()),
+        }
+    }
+
+    /// Names given by the user, else those of the data: sorted names, or `LABEL_i` up to the largest index.
+    pub fn resolve(given: &[String], data: &Dataset, report: &mut Report) -> Self {
+        if !given.is_empty() {
+            return Self::new(given.to_vec());
+        }
+        let mut names = BTreeSet::new();
+        let mut largest = None;
+        for label in data.rows.iter().flat_map(|row| labels_of(&row.example)) {
+            match label {
+                Label::Name(name) => {
+                    names.insert(name.clone());
+                }
+                Label::Index(i) => largest = largest.max(Some(*i)),
+            }
+        }
+        match largest {
+            Some(i) if names.is_empty() && i < MAX_LABELS as u64 => {
+                Self::new((0..=i).map(|i| format!("LABEL_{i}")).collect())
+            }
+            Some(i) if names.is_empty() => {
+                report.error(
+                    Code::LabelUnknown,
+                    0,
+                    "",
+                    format!("has the label {i}; at most {MAX_LABELS} labels are accepted"),
+                );
+                Self::default()
+            }
+            Some(_) => {
+                let message = "has labels by name and by index; with both, the request must give the label names";
+                report.error(Code::LabelUnknown, 0, "", message);
+                Self::new(names.into_iter().collect())
+            }
+            None => Self::new(names.into_iter().collect()),
+        }
+    }
+}
+
+fn labels_of(example: &Example) -> &[Label] {
+    match example {
+        Example::TextLabel { label, .. } => std::slice::from_ref(label),
+        Example::TokenLabels { labels, .. } => labels,
+        Example::Text(_) | Example::PromptCompletion { .. } | Example::Messages(_) => &[],
+    }
+}
+
+/// What a training set must be for a task.
+pub fn check_train(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
+    check_common(data, task, labels, report);
+    if data.rows.len() < MIN_EXAMPLES && !data.rows.is_empty() {
+        let message = format!("has {} example; at least {MIN_EXAMPLES} are needed", data.rows.len());
+        report.error(Code::TooFewExamples, 0, "", message);
+    }
+    if task == Task::CausalLm {
+        check_completions(data, report);
+    } else if report.is_ok() {
+        check_variety(data, labels, report);
+    }
+}
+
+/// What a validation set must be; rows that are in the training set are pointed out.
+pub fn check_validation(data: &Dataset, train: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
+    check_common(data, task, labels, report);
+    let seen: HashSet<u64> = train.rows.iter().map(|r| digest(&r.example)).collect();
+    for row in data.rows.iter().filter(|r| seen.contains(&digest(&r.example))) {
+        report.warn(Code::TrainValidOverlap, row.line, "", "is in the training data, too: its evaluation says little");
+    }
+}
+
+fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
+    let Some(format) = data.format else { return };
+    let fits = match format {
+        Format::Text | Format::PromptCompletion | Format::Messages => task == Task::CausalLm,
+        Format::TextLabel => task == Task::SeqCls,
+        Format::TokenLabels => task == Task::TokenCls,
+    };
+    if !fits {
+        let message = format!("has {} lines, which the task {} cannot use", format.as_str(), task.as_str());
+        report.error(Code::WrongTask, 0, "", message);
+        return;
+    }
+    for row in &data.rows {
+        check_labels(row, labels, report);
+    }
+    let mut first_line = HashMap::new();
+    for row in &data.rows {
+        let line = *first_line.entry(digest(&row.example)).or_insert(row.line);
+        if line != row.line {
+            report.warn(Code::Duplicate, row.line, "", format!("is the same example as line {line}"));
+        }
+    }
+}
+
+fn check_labels(row: &Row, labels: &LabelSet, report: &mut Report) {
+    let single = matches!(row.example, Example::TextLabel { .. });
+    for (i, label) in labels_of(&row.example).iter().enumerate() {
+        if labels.get(label).is_none() {
+            let pointer = if single { "/label".to_owned() } else { format!("/labels/{i}") };
+            let message = format!("is {label}; accepted are {}", some_of(labels.names()));
+            report.error(Code::LabelUnknown, row.line, pointer, message);
+        }
+    }
+}
+
+/// The first few names, for messages.
+pub(crate) fn some_of<S: AsRef<str>>(names: &[S]) -> String {
+    const SHOWN: usize = 12;
+    let mut text = names.iter().take(SHOWN).map(AsRef::as_ref).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text.push_str(&format!(" and {} more", names.len() - SHOWN));
+    }
+    text
+}
+
+fn check_completions(data: &Dataset, report: &mut Report) {
+    let completions: Option<Vec<&str>> = data
+        .rows
+        .iter()
+        .map(|row| match &row.example {
+            Example::PromptCompletion { completion, .. } => Some(completion.as_str()),
+            _ => None,
+        })
+        .collect();
+    if let Some(all) = completions
+        && all.len() >= MIN_EXAMPLES
+        && all.windows(2).all(|w| w[0] == w[1])
+    {
+        let message = "has the same completion in every example: the model will answer it to everything";
+        report.warn(Code::IdenticalCompletions, 0, "", message);
+    }
+}
+
+/// A classifier needs at least two labels in its data.
+fn check_variety(data: &Dataset, labels: &LabelSet, report: &mut Report) {
+    let used: BTreeSet<u32> =
+        data.rows.iter().flat_map(|r| labels_of(&r.example)).filter_map(|l| labels.get(l)).collect();
+    if let (1, Some(only)) = (used.len(), used.first()) {
+        let name = labels.names().get(*only as usize).map_or("", String::as_str);
+        report.error(Code::OneLabel, 0, "", format!("has the label {name:?} only; a classifier needs at least two"));
+    }
+    for (i, name) in labels.names().iter().enumerate().filter(|(i, _)| !used.contains(&(*i as u32))) {
+        report.warn(Code::LabelUnknown, 0, "", format!("has no example of the label {name:?} (index {i})"));
+    }
+}
+
+// In-process comparison only, never stored: the hasher may change between releases.
+fn digest(example: &Example) -> u64 {
+    let mut h = DefaultHasher::new();
+    example.hash(&mut h);
+    h.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::issue::Severity;
+
+    fn check(text: &str, task: Task, given: &[&str]) -> (LabelSet, Report) {
+        let (data, mut report) = Dataset::parse(text.as_bytes());
+        let given: Vec<_> = given.iter().map(|s| (*s).to_owned()).collect();
+        let labels = LabelSet::resolve(&given, &data, &mut report);
+        check_train(&data, task, &labels, &mut report);
+        (labels, report)
+    }
+
+    fn codes(report: &Report) -> Vec<(Code, Severity, u64)> {
+        report.issues.iter().map(|i| (i.code, i.severity, i.line)).collect()
+    }
+
+    #[test]
+    fn labels_come_from_the_request_or_sorted_from_the_data() {
+        let two = "{\"text\":\"x\",\"label\":\"b\"}\n{\"text\":\"y\",\"label\":\"a\"}";
+        assert_eq!(check(two, Task::SeqCls, &[]).0.names(), ["a", "b"]);
+        assert_eq!(check(two, Task::SeqCls, &["b", "a"]).0.names(), ["b", "a"]);
+        let by_index = "{\"text\":\"x\",\"label\":0}\n{\"text\":\"y\",\"label\":2}";
+        let (labels, report) = check(by_index, Task::SeqCls, &[]);
+        assert_eq!(labels.names(), ["LABEL_0", "LABEL_1", "LABEL_2"]);
+        assert!(report.is_ok() && report.warnings == 1, "label 1 has no example: {report:?}");
+        let (labels, report) = check(by_index, Task::SeqCls, &["n", "y", "m"]);
+        assert_eq!((labels.get(&Label::Index(2)), report.is_ok()), (Some(2), true));
+        let mixed = "{\"text\":\"x\",\"label\":0}\n{\"text\":\"y\",\"label\":\"a\"}";
+        assert!(!check(mixed, Task::SeqCls, &[]).1.is_ok());
+        assert!(
+            !check("{\"text\":\"x\",\"label\":0}\n{\"text\":\"y\",\"label\":99999999999}", Task::SeqCls, &[]).1.is_ok()
+        );
+    }
+
+    #[test]
+    fn unknown_single_and_missing_labels_are_told_apart() {
+        let two = "{\"text\":\"x\",\"label\":\"b\"}\n{\"text\":\"y\",\"label\":\"a\"}";
+        assert_eq!(codes(&check(two, Task::SeqCls, &["a", "c"]).1), vec![(Code::LabelUnknown, Severity::Error, 1)]);
+        let one = "{\"text\":\"x\",\"label\":\"b\"}\n{\"text\":\"y\",\"label\":\"b\"}";
+        assert_eq!(codes(&check(one, Task::SeqCls, &[]).1), vec![(Code::OneLabel, Severity::Error, 0)]);
+        let tags = "{\"tokens\":[\"x\",\"y\"],\"labels\":[\"O\",\"B\"]}\n{\"tokens\":[\"z\"],\"labels\":[\"Q\"]}";
+        assert_eq!(codes(&check(tags, Task::TokenCls, &["O", "B"]).1), vec![(Code::LabelUnknown, Severity::Error, 2)]);
+    }
+
+    #[test]
+    fn a_set_that_teaches_nothing_is_pointed_out() {
+        let same = "{\"prompt\":\"x\",\"completion\":\"b\"}\n{\"prompt\":\"y\",\"completion\":\"b\"}";
+        assert_eq!(
+            codes(&check(same, Task::CausalLm, &[]).1),
+            vec![(Code::IdenticalCompletions, Severity::Warning, 0)]
+        );
+        let twice = "{\"prompt\":\"x\",\"completion\":\"b\"}\n{\"prompt\":\"x\",\"completion\":\"b\"}\n{\"prompt\":\"q\",\"completion\":\"c\"}";
+        assert_eq!(codes(&check(twice, Task::CausalLm, &[]).1), vec![(Code::Duplicate, Severity::Warning, 2)]);
+        assert_eq!(
+            codes(&check("{\"text\":\"x\"}", Task::CausalLm, &[]).1),
+            vec![(Code::TooFewExamples, Severity::Error, 0)]
+        );
+        assert_eq!(codes(&check("{\"text\":\"x\"}\n{\"text\":\"y\"}", Task::SeqCls, &[]).1)[0].0, Code::WrongTask);
+    }
+
+    #[test]
+    fn rows_shared_with_the_training_set_are_pointed_out() {
+        let (train, mut report) = Dataset::parse(b"{\"text\":\"x\"}\n{\"text\":\"y\"}");
+        let (valid, _) = Dataset::parse(b"{\"text\":\"z\"}\n{\"text\":\"y\"}");
+        check_validation(&valid, &train, Task::CausalLm, &LabelSet::default(), &mut report);
+        assert_eq!(codes(&report), vec![(Code::TrainValidOverlap, Severity::Warning, 2)]);
+    }
+}

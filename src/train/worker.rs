@@ -1,0 +1,184 @@
+//! The trainer thread: owns all training compute, interleaves its jobs fairly, one micro-step each in turn.
+//!
+//! It takes work and gives reports, nothing else: queueing, storing and publishing are the supervisor's. A panic in a job
+//! ends that job only.
+
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, TryRecvError},
+    },
+    thread::JoinHandle,
+};
+
+use tokio::sync::mpsc::Sender;
+
+use crate::{
+    admission::train_params::JobEventBody,
+    model::Base,
+    pacing::Pacer,
+    train::run::{Advance, Failed, Outcome, Run, RunInput, Trained},
+};
+
+/// Walking and dropping a graph recurses once per node.
+const STACK: usize = 256 << 20;
+
+/// A job to begin.
+#[derive(Debug)]
+pub(crate) struct Start {
+    /// Job id.
+    pub(crate) id: String,
+    /// Data and choices.
+    pub(crate) input: RunInput,
+    /// Set to end it within a micro-step.
+    pub(crate) cancel: Arc<AtomicBool>,
+    /// Slot of the loss metric.
+    pub(crate) slot: usize,
+}
+
+/// What the thread tells.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// Something happened in a job.
+    Event(String, Box<JobEventBody>),
+    /// A job is over; nothing follows.
+    Ended(String, Box<End>),
+}
+
+/// How a job left the thread.
+#[derive(Debug)]
+pub(crate) enum End {
+    Trained(Box<Trained>),
+    Failed(Failed),
+    Cancelled,
+}
+
+/// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more.
+///
+/// # Errors
+/// The operating system's, if it gives no thread.
+pub(crate) fn spawn(
+    base: Arc<Base>,
+    pacer: Arc<Pacer>,
+    starts: Receiver<Start>,
+    reports: Sender<Report>,
+) -> io::Result<JoinHandle<()>> {
+    let worker = Worker { base, pacer, starts, reports, active: Vec::new() };
+    std::thread::Builder::new().name("trainer".into()).stack_size(STACK).spawn(move || worker.run())
+}
+
+struct Active {
+    id: String,
+    cancel: Arc<AtomicBool>,
+    run: Run,
+}
+
+struct Worker {
+    base: Arc<Base>,
+    pacer: Arc<Pacer>,
+    starts: Receiver<Start>,
+    // blocking sends cannot deadlock: the supervisor never waits for this thread
+    reports: Sender<Report>,
+    active: Vec<Active>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            if self.active.is_empty() {
+                match self.starts.recv() {
+                    Ok(start) => self.begin(start),
+                    Err(_) => return,
+                }
+            }
+            loop {
+                match self.starts.try_recv() {
+                    Ok(start) => self.begin(start),
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+                }
+            }
+            let mut at = 0;
+            while at < self.active.len() {
+                match self.turn(at) {
+                    Turn::Again => at += 1,
+                    Turn::Over => drop(self.active.remove(at)),
+                    Turn::Deaf => return,
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, start: Start) {
+        let Start { id, input, cancel, slot } = start;
+        let new = || {
+            let mut run = Run::new(Arc::clone(&self.base), Some(Arc::clone(&self.pacer)), input)?;
+            run.show_in_slot(slot);
+            Ok::<_, candle_core::Error>(run)
+        };
+        let failure = match catch_unwind(AssertUnwindSafe(new)) {
+            Ok(Ok(run)) => {
+                self.active.push(Active { id, cancel, run });
+                return;
+            }
+            Ok(Err(e)) => format!("setting up: {e}"),
+            Err(panic) => panic_text(panic.as_ref()),
+        };
+        self.end(id, End::Failed(internal(failure)));
+    }
+
+    /// One micro-step of one job.
+    fn turn(&mut self, at: usize) -> Turn {
+        let Active { id, cancel, run } = &mut self.active[at];
+        let id = id.clone();
+        if cancel.load(Ordering::Relaxed) {
+            return self.end(id, End::Cancelled);
+        }
+        self.pacer.yield_now();
+        let step = run.step() + 1;
+        let (events, outcome) = match catch_unwind(AssertUnwindSafe(|| run.advance())) {
+            Ok(Advance::More(events)) => (events, None),
+            Ok(Advance::Done(events, outcome)) => (events, Some(*outcome)),
+            Err(panic) => {
+                let failed = internal(format!("step {step}: {}", panic_text(panic.as_ref())));
+                (Vec::new(), Some(Outcome::Failed(failed)))
+            }
+        };
+        for event in events {
+            if self.reports.blocking_send(Report::Event(id.clone(), Box::new(event))).is_err() {
+                return Turn::Deaf;
+            }
+        }
+        match outcome {
+            None => Turn::Again,
+            Some(Outcome::Trained(trained)) => self.end(id, End::Trained(trained)),
+            Some(Outcome::Failed(failed)) => self.end(id, End::Failed(failed)),
+        }
+    }
+
+    fn end(&self, id: String, end: End) -> Turn {
+        match self.reports.blocking_send(Report::Ended(id, Box::new(end))) {
+            Ok(()) => Turn::Over,
+            Err(_) => Turn::Deaf,
+        }
+    }
+}
+
+enum Turn {
+    Again,
+    Over,
+    /// Nobody listens: the process is going down.
+    Deaf,
+}
+
+fn internal(message: String) -> Failed {
+    Failed { code: "INTERNAL", message, checkpoint: None }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text =
+        panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("panicked: {}", text.unwrap_or_else(|| "without a message".to_owned()))
+}
