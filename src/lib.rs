@@ -5,3 +5,4 @@ pub mod ids;
 pub mod pacing;
 pub mod registry;
 pub mod rows;
+pub mod store;
