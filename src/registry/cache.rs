@@ -125,7 +125,7 @@ impl Residency {
                     Ok::<_, RegistryError>(seat)
                 }
             };
-            let seat = self.shared.seats.try_get_with(version.id, load).await.map_err(|e| (*e).clone())?;
+            let seat = self.shared.seats.try_get_with(version.id, load).await.map_err(|e| own(version, &e))?;
             if let Some(held) = self.shared.idle.hold(&seat) {
                 return Ok(held);
             }
@@ -233,6 +233,16 @@ impl Residency {
 
 fn name_of(version: &VersionRecord) -> String {
     format!("{}@{}", version.name, version.number)
+}
+
+/// The error as this caller may see it: whoever ran the load may have known the same bytes by another name.
+fn own(version: &VersionRecord, error: &RegistryError) -> RegistryError {
+    let mine = name_of(version);
+    match error.clone() {
+        RegistryError::Corrupt { detail, .. } => RegistryError::Corrupt { name: mine, detail },
+        RegistryError::LoadFailed { detail, .. } => RegistryError::LoadFailed { name: mine, detail },
+        other => other,
+    }
 }
 
 fn load_failed(version: &VersionRecord, error: &dyn std::error::Error) -> RegistryError {
