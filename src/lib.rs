@@ -19,6 +19,7 @@ pub mod pacing;
 pub mod registry;
 pub mod rows;
 pub mod shutdown;
+pub mod store;
 pub mod telemetry;
 pub mod text;
 pub mod train;

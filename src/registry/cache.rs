@@ -1,0 +1,266 @@
+//! Residency: which deltas are in memory. Loads one at a time per id, within the budget, and evicts the longest unused.
+//!
+//! The map and the single flight are moka's; its own eviction never comes to act, because an eviction must spare what is
+//! leased (it would free nothing) and what is pinned: the victims are chosen from the idle list (see `seat`). Knows
+//! versions by id only; whose they are and what they are called is the catalog's matter.
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use moka::{future::Cache, ops::compute::Op, policy::EvictionPolicy};
+use parking_lot::Mutex;
+use tokio::{sync::Semaphore, time::timeout};
+
+use super::{
+    LoadError, Loader, RegistryConfig, RegistryError,
+    budget::{Reservation, ResidentBudget},
+    metrics::Metrics,
+    seat::{Hold, Idle, Seat},
+};
+use crate::{
+    delta::Delta,
+    ids::DeltaId,
+    store::{Store, StoreError, VersionRecord},
+};
+
+/// How often a request starts over because what it found was evicted before it could be held.
+const ATTEMPTS: usize = 8;
+
+/// Ids that must stay, asked for when a victim is chosen.
+pub(super) type Keep = Arc<dyn Fn() -> Arc<HashSet<DeltaId>> + Send + Sync>;
+
+#[derive(Clone)]
+pub(super) struct Residency {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    seats: Cache<DeltaId, Arc<Seat>>,
+    idle: Arc<Idle>,
+    budget: Arc<ResidentBudget>,
+    /// Bounds concurrent reads and decodes. Those who wait for it are requests, bounded by admission.
+    loads: Arc<Semaphore>,
+    store: Store,
+    loader: Loader,
+    keep: Keep,
+    config: RegistryConfig,
+    metrics: Metrics,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    evictions: AtomicU64,
+}
+
+/// Counts over the cache's life.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Counts {
+    pub(super) hits: u64,
+    pub(super) misses: u64,
+    pub(super) evictions: u64,
+    pub(super) resident: u64,
+    pub(super) leased: u64,
+    pub(super) bytes: u64,
+    pub(super) budget: u64,
+}
+
+impl Residency {
+    pub(super) fn new(store: Store, loader: Loader, keep: Keep, config: RegistryConfig) -> Self {
+        let metrics = Metrics::new();
+        let budget = ResidentBudget::new(config.max_resident_bytes, metrics.bytes.clone());
+        let idle = Idle::new(Arc::clone(&budget), metrics.resident.clone());
+        let retired = Arc::clone(&idle);
+        let seats = Cache::builder()
+            .max_capacity(config.max_resident_bytes.div_ceil(1024))
+            .weigher(|_, seat: &Arc<Seat>| seat.weight_kib)
+            .eviction_policy(EvictionPolicy::lru())
+            .eviction_listener(move |_, seat: Arc<Seat>, _| retired.retire(&seat))
+            .build();
+        let loads = Arc::new(Semaphore::new(config.max_concurrent_loads.max(1)));
+        let (hits, misses, evictions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let shared =
+            Shared { seats, idle, budget, loads, store, loader, keep, config, metrics, hits, misses, evictions };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Holds the version's delta, and loads it first if it is not resident.
+    pub(super) async fn hold(&self, version: &Arc<VersionRecord>) -> Result<(Arc<Delta>, Hold), RegistryError> {
+        if let Some(held) = self.find(&version.id).await {
+            self.shared.hits.fetch_add(1, Ordering::Relaxed);
+            self.shared.metrics.hits.increment(1);
+            return Ok(held);
+        }
+        self.shared.misses.fetch_add(1, Ordering::Relaxed);
+        self.shared.metrics.misses.increment(1);
+        // On a task of its own: a caller that goes away must not break off the load that others wait for.
+        let (this, version) = (self.clone(), Arc::clone(version));
+        tokio::spawn(async move { this.find_or_load(&version).await }).await?
+    }
+
+    async fn find(&self, id: &DeltaId) -> Option<(Arc<Delta>, Hold)> {
+        let seat = self.shared.seats.get(id).await?;
+        match self.shared.idle.hold(&seat) {
+            Some(held) => Some(held),
+            None => {
+                self.remove(&seat).await;
+                None
+            }
+        }
+    }
+
+    async fn find_or_load(&self, version: &Arc<VersionRecord>) -> Result<(Arc<Delta>, Hold), RegistryError> {
+        for _ in 0..ATTEMPTS {
+            // Whoever loads holds the seat from the start; it cannot be evicted before it is handed out.
+            let first = Arc::new(Mutex::new(None));
+            let load = {
+                let first = Arc::clone(&first);
+                async move {
+                    let hold = self.load(version).await?;
+                    let seat = Arc::clone(hold.seat());
+                    *first.lock() = Some(hold);
+                    Ok::<_, RegistryError>(seat)
+                }
+            };
+            let seat = self.shared.seats.try_get_with(version.id, load).await.map_err(|e| own(version, &e))?;
+            if let Some(held) = self.shared.idle.hold(&seat) {
+                return Ok(held);
+            }
+            self.remove(&seat).await;
+        }
+        Err(self.full(version.spec.resident_bytes))
+    }
+
+    /// Reads and decodes within a reservation made before.
+    async fn load(&self, version: &Arc<VersionRecord>) -> Result<Hold, RegistryError> {
+        let shared = &self.shared;
+        let started = Instant::now();
+        let planned = match version.spec.resident_bytes {
+            0 => version.stored_bytes,
+            bytes => bytes,
+        };
+        let reservation = self.reserve(planned).await?;
+        let permit = Arc::clone(&shared.loads).acquire_owned().await;
+        let permit = permit.map_err(|e| load_failed(version, &e))?;
+        let work = async {
+            let files = shared.store.read_files(version).await.map_err(|e| unreadable(version, e))?;
+            let loader = Arc::clone(&shared.loader);
+            // The decode cannot be broken off: permit and reservation stay with it, also after a timeout.
+            let decode = tokio::task::spawn_blocking(move || (loader(&files), reservation, permit));
+            let (delta, reservation, _permit) = decode.await.map_err(|e| load_failed(version, &e))?;
+            Ok::<_, RegistryError>((delta.map_err(|e| refused(version, e))?, reservation))
+        };
+        let limit = shared.config.load_timeout;
+        let (delta, mut reservation) = timeout(limit, work).await.map_err(|_| RegistryError::LoadTimeout(limit))??;
+        let bytes = delta.bytes();
+        if bytes > reservation.bytes() {
+            // The spec was written under other circumstances, e.g. another dtype of the base.
+            reservation.join(self.reserve(bytes - reservation.bytes()).await?);
+        }
+        reservation.shrink_to(bytes);
+        shared.metrics.load_seconds.record(started.elapsed().as_secs_f64());
+        Ok(shared.idle.seat(version.id, Arc::new(delta), reservation))
+    }
+
+    /// Takes room from the budget, evicting what nobody uses, and waits a little for what somebody does.
+    async fn reserve(&self, bytes: u64) -> Result<Reservation, RegistryError> {
+        let shared = &self.shared;
+        if bytes > shared.budget.limit() {
+            return Err(RegistryError::TooLarge { bytes, budget: shared.budget.limit() });
+        }
+        let deadline = tokio::time::Instant::now() + shared.config.room_wait;
+        loop {
+            let mut room = std::pin::pin!(shared.budget.room().notified());
+            room.as_mut().enable();
+            loop {
+                if let Some(reservation) = shared.budget.try_reserve(bytes) {
+                    return Ok(reservation);
+                }
+                let Some(victim) = shared.idle.evict_one(&(shared.keep)()) else { break };
+                shared.evictions.fetch_add(1, Ordering::Relaxed);
+                shared.metrics.evictions.increment(1);
+                self.remove(&victim).await;
+            }
+            if tokio::time::timeout_at(deadline, room).await.is_err() {
+                return Err(self.full(bytes));
+            }
+        }
+    }
+
+    /// Takes an id from new requests; those who hold it keep it.
+    pub(super) async fn retire(&self, id: &DeltaId) {
+        if let Some(seat) = self.shared.seats.get(id).await {
+            self.shared.idle.retire(&seat);
+            self.remove(&seat).await;
+        }
+    }
+
+    /// Takes a seat out of the map, unless another has its place.
+    async fn remove(&self, seat: &Arc<Seat>) {
+        let same = |found: Option<moka::Entry<DeltaId, Arc<Seat>>>| {
+            let same = found.is_some_and(|entry| Arc::ptr_eq(entry.value(), seat));
+            std::future::ready(if same { Op::Remove } else { Op::Nop })
+        };
+        self.shared.seats.entry(seat.id).and_compute_with(same).await;
+    }
+
+    /// Bytes in memory and holders of an id.
+    pub(super) async fn usage(&self, id: &DeltaId) -> (u64, u64) {
+        self.shared.seats.get(id).await.map_or((0, 0), |seat| seat.usage())
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let shared = &self.shared;
+        Counts {
+            hits: shared.hits.load(Ordering::Relaxed),
+            misses: shared.misses.load(Ordering::Relaxed),
+            evictions: shared.evictions.load(Ordering::Relaxed),
+            resident: shared.idle.resident(),
+            leased: shared.idle.leased(),
+            bytes: shared.budget.used(),
+            budget: shared.budget.limit(),
+        }
+    }
+
+    fn full(&self, needed: u64) -> RegistryError {
+        let budget = &self.shared.budget;
+        RegistryError::BudgetFull { needed, used: budget.used(), budget: budget.limit() }
+    }
+}
+
+fn name_of(version: &VersionRecord) -> String {
+    format!("{}@{}", version.name, version.number)
+}
+
+/// The error as this caller may see it: whoever ran the load may have known the same bytes by another name.
+fn own(version: &VersionRecord, error: &RegistryError) -> RegistryError {
+    let mine = name_of(version);
+    match error.clone() {
+        RegistryError::Corrupt { detail, .. } => RegistryError::Corrupt { name: mine, detail },
+        RegistryError::LoadFailed { detail, .. } => RegistryError::LoadFailed { name: mine, detail },
+        other => other,
+    }
+}
+
+fn load_failed(version: &VersionRecord, error: &dyn std::error::Error) -> RegistryError {
+    RegistryError::LoadFailed { name: name_of(version), detail: error.to_string() }
+}
+
+fn unreadable(version: &VersionRecord, error: StoreError) -> RegistryError {
+    match error {
+        StoreError::Corrupt { .. } => RegistryError::Corrupt { name: name_of(version), detail: error.to_string() },
+        error => error.into(),
+    }
+}
+
+fn refused(version: &VersionRecord, error: LoadError) -> RegistryError {
+    let name = name_of(version);
+    match error {
+        // It was accepted when it was published, so the stored form is at fault.
+        LoadError::Invalid(detail) | LoadError::BaseMismatch(detail) => RegistryError::Corrupt { name, detail },
+        LoadError::Failed(detail) => RegistryError::LoadFailed { name, detail },
+    }
+}

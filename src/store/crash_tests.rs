@@ -1,0 +1,117 @@
+//! `kill -9` at any moment: a child process publishes in a loop and is killed; whatever rows it left must be whole.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use super::{versions::tests::new_version, *};
+use crate::{admission::params::PublishPolicy, store::jobs::NewJob};
+
+const CHILD: &str = "DELTASERVE_TEST_CRASH_DIR";
+const ROUNDS: usize = 6;
+
+/// The child's life: publishes, swaps, deletes, appends and collects, and says so after each, until it is killed.
+async fn work(dir: &Path) {
+    let store = Store::open(dir).await.unwrap();
+    let mut new = new_version("n", "", PublishPolicy::Upsert);
+    let job = NewJob {
+        id: uuid::Uuid::now_v7().to_string(),
+        tenant: new.tenant.clone(),
+        output_name: "n".into(),
+        request_json: "{}".into(),
+        resolved_json: "{}".into(),
+        idempotency_key: None,
+        request_digest: String::new(),
+    };
+    let job_id = job.id.clone();
+    store.create_job(job).await.unwrap();
+    for i in 0_u32.. {
+        let weights = format!("{job_id}-{i}-").repeat(2000);
+        new.files.files.insert("adapter_model.safetensors".into(), weights.into());
+        let (version, name) = store.publish(new.clone()).await.unwrap();
+        store.append_event(&job_id, format!("{i}"), Some("running"), None).await.unwrap();
+        if let Some(&oldest) = name.versions.keys().next().filter(|_| name.versions.len() > 4) {
+            store.delete_versions(&version.tenant, &version.name, Some(oldest), None).await.unwrap();
+            store.collect_garbage_after(std::time::Duration::ZERO).await.unwrap();
+        }
+        println!("done {} {}", version.number, version.id);
+    }
+}
+
+/// What a reopened directory must hold: at least what the child reported, and all of it readable.
+async fn verify(dir: &Path, reported: &[(u64, String)]) {
+    let store = Store::open(dir).await.unwrap();
+    let names = store.all_names().await.unwrap();
+    for name in &names {
+        assert!(name.current().is_some(), "{name:?}");
+        for version in name.versions.values() {
+            let files = store.read_files(version).await.unwrap();
+            assert_eq!(version.id, crate::ids::DeltaId::compute(&version.base, &files.files));
+        }
+    }
+    if let Some((number, id)) = reported.last() {
+        let version = names[0].versions.get(number).expect("a reported version is lost");
+        assert_eq!(version.id.to_string(), *id);
+        assert!(names[0].current >= Some(*number));
+    }
+    for job in store.unfinished_jobs().await.unwrap() {
+        let mut seqs = Vec::new();
+        loop {
+            let page = store.events(&job.id, seqs.len() as u64 + 1, 100).await.unwrap();
+            if page.is_empty() {
+                break;
+            }
+            seqs.extend(page.iter().map(|e| e.seq));
+        }
+        assert_eq!(seqs, (1..=job.last_seq).collect::<Vec<_>>());
+    }
+    store.collect_garbage().await.unwrap();
+    for version in names.iter().flat_map(|n| n.versions.values()) {
+        store.read_files(version).await.unwrap();
+    }
+    let blobs = store.blobs().list().await.unwrap();
+    assert_eq!(blobs.len(), store.named_blobs().await.unwrap().len());
+    store.close().await;
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_every_row_with_its_blobs() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    if let Some(dir) = std::env::var_os(CHILD) {
+        runtime().block_on(work(Path::new(&dir)));
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut reported = Vec::new();
+    for round in 0..ROUNDS {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "store::crash_tests::a_kill_at_any_moment_leaves_every_row_with_its_blobs",
+                "--nocapture",
+            ])
+            .env(CHILD, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let is_report = |line: &String| line.contains("done ");
+        reported.extend(lines.by_ref().filter(is_report).take(3 + round * 2).filter_map(|line| parse_report(&line)));
+        // Not at a line's border: somewhere within the next publish.
+        std::thread::sleep(std::time::Duration::from_micros(997 * (round as u64 * 3 + 1)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // The rest of what it said; a last line without its end was cut off by the kill.
+        reported.extend(lines.filter_map(|line| parse_report(&line)));
+        runtime().block_on(verify(dir.path(), &reported));
+    }
+    assert!(reported.len() >= ROUNDS * 3);
+}
+
+fn parse_report(line: &str) -> Option<(u64, String)> {
+    let (_, report) = line.split_once("done ")?;
+    let (number, id) = report.split_once(' ')?;
+    (id.len() == 64).then(|| (number.parse().unwrap(), id.to_owned()))
+}

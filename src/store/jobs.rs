@@ -1,0 +1,304 @@
+//! Training jobs: their rows, their gap-free event histories, the blobs that they keep, and idempotency keys.
+//!
+//! Knows states as words and which of them are final; what a job does and what its JSON means is the trainer's matter.
+
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
+
+use super::{
+    Store, StoreError,
+    db::{from_db, now_ms, parse, to_db},
+};
+use crate::ids::{BlobId, TenantId};
+
+/// Every state of a job.
+const STATES: [&str; 7] = ["queued", "running", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
+/// Most jobs or events in one answer.
+const MAX_PAGE: u32 = 1000;
+
+/// Whether a job in this state has ended for good.
+pub fn is_terminal(state: &str) -> bool {
+    matches!(state, "succeeded" | "failed" | "cancelled" | "interrupted")
+}
+
+/// A job to create.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewJob {
+    /// Its id: a UUID v7, ordered by time.
+    pub id: String,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// The name that its result is published under.
+    pub output_name: String,
+    /// The request as it came.
+    pub request_json: String,
+    /// The request with every default filled in.
+    pub resolved_json: String,
+    /// A repeated request with this key gets the first one's job.
+    pub idempotency_key: Option<String>,
+    /// What makes a request with the same key the same request.
+    pub request_digest: String,
+}
+
+/// What became of a create.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CreateJob {
+    /// The job is new.
+    Created(JobRecord),
+    /// The same request had come before with this key.
+    Existing(JobRecord),
+}
+
+/// A job as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobRecord {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// The name that its result is published under.
+    pub output_name: String,
+    /// `queued`, `running`, `publishing`, or final: `succeeded`, `failed`, `cancelled`, `interrupted`.
+    pub state: String,
+    /// The request as it came.
+    pub request_json: String,
+    /// The request with every default filled in.
+    pub resolved_json: String,
+    /// What came of it.
+    pub result_json: Option<String>,
+    /// Unix milliseconds.
+    pub created_ms: i64,
+    /// Unix milliseconds of its last event.
+    pub updated_ms: i64,
+    /// Number of its last event; 0 = none yet.
+    pub last_seq: u64,
+}
+
+/// One event of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRecord {
+    /// Its number: from 1, without gaps.
+    pub seq: u64,
+    /// Unix milliseconds.
+    pub at_ms: i64,
+    /// What happened.
+    pub body_json: String,
+}
+
+/// A page of jobs, newest first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobPage {
+    /// The jobs.
+    pub jobs: Vec<JobRecord>,
+    /// Where the next page starts; empty: this is the last.
+    pub next_page_token: String,
+}
+
+macro_rules! select_jobs {
+    ($rest:literal) => {
+        concat!(
+            "SELECT id, tenant, output_name, state, request_json, resolved_json, result_json, created_ms, updated_ms, ",
+            "last_seq FROM jobs ",
+            $rest
+        )
+    };
+}
+
+impl Store {
+    /// Creates a job in state `queued`, once per idempotency key.
+    ///
+    /// # Errors
+    /// [`StoreError::IdempotencyConflict`] if the key came with another request before.
+    pub async fn create_job(&self, new: NewJob) -> Result<CreateJob, StoreError> {
+        let mut tx = self.db().begin().await?;
+        if let Some(key) = &new.idempotency_key {
+            let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
+            if let Some(row) = sqlx::query(sql).bind(new.tenant.as_str()).bind(key).fetch_optional(&mut *tx).await? {
+                if row.try_get::<String, _>(0)? != new.request_digest {
+                    return Err(StoreError::IdempotencyConflict(key.clone()));
+                }
+                return Ok(CreateJob::Existing(find(&mut tx, row.try_get(1)?).await?));
+            }
+        }
+        let now = now_ms();
+        let sql = "INSERT INTO jobs (id, tenant, output_name, state, request_json, resolved_json, created_ms, \
+                   updated_ms) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $6)";
+        let insert = sqlx::query(sql).bind(&new.id).bind(new.tenant.as_str()).bind(&new.output_name);
+        insert.bind(&new.request_json).bind(&new.resolved_json).bind(now).execute(&mut *tx).await?;
+        if let Some(key) = &new.idempotency_key {
+            let sql = "INSERT INTO idempotency (tenant, idempotency_key, request_digest, job_id, created_ms) \
+                       VALUES ($1, $2, $3, $4, $5)";
+            let insert = sqlx::query(sql).bind(new.tenant.as_str()).bind(key).bind(&new.request_digest);
+            insert.bind(&new.id).bind(now).execute(&mut *tx).await?;
+        }
+        let job = find(&mut tx, &new.id).await?;
+        tx.commit().await?;
+        Ok(CreateJob::Created(job))
+    }
+
+    /// Appends an event, and with it, in the same transaction, the job's new state and result if given. Returns the
+    /// event's number.
+    ///
+    /// # Errors
+    /// [`StoreError::JobEnded`] after a final state; [`StoreError::NotFound`]; [`StoreError::Invalid`] for an unknown
+    /// state.
+    pub async fn append_event(
+        &self,
+        job_id: &str,
+        body_json: String,
+        state: Option<&str>,
+        result_json: Option<String>,
+    ) -> Result<u64, StoreError> {
+        if let Some(state) = state {
+            check_state(state)?;
+        }
+        let mut tx = self.db().begin().await?;
+        let job = find(&mut tx, job_id).await?;
+        if is_terminal(&job.state) {
+            return Err(StoreError::JobEnded { id: job.id, state: job.state });
+        }
+        let (seq, now) = (job.last_seq + 1, now_ms());
+        let sql = "UPDATE jobs SET last_seq = $2, updated_ms = $3, state = $4, result_json = $5 WHERE id = $1";
+        let update = sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(state.unwrap_or(&job.state));
+        update.bind(result_json.or(job.result_json)).execute(&mut *tx).await?;
+        let sql = "INSERT INTO job_events (job_id, seq, at_ms, body_json) VALUES ($1, $2, $3, $4)";
+        let insert = sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(body_json);
+        insert.execute(&mut *tx).await?;
+        tx.commit().await?;
+        Ok(seq)
+    }
+
+    /// A job's events from number `from_seq` on, in order, at most `limit` (and at most 1000) of them.
+    ///
+    /// # Errors
+    /// What the database refuses. An unknown job has no events.
+    pub async fn events(&self, job_id: &str, from_seq: u64, limit: u32) -> Result<Vec<EventRecord>, StoreError> {
+        let sql = "SELECT seq, at_ms, body_json FROM job_events WHERE job_id = $1 AND seq >= $2 ORDER BY seq LIMIT $3";
+        let query = sqlx::query(sql).bind(job_id).bind(to_db(from_seq)).bind(i64::from(limit.min(MAX_PAGE)));
+        let rows = query.fetch_all(self.db().readers()).await?;
+        let event = |row: &SqliteRow| {
+            let seq = from_db("job_events", row.try_get(0)?)?;
+            Ok(EventRecord { seq, at_ms: row.try_get(1)?, body_json: row.try_get(2)? })
+        };
+        rows.iter().map(event).collect()
+    }
+
+    /// A tenant's job.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], also for another tenant's.
+    pub async fn get_job(&self, tenant: &TenantId, id: &str) -> Result<JobRecord, StoreError> {
+        let query = sqlx::query(select_jobs!("WHERE tenant = $1 AND id = $2")).bind(tenant.as_str()).bind(id);
+        record(&query.fetch_optional(self.db().readers()).await?.ok_or_else(|| not_found(id))?)
+    }
+
+    /// A tenant's jobs, newest first; of one state, if given. `page_token` is empty or what the last page gave.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] for an unknown state.
+    pub async fn list_jobs(
+        &self,
+        tenant: &TenantId,
+        page_token: &str,
+        limit: u32,
+        state: Option<&str>,
+    ) -> Result<JobPage, StoreError> {
+        if let Some(state) = state {
+            check_state(state)?;
+        }
+        let limit = limit.clamp(1, MAX_PAGE);
+        let sql = select_jobs!(
+            "WHERE tenant = $1 AND ($2 = '' OR id < $2) AND ($3 = '' OR state = $3) ORDER BY id DESC LIMIT $4"
+        );
+        let query = sqlx::query(sql).bind(tenant.as_str()).bind(page_token).bind(state.unwrap_or_default());
+        let rows = query.bind(i64::from(limit) + 1).fetch_all(self.db().readers()).await?;
+        let mut jobs = rows.iter().map(record).collect::<Result<Vec<_>, _>>()?;
+        let more = jobs.len() > limit as usize;
+        jobs.truncate(limit as usize);
+        let last = if more { jobs.last() } else { None };
+        Ok(JobPage { next_page_token: last.map(|j| j.id.clone()).unwrap_or_default(), jobs })
+    }
+
+    /// Jobs of all tenants that have not ended, oldest first: what a restart has to take up again.
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn unfinished_jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
+        let sql = select_jobs!("WHERE state IN ('queued', 'running', 'publishing') ORDER BY id");
+        sqlx::query(sql).fetch_all(self.db().readers()).await?.iter().map(record).collect()
+    }
+
+    /// Lets a job keep a stored blob alive under a name of its own (`dataset`, `checkpoint`); replaces the one before.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] for an unknown job or a blob that is not stored.
+    pub async fn set_job_blob(&self, job_id: &str, name: &str, blob: BlobId) -> Result<(), StoreError> {
+        let _hold = self.inner.holds.hold(blob).await;
+        self.require_blob(blob).await?;
+        let mut tx = self.db().begin().await?;
+        find(&mut tx, job_id).await?;
+        let sql = "INSERT INTO job_blobs (job_id, name, blob) VALUES ($1, $2, $3) \
+                   ON CONFLICT (job_id, name) DO UPDATE SET blob = excluded.blob";
+        sqlx::query(sql).bind(job_id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// The blobs that a job keeps, by name.
+    ///
+    /// # Errors
+    /// What the database refuses. An unknown job keeps none.
+    pub async fn job_blobs(&self, job_id: &str) -> Result<Vec<(String, BlobId)>, StoreError> {
+        let sql = "SELECT name, blob FROM job_blobs WHERE job_id = $1 ORDER BY name";
+        let rows = sqlx::query(sql).bind(job_id).fetch_all(self.db().readers()).await?;
+        rows.iter().map(|row| Ok((row.try_get(0)?, parse("job_blobs", row.try_get(1)?)?))).collect()
+    }
+
+    /// Lets go of all blobs that a job keeps.
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn clear_job_blobs(&self, job_id: &str) -> Result<(), StoreError> {
+        let mut tx = self.db().begin().await?;
+        sqlx::query("DELETE FROM job_blobs WHERE job_id = $1").bind(job_id).execute(&mut *tx).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+}
+
+fn check_state(state: &str) -> Result<(), StoreError> {
+    match STATES.contains(&state) {
+        true => Ok(()),
+        false => {
+            let message = format!("{state:?} is not a job state; accepted are {}", STATES.join(", "));
+            Err(StoreError::Invalid { field: "state", message })
+        }
+    }
+}
+
+fn not_found(id: &str) -> StoreError {
+    StoreError::NotFound { kind: "job", name: id.to_owned() }
+}
+
+async fn find(tx: &mut SqliteConnection, id: &str) -> Result<JobRecord, StoreError> {
+    let row = sqlx::query(select_jobs!("WHERE id = $1")).bind(id).fetch_optional(tx).await?;
+    record(&row.ok_or_else(|| not_found(id))?)
+}
+
+fn record(row: &SqliteRow) -> Result<JobRecord, StoreError> {
+    let tenant: String = row.try_get("tenant")?;
+    Ok(JobRecord {
+        id: row.try_get("id")?,
+        tenant: TenantId::new(&tenant).map_err(|e| StoreError::row("jobs", format!("tenant {e}")))?,
+        output_name: row.try_get("output_name")?,
+        state: row.try_get("state")?,
+        request_json: row.try_get("request_json")?,
+        resolved_json: row.try_get("resolved_json")?,
+        result_json: row.try_get("result_json")?,
+        created_ms: row.try_get("created_ms")?,
+        updated_ms: row.try_get("updated_ms")?,
+        last_seq: from_db("jobs", row.try_get("last_seq")?)?,
+    })
+}
+
+#[cfg(test)]
+mod tests;

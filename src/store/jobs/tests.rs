@@ -1,0 +1,155 @@
+//! Laws of job rows.
+
+use super::*;
+
+fn tenant(name: &str) -> TenantId {
+    TenantId::new(name).unwrap()
+}
+
+fn job(tenant_name: &str, key: Option<&str>, digest: &str) -> NewJob {
+    NewJob {
+        id: uuid::Uuid::now_v7().to_string(),
+        tenant: tenant(tenant_name),
+        output_name: "style".into(),
+        request_json: "{}".into(),
+        resolved_json: "{\"rank\":8}".into(),
+        idempotency_key: key.map(str::to_owned),
+        request_digest: digest.into(),
+    }
+}
+
+async fn store() -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    (dir, store)
+}
+
+async fn created(store: &Store, new: NewJob) -> JobRecord {
+    match store.create_job(new).await.unwrap() {
+        CreateJob::Created(job) => job,
+        CreateJob::Existing(job) => panic!("exists: {job:?}"),
+    }
+}
+
+#[tokio::test]
+async fn events_are_gap_free_under_concurrency_and_refused_after_the_one_final_state() {
+    let (_dir, store) = store().await;
+    let id = created(&store, job("a", None, "")).await.id;
+    let appends = (0..40).map(|i| {
+        let (store, id) = (store.clone(), id.clone());
+        tokio::spawn(async move { store.append_event(&id, format!("{i}"), Some("running"), None).await.unwrap() })
+    });
+    let mut seqs = Vec::new();
+    for append in appends.collect::<Vec<_>>() {
+        seqs.push(append.await.unwrap());
+    }
+    seqs.sort_unstable();
+    assert_eq!(seqs, (1..=40).collect::<Vec<_>>());
+    // Of many that want to end it, exactly one does.
+    let ends = ["succeeded", "failed", "cancelled", "interrupted"].map(|state| {
+        let (store, id) = (store.clone(), id.clone());
+        tokio::spawn(async move { store.append_event(&id, "end".into(), Some(state), Some(state.into())).await })
+    });
+    let mut won = 0;
+    for end in ends {
+        match end.await.unwrap() {
+            Ok(seq) => {
+                assert_eq!(seq, 41);
+                won += 1;
+            }
+            Err(e) => assert!(matches!(e, StoreError::JobEnded { .. }), "{e}"),
+        }
+    }
+    assert_eq!(won, 1);
+    assert!(matches!(store.append_event(&id, "late".into(), None, None).await, Err(StoreError::JobEnded { .. })));
+    let job = store.get_job(&tenant("a"), &id).await.unwrap();
+    assert!(is_terminal(&job.state));
+    assert_eq!((job.last_seq, job.result_json), (41, Some(job.state)));
+    let tail = store.events(&id, 39, 10).await.unwrap();
+    assert_eq!(tail.iter().map(|e| e.seq).collect::<Vec<_>>(), [39, 40, 41]);
+    assert_eq!(store.events(&id, 1, 5).await.unwrap().len(), 5);
+}
+
+#[tokio::test]
+async fn unknown_jobs_and_states_are_refused() {
+    let (_dir, store) = store().await;
+    let id = created(&store, job("a", None, "")).await.id;
+    assert!(matches!(store.append_event("x", "e".into(), None, None).await, Err(StoreError::NotFound { .. })));
+    let odd = store.append_event(&id, "e".into(), Some("done"), None).await;
+    assert!(matches!(odd, Err(StoreError::Invalid { field: "state", .. })));
+    assert!(matches!(store.get_job(&tenant("b"), &id).await, Err(StoreError::NotFound { .. })));
+    assert_eq!(store.get_job(&tenant("a"), &id).await.unwrap().last_seq, 0);
+}
+
+#[tokio::test]
+async fn an_idempotency_key_replays_its_request_and_refuses_another() {
+    let (_dir, store) = store().await;
+    let tries = (0..8).map(|_| {
+        let store = store.clone();
+        tokio::spawn(async move { store.create_job(job("a", Some("k"), "d")).await.unwrap() })
+    });
+    let (mut ids, mut new) = (std::collections::HashSet::new(), 0);
+    for attempt in tries.collect::<Vec<_>>() {
+        match attempt.await.unwrap() {
+            CreateJob::Created(job) => {
+                new += 1;
+                ids.insert(job.id);
+            }
+            CreateJob::Existing(job) => {
+                ids.insert(job.id);
+            }
+        }
+    }
+    assert_eq!((new, ids.len()), (1, 1));
+    let other = store.create_job(job("a", Some("k"), "other")).await;
+    assert!(matches!(other, Err(StoreError::IdempotencyConflict(key)) if key == "k"));
+    // Keys belong to their tenant.
+    created(&store, job("b", Some("k"), "other")).await;
+}
+
+#[tokio::test]
+async fn pages_cover_every_job_once_newest_first() {
+    let (_dir, store) = store().await;
+    let mut ids = Vec::new();
+    for i in 0..7 {
+        let id = created(&store, job("a", None, "")).await.id;
+        if i % 2 == 0 {
+            store.append_event(&id, "{}".into(), Some("failed"), None).await.unwrap();
+        }
+        ids.push(id);
+    }
+    created(&store, job("b", None, "")).await;
+    let (mut seen, mut token) = (Vec::new(), String::new());
+    loop {
+        let page = store.list_jobs(&tenant("a"), &token, 3, None).await.unwrap();
+        seen.extend(page.jobs.into_iter().map(|j| j.id));
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    ids.sort_by(|a, b| b.cmp(a));
+    assert_eq!(seen, ids);
+    assert_eq!(store.list_jobs(&tenant("a"), "", 10, Some("failed")).await.unwrap().jobs.len(), 4);
+    assert_eq!(store.unfinished_jobs().await.unwrap().len(), 4);
+}
+
+#[tokio::test]
+async fn a_restart_finds_jobs_events_and_kept_blobs_again() {
+    let (dir, store) = store().await;
+    let id = created(&store, job("a", Some("k"), "d")).await.id;
+    store.append_event(&id, "{\"loss\":1}".into(), Some("running"), None).await.unwrap();
+    let blob = store.put_blob(bytes::Bytes::from_static(b"checkpoint")).await.unwrap();
+    store.set_job_blob(&id, "checkpoint", blob).await.unwrap();
+    let before = store.get_job(&tenant("a"), &id).await.unwrap();
+    store.close().await;
+    drop(store);
+    let store = Store::open(dir.path()).await.unwrap();
+    assert_eq!(store.unfinished_jobs().await.unwrap(), [before]);
+    assert_eq!(store.events(&id, 0, 10).await.unwrap().len(), 1);
+    store.collect_garbage().await.unwrap();
+    assert_eq!(store.job_blobs(&id).await.unwrap(), [("checkpoint".to_owned(), blob)]);
+    assert_eq!(store.get_blob(blob).await.unwrap(), "checkpoint");
+    store.clear_job_blobs(&id).await.unwrap();
+    assert_eq!(store.collect_garbage().await.unwrap().blobs, 1);
+}
