@@ -3,10 +3,12 @@
 //! Labels are of bounded number: methods of the protocol, status codes, tiers, kinds. Tenants choose names of deltas,
 //! datasets and jobs, so those are never labels.
 
+use std::io::IsTerminal;
+
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
-/// Names of metrics.
+/// Names of the metrics of the edges and of the cache.
 pub mod names {
     /// Calls by `method` and `outcome`.
     pub const REQUESTS: &str = "deltaserve_requests_total";
@@ -14,28 +16,6 @@ pub mod names {
     pub const REQUEST_SECONDS: &str = "deltaserve_request_seconds";
     /// Calls in progress.
     pub const CALLS: &str = "deltaserve_calls_in_progress";
-    /// Waiting work by `queue`.
-    pub const QUEUE_DEPTH: &str = "deltaserve_queue_depth";
-    /// Tokens by `kind`: `prompt`, `completion`.
-    pub const TOKENS: &str = "deltaserve_tokens_total";
-    /// Time to first token.
-    pub const FIRST_TOKEN_SECONDS: &str = "deltaserve_time_to_first_token_seconds";
-    /// Time between tokens.
-    pub const INTER_TOKEN_SECONDS: &str = "deltaserve_inter_token_seconds";
-    /// Time of engine steps.
-    pub const STEP_SECONDS: &str = "deltaserve_step_seconds";
-    /// Rows of engine steps.
-    pub const STEP_ROWS: &str = "deltaserve_step_rows";
-    /// Sequences of engine steps.
-    pub const STEP_SEQUENCES: &str = "deltaserve_step_sequences";
-    /// Distinct deltas of engine steps.
-    pub const STEP_DELTAS: &str = "deltaserve_step_deltas";
-    /// Sequences put back to make room.
-    pub const PREEMPTIONS: &str = "deltaserve_preemptions_total";
-    /// Key-value positions in use.
-    pub const KV_USED: &str = "deltaserve_kv_positions_used";
-    /// Key-value positions in all.
-    pub const KV_TOTAL: &str = "deltaserve_kv_positions_total";
     /// Requests whose delta was there, by `tier`.
     pub const CACHE_HITS: &str = "deltaserve_cache_hits_total";
     /// Requests whose delta was not there, by `tier`.
@@ -48,16 +28,6 @@ pub mod names {
     pub const CACHE_DELTAS: &str = "deltaserve_cache_deltas";
     /// Time of loading a delta, by `tier` it came from.
     pub const LOAD_SECONDS: &str = "deltaserve_load_seconds";
-    /// Optimizer steps' time.
-    pub const TRAIN_STEP_SECONDS: &str = "deltaserve_train_step_seconds";
-    /// Loss of the last optimizer step of the running job.
-    pub const TRAIN_LOSS: &str = "deltaserve_train_loss";
-    /// Tokens trained on.
-    pub const TRAIN_TOKENS: &str = "deltaserve_train_tokens_total";
-    /// Time that training gave to serving.
-    pub const TRAIN_YIELDED_SECONDS: &str = "deltaserve_train_yielded_seconds_total";
-    /// Jobs that ended, by terminal `state`.
-    pub const TRAIN_JOBS: &str = "deltaserve_train_jobs_total";
     /// Always 1; the label `version` tells.
     pub const BUILD_INFO: &str = "deltaserve_build_info";
 }
@@ -70,33 +40,37 @@ enum Kind {
     Histogram,
 }
 
-/// Every metric: name, kind, meaning.
+const BATCH_ROWS: &str = "deltaserve_batch_rows";
+const DISTINCT_DELTAS: &str = "deltaserve_step_distinct_deltas";
+const TRAIN_YIELDED: &str = "deltaserve_train_yielded_seconds_total";
+
+/// Every metric: name, kind, meaning. `engine` and `train` make theirs in their own `metrics.rs`.
 const METRICS: &[(&str, Kind, &str)] = &[
     (names::REQUESTS, Kind::Counter, "Calls that ended, by method and outcome (status code)."),
     (names::REQUEST_SECONDS, Kind::Histogram, "Time of calls by method; of streams, to their end."),
     (names::CALLS, Kind::Gauge, "Calls in progress."),
-    (names::QUEUE_DEPTH, Kind::Gauge, "Waiting work by queue: admission (requests for the engine), train (jobs)."),
-    (names::TOKENS, Kind::Counter, "Tokens by kind: prompt, completion."),
-    (names::FIRST_TOKEN_SECONDS, Kind::Histogram, "Time from a request's arrival to its first token."),
-    (names::INTER_TOKEN_SECONDS, Kind::Histogram, "Time between two tokens of a sequence."),
-    (names::STEP_SECONDS, Kind::Histogram, "Time of engine steps."),
-    (names::STEP_ROWS, Kind::Histogram, "Rows (tokens) of engine steps."),
-    (names::STEP_SEQUENCES, Kind::Histogram, "Sequences of engine steps."),
-    (names::STEP_DELTAS, Kind::Histogram, "Distinct deltas of engine steps."),
-    (names::PREEMPTIONS, Kind::Counter, "Sequences put back to be recomputed because the key-value cache was full."),
-    (names::KV_USED, Kind::Gauge, "Positions of the key-value cache in use."),
-    (names::KV_TOTAL, Kind::Gauge, "Positions of the key-value cache."),
+    ("deltaserve_queue_depth", Kind::Gauge, "Waiting work by queue: engine, admission."),
+    ("deltaserve_tokens_total", Kind::Counter, "Tokens by kind: prompt, completion."),
+    ("deltaserve_time_to_first_token_seconds", Kind::Histogram, "Time from a request's arrival to its first token."),
+    ("deltaserve_inter_token_seconds", Kind::Histogram, "Time between two tokens of a sequence."),
+    ("deltaserve_step_seconds", Kind::Histogram, "Time of engine steps."),
+    (BATCH_ROWS, Kind::Histogram, "Rows (tokens) of engine steps."),
+    (DISTINCT_DELTAS, Kind::Histogram, "Distinct deltas of engine steps."),
+    ("deltaserve_running_sequences", Kind::Gauge, "Sequences in the batch."),
+    ("deltaserve_preemptions_total", Kind::Counter, "Sequences put back because the key-value cache was full."),
+    ("deltaserve_kv_pages", Kind::Gauge, "Pages of the key-value cache by state: used, free."),
     (names::CACHE_HITS, Kind::Counter, "Requests whose delta was there, by tier."),
     (names::CACHE_MISSES, Kind::Counter, "Requests whose delta was not there, by tier."),
     (names::CACHE_EVICTIONS, Kind::Counter, "Deltas evicted, by tier."),
     (names::CACHE_BYTES, Kind::Gauge, "Bytes of deltas by tier; evicted but leased ones included."),
     (names::CACHE_DELTAS, Kind::Gauge, "Deltas by tier."),
     (names::LOAD_SECONDS, Kind::Histogram, "Time of loading a delta, by the tier it came from."),
-    (names::TRAIN_STEP_SECONDS, Kind::Histogram, "Time of optimizer steps."),
-    (names::TRAIN_LOSS, Kind::Gauge, "Loss of the running job's last optimizer step."),
-    (names::TRAIN_TOKENS, Kind::Counter, "Tokens trained on."),
-    (names::TRAIN_YIELDED_SECONDS, Kind::Counter, "Seconds that training gave to serving."),
-    (names::TRAIN_JOBS, Kind::Counter, "Jobs that ended, by terminal state."),
+    ("deltaserve_train_step_seconds", Kind::Histogram, "Time of optimizer steps."),
+    ("deltaserve_train_loss", Kind::Gauge, "Loss of the last optimizer step, by slot (0 to 7) of the running job."),
+    ("deltaserve_train_tokens_total", Kind::Counter, "Tokens trained on."),
+    (TRAIN_YIELDED, Kind::Gauge, "Seconds that training gave to serving; only grows."),
+    ("deltaserve_train_jobs", Kind::Gauge, "Jobs that have not ended, by state."),
+    ("deltaserve_train_jobs_ended_total", Kind::Counter, "Jobs that ended, by terminal state."),
     (names::BUILD_INFO, Kind::Gauge, "Always 1; the label version tells."),
 ];
 
@@ -120,7 +94,7 @@ pub enum LogFormat {
 /// If the filter cannot be read. A logger that is there already stays.
 pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let registry = tracing_subscriber::registry().with(EnvFilter::try_new(filter)?);
-    let layer = fmt::layer().with_writer(std::io::stderr);
+    let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     let installed = match format {
         LogFormat::Text => registry.with(layer.with_target(false)).try_init(),
         LogFormat::Json => registry.with(layer.json().flatten_event(true)).try_init(),
@@ -145,8 +119,8 @@ pub fn init_metrics() -> Result<PrometheusHandle, BuildError> {
 fn builder() -> Result<PrometheusBuilder, BuildError> {
     PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?
-        .set_buckets_for_metric(Matcher::Prefix("deltaserve_step_".into()), COUNTS)?
-        .set_buckets_for_metric(Matcher::Full(names::STEP_SECONDS.into()), SECONDS)
+        .set_buckets_for_metric(Matcher::Full(BATCH_ROWS.into()), COUNTS)?
+        .set_buckets_for_metric(Matcher::Full(DISTINCT_DELTAS.into()), COUNTS)
 }
 
 fn describe() {
@@ -169,13 +143,13 @@ mod tests {
         let handle = recorder.handle();
         metrics::with_local_recorder(&recorder, || {
             describe();
-            metrics::histogram!(names::STEP_ROWS).record(3.0);
-            metrics::histogram!(names::STEP_SECONDS).record(0.0015);
+            metrics::histogram!(BATCH_ROWS).record(3.0);
+            metrics::histogram!("deltaserve_step_seconds").record(0.0015);
         });
         let text = handle.render();
-        assert!(text.contains("deltaserve_step_rows_bucket{le=\"4\"} 1"), "{text}");
+        assert!(text.contains("deltaserve_batch_rows_bucket{le=\"4\"} 1"), "{text}");
         assert!(text.contains("deltaserve_step_seconds_bucket{le=\"0.002\"} 1"), "{text}");
-        assert!(text.contains("# HELP deltaserve_step_rows Rows (tokens) of engine steps."), "{text}");
+        assert!(text.contains("# HELP deltaserve_batch_rows Rows (tokens) of engine steps."), "{text}");
         Ok(())
     }
 
@@ -183,7 +157,7 @@ mod tests {
     fn names_follow_their_kind() {
         for (name, kind, meaning) in METRICS {
             assert!(name.starts_with("deltaserve_") && meaning.ends_with('.'), "{name}");
-            let total = name.ends_with("_total") && *name != names::KV_TOTAL;
+            let total = name.ends_with("_total") && *name != TRAIN_YIELDED;
             assert_eq!(total, *kind == Kind::Counter, "{name}");
         }
     }

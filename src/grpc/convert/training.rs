@@ -69,13 +69,8 @@ fn json_lines(at: &str, examples: Vec<proto::Example>, problems: &mut Problems) 
             Some(Form::Chat(chat)) => {
                 json!({ "messages": chat.messages.into_iter().map(super::inference::chat_message).collect::<Vec<_>>() })
             }
-            Some(Form::Labelled(proto::LabelledText { text, label, pair: None })) => {
-                json!({ "text": text, "label": label })
-            }
-            Some(Form::Labelled(proto::LabelledText { text, label, pair: Some(pair) })) => {
-                json!({ "text": text, "text_pair": pair, "label": label })
-            }
-            Some(Form::Tagged(e)) => json!({ "tokens": e.tokens, "tags": e.tags }),
+            Some(Form::Labelled(e)) => json!({ "text": e.text, "label": e.label }),
+            Some(Form::Tagged(e)) => json!({ "tokens": e.tokens, "labels": e.labels }),
             None => {
                 problems.push(format!("{at}.examples[{i}]"), "is empty; one form is required");
                 continue;
@@ -398,7 +393,7 @@ mod tests {
         let examples = [
             Form::Text("a\nb".into()),
             Form::PromptCompletion(proto::PromptCompletion { prompt: "p".into(), completion: "c".into() }),
-            Form::Labelled(proto::LabelledText { text: "t".into(), label: "l".into(), pair: None }),
+            Form::Labelled(proto::LabelledText { text: "t".into(), label: "l".into() }),
         ]
         .map(|e| proto::Example { example: Some(e) });
         let mut problems = Problems::default();
