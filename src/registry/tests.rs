@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use bytes::Bytes;
@@ -25,6 +25,8 @@ const SIZE: u64 = 4096;
 #[derive(Default)]
 struct Counting {
     loads: AtomicUsize,
+    /// While it is set, a load of a `gated` file does not end.
+    gate: AtomicBool,
 }
 
 fn size_of(files: &DeltaFiles) -> u64 {
@@ -46,6 +48,9 @@ impl Counting {
             let size = size_of(files);
             this.loads.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(2));
+            while text.ends_with(b"gated") && this.gate.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             let tensor = Tensor::zeros(size as usize / 4, DType::F32, &Device::Cpu).unwrap();
             Ok(Delta::new(spec(size), vec![(0 as SiteId, Patch::Bias(tensor))], None))
         })
@@ -375,9 +380,12 @@ async fn another_base_and_too_large_a_delta_are_refused() {
 
 #[tokio::test]
 async fn a_load_that_takes_too_long_fails_and_gives_its_bytes_back_when_it_ends() {
-    let w = World::with(RegistryConfig { load_timeout: Duration::ZERO, ..config(1) }).await;
-    w.publish("n", "1").await;
+    let w = World::with(RegistryConfig { load_timeout: Duration::from_millis(20), ..config(1) }).await;
+    w.publish("n", "gated").await;
+    w.counting.gate.store(true, Ordering::SeqCst);
     assert!(matches!(w.lease("n").await, Err(RegistryError::LoadTimeout(_))));
+    assert_eq!(w.registry.stats().bytes, if w.counting.loads() > 0 { SIZE } else { 0 }, "what is decoded is counted");
+    w.counting.gate.store(false, Ordering::SeqCst);
     while w.registry.stats().bytes > 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
