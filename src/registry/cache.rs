@@ -1,7 +1,7 @@
 //! Residency: which deltas are in memory. Loads one at a time per id, within the budget, and evicts the longest unused.
 //!
-//! The map and the single flight are moka's; its own eviction never comes to act, because an eviction must spare what is
-//! leased (it would free nothing) and what is pinned: the victims are chosen from the idle list (see `seat`). Knows
+//! The map and the single flight are moka's; its own eviction never comes to act, because an eviction must spare what
+//! is leased (it would free nothing) and what is pinned: the victims are chosen from the idle list (see `seat`). Knows
 //! versions by id only; whose they are and what they are called is the catalog's matter.
 
 use std::{

@@ -1,8 +1,8 @@
 //! The registry: a name stands for an immutable version, and a lease keeps a version's delta resident.
 //!
-//! Owns what is in memory and what is current; the store owns what is on disk. A request resolves its reference once and
-//! holds a lease until its last token: replacing, deleting or evicting does not touch it. Every change is committed by
-//! the store first and then taken over by the catalog, on a task of its own, so that a caller that goes away cannot
+//! Owns what is in memory and what is current; the store owns what is on disk. A request resolves its reference once
+//! and holds a lease until its last token: replacing, deleting or evicting does not touch it. Every change is committed
+//! by the store first and then taken over by the catalog, on a task of its own, so that a caller that goes away cannot
 //! leave the two apart.
 //!
 //! Budget (I8): cached, leased and loading bytes together never exceed the limit. Pins may take half of it.

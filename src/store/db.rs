@@ -14,7 +14,7 @@ use super::StoreError;
 
 /// Connections that read while the writer writes (WAL).
 const READERS: u32 = 4;
-/// Longest wait for a lock of another connection. Only a checkpoint or a foreign tool can hold one: there is one writer.
+/// Longest wait for another connection's lock: there is one writer, so only a checkpoint or a foreign tool holds one.
 const BUSY: Duration = Duration::from_secs(10);
 
 pub(super) struct Db {
