@@ -1,21 +1,16 @@
-//! Where jobs and their events are kept. The one place of `train` that knows the store's form of them.
-
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+//! Jobs and their events in the store. The one place of `train` that knows the store's form of them: rows with JSON.
 
 use bytes::Bytes;
-use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    admission::train_params::{JobEventBody, JobEventInfo, JobInfo, JobState, ResolvedTraining, StateEvent},
+    admission::train_params::{JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, ResolvedTraining},
     ids::{BlobId, TenantId},
+    store::{CreateJob, EventRecord, JobRecord, Store, StoreError},
 };
 
 /// Why the log could not answer.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The idempotency key belongs to another request.
     #[error("idempotency key {0:?} was used with a different request")]
@@ -23,9 +18,32 @@ pub enum LogError {
     /// The job is over: nothing may follow.
     #[error("job {0} has ended")]
     Ended(String),
+    /// A stored row cannot be read.
+    #[error("job {id}: stored {what} is unreadable: {message}")]
+    Unreadable {
+        /// Which job.
+        id: String,
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        message: String,
+    },
     /// A task of the runtime ended early.
     #[error("{0}")]
     Runtime(String),
+    /// The store failed.
+    #[error(transparent)]
+    Store(StoreError),
+}
+
+impl From<StoreError> for LogError {
+    fn from(e: StoreError) -> Self {
+        match e {
+            StoreError::IdempotencyConflict(key) => Self::IdempotencyConflict(key),
+            StoreError::JobEnded { id, .. } => Self::Ended(id),
+            other => Self::Store(other),
+        }
+    }
 }
 
 /// A job to be made.
@@ -56,53 +74,51 @@ pub struct StoredJob {
     pub info: JobInfo,
 }
 
-#[derive(Debug)]
-struct Kept {
-    job: StoredJob,
-    key: Option<(String, String)>,
-    events: Vec<JobEventInfo>,
+/// What is known at a job's change of state, stored beside it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct StoredEnd {
+    step: u32,
+    result: Option<JobResult>,
+    failure: Option<JobFailure>,
 }
 
 /// Jobs and events. Clones share them.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone)]
 pub struct JobLog {
-    jobs: Arc<Mutex<BTreeMap<String, Kept>>>,
-    blobs: Arc<Mutex<BTreeMap<String, Bytes>>>,
+    store: Store,
+}
+
+impl std::fmt::Debug for JobLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JobLog")
+    }
 }
 
 impl JobLog {
+    /// The jobs of a store.
+    pub fn new(store: Store) -> Self {
+        Self { store }
+    }
+
     /// Makes a job in state `queued`, or finds the one that the key made: (job, whether it is new).
     ///
     /// # Errors
     /// [`LogError::IdempotencyConflict`], or the store's.
     pub async fn create(&self, new: NewJob) -> Result<(StoredJob, bool), LogError> {
-        let mut jobs = self.jobs.lock();
-        let key = new.idempotency_key.map(|k| (k, new.request_digest));
-        if let Some((name, digest)) = &key {
-            let same = |k: &&Kept| k.job.tenant == new.tenant && k.key.as_ref().is_some_and(|(n, _)| n == name);
-            if let Some(found) = jobs.values().find(same) {
-                return match &found.key {
-                    Some((_, d)) if d == digest => Ok((found.job.clone(), false)),
-                    _ => Err(LogError::IdempotencyConflict(name.clone())),
-                };
-            }
-        }
-        let at = now_ms();
-        let info = JobInfo {
-            id: new.id.clone(),
+        let resolved_json = to_json(&new.id, "hyper-parameters", &new.resolved)?;
+        let created = self.store.create_job(crate::store::NewJob {
+            id: new.id,
+            tenant: new.tenant,
             output_name: new.output_name,
-            state: JobState::Queued,
-            resolved: new.resolved,
-            step: 0,
-            created_ms: at,
-            updated_ms: at,
-            last_seq: 0,
-            result: None,
-            failure: None,
-        };
-        let job = StoredJob { tenant: new.tenant, info };
-        jobs.insert(new.id, Kept { job: job.clone(), key, events: Vec::new() });
-        Ok((job, true))
+            request_json: new.request_json,
+            resolved_json,
+            idempotency_key: new.idempotency_key,
+            request_digest: new.request_digest,
+        });
+        match created.await? {
+            CreateJob::Created(record) => Ok((stored(record)?, true)),
+            CreateJob::Existing(record) => Ok((stored(record)?, false)),
+        }
     }
 
     /// Appends an event; a state event also sets the job's state in the same transaction. Returns its number, which
@@ -111,19 +127,15 @@ impl JobLog {
     /// # Errors
     /// [`LogError::Ended`] after a terminal state, or the store's.
     pub async fn append(&self, id: &str, step: u32, body: JobEventBody) -> Result<u64, LogError> {
-        let mut jobs = self.jobs.lock();
-        let kept = jobs.get_mut(id).ok_or_else(|| LogError::Runtime(format!("no job {id}")))?;
-        let info = &mut kept.job.info;
-        if info.state.is_terminal() {
-            return Err(LogError::Ended(id.to_owned()));
-        }
-        let (seq, at_ms) = (info.last_seq + 1, now_ms());
-        (info.last_seq, info.updated_ms, info.step) = (seq, at_ms, step);
-        if let JobEventBody::State(StateEvent { state, result, failure }) = &body {
-            (info.state, info.result, info.failure) = (*state, result.clone(), failure.clone());
-        }
-        kept.events.push(JobEventInfo { seq, at_ms, body });
-        Ok(seq)
+        let json = to_json(id, "event", &body)?;
+        let (state, end) = match body {
+            JobEventBody::State(s) => {
+                let end = StoredEnd { step, result: s.result, failure: s.failure };
+                (Some(s.state.as_str()), Some(to_json(id, "result", &end)?))
+            }
+            _ => (None, None),
+        };
+        Ok(self.store.append_event(id, json, state, end).await?)
     }
 
     /// Events from a number on, at most `limit`.
@@ -131,9 +143,10 @@ impl JobLog {
     /// # Errors
     /// The store's.
     pub async fn events(&self, id: &str, from_seq: u64, limit: u32) -> Result<Vec<JobEventInfo>, LogError> {
-        let jobs = self.jobs.lock();
-        let events = jobs.get(id).map_or(&[][..], |k| k.events.as_slice());
-        Ok(events.iter().filter(|e| e.seq >= from_seq).take(limit as usize).cloned().collect())
+        let read = |EventRecord { seq, at_ms, body_json }: EventRecord| {
+            Ok(JobEventInfo { seq, at_ms, body: from_json(id, "event", &body_json)? })
+        };
+        self.store.events(id, from_seq, limit).await?.into_iter().map(read).collect()
     }
 
     /// A tenant's job.
@@ -141,7 +154,11 @@ impl JobLog {
     /// # Errors
     /// The store's.
     pub async fn get(&self, tenant: &TenantId, id: &str) -> Result<Option<JobInfo>, LogError> {
-        Ok(self.jobs.lock().get(id).filter(|k| k.job.tenant == *tenant).map(|k| k.job.info.clone()))
+        match self.store.get_job(tenant, id).await {
+            Ok(record) => Ok(Some(stored(record)?.info)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// A tenant's jobs, newest first, from after `token` on; and the next token.
@@ -155,16 +172,9 @@ impl JobLog {
         limit: u32,
         state: Option<JobState>,
     ) -> Result<(Vec<JobInfo>, Option<String>), LogError> {
-        let jobs = self.jobs.lock();
-        let wanted = |k: &&Kept| {
-            k.job.tenant == *tenant
-                && state.is_none_or(|s| k.job.info.state == s)
-                && token.is_none_or(|t| k.job.info.id.as_str() < t)
-        };
-        let page: Vec<JobInfo> =
-            jobs.values().rev().filter(wanted).take(limit as usize + 1).map(|k| k.job.info.clone()).collect();
-        let next = (page.len() > limit as usize).then(|| page[limit as usize - 1].id.clone());
-        Ok((page.into_iter().take(limit as usize).collect(), next))
+        let page = self.store.list_jobs(tenant, token.unwrap_or_default(), limit, state.map(JobState::as_str)).await?;
+        let jobs = page.jobs.into_iter().map(|r| stored(r).map(|s| s.info)).collect::<Result<_, _>>()?;
+        Ok((jobs, Some(page.next_page_token).filter(|t| !t.is_empty())))
     }
 
     /// Jobs that have not ended: at start, those that an earlier process left.
@@ -172,21 +182,48 @@ impl JobLog {
     /// # Errors
     /// The store's.
     pub async fn unfinished(&self) -> Result<Vec<StoredJob>, LogError> {
-        Ok(self.jobs.lock().values().filter(|k| !k.job.info.state.is_terminal()).map(|k| k.job.clone()).collect())
+        self.store.unfinished_jobs().await?.into_iter().map(stored).collect()
     }
 
     /// Keeps a checkpoint's bytes for as long as the job is kept.
     ///
     /// # Errors
     /// The store's.
-    pub async fn keep_checkpoint(&self, _id: &str, bytes: Bytes) -> Result<BlobId, LogError> {
-        let id = BlobId::of(&bytes);
-        self.blobs.lock().insert(id.to_string(), bytes);
-        Ok(id)
+    pub async fn keep_checkpoint(&self, id: &str, bytes: Bytes) -> Result<BlobId, LogError> {
+        let blob = self.store.put_blob(bytes).await?;
+        self.store.set_job_blob(id, "checkpoint", blob).await?;
+        Ok(blob)
     }
 }
 
-fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+fn stored(record: JobRecord) -> Result<StoredJob, LogError> {
+    let id = record.id;
+    let unreadable = |what, message: String| LogError::Unreadable { id: id.clone(), what, message };
+    let state = JobState::parse(&record.state).ok_or_else(|| unreadable("state", record.state.clone()))?;
+    let resolved = from_json(&id, "hyper-parameters", &record.resolved_json)?;
+    let end: StoredEnd = match &record.result_json {
+        Some(json) => from_json(&id, "result", json)?,
+        None => StoredEnd::default(),
+    };
+    let info = JobInfo {
+        id,
+        output_name: record.output_name,
+        state,
+        resolved,
+        step: end.step,
+        created_ms: record.created_ms,
+        updated_ms: record.updated_ms,
+        last_seq: record.last_seq,
+        result: end.result,
+        failure: end.failure,
+    };
+    Ok(StoredJob { tenant: record.tenant, info })
+}
+
+fn to_json(id: &str, what: &'static str, value: &impl Serialize) -> Result<String, LogError> {
+    serde_json::to_string(value).map_err(|e| LogError::Unreadable { id: id.to_owned(), what, message: e.to_string() })
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(id: &str, what: &'static str, json: &str) -> Result<T, LogError> {
+    serde_json::from_str(json).map_err(|e| LogError::Unreadable { id: id.to_owned(), what, message: e.to_string() })
 }

@@ -22,8 +22,15 @@ use crate::{
     delta::Task,
     ids::{DeltaId, TenantId},
     pacing::Pacer,
+    store::Store,
     train::encode::tests::byte_codec,
 };
+
+async fn log() -> (tempfile::TempDir, JobLog) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    (dir, JobLog::new(store))
+}
 
 fn tenant(name: &str) -> TenantId {
     TenantId::new(name).unwrap()
@@ -81,7 +88,8 @@ fn gap_free(events: &[JobEventInfo], from: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_runs_to_success_with_a_gap_free_replayable_stream() {
-    let (log, count) = (JobLog::default(), Arc::default());
+    let (_dir, log) = log().await;
+    let count = Arc::default();
     let trainer = trainer(&log, accept(&count), TrainerConfig::default()).await;
     let (p, prepared) = request(12);
     let a = tenant("a");
@@ -107,7 +115,8 @@ async fn a_job_runs_to_success_with_a_gap_free_replayable_stream() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
-    let (log, count) = (JobLog::default(), Arc::default());
+    let (_dir, log) = log().await;
+    let count = Arc::default();
     let config = TrainerConfig { max_concurrent_jobs: 1, max_queued_jobs: 1, max_jobs_per_tenant: 9 };
     let trainer = trainer(&log, accept(&count), config).await;
     let (p, prepared) = request(1_000_000);
@@ -130,7 +139,7 @@ async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn jobs_of_several_tenants_take_turns() {
-    let log = JobLog::default();
+    let (_dir, log) = log().await;
     let config = TrainerConfig { max_concurrent_jobs: 3, max_queued_jobs: 8, max_jobs_per_tenant: 2 };
     let trainer = trainer(&log, accept(&Arc::default()), config).await;
     let (p, prepared) = request(1_000_000);
@@ -158,7 +167,7 @@ async fn jobs_of_several_tenants_take_turns() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_publish_fails_the_job_and_keeps_its_weights() {
-    let log = JobLog::default();
+    let (_dir, log) = log().await;
     let refuse: Publisher = Arc::new(|_| {
         async { Err(PublishFailure { code: "PUBLISH_CONFLICT".into(), message: "replaced meanwhile".into() }) }.boxed()
     });
@@ -176,7 +185,8 @@ async fn a_failed_publish_fails_the_job_and_keeps_its_weights() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_diverging_job_fails_and_never_publishes() {
-    let (log, count) = (JobLog::default(), Arc::default());
+    let (_dir, log) = log().await;
+    let count = Arc::default();
     let trainer = trainer(&log, accept(&count), TrainerConfig::default()).await;
     let (p, mut prepared) = request(50);
     prepared.reply.resolved.learning_rate = 1e9;
@@ -190,7 +200,7 @@ async fn a_diverging_job_fails_and_never_publishes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_left_by_a_dead_process_ends_as_interrupted_at_the_next_start() {
-    let log = JobLog::default();
+    let (_dir, log) = log().await;
     let (p, prepared) = request(2);
     let new = NewJob {
         id: "j".into(),
@@ -212,7 +222,7 @@ async fn a_job_left_by_a_dead_process_ends_as_interrupted_at_the_next_start() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_idempotency_key_is_one_job() {
-    let log = JobLog::default();
+    let (_dir, log) = log().await;
     let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
     let (mut p, prepared) = request(3);
     p.idempotency_key = Some("k".into());
@@ -226,7 +236,8 @@ async fn one_idempotency_key_is_one_job() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_publish_delays_no_other_job() {
-    let (log, gate) = (JobLog::default(), Arc::new(Notify::new()));
+    let (_dir, log) = log().await;
+    let gate = Arc::new(Notify::new());
     let slow: Publisher = {
         let gate = Arc::clone(&gate);
         Arc::new(move |job: PublishJob| {
