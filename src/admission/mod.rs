@@ -1,9 +1,18 @@
 //! Admission: the one place that joins text, registry, engine and training.
+//!
+//! Every edge calls [`Service`]; one function per call, read from top to bottom: check, take a permit, tokenise, resolve
+//! and lease, hand over, answer. Nothing here computes; tokenising and decoding run on the blocking pool.
+
+mod catalog;
 pub mod catalog_params;
 pub mod check;
+mod encode;
+mod generate;
+mod info;
 pub mod jobs;
 pub mod params;
 mod service;
 pub mod train_params;
+mod training;
 
-pub use service::{Pieces, Service};
+pub use service::{BasePooling, Pieces, Service, ServiceLimits, ServiceParts};

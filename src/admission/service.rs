@@ -1,58 +1,256 @@
-//! The application's one entrance: every edge calls these functions.
+//! The service: what every edge holds, and the steps that all calls share.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use futures::stream::BoxStream;
+use metrics::{Gauge, gauge};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::{
-    catalog_params::{AliasParams, DeltaDetail, DownloadReply, Page, PageRequest, ServerInfo},
-    params::{
-        ClassifyParams, ClassifyReply, DeltaInfo, EmbedParams, EmbedReply, GenerateChunk, GenerateParams, ScoreParams,
-        ScoreReply, ServeError, TokenizeReply, UploadParams,
-    },
-    train_params::{DatasetInfo, DatasetUpload, JobEventInfo, JobInfo, JobState, PlanReply, TrainParams, WatchParams},
+use super::params::{Pooling, ServeError, ServedBy};
+use crate::{
+    engine::{EngineError, EngineHandle, Event, HeldDelta, Request, SubmitError, Work},
+    ids::TenantId,
+    model::Base,
+    registry::{DeltaLease, DeltaRef, Registry},
+    store::Store,
+    text::{ChatError, ChatTemplate, TextError, TextModel},
+    train::{TrainerHandle, encode::TextCodec},
 };
-use crate::ids::{DeltaId, TenantId};
 
 /// A stream of a reply's pieces; dropping it cancels the work behind it.
 pub type Pieces<T> = BoxStream<'static, Result<T, ServeError>>;
 
-/// Joins text, registry, engine and training.
-#[derive(Debug, Clone, Default)]
-pub struct Service;
+/// How the base pools by default, as its folder says.
+pub type BasePooling = Option<Pooling>;
 
-macro_rules! methods {
-    ($($(#[$doc:meta])* $name:ident($($arg:ident: $ty:ty),*) -> $out:ty;)*) => {
-        #[allow(clippy::unused_async, missing_docs, clippy::missing_errors_doc)]
-        impl Service {$(
-            pub async fn $name(&self, $($arg: $ty),*) -> Result<$out, ServeError> {
-                $(let _ = $arg;)*
-                Err(ServeError::Internal("not wired".into()))
-            }
-        )*}
-    };
+/// Limits that admission enforces or reports.
+#[derive(Debug, Clone, Copy)]
+pub struct ServiceLimits {
+    /// Sequences that may wait or run.
+    pub max_admitted: usize,
+    /// Largest message, bytes.
+    pub max_message_bytes: u64,
+    /// Largest upload, bytes.
+    pub max_upload_bytes: u64,
+    /// Requests that may wait.
+    pub max_queue: usize,
+    /// Sequences in a batch.
+    pub max_sequences: usize,
+    /// Rows of an engine step.
+    pub max_batch_tokens: usize,
+    /// Positions of the key-value cache.
+    pub kv_positions: usize,
+    /// Jobs queued or running; 0 = no training.
+    pub max_train_jobs: usize,
 }
 
-methods! {
-    generate(tenant: &TenantId, params: GenerateParams) -> Pieces<GenerateChunk>;
-    classify(tenant: &TenantId, params: ClassifyParams) -> ClassifyReply;
-    embed(tenant: &TenantId, params: EmbedParams) -> EmbedReply;
-    score(tenant: &TenantId, params: ScoreParams) -> ScoreReply;
-    tokenize(text: String, add_special: bool) -> TokenizeReply;
-    upload(tenant: &TenantId, params: UploadParams) -> DeltaInfo;
-    get_delta(tenant: &TenantId, reference: &str) -> DeltaDetail;
-    list_deltas(tenant: &TenantId, page: PageRequest, prefix: &str) -> Page<DeltaInfo>;
-    delete_delta(tenant: &TenantId, name: &str, expected: Option<DeltaId>) -> ();
-    pin(tenant: &TenantId, name: &str, pinned: bool) -> DeltaInfo;
-    set_alias(tenant: &TenantId, params: AliasParams) -> DeltaInfo;
-    download(tenant: &TenantId, reference: &str) -> DownloadReply;
-    upload_dataset(tenant: &TenantId, params: DatasetUpload) -> DatasetInfo;
-    list_datasets(tenant: &TenantId, page: PageRequest) -> Page<DatasetInfo>;
-    get_dataset(tenant: &TenantId, id: &str) -> DatasetInfo;
-    delete_dataset(tenant: &TenantId, id: &str) -> ();
-    plan(tenant: &TenantId, params: TrainParams) -> PlanReply;
-    create_job(tenant: &TenantId, params: TrainParams) -> JobInfo;
-    get_job(tenant: &TenantId, id: &str) -> JobInfo;
-    list_jobs(tenant: &TenantId, page: PageRequest, state: Option<JobState>) -> Page<JobInfo>;
-    watch_job(tenant: &TenantId, params: WatchParams) -> Pieces<JobEventInfo>;
-    cancel_job(tenant: &TenantId, id: &str) -> JobInfo;
-    server_info() -> ServerInfo;
+/// What a service is made of.
+pub struct ServiceParts {
+    /// The resident base.
+    pub base: Arc<Base>,
+    /// Its name for people.
+    pub base_name: String,
+    /// Its tokenizer.
+    pub text: Arc<TextModel>,
+    /// Its chat template.
+    pub chat: Option<Arc<ChatTemplate>>,
+    /// How its folder says to pool.
+    pub pooling: BasePooling,
+    /// What training needs of the tokenizer.
+    pub codec: TextCodec,
+    /// Deltas.
+    pub registry: Registry,
+    /// Blobs and metadata.
+    pub store: Store,
+    /// Serving's compute.
+    pub engine: EngineHandle,
+    /// Training's compute.
+    pub trainer: TrainerHandle,
+    /// Limits.
+    pub limits: ServiceLimits,
+}
+
+/// Joins text, registry, engine and training. Cheap to clone.
+#[derive(Clone)]
+pub struct Service {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) parts: ServiceParts,
+    pub(super) permits: Arc<Semaphore>,
+    pub(super) started: Instant,
+    next_id: AtomicU64,
+    queue_depth: Gauge,
+}
+
+/// What a sequence of a call has in common with its siblings.
+pub(super) struct Admitted {
+    pub(super) lease: Option<DeltaLease>,
+    pub(super) deadline: Option<Instant>,
+    pub(super) arrived: Instant,
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service").field("base", &self.inner.parts.base_name).finish_non_exhaustive()
+    }
+}
+
+impl Service {
+    /// Puts the service together.
+    pub fn new(parts: ServiceParts) -> Self {
+        let permits = Arc::new(Semaphore::new(parts.limits.max_admitted));
+        let queue_depth = gauge!("deltaserve_queue_depth", "queue" => "admission");
+        Self { inner: Arc::new(Inner { parts, permits, started: Instant::now(), next_id: AtomicU64::new(1), queue_depth }) }
+    }
+
+    pub(super) fn parts(&self) -> &ServiceParts {
+        &self.inner.parts
+    }
+
+    /// One permit per sequence, or a refusal at once: the queue is never longer than this.
+    pub(super) fn permits(&self, n: usize) -> Result<Vec<OwnedSemaphorePermit>, ServeError> {
+        let inner = &self.inner;
+        let most = inner.parts.limits.max_admitted;
+        if n > most {
+            return Err(ServeError::field("inputs", format!("{n} sequences; this server admits at most {most} at a time")));
+        }
+        let take = u32::try_from(n).unwrap_or(u32::MAX);
+        let Ok(mut all) = Arc::clone(&inner.permits).try_acquire_many_owned(take) else {
+            let free = inner.permits.available_permits();
+            return Err(ServeError::Overloaded(format!("{n} sequences asked for, {free} of {most} places are free")));
+        };
+        inner.queue_depth.set((most - inner.permits.available_permits()) as f64);
+        Ok((0..n).filter_map(|_| all.split(1)).collect())
+    }
+
+    /// The delta of a call: nothing for an empty reference, never the base for an unknown one.
+    pub(super) async fn lease(&self, tenant: &TenantId, reference: &str) -> Result<Option<DeltaLease>, ServeError> {
+        if reference.is_empty() {
+            return Ok(None);
+        }
+        let wanted: DeltaRef = reference.parse().map_err(ServeError::from)?;
+        Ok(Some(self.parts().registry.lease(tenant, &wanted).await?))
+    }
+
+    /// The call's delta and deadline; a call that is late already is not started.
+    pub(super) async fn admit(
+        &self,
+        tenant: &TenantId,
+        reference: &str,
+        arrived: Instant,
+        timeout: Option<Duration>,
+    ) -> Result<Admitted, ServeError> {
+        let deadline = timeout.and_then(|t| arrived.checked_add(t));
+        let lease = self.lease(tenant, reference);
+        let lease = match deadline {
+            Some(at) => match tokio::time::timeout_at(at.into(), lease).await {
+                Ok(lease) => lease?,
+                Err(_) => return Err(ServeError::DeadlineExceeded(arrived.elapsed())),
+            },
+            None => lease.await?,
+        };
+        Ok(Admitted { lease, deadline, arrived })
+    }
+
+    /// Hands one sequence to the engine.
+    pub(super) fn submit(
+        &self,
+        tokens: Vec<u32>,
+        token_types: Option<Vec<u32>>,
+        work: Work,
+        admitted: &Admitted,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<mpsc::Receiver<Event>, ServeError> {
+        let (events, receiver) = mpsc::channel(work.events());
+        let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
+        let request = Request {
+            id: self.inner.next_id.fetch_add(1, Ordering::Relaxed),
+            tokens,
+            token_types,
+            delta,
+            work,
+            deadline: admitted.deadline,
+            events,
+            permit: Some(permit),
+            arrived: admitted.arrived,
+        };
+        self.parts().engine.submit(request)?;
+        Ok(receiver)
+    }
+
+    /// Runs text work on the blocking pool.
+    pub(super) async fn blocking<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ServiceParts) -> Result<R, ServeError> + Send + 'static,
+    ) -> Result<R, ServeError> {
+        let this = self.clone();
+        match tokio::task::spawn_blocking(move || work(this.parts())).await {
+            Ok(result) => result,
+            Err(e) => Err(ServeError::Internal(format!("text work ended early: {e}"))),
+        }
+    }
+
+    /// Longest sequence, prompt and output together.
+    pub(super) fn context(&self) -> usize {
+        self.parts().engine.max_positions()
+    }
+}
+
+impl Admitted {
+    /// What every inference response says of its delta.
+    pub(super) fn served_by(&self) -> ServedBy {
+        match &self.lease {
+            Some(lease) => {
+                let v = lease.version();
+                ServedBy { name: v.name.to_string(), number: v.number, id: Some(lease.id()) }
+            }
+            None => ServedBy { name: String::new(), number: 0, id: None },
+        }
+    }
+}
+
+impl From<SubmitError> for ServeError {
+    fn from(e: SubmitError) -> Self {
+        match e {
+            SubmitError::Invalid(m) => Self::field("request", m),
+            SubmitError::Overloaded(_) => Self::Overloaded(e.to_string()),
+            SubmitError::Draining => Self::Draining,
+            SubmitError::Stopped => Self::Internal(e.to_string()),
+        }
+    }
+}
+
+impl From<EngineError> for ServeError {
+    fn from(e: EngineError) -> Self {
+        match e {
+            EngineError::Internal(_) | EngineError::NonFinite => Self::Internal(e.to_string()),
+            EngineError::NoHead => Self::WrongTask(e.to_string()),
+            EngineError::DeadlineExceeded(after) => Self::DeadlineExceeded(after),
+            EngineError::Draining => Self::Draining,
+        }
+    }
+}
+
+/// A text error of a named field.
+pub(super) fn text_error(field: &str, e: &TextError) -> ServeError {
+    match e {
+        TextError::TooLong { .. } | TextError::Encode(_) => ServeError::field(field, e.to_string()),
+        _ => ServeError::Internal(e.to_string()),
+    }
+}
+
+/// A chat error of a named field.
+pub(super) fn chat_error(field: &str, e: &ChatError) -> ServeError {
+    match e {
+        ChatError::Text(e) => text_error(field, e),
+        _ => ServeError::field(field, e.to_string()),
+    }
 }

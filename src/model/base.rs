@@ -89,6 +89,15 @@ impl Base {
         })
     }
 
+    /// `cpu`, or `cuda:0` and so on.
+    pub fn device_name(&self) -> String {
+        match self.device.location() {
+            candle_core::DeviceLocation::Cpu => "cpu".into(),
+            candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+            candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+        }
+    }
+
     /// The frozen matrix of a linear site as `[in, out]` (possibly strided), and its bias.
     ///
     /// # Errors

@@ -251,6 +251,11 @@ impl TrainerHandle {
         Ok(JobInfo { last_seq: seq, ..job.info })
     }
 
+    /// Jobs that are queued, running or publishing.
+    pub fn unfinished(&self) -> usize {
+        self.shared.live.lock().len()
+    }
+
     /// Ends a job: at once if it waits, within a micro-step if it trains, not at all if it is being published. Returns
     /// the job as it is then; its terminal event follows.
     ///

@@ -1,0 +1,244 @@
+//! Generate: a prompt in, streamed continuations out.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt as _, stream};
+use tokio::sync::mpsc;
+
+use super::{
+    params::{
+        FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage,
+    },
+    service::{Pieces, Service, ServiceParts, chat_error, text_error},
+};
+use crate::{
+    delta::Task,
+    engine::{self, Event, TokenOut, Work},
+    ids::TenantId,
+    text::{DecodeStream, StopStrings, TextModel},
+};
+
+impl Service {
+    /// Continues a prompt, `n` times.
+    ///
+    /// # Errors
+    /// Every kind of [`ServeError`]; after the stream has begun they come through it.
+    pub async fn generate(&self, tenant: &TenantId, params: GenerateParams) -> Result<Pieces<GenerateChunk>, ServeError> {
+        let arrived = Instant::now();
+        params.check()?;
+        let arch = &self.parts().base.arch;
+        if !arch.is_causal() {
+            return Err(ServeError::WrongTask(format!("the base is a {} encoder, which does not generate", arch.family)));
+        }
+        let permits = self.permits(params.n as usize)?;
+        let prompt = params.prompt.clone();
+        let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
+        let (len, new) = (tokens.len(), params.max_new_tokens as usize);
+        if len + new > self.context() {
+            let limit = self.context();
+            return Err(ServeError::field(
+                "max_new_tokens",
+                format!("{len} prompt tokens + {new} new tokens = {} exceed the context of {limit}", len + new),
+            ));
+        }
+        let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        if let Some(lease) = &admitted.lease {
+            let task = lease.delta().spec.task;
+            if matches!(task, Task::SeqCls | Task::TokenCls) {
+                let name = &params.delta;
+                return Err(ServeError::WrongTask(format!("delta {name:?} is for {}, not for generation", task.as_str())));
+            }
+        }
+        let seed = params.sampling.seed.unwrap_or_else(rand::random);
+        let stop_tokens: Vec<u32> = match params.ignore_eos {
+            true => params.stop_tokens.clone(),
+            false => params.stop_tokens.iter().chain(&self.eos()).copied().collect(),
+        };
+        let mut continuations = Vec::with_capacity(permits.len());
+        for (index, permit) in (0u32..).zip(permits) {
+            let seed = seed.wrapping_add(u64::from(index));
+            let mut sampling = params.sampling.clone();
+            sampling.seed = Some(seed);
+            let work = Work::Generate(engine::Generate {
+                sampling,
+                max_new_tokens: new,
+                stop_tokens: stop_tokens.clone(),
+                logprobs: params.logprobs.map(|n| n as usize),
+            });
+            let events = self.submit(tokens.clone(), None, work, &admitted, permit)?;
+            let text = Arc::clone(&self.parts().text);
+            continuations.push(Continuation {
+                index,
+                seed,
+                events,
+                decode: Some(DecodeStream::new(Arc::clone(&text))),
+                stop: Some(StopStrings::new(params.stop.clone())),
+                logprobs: params.logprobs.is_some(),
+                text,
+                served_by: admitted.served_by(),
+                usage: Usage { prompt_tokens: len as u32, completion_tokens: 0 },
+                clock: Clock { arrived, first: None },
+                ready: VecDeque::new(),
+                over: false,
+            });
+        }
+        let streams = continuations.into_iter().map(|c| {
+            stream::unfold(c, |mut c| async move { c.next().await.map(|piece| (piece, c)) }).boxed()
+        });
+        Ok(stream::select_all(streams).boxed())
+    }
+
+    /// Tokens that end a text: those of the config and the tokenizer's.
+    fn eos(&self) -> Vec<u32> {
+        let parts = self.parts();
+        let mut eos = parts.base.arch.eos.clone();
+        eos.extend(parts.text.special().eos.filter(|id| !eos.contains(id)));
+        eos
+    }
+}
+
+/// Ids of a prompt; an empty one is an error that says so.
+fn tokenize(parts: &ServiceParts, prompt: &Prompt) -> Result<Vec<u32>, ServeError> {
+    let tokens = match prompt {
+        Prompt::Text(text) => parts.text.encode_user(text, true).map_err(|e| text_error("prompt", &e))?,
+        Prompt::Tokens(ids) => ids.clone(),
+        Prompt::Chat(messages) => {
+            let Some(template) = &parts.chat else {
+                return Err(ServeError::field(
+                    "prompt.chat",
+                    "this base has no chat template; send the prompt as text or tokens",
+                ));
+            };
+            template.encode(messages, true, &parts.text).map_err(|e| chat_error("prompt.chat", &e))?
+        }
+    };
+    let vocab = parts.base.arch.vocab;
+    if let Some((at, id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab) {
+        return Err(ServeError::field(
+            format!("prompt.tokens[{at}]"),
+            format!("token {id} is outside the base's vocabulary of {vocab}"),
+        ));
+    }
+    if tokens.is_empty() {
+        return Err(ServeError::field("prompt", "is empty: at least one token is needed"));
+    }
+    Ok(tokens)
+}
+
+/// Times of a continuation that ends outside the engine (at a stop text).
+struct Clock {
+    arrived: Instant,
+    first: Option<Instant>,
+}
+
+impl Clock {
+    fn timings(&self) -> Timings {
+        let first = self.first.unwrap_or_else(Instant::now);
+        Timings { queue: Duration::ZERO, prefill: first - self.arrived, decode: first.elapsed() }
+    }
+}
+
+/// One continuation: engine events in, chunks out. Dropping it closes the channel, which frees the sequence.
+struct Continuation {
+    index: u32,
+    seed: u64,
+    events: mpsc::Receiver<Event>,
+    decode: Option<DecodeStream>,
+    stop: Option<StopStrings>,
+    logprobs: bool,
+    text: Arc<TextModel>,
+    served_by: ServedBy,
+    usage: Usage,
+    clock: Clock,
+    ready: VecDeque<Result<GenerateChunk, ServeError>>,
+    over: bool,
+}
+
+impl Continuation {
+    async fn next(&mut self) -> Option<Result<GenerateChunk, ServeError>> {
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                return Some(piece);
+            }
+            if self.over {
+                return None;
+            }
+            match self.events.recv().await {
+                Some(Event::Token(token)) => self.token(&token),
+                Some(Event::Finished(end)) => self.finish(end.reason, end.usage, end.timings),
+                Some(Event::Failed(e)) => self.fail(e.into()),
+                Some(Event::Output(..)) => self.fail(ServeError::Internal("the engine mixed up its work".into())),
+                None => self.fail(ServeError::Internal("the engine has stopped".into())),
+            }
+        }
+    }
+
+    fn fail(&mut self, e: ServeError) {
+        self.over = true;
+        self.ready.push_back(Err(e));
+    }
+
+    fn token(&mut self, token: &TokenOut) {
+        self.clock.first.get_or_insert_with(Instant::now);
+        self.usage.completion_tokens += 1;
+        let (Some(decode), Some(stop)) = (&mut self.decode, &mut self.stop) else { return };
+        let piece = match decode.push(token.id) {
+            Ok(piece) => piece.unwrap_or_default(),
+            Err(e) => return self.fail(ServeError::Internal(e.to_string())),
+        };
+        let outcome = stop.push(&piece);
+        let logprobs = if self.logprobs { vec![self.logprob(token)] } else { vec![] };
+        // a token whose text is held back still counts: ids stream as they come, text when it is certain
+        self.push(outcome.text, vec![token.id], logprobs);
+        if outcome.matched.is_some() {
+            self.events.close();
+            self.end(FinishReason::StopText, self.usage, self.clock.timings());
+        }
+    }
+
+    fn logprob(&self, token: &TokenOut) -> TokenLogprob {
+        let named = |id: u32| self.text.token_text(id);
+        TokenLogprob {
+            id: token.id,
+            text: named(token.id),
+            logprob: token.logprob,
+            top: token.top.iter().map(|&(id, p)| (id, named(id), p)).collect(),
+        }
+    }
+
+    fn push(&mut self, text: String, token_ids: Vec<u32>, logprobs: Vec<TokenLogprob>) {
+        self.ready.push_back(Ok(GenerateChunk::Delta { index: self.index, text, token_ids, logprobs }));
+    }
+
+    /// The engine is done: what was held back is text now, unless it completes a stop text.
+    fn finish(&mut self, reason: FinishReason, usage: Usage, timings: Timings) {
+        let rest = match self.decode.take().map(DecodeStream::finish) {
+            Some(Ok(rest)) => rest.unwrap_or_default(),
+            Some(Err(e)) => return self.fail(ServeError::Internal(e.to_string())),
+            None => String::new(),
+        };
+        let mut reason = reason;
+        if let Some(mut stop) = self.stop.take() {
+            let outcome = stop.push(&rest);
+            let mut text = outcome.text;
+            match outcome.matched {
+                Some(_) => reason = FinishReason::StopText,
+                None => text += &stop.finish(),
+            }
+            if !text.is_empty() {
+                self.push(text, vec![], vec![]);
+            }
+        }
+        self.end(reason, usage, timings);
+    }
+
+    fn end(&mut self, reason: FinishReason, usage: Usage, timings: Timings) {
+        self.over = true;
+        let (index, seed, served_by) = (self.index, self.seed, self.served_by.clone());
+        self.ready.push_back(Ok(GenerateChunk::Finished { index, reason, usage, timings, served_by, seed }));
+    }
+}

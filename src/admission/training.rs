@@ -1,0 +1,208 @@
+//! Datasets and jobs.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+
+use super::{
+    catalog_params::{Page, PageRequest},
+    params::ServeError,
+    service::{Pieces, Service},
+    train_params::{
+        DatasetInfo, DatasetUpload, JobEventInfo, JobInfo, JobState, PlanReply, TrainData, TrainParams, Validation,
+        WatchParams,
+    },
+};
+use crate::{
+    ids::TenantId,
+    store::{DatasetRecord, NewDataset},
+    train::{
+        BaseInfo, Inputs, Prepared, TrainError, dataset::Dataset, joblog::LogError, prepare, spec::BaseShape,
+    },
+};
+
+fn dataset_info(d: &DatasetRecord) -> DatasetInfo {
+    DatasetInfo {
+        id: d.id.clone(),
+        name: d.name.clone(),
+        format: d.format.clone(),
+        rows: d.rows,
+        bytes: d.bytes,
+        digest: d.blob.to_string(),
+        created_ms: d.created_ms,
+    }
+}
+
+impl Service {
+    /// Stores a dataset after checking every line.
+    ///
+    /// # Errors
+    /// All problems of the data, with line numbers.
+    pub async fn upload_dataset(&self, tenant: &TenantId, upload: DatasetUpload) -> Result<DatasetInfo, ServeError> {
+        let data = upload.data.clone();
+        let (format, rows) = self
+            .blocking(move |_| {
+                let (dataset, report) = Dataset::parse(&data);
+                match (report.is_ok(), dataset.format) {
+                    (true, Some(format)) => Ok((format.as_str().to_owned(), dataset.rows.len() as u64)),
+                    _ => Err(ServeError::Invalid(report.violations("data"))),
+                }
+            })
+            .await?;
+        let store = &self.parts().store;
+        let bytes = upload.data.len() as u64;
+        let blob = store.put_blob(upload.data).await?;
+        let record = store.put_dataset(tenant, NewDataset { name: upload.name, blob, format, rows, bytes }).await?;
+        Ok(dataset_info(&record))
+    }
+
+    /// The tenant's datasets, by id.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn list_datasets(&self, tenant: &TenantId, page: PageRequest) -> Result<Page<DatasetInfo>, ServeError> {
+        let mut all = self.parts().store.list_datasets(tenant).await?;
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        if let Some(after) = &page.token {
+            all.retain(|d| d.id > *after);
+        }
+        let more = all.len() > page.size as usize;
+        all.truncate(page.size as usize);
+        let next = if more { all.last().map(|d| d.id.clone()) } else { None };
+        Ok(Page { items: all.iter().map(dataset_info).collect(), next })
+    }
+
+    /// One dataset.
+    ///
+    /// # Errors
+    /// Unknown, or another tenant's.
+    pub async fn get_dataset(&self, tenant: &TenantId, id: &str) -> Result<DatasetInfo, ServeError> {
+        Ok(dataset_info(&self.parts().store.get_dataset(tenant, id).await?))
+    }
+
+    /// Deletes a dataset. Jobs that were made from it have their own copy of what they need.
+    ///
+    /// # Errors
+    /// Unknown, or another tenant's.
+    pub async fn delete_dataset(&self, tenant: &TenantId, id: &str) -> Result<(), ServeError> {
+        Ok(self.parts().store.delete_dataset(tenant, id).await?)
+    }
+
+    /// Everything that a job would do, without doing it.
+    ///
+    /// # Errors
+    /// All problems of the request and of its data.
+    pub async fn plan(&self, tenant: &TenantId, params: TrainParams) -> Result<PlanReply, ServeError> {
+        Ok(self.prepare(tenant, Arc::new(params)).await?.reply)
+    }
+
+    /// Enqueues a training job.
+    ///
+    /// # Errors
+    /// All problems of the request and of its data; too many jobs; a reused idempotency key.
+    pub async fn create_job(&self, tenant: &TenantId, params: TrainParams) -> Result<JobInfo, ServeError> {
+        if self.parts().limits.max_train_jobs == 0 {
+            return Err(ServeError::WrongTask("this server runs without training (--max-train-jobs 0)".into()));
+        }
+        let params = Arc::new(params);
+        let prepared = self.prepare(tenant, Arc::clone(&params)).await?;
+        Ok(self.parts().trainer.create(tenant, &params, &prepared).await?)
+    }
+
+    /// Fetches the data and resolves the request.
+    async fn prepare(&self, tenant: &TenantId, params: Arc<TrainParams>) -> Result<Prepared, ServeError> {
+        params.check()?;
+        let train = self.data(tenant, &params.data).await?;
+        let validation = match &params.validation {
+            Some(Validation::Data(data)) => Some(self.data(tenant, data).await?),
+            _ => None,
+        };
+        self.blocking(move |parts| {
+            let base = &parts.base;
+            let shape = BaseShape {
+                sites: &base.sites,
+                hidden: base.arch.hidden,
+                vocab: base.arch.vocab,
+                causal: base.arch.is_causal(),
+            };
+            let info = BaseInfo { shape, max_positions: base.arch.max_positions };
+            let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref() };
+            prepare(inputs, info, &parts.codec).map_err(ServeError::Invalid)
+        })
+        .await
+    }
+
+    /// The bytes of a request's data.
+    async fn data(&self, tenant: &TenantId, data: &TrainData) -> Result<Bytes, ServeError> {
+        match data {
+            TrainData::Jsonl(text) => Ok(Bytes::from(text.clone().into_bytes())),
+            TrainData::Dataset(id) => {
+                let store = &self.parts().store;
+                let record = store.get_dataset(tenant, id).await?;
+                Ok(store.get_blob(record.blob).await?)
+            }
+        }
+    }
+
+    /// One job.
+    ///
+    /// # Errors
+    /// Unknown, or another tenant's.
+    pub async fn get_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
+        Ok(self.parts().trainer.get(tenant, id).await?)
+    }
+
+    /// The tenant's jobs, newest first.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn list_jobs(
+        &self,
+        tenant: &TenantId,
+        page: PageRequest,
+        state: Option<JobState>,
+    ) -> Result<Page<JobInfo>, ServeError> {
+        let (items, next) = self.parts().trainer.list(tenant, page.token.as_deref(), page.size, state).await?;
+        Ok(Page { items, next })
+    }
+
+    /// A job's events from a sequence number on: replayed, then followed, until the terminal one.
+    ///
+    /// # Errors
+    /// Unknown, or another tenant's.
+    pub async fn watch_job(&self, tenant: &TenantId, params: WatchParams) -> Result<Pieces<JobEventInfo>, ServeError> {
+        let watch = self.parts().trainer.watch(tenant, &params.job, params.from_seq).await?;
+        let events = stream::unfold(Some(watch), |watch| async move {
+            let mut watch = watch?;
+            match watch.next().await {
+                Ok(Some(event)) => Some((Ok(event), Some(watch))),
+                Ok(None) => None,
+                Err(e) => Some((Err(TrainError::from(e).into()), None)),
+            }
+        });
+        Ok(events.boxed())
+    }
+
+    /// Ends a job.
+    ///
+    /// # Errors
+    /// Unknown, or another tenant's.
+    pub async fn cancel_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
+        Ok(self.parts().trainer.cancel(tenant, id).await?)
+    }
+}
+
+impl From<TrainError> for ServeError {
+    fn from(e: TrainError) -> Self {
+        match e {
+            TrainError::Overloaded(m) => Self::Overloaded(m),
+            TrainError::Draining => Self::Draining,
+            TrainError::NotFound(name) => Self::NotFound { kind: "job", name },
+            TrainError::Log(LogError::IdempotencyConflict(key)) => Self::IdempotencyConflict(key),
+            TrainError::Log(LogError::Ended(id)) => Self::Conflict(format!("job {id} has ended")),
+            TrainError::Log(LogError::Store(e)) => e.into(),
+            TrainError::Log(e) => Self::Internal(e.to_string()),
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The composition root: the only file that names every subsystem. Starts them, waits for a signal, drains.
+
+mod base;
+
+use std::{net::SocketAddr, path::Path, sync::Arc, thread, time::Duration};
+
+use anyhow::Context as _;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+
+use crate::{
+    admission::{
+        Service, ServiceLimits, ServiceParts,
+        params::{PublishPolicy, ServeError, UploadParams},
+    },
+    config::Config,
+    engine::{self, EngineConfig, EngineHandle},
+    grpc, http,
+    ids::{DeltaName, TenantId},
+    interop::{self, EncodeMeta, InteropError},
+    kv::PAGE_SIZE,
+    model::Base,
+    pacing::Pacer,
+    registry::{LoadError, Loader, Publication, Registry, RegistryConfig},
+    shutdown::{self, Drain},
+    store::{Origin, Store},
+    telemetry,
+    train::{
+        PublishFailure, PublishJob, Published, Publisher, TrainerConfig, TrainerHandle, TrainerParts, joblog::JobLog,
+    },
+};
+
+/// The tenant that sample deltas belong to.
+pub const DEFAULT_TENANT: &str = "default";
+/// Most memory that the cache takes unless it is told otherwise.
+const DEFAULT_KV_BYTES: usize = 1 << 30;
+/// How often the engine's thread is looked after.
+const WATCHDOG: Duration = Duration::from_millis(500);
+
+/// Runs a server until SIGTERM or ctrl-c.
+///
+/// # Errors
+/// If a part cannot start or fails.
+pub async fn serve(config: Config) -> anyhow::Result<()> {
+    telemetry::init_logs(config.log_format, &config.log_filter).context("start the log")?;
+    let metrics = telemetry::init_metrics().context("start the metrics")?;
+    let started = std::time::Instant::now();
+    let server = start(config, Some(metrics)).await?;
+    tracing::info!(grpc = %server.grpc, http = ?server.http, seconds = started.elapsed().as_secs_f32(), "ready");
+    let engine = server.engine.clone();
+    let dead = async move {
+        while engine.is_alive() {
+            tokio::time::sleep(WATCHDOG).await;
+        }
+    };
+    tokio::select! {
+        signal = shutdown::signal() => tracing::info!(signal = signal.context("wait for signals")?, "draining"),
+        () = dead => {
+            server.ready.send_replace(false);
+            anyhow::bail!("the engine thread ended; nothing can be served");
+        }
+    }
+    server.stop().await
+}
+
+/// A server that runs in this process.
+pub struct Server {
+    /// Where gRPC listens.
+    pub grpc: SocketAddr,
+    /// Where metrics and probes are.
+    pub http: Option<SocketAddr>,
+    /// What the edges call.
+    pub service: Service,
+    engine: EngineHandle,
+    trainer: TrainerHandle,
+    store: Store,
+    drain: Drain,
+    grace: Duration,
+    ready: watch::Sender<bool>,
+    edge: JoinHandle<Result<(), grpc::GrpcError>>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Server {
+    /// Stops taking calls, lets running ones finish within the grace period, then ends everything.
+    ///
+    /// # Errors
+    /// If the gRPC edge failed.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.ready.send_replace(false);
+        self.drain.finish().await;
+        self.trainer.drain(self.grace).await;
+        self.engine.shutdown(Duration::ZERO);
+        let edge = self.edge.await.context("the gRPC edge")?;
+        drop((self.service, self.trainer, self.engine));
+        let threads = self.threads;
+        let joined = tokio::task::spawn_blocking(move || {
+            threads.into_iter().for_each(|t| {
+                let name = t.thread().name().unwrap_or("?").to_owned();
+                if t.join().is_err() {
+                    tracing::error!(thread = name, "ended by a panic");
+                }
+            });
+        });
+        if tokio::time::timeout(Duration::from_secs(10), joined).await.is_err() {
+            tracing::warn!("a compute thread did not end in time");
+        }
+        self.store.close().await;
+        Ok(edge?)
+    }
+}
+
+/// Starts every part and begins to serve.
+///
+/// # Errors
+/// If a part cannot start.
+pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow::Result<Server> {
+    crate::train::metrics::describe();
+    let parts = base::load(&config.base).await?;
+    let base = Arc::clone(&parts.base);
+    let store = Store::open(&config.data_dir).await.context("open the data directory")?;
+    let registry_config = RegistryConfig { max_resident_bytes: config.max_resident_bytes, ..RegistryConfig::default() };
+    let registry = Registry::open(store.clone(), base.fingerprint, loader(&base), registry_config)
+        .await
+        .context("open the registry")?;
+    let pacer = Arc::new(Pacer::new(config.train.max_yield));
+    let engine_config = engine_config(&config, &base);
+    let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
+    let publisher = publisher(&base, &parts.name, &registry);
+    let trainer_parts =
+        TrainerParts { base: Arc::clone(&base), pacer, log: JobLog::new(store.clone()), publisher };
+    let trainer_config = TrainerConfig { max_queued_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
+    let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
+    let limits = ServiceLimits {
+        max_admitted: config.engine.max_queue + config.engine.max_sequences,
+        max_message_bytes: config.grpc.max_message_bytes as u64,
+        max_upload_bytes: config.grpc.max_upload_bytes,
+        max_queue: config.engine.max_queue,
+        max_sequences: engine_config.max_sequences,
+        max_batch_tokens: engine_config.max_batch_tokens,
+        kv_positions: engine_config.kv_pages * PAGE_SIZE,
+        max_train_jobs: config.train.max_jobs,
+    };
+    let service = Service::new(ServiceParts {
+        base,
+        base_name: parts.name,
+        text: parts.text,
+        chat: parts.chat,
+        pooling: parts.pooling,
+        codec: parts.codec,
+        registry,
+        store: store.clone(),
+        engine: engine.clone(),
+        trainer: trainer.clone(),
+        limits,
+    });
+    if let Some(dir) = &config.adapters_dir {
+        register_samples(&service, dir).await?;
+    }
+    let drain = Drain::new(config.drain);
+    let (ready, readiness) = watch::channel(false);
+    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
+    let grpc = listener.local_addr()?;
+    let http = match (config.http, metrics) {
+        (Some(address), Some(metrics)) => {
+            let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
+            let local = listener.local_addr()?;
+            drain.spawn(http::serve(listener, metrics, readiness.clone(), drain.clone()));
+            Some(local)
+        }
+        _ => None,
+    };
+    let edge = tokio::spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
+    ready.send_replace(true);
+    Ok(Server {
+        grpc,
+        http,
+        service,
+        engine,
+        trainer,
+        store,
+        drain,
+        grace: config.drain,
+        ready,
+        edge,
+        threads: vec![engine_thread, trainer_thread],
+    })
+}
+
+/// The engine's sizes; the cache holds every sequence at full length unless that takes more than a gibibyte.
+fn engine_config(config: &Config, base: &Base) -> EngineConfig {
+    let arch = &base.arch;
+    let sequences = config.engine.max_sequences.min(config.engine.max_batch_tokens);
+    let bytes_per_position = (2 * arch.layers * arch.kv_width() * base.dtype.size_in_bytes()).max(1);
+    let wanted = sequences * arch.max_positions;
+    let default = wanted.min(DEFAULT_KV_BYTES / bytes_per_position).max(arch.max_positions);
+    let positions = config.engine.kv_positions.unwrap_or(default);
+    EngineConfig {
+        max_batch_tokens: config.engine.max_batch_tokens,
+        max_sequences: sequences,
+        kv_pages: positions.div_ceil(PAGE_SIZE),
+        queue: config.engine.max_queue + config.engine.max_sequences,
+        ..EngineConfig::default()
+    }
+}
+
+/// Decodes stored files for this base.
+fn loader(base: &Arc<Base>) -> Loader {
+    let base = Arc::clone(base);
+    Arc::new(move |files| {
+        interop::decode(files, &base).map_err(|e| match e {
+            InteropError::BaseMismatch(m) => LoadError::BaseMismatch(m),
+            InteropError::Tensor(m) => LoadError::Failed(m),
+            other => LoadError::Invalid(other.to_string()),
+        })
+    })
+}
+
+/// Turns a finished delta into files and publishes them.
+fn publisher(base: &Arc<Base>, base_name: &str, registry: &Registry) -> Publisher {
+    let (base, base_name, registry) = (Arc::clone(base), base_name.to_owned(), registry.clone());
+    Arc::new(move |job: PublishJob| {
+        let (base, base_name, registry) = (Arc::clone(&base), base_name.clone(), registry.clone());
+        Box::pin(async move {
+            let failure = |code: &str, message: String| PublishFailure { code: code.into(), message };
+            let PublishJob { job, tenant, name, policy, delta, input } = job;
+            let meta = EncodeMeta { base_name, rslora: input.rslora, dropout: input.dropout };
+            // what is served later is what these files say: they are read back before anybody sees them
+            let encode = move || {
+                let files = interop::encode(&delta, &base, &meta)?;
+                let spec = interop::decode(&files, &base)?.spec;
+                Ok::<_, InteropError>((files, spec))
+            };
+            let encoded = tokio::task::spawn_blocking(encode).await.map_err(|e| failure("INTERNAL", e.to_string()))?;
+            let (files, spec) = encoded.map_err(|e| failure("INTERNAL", e.to_string()))?;
+            let name = DeltaName::new(&name).map_err(|e| failure("INVALID_REQUEST", format!("name {e}")))?;
+            let publication = Publication { name, files, spec, policy, origin: Origin::Job(job) };
+            let version = registry
+                .publish(&tenant, publication)
+                .await
+                .map_err(|e| { let e = ServeError::from(e); failure(e.reason(), e.to_string()) })?;
+            Ok(Published { number: version.number, id: version.id })
+        })
+    })
+}
+
+/// Registers each sub-folder under its name unless the name is taken; a folder that is not for this base is passed over
+/// with a warning, since samples are made for one base.
+async fn register_samples(service: &Service, dir: &Path) -> anyhow::Result<()> {
+    let tenant = TenantId::new(DEFAULT_TENANT).context("the default tenant")?;
+    let mut entries = tokio::fs::read_dir(dir).await.with_context(|| format!("read {}", dir.display()))?;
+    while let Some(entry) = entries.next_entry().await? {
+        if !entry.file_type().await?.is_dir() {
+            continue;
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let mut files = std::collections::BTreeMap::new();
+        let mut folder = tokio::fs::read_dir(entry.path()).await?;
+        while let Some(file) = folder.next_entry().await? {
+            let file_name = file.file_name().to_string_lossy().into_owned();
+            if file.file_type().await?.is_file() {
+                files.insert(file_name, tokio::fs::read(file.path()).await?.into());
+            }
+        }
+        let params = UploadParams { name: name.clone(), policy: PublishPolicy::Create, labels: vec![], files };
+        match service.publish(&tenant, params, Origin::Sample).await {
+            Ok(delta) => tracing::info!(delta = name, number = delta.number, "registered a sample delta"),
+            Err(ServeError::AlreadyExists(_)) => {}
+            Err(error) => tracing::warn!(delta = name, %error, "sample delta was passed over"),
+        }
+    }
+    Ok(())
+}
