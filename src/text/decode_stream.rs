@@ -16,6 +16,9 @@ const MAX_HELD: usize = 3;
 /// characters while its last character is incomplete, so the whole run waits; garbage is sent on after this many.
 const MAX_PENDING: usize = 32;
 
+/// Tokens of a prompt that give the first new token its neighbours.
+const CONTEXT: usize = 6;
+
 /// Streamed detokenisation of one sequence.
 #[derive(Debug, Clone)]
 pub struct DecodeStream {
@@ -31,6 +34,23 @@ impl DecodeStream {
     /// A stream with nothing decoded yet.
     pub fn new(text: Arc<TextModel>) -> Self {
         Self { text, window: Vec::new(), known: 0, emitted: String::new() }
+    }
+
+    /// A stream that goes on after a prompt, whose text it does not emit: so the first word keeps its space. Only the
+    /// prompt's last tokens are looked at.
+    ///
+    /// # Errors
+    /// Ids that the tokenizer's decoder refuses.
+    pub fn after(text: Arc<TextModel>, prompt: &[u32]) -> Result<Self, TextError> {
+        let mut window: Vec<u32> =
+            prompt.iter().rev().filter(|id| !text.is_silent(**id)).take(CONTEXT).copied().collect();
+        window.reverse();
+        let emitted = text.decode(&window)?;
+        if emitted.is_empty() || emitted.ends_with(char::REPLACEMENT_CHARACTER) {
+            // nothing to lean on, or a character that the prompt leaves open
+            return Ok(Self::new(text));
+        }
+        Ok(Self { text, known: window.len(), window, emitted })
     }
 
     /// Takes the next token; returns new text, if there is any that later tokens cannot change.
@@ -166,6 +186,30 @@ mod tests {
                     if !byte_fallback || !whole.contains('\u{FFFD}') {
                         prop_assert_eq!(streamed, whole);
                     }
+                    Ok(())
+                });
+                checked.expect("law holds");
+            });
+        }
+    }
+
+    #[test]
+    fn a_stream_after_a_prompt_emits_what_follows_it() {
+        for model in models() {
+            run(100, |runner| {
+                let checked = runner.run(&("[a-z]{1,6}( [a-zA-Zé€.,']{1,9}){0,12}", 0.0f64..1.0), |(text, at)| {
+                    let ids = model.encode_user(&text, true).expect("encodes");
+                    let (prompt, rest) = ids.split_at((ids.len() as f64 * at) as usize);
+                    let before = model.decode(prompt).expect("decodes");
+                    let whole = model.decode(&ids).expect("decodes");
+                    let Some(expected) = whole.strip_prefix(&before) else { return Ok(()) };
+                    let mut stream = DecodeStream::after(Arc::clone(&model), prompt).expect("decodes");
+                    let mut out = String::new();
+                    for &id in rest {
+                        out.extend(stream.push(id).expect("decodes"));
+                    }
+                    out.extend(stream.finish().expect("decodes"));
+                    prop_assert_eq!(out, expected);
                     Ok(())
                 });
                 checked.expect("law holds");

@@ -125,3 +125,44 @@ fn log_probabilities_belong_to_the_greedy_choice() {
         assert!(token.logprob <= 0.0 && token.top.windows(2).all(|w| w[0].1 >= w[1].1));
     }
 }
+
+#[test]
+fn a_real_model_tells_its_story_letter_for_letter_through_the_stream() {
+    use crate::{
+        model::LoadOptions,
+        text::{DecodeStream, testing::shared},
+    };
+    let Some(text) = shared("stories260k-llama") else { return };
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/models/stories260k-llama");
+    let golden: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(dir.join("golden.json")).expect("golden")).expect("json");
+    let ids = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).expect("ids") };
+    let base = Arc::new(Base::load(&dir, &LoadOptions::default()).expect("loads"));
+    let engine = Engine::new(&base, EngineConfig { prefill_chunk: 3, ..roomy() });
+    let cases: Vec<_> = golden["prompts"].as_array().expect("prompts").iter().collect();
+    let jobs: Vec<Job> = cases
+        .iter()
+        .map(|case| {
+            let prompt = text.encode_user(case["prompt"].as_str().expect("prompt"), true).expect("encodes");
+            assert_eq!(prompt, ids(&case["prompt_ids"]));
+            Job::new(prompt, greedy(ids(&case["greedy_ids"]).len()))
+        })
+        .collect();
+    for (answer, case) in engine.together(&jobs).iter().zip(&cases) {
+        let expected = ids(&case["greedy_ids"]);
+        assert_eq!(answer.ids(), expected);
+        let prompt = ids(&case["prompt_ids"]);
+        let mut stream = DecodeStream::after(Arc::clone(&text), &prompt).expect("decodes");
+        let mut out = text.decode(&prompt).expect("decodes");
+        for id in answer.ids() {
+            out.extend(stream.push(id).expect("decodes"));
+        }
+        out.extend(stream.finish().expect("decodes"));
+        assert_eq!(out, text.decode(&[prompt, expected].concat()).expect("decodes"));
+    }
+    let mean = &golden["mean_nll"];
+    let job = Job::new(ids(&mean["ids"]), Work::Score { from: 1 });
+    let scores = Answer::read(engine.submit(&job)).numbers();
+    let nll = -f64::from(scores.iter().sum::<f32>()) / scores.len() as f64;
+    assert!((nll - mean["mean_nll"].as_f64().expect("number")).abs() < 1e-4, "{nll}");
+}
