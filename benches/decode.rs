@@ -146,7 +146,9 @@ fn main() {
         Some(dir) => Base::load(dir, &LoadOptions::default()).expect("a base folder"),
         None => {
             let mut config = testing::tiny_gpt2();
-            for (key, value) in [("n_embd", 768), ("n_layer", 12), ("n_head", 12), ("vocab_size", 50_257), ("n_positions", 1024)] {
+            for (key, value) in
+                [("n_embd", 768), ("n_layer", 12), ("n_head", 12), ("vocab_size", 50_257), ("n_positions", 1024)]
+            {
                 config[key] = json!(value);
             }
             testing::random_base(&config, 7).expect("random base")
@@ -178,8 +180,7 @@ fn main() {
                     times[v].push(run(&base, batch, &args, deltas));
                 }
             }
-            let tok_s =
-                |t: &[(f64, f64)]| median(t.iter().map(|t| (batch * args.new) as f64 / t.1).collect());
+            let tok_s = |t: &[(f64, f64)]| median(t.iter().map(|t| (batch * args.new) as f64 / t.1).collect());
             let bare = tok_s(&times[0]);
             for ((name, _), times) in variants.iter().zip(&times) {
                 let speed = tok_s(times);

@@ -47,8 +47,7 @@ pub fn folder(source: &str) -> Result<PathBuf, HubError> {
     if path.is_dir() {
         return Ok(path);
     }
-    let is_id = source.split('/').count() == 2
-        && source.split('/').all(|part| crate::ids::check_name(part).is_ok());
+    let is_id = source.split('/').count() == 2 && source.split('/').all(|part| crate::ids::check_name(part).is_ok());
     if !is_id {
         return Err(HubError::NotAnId(source.to_owned()));
     }

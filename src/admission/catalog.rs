@@ -83,12 +83,15 @@ impl Service {
         let wanted: DeltaRef = reference.parse().map_err(ServeError::from)?;
         let registry = &self.parts().registry;
         let delta = info(&registry.get(tenant, &wanted).await?);
-        let mut query = ListQuery { prefix: delta.name.clone(), all_versions: true, page_size: 1000, ..Default::default() };
+        let mut query =
+            ListQuery { prefix: delta.name.clone(), all_versions: true, page_size: 1000, ..Default::default() };
         let mut versions = Vec::new();
         loop {
             let page = registry.list(tenant, &query).await?;
             versions.extend(page.deltas.iter().map(info).filter(|d| d.name == delta.name));
-            if page.next_page_token.is_empty() || page.deltas.last().is_some_and(|d| d.version.name.as_str() != delta.name) {
+            if page.next_page_token.is_empty()
+                || page.deltas.last().is_some_and(|d| d.version.name.as_str() != delta.name)
+            {
                 return Ok(DeltaDetail { delta, versions });
             }
             query.page_token = page.next_page_token;

@@ -73,7 +73,12 @@ impl Service {
                 _ => return Err(ServeError::Internal("the engine mixed up its work".into())),
             });
         }
-        Ok(ClassifyReply { results: out, served_by: admitted.served_by(), usage: results.usage, timings: results.timings })
+        Ok(ClassifyReply {
+            results: out,
+            served_by: admitted.served_by(),
+            usage: results.usage,
+            timings: results.timings,
+        })
     }
 
     /// Which head answers, and its label names.
@@ -86,7 +91,9 @@ impl Service {
                 return Ok((task, spec.labels.clone()));
             }
             let task = spec.task.as_str();
-            return Err(ServeError::WrongTask(format!("delta {reference:?} is for {task} and has no classification head")));
+            return Err(ServeError::WrongTask(format!(
+                "delta {reference:?} is for {task} and has no classification head"
+            )));
         }
         match &base.arch.head {
             Some(head) if base.transformer.has_head() => Ok((head.task, head.labels.clone())),
@@ -145,16 +152,16 @@ impl Service {
         let inputs = params.inputs.clone();
         let encoded = self
             .blocking(move |parts| {
-                let ids = |text: &str, field: &str| {
-                    parts.text.encode_user(text, true).map_err(|e| text_error(field, &e))
-                };
+                let ids =
+                    |text: &str, field: &str| parts.text.encode_user(text, true).map_err(|e| text_error(field, &e));
                 let one = |(i, (prompt, completion)): (usize, &(String, String))| {
                     let field = format!("inputs[{i}]");
                     // together, as the model would read them; scored from where the prompt's own tokens end
                     let whole = ids(&format!("{prompt}{completion}"), &field)?;
                     let from = if prompt.is_empty() { 1 } else { ids(prompt, &field)?.len().max(1) };
                     if from >= whole.len() {
-                        let m = "has nothing to score: at least one token after the prompt (or the first one) is needed";
+                        let m =
+                            "has nothing to score: at least one token after the prompt (or the first one) is needed";
                         return Err(ServeError::field(field, m));
                     }
                     Ok((whole, from))
@@ -162,8 +169,11 @@ impl Service {
                 inputs.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()
             })
             .await?;
-        let rows =
-            encoded.iter().map(|(ids, from)| Row { tokens: ids.clone(), types: None, work: Work::Score { from: *from } });
+        let rows = encoded.iter().map(|(ids, from)| Row {
+            tokens: ids.clone(),
+            types: None,
+            work: Work::Score { from: *from },
+        });
         let results = self.run(rows.collect(), &admitted).await?;
         let text = &self.parts().text;
         let mut out = Vec::with_capacity(encoded.len());
@@ -171,7 +181,8 @@ impl Service {
             let Output::Scores(scores) = output else {
                 return Err(ServeError::Internal("the engine mixed up its work".into()));
             };
-            let named = |(&id, &logprob): (&u32, &f32)| TokenLogprob { id, text: text.token_text(id), logprob, top: vec![] };
+            let named =
+                |(&id, &logprob): (&u32, &f32)| TokenLogprob { id, text: text.token_text(id), logprob, top: vec![] };
             let tokens: Vec<TokenLogprob> = ids[*from..].iter().zip(&scores).map(named).collect();
             out.push(Scored { log_likelihood: scores.iter().map(|&s| f64::from(s)).sum(), tokens });
         }
@@ -245,8 +256,7 @@ fn score(index: usize, probability: f32, labels: &[String]) -> LabelScore {
 
 /// All labels, best first.
 fn ranked(logits: &[f32], labels: &[String]) -> Vec<LabelScore> {
-    let mut all: Vec<LabelScore> =
-        softmax(logits).into_iter().enumerate().map(|(i, p)| score(i, p, labels)).collect();
+    let mut all: Vec<LabelScore> = softmax(logits).into_iter().enumerate().map(|(i, p)| score(i, p, labels)).collect();
     all.sort_by(|a, b| b.probability.total_cmp(&a.probability).then(a.index.cmp(&b.index)));
     all
 }

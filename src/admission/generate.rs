@@ -10,9 +10,7 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::mpsc;
 
 use super::{
-    params::{
-        FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage,
-    },
+    params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
     service::{Pieces, Service, ServiceParts, chat_error, text_error},
 };
 use crate::{
@@ -27,12 +25,19 @@ impl Service {
     ///
     /// # Errors
     /// Every kind of [`ServeError`]; after the stream has begun they come through it.
-    pub async fn generate(&self, tenant: &TenantId, params: GenerateParams) -> Result<Pieces<GenerateChunk>, ServeError> {
+    pub async fn generate(
+        &self,
+        tenant: &TenantId,
+        params: GenerateParams,
+    ) -> Result<Pieces<GenerateChunk>, ServeError> {
         let arrived = Instant::now();
         params.check()?;
         let arch = &self.parts().base.arch;
         if !arch.is_causal() {
-            return Err(ServeError::WrongTask(format!("the base is a {} encoder, which does not generate", arch.family)));
+            return Err(ServeError::WrongTask(format!(
+                "the base is a {} encoder, which does not generate",
+                arch.family
+            )));
         }
         let permits = self.permits(params.n as usize)?;
         let prompt = params.prompt.clone();
@@ -50,7 +55,10 @@ impl Service {
             let task = lease.delta().spec.task;
             if matches!(task, Task::SeqCls | Task::TokenCls) {
                 let name = &params.delta;
-                return Err(ServeError::WrongTask(format!("delta {name:?} is for {}, not for generation", task.as_str())));
+                return Err(ServeError::WrongTask(format!(
+                    "delta {name:?} is for {}, not for generation",
+                    task.as_str()
+                )));
             }
         }
         let seed = params.sampling.seed.unwrap_or_else(rand::random);
@@ -86,9 +94,9 @@ impl Service {
                 over: false,
             });
         }
-        let streams = continuations.into_iter().map(|c| {
-            stream::unfold(c, |mut c| async move { c.next().await.map(|piece| (piece, c)) }).boxed()
-        });
+        let streams = continuations
+            .into_iter()
+            .map(|c| stream::unfold(c, |mut c| async move { c.next().await.map(|piece| (piece, c)) }).boxed());
         Ok(stream::select_all(streams).boxed())
     }
 

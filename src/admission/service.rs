@@ -108,7 +108,9 @@ impl Service {
     pub fn new(parts: ServiceParts) -> Self {
         let permits = Arc::new(Semaphore::new(parts.limits.max_admitted));
         let queue_depth = gauge!("deltaserve_queue_depth", "queue" => "admission");
-        Self { inner: Arc::new(Inner { parts, permits, started: Instant::now(), next_id: AtomicU64::new(1), queue_depth }) }
+        Self {
+            inner: Arc::new(Inner { parts, permits, started: Instant::now(), next_id: AtomicU64::new(1), queue_depth }),
+        }
     }
 
     pub(super) fn parts(&self) -> &ServiceParts {
@@ -120,7 +122,10 @@ impl Service {
         let inner = &self.inner;
         let most = inner.parts.limits.max_admitted;
         if n > most {
-            return Err(ServeError::field("inputs", format!("{n} sequences; this server admits at most {most} at a time")));
+            return Err(ServeError::field(
+                "inputs",
+                format!("{n} sequences; this server admits at most {most} at a time"),
+            ));
         }
         let take = u32::try_from(n).unwrap_or(u32::MAX);
         let Ok(mut all) = Arc::clone(&inner.permits).try_acquire_many_owned(take) else {

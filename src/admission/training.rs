@@ -17,9 +17,7 @@ use super::{
 use crate::{
     ids::TenantId,
     store::{DatasetRecord, NewDataset},
-    train::{
-        BaseInfo, Inputs, Prepared, TrainError, dataset::Dataset, joblog::LogError, prepare, spec::BaseShape,
-    },
+    train::{BaseInfo, Inputs, Prepared, TrainError, dataset::Dataset, joblog::LogError, prepare, spec::BaseShape},
 };
 
 fn dataset_info(d: &DatasetRecord) -> DatasetInfo {

@@ -86,12 +86,7 @@ fn cuda(index: usize) -> anyhow::Result<Device> {
 }
 
 /// What training needs: the tokenizer without padding, the chat template, the tokens that end a text.
-fn codec(
-    dir: &Path,
-    base: &Base,
-    text: &TextModel,
-    chat: Option<&Arc<ChatTemplate>>,
-) -> anyhow::Result<TextCodec> {
+fn codec(dir: &Path, base: &Base, text: &TextModel, chat: Option<&Arc<ChatTemplate>>) -> anyhow::Result<TextCodec> {
     let refused = |e: tokenizers::Error| anyhow::anyhow!("tokenizer.json: {e}");
     let mut tokenizer = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).map_err(refused)?;
     tokenizer.with_truncation(None).map_err(refused)?;
@@ -108,9 +103,8 @@ fn codec(
 
 /// How a sentence encoder's folder says to pool.
 fn pooling(dir: &Path) -> BasePooling {
-    let read = |name: &str| -> Option<serde_json::Value> {
-        serde_json::from_slice(&std::fs::read(dir.join(name)).ok()?).ok()
-    };
+    let read =
+        |name: &str| -> Option<serde_json::Value> { serde_json::from_slice(&std::fs::read(dir.join(name)).ok()?).ok() };
     if let Some(config) = read("1_Pooling/config.json") {
         let on = |key: &str| config.get(key).and_then(serde_json::Value::as_bool).unwrap_or(false);
         return match () {

@@ -127,8 +127,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let engine_config = engine_config(&config, &base);
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
     let publisher = publisher(&base, &parts.name, &registry);
-    let trainer_parts =
-        TrainerParts { base: Arc::clone(&base), pacer, log: JobLog::new(store.clone()), publisher };
+    let trainer_parts = TrainerParts { base: Arc::clone(&base), pacer, log: JobLog::new(store.clone()), publisher };
     let trainer_config = TrainerConfig { max_queued_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
     let limits = ServiceLimits {
@@ -235,10 +234,10 @@ fn publisher(base: &Arc<Base>, base_name: &str, registry: &Registry) -> Publishe
             let (files, spec) = encoded.map_err(|e| failure("INTERNAL", e.to_string()))?;
             let name = DeltaName::new(&name).map_err(|e| failure("INVALID_REQUEST", format!("name {e}")))?;
             let publication = Publication { name, files, spec, policy, origin: Origin::Job(job) };
-            let version = registry
-                .publish(&tenant, publication)
-                .await
-                .map_err(|e| { let e = ServeError::from(e); failure(e.reason(), e.to_string()) })?;
+            let version = registry.publish(&tenant, publication).await.map_err(|e| {
+                let e = ServeError::from(e);
+                failure(e.reason(), e.to_string())
+            })?;
             Ok(Published { number: version.number, id: version.id })
         })
     })

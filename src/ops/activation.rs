@@ -47,7 +47,11 @@ impl Act {
         fn go(x: &[f32], out: &mut [f32], f: impl Fn(f32) -> f32) {
             vectorized(
                 #[inline(always)]
-                || x.iter().zip(out).for_each(|(x, o)| *o = f(*x)),
+                || {
+                    for (x, o) in x.iter().zip(out) {
+                        *o = f(*x);
+                    }
+                },
             );
         }
         match self {
@@ -65,7 +69,11 @@ impl Act {
         fn go(x: &[f32], out: &mut [f32], f: impl Fn(f32) -> f32) {
             vectorized(
                 #[inline(always)]
-                || x.iter().zip(out).for_each(|(x, o)| *o *= f(*x)),
+                || {
+                    for (x, o) in x.iter().zip(out) {
+                        *o *= f(*x);
+                    }
+                },
             );
         }
         match self {
@@ -135,7 +143,11 @@ impl CustomOp1 for Gate {
                 self.0.map(g, o);
                 vectorized(
                     #[inline(always)]
-                    || o.iter_mut().zip(u).for_each(|(o, u)| *o *= u),
+                    || {
+                        for (o, u) in o.iter_mut().zip(u) {
+                            *o *= u;
+                        }
+                    },
                 );
             }
         });

@@ -67,7 +67,10 @@ fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, 
             vectorized(
                 #[inline(always)]
                 || {
-                    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let mut max = f32::NEG_INFINITY;
+                    for v in row.iter() {
+                        max = max.max(*v);
+                    }
                     let picked = row[target as usize] - max;
                     let mut acc = [0f32; 16];
                     for chunk in row.chunks_mut(16) {
@@ -79,7 +82,9 @@ fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, 
                     let sum: f32 = acc.iter().sum();
                     if grad {
                         let inv = 1.0 / sum;
-                        row.iter_mut().for_each(|v| *v *= inv);
+                        for v in row.iter_mut() {
+                            *v *= inv;
+                        }
                         row[target as usize] -= 1.0;
                     }
                     // a NaN anywhere in the row must reach the loss: max() skips it, the sum does not

@@ -120,7 +120,12 @@ impl InplaceOp2 for PatchInPlace<'_> {
                 let out = &mut out[columns.clone()];
                 vectorized(
                     #[inline(always)]
-                    || ops.iter().for_each(|op| op.apply(x, out)),
+                    || {
+                        // plain loops: an iterator's `for_each` is not inlined here and would lose the vector unit
+                        for op in ops {
+                            op.apply(x, out);
+                        }
+                    },
                 );
             }
         };
@@ -180,8 +185,16 @@ impl Op<'_> {
                     done += take;
                 }
             }
-            Self::Bias(b) => out.iter_mut().zip(*b).for_each(|(o, b)| *o += b),
-            Self::Scale(s) => out.iter_mut().zip(*s).for_each(|(o, s)| *o *= s),
+            Self::Bias(b) => {
+                for (o, b) in out.iter_mut().zip(*b) {
+                    *o += b;
+                }
+            }
+            Self::Scale(s) => {
+                for (o, s) in out.iter_mut().zip(*s) {
+                    *o *= s;
+                }
+            }
         }
     }
 }

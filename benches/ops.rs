@@ -1,0 +1,72 @@
+//! Micro-benchmarks of the kernels against candle's own: `cargo bench --bench ops`.
+//!
+//! Shapes are those of a 124M GPT-2; weights rotate over copies so that caches do not help, as in a real step.
+
+use candle_core::{Device, Tensor};
+use deltaserve::ops::{self, Act, Norm, Weight};
+use divan::{Bencher, black_box, counter::ItemsCount};
+
+fn main() {
+    candle_core::utils::with_threadpool(divan::main);
+}
+
+const ROWS: &[usize] = &[1, 8, 32, 128];
+const HIDDEN: usize = 768;
+const FF: usize = 3072;
+const COPIES: usize = 16;
+
+fn rand(rows: usize, cols: usize) -> Tensor {
+    Tensor::randn(0f32, 1.0, (rows, cols), &Device::Cpu).expect("a tensor")
+}
+
+/// Floating-point operations per second are the items.
+fn flops(rows: usize, k: usize, n: usize) -> ItemsCount {
+    ItemsCount::new(2 * rows * k * n)
+}
+
+#[divan::bench(args = ROWS)]
+fn linear_in_out(b: Bencher<'_, '_>, rows: usize) {
+    let weights: Vec<_> = (0..COPIES).map(|_| Weight::from_in_out(&rand(HIDDEN, FF)).expect("weight")).collect();
+    let (x, mut i) = (rand(rows, HIDDEN), 0);
+    b.counter(flops(rows, HIDDEN, FF)).bench_local(|| {
+        i += 1;
+        ops::linear(black_box(&x), &weights[i % COPIES], None)
+    });
+}
+
+#[divan::bench(args = ROWS)]
+fn linear_candle(b: Bencher<'_, '_>, rows: usize) {
+    let weights: Vec<_> = (0..COPIES).map(|_| rand(HIDDEN, FF)).collect();
+    let (x, mut i) = (rand(rows, HIDDEN), 0);
+    b.counter(flops(rows, HIDDEN, FF)).bench_local(|| {
+        i += 1;
+        black_box(&x).matmul(&weights[i % COPIES])
+    });
+}
+
+#[divan::bench(args = &[1, 8, 32])]
+fn tied_head(b: Bencher<'_, '_>, rows: usize) {
+    let weight = Weight::tied(&rand(50_257, HIDDEN)).expect("weight");
+    let x = rand(rows, HIDDEN);
+    b.counter(flops(rows, HIDDEN, 50_257)).bench_local(|| ops::linear(black_box(&x), &weight, None));
+}
+
+#[divan::bench(args = ROWS)]
+fn gelu(b: Bencher<'_, '_>, rows: usize) {
+    let x = rand(rows, FF);
+    b.counter(ItemsCount::new(rows * FF)).bench_local(|| ops::activate(black_box(&x), Act::GeluTanh));
+}
+
+#[divan::bench(args = ROWS)]
+fn layer_norm(b: Bencher<'_, '_>, rows: usize) {
+    let gain = Tensor::ones(HIDDEN, candle_core::DType::F32, &Device::Cpu).expect("gain");
+    let norm = Norm { bias: Some(gain.clone()), gain, center: true, eps: 1e-5 };
+    let x = rand(rows, HIDDEN);
+    b.counter(ItemsCount::new(rows * HIDDEN)).bench_local(|| ops::norm(black_box(&x), &norm));
+}
+
+#[divan::bench(args = ROWS)]
+fn bias_add(b: Bencher<'_, '_>, rows: usize) {
+    let (x, bias) = (rand(rows, FF), rand(1, FF).flatten_all().expect("bias"));
+    b.counter(ItemsCount::new(rows * FF)).bench_local(|| black_box(&x).broadcast_add(&bias));
+}
