@@ -71,6 +71,20 @@ pub struct ServeArgs {
     pub adapters_dir: Option<PathBuf>,
 }
 
+impl ServeArgs {
+    /// The defaults of all flags, for this base.
+    pub fn for_base(base: &str) -> Self {
+        #[derive(clap::Parser)]
+        struct Only {
+            #[command(flatten)]
+            args: ServeArgs,
+        }
+        let mut only = <Only as clap::Parser>::parse_from(["serve", "--base", "unset"]);
+        base.clone_into(&mut only.args.base);
+        only.args
+    }
+}
+
 /// Number type of the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DtypeChoice {

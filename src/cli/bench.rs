@@ -205,7 +205,7 @@ async fn open_loop(plan: &Arc<Plan>, rate: f64, end: Instant, seed: u64) -> Vec<
 }
 
 /// One request, measured by this client's clock.
-async fn measure(client: &Client, request: proto::GenerateRequest) -> Sample {
+pub(super) async fn measure(client: &Client, request: proto::GenerateRequest) -> Sample {
     let start = Instant::now();
     let mut sample = Sample::default();
     if let Err(status) = follow(client, request, start, &mut sample).await {

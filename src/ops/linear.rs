@@ -7,11 +7,13 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
 };
 
-use super::{cpu_result, f32_slice, is_cpu_f32, skinny, with_f32};
+use super::{cpu_result, f32_slice, is_cpu_f32, skinny, tiled, with_f32};
 
-/// Most rows that the skinny kernels take; above, the blocked GEMM wins.
-const SKINNY_ROWS: usize = 8;
-/// The same for weights in `[out, in]` order, whose GEMM is slower.
+/// Most rows that the streaming kernels take.
+const SKINNY_ROWS: usize = 4;
+/// Most rows that the tiled kernels take, where the machine has them; above, the blocked GEMM wins.
+const TILED_ROWS: usize = 96;
+/// Most rows that the streaming kernel takes of weights in `[out, in]` order, whose GEMM is slower, without tiles.
 const SKINNY_ROWS_OUT_IN: usize = 64;
 
 /// A frozen matrix in the order that its kernel likes.
@@ -70,8 +72,17 @@ impl Weight {
         &self.tensor
     }
 
-    fn skinny_rows(&self) -> usize {
-        if self.in_out { SKINNY_ROWS } else { SKINNY_ROWS_OUT_IN }
+    /// `x W` by a kernel of our own; `None` where the blocked GEMM is better.
+    fn few_rows(&self, x: &[f32], w: &[f32], rows: usize) -> Option<Vec<f32>> {
+        let (k, n) = (self.in_dim(), self.out_dim());
+        let tiled = rows > SKINNY_ROWS && rows <= TILED_ROWS && tiled::available();
+        match (self.in_out, tiled) {
+            (true, true) => Some(tiled::in_out(x, w, rows, k, n)),
+            (false, true) => Some(tiled::out_in(x, w, rows, k, n)),
+            (true, false) if rows <= 2 * SKINNY_ROWS => Some(skinny::in_out(x, w, rows, k, n)),
+            (false, false) if rows <= SKINNY_ROWS_OUT_IN => Some(skinny::out_in(x, w, rows, k, n)),
+            _ => None,
+        }
     }
 }
 
@@ -85,12 +96,11 @@ impl CustomOp1 for FrozenLinear {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
         let n = self.0.out_dim();
-        if rows <= self.0.skinny_rows() && is_cpu_f32(&self.0.tensor) {
+        if rows <= TILED_ROWS && is_cpu_f32(&self.0.tensor) {
             let x = f32_slice(storage, layout)?;
-            let out = with_f32(&self.0.tensor, |w| {
-                Ok(if self.0.in_out { skinny::in_out(x, w, rows, k, n) } else { skinny::out_in(x, w, rows, k, n) })
-            })?;
-            return cpu_result(out, (rows, n));
+            if let Some(out) = with_f32(&self.0.tensor, |w| Ok(self.0.few_rows(x, w, rows)))? {
+                return cpu_result(out, (rows, n));
+            }
         }
         let w = self.0.as_in_out()?;
         let (ws, wl) = w.storage_and_layout();
@@ -137,9 +147,9 @@ mod tests {
     #[test]
     fn every_layout_and_row_count_equals_a_plain_matmul() {
         let dev = Device::Cpu;
-        for (k, n) in [(48, 96), (33, 65), (64, 17), (7, 300)] {
+        for (k, n) in [(48, 96), (33, 65), (64, 17), (7, 300), (96, 1031)] {
             let w = Tensor::randn(0f32, 1.0, (n, k), &dev).unwrap();
-            for rows in [1, 2, 3, 5, 8, 9, 31, 65] {
+            for rows in [1, 2, 3, 5, 8, 9, 31, 65, 97] {
                 let x = Tensor::randn(0f32, 1.0, (rows, k), &dev).unwrap();
                 let want = x.matmul(&w.t().unwrap()).unwrap();
                 for weight in [Weight::from_out_in(&w).unwrap(), Weight::tied(&w).unwrap()] {

@@ -18,6 +18,7 @@ mod patch;
 mod rope;
 mod scatter;
 mod skinny;
+mod tiled;
 
 pub use activation::{Act, activate, gate};
 pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, attention};
