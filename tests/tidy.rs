@@ -125,12 +125,15 @@ const NEVER_IN: &[(&str, &[&str])] = &[
             "kv/pool.rs",
             "registry/catalog.rs",
             "registry/budget.rs",
+            "admission",
             "grpc",
             "http",
             "cli",
             "text",
         ],
     ),
+    // heavy work reaches the async side only through spawn_blocking and the engine
+    ("rayon", &["admission", "grpc", "http", "registry", "store"]),
     ("tokio", &["ops", "delta", "nn", "model", "kv", "rows.rs", "ids.rs"]),
 ];
 
@@ -346,6 +349,43 @@ fn crates_stay_in_their_places() {
     none_of(problems);
 }
 
+/// What waits on something outside the process, or for a reader.
+const WAITS: &[&str] = &[
+    ".await",
+    "async ",
+    "block_on",
+    "blocking_",
+    "fs::",
+    "File::",
+    "net::",
+    "sleep(",
+    ".send(",
+    "sqlx",
+    "object_store",
+];
+
+/// A word of `WAITS` in a line of code.
+fn waits(line: &str) -> Option<&'static str> {
+    WAITS.iter().find(|word| line.contains(**word)).copied()
+}
+
+#[test]
+fn the_engine_thread_never_awaits_and_does_no_io() {
+    let mut problems = Vec::new();
+    let places = ["engine", "kv", "ops", "nn", "delta"];
+    let all = sources();
+    let seen: Vec<&Source> = all.iter().filter(|s| s.is_in(&places) && !s.is_test()).collect();
+    assert!(seen.iter().any(|s| s.path == "engine/worker.rs"), "the engine's loop is not where this looks for it");
+    for source in seen {
+        for (n, line) in source.code() {
+            if let Some(word) = waits(line) {
+                problems.push(format!("src/{}:{n}: {word} has no place on the engine thread", source.path));
+            }
+        }
+    }
+    none_of(problems);
+}
+
 #[test]
 fn every_file_says_what_it_owns() {
     let silent = sources().into_iter().filter(|s| !s.text.starts_with("//! "));
@@ -452,5 +492,6 @@ fn the_checks_see_what_they_check() {
     assert!(names_crate("let s = tonic::Status::ok;", |n| n == "tonic"));
     assert!(!names_crate("let s = my::tonic::Status;", |n| n == "tonic"));
     assert!(!names_crate("let s = tonic_types::Status;", |n| n == "tonic"));
+    assert!(waits("let x = rx.recv().await;").is_some() && waits("events.try_send(event)").is_none());
     assert!(source.is_in(&["grpc"]) && !source.is_in(&["gr"]) && source.is_in(&["grpc/x.rs"]));
 }
