@@ -2,6 +2,8 @@
 //!
 //! Shapes are those of a 124M GPT-2; weights rotate over copies so that caches do not help, as in a real step.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a benchmark stops where anything fails")]
+
 use candle_core::{Device, Tensor};
 use deltaserve::ops::{self, Act, Norm, Weight};
 use divan::{Bencher, black_box, counter::ItemsCount};

@@ -65,12 +65,11 @@ fn fetch(id: &str) -> Result<PathBuf, HubError> {
     let repo = hf_hub::api::sync::ApiBuilder::from_env().build().map_err(fail)?.model(id.to_owned());
     // a complete snapshot in the cache is enough: a server must restart without the network
     let cached = hf_hub::Cache::from_env().model(id.to_owned());
-    if let (Some(config), Some(_)) = (cached.get("config.json"), cached.get("tokenizer.json")) {
-        if cached.get("model.safetensors").is_some() || cached.get("model.safetensors.index.json").is_some() {
-            if let (Some(dir), Ok(true)) = (config.parent(), complete(&cached)) {
-                return Ok(dir.to_path_buf());
-            }
-        }
+    if let (Some(config), Some(_)) = (cached.get("config.json"), cached.get("tokenizer.json"))
+        && (cached.get("model.safetensors").is_some() || cached.get("model.safetensors.index.json").is_some())
+        && let (Some(dir), Ok(true)) = (config.parent(), complete(&cached))
+    {
+        return Ok(dir.to_path_buf());
     }
     let info = repo.info().map_err(fail)?;
     let names: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).collect();

@@ -1,6 +1,8 @@
 //! The structure, checked: who may import whom, which crate lives where, module docs, file lengths. A rule is a row of a
 //! table; a broken rule names the file and line.
 
+#![allow(clippy::expect_used, reason = "helpers of tests, outside the functions that clippy takes for tests")]
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -16,14 +18,31 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("ops", &[]),
     ("delta", &["ids", "rows", "ops"]),
-    ("kv", &["ids", "rows", "ops"]),
+    ("kv", &["ids", "rows", "ops", "delta"]),
     ("nn", &["delta", "kv", "rows", "ops", "pacing"]),
     ("model", &["nn", "delta", "kv", "rows", "ops", "ids", "pacing"]),
-    ("interop", &["model", "delta", "ids"]),
-    ("store", &["ids", "delta", "telemetry"]),
-    ("registry", &["ids", "delta", "store", "telemetry"]),
-    ("text", &[]),
-    ("engine", &["model", "nn", "delta", "kv", "rows", "ids", "ops", "registry", "shutdown", "pacing", "telemetry"]),
+    ("hub", &["ids"]),
+    ("interop", &["model", "delta", "ids", "admission"]),
+    ("store", &["ids", "delta", "telemetry", "admission"]),
+    ("registry", &["ids", "delta", "store", "telemetry", "admission"]),
+    ("text", &["admission"]),
+    (
+        "engine",
+        &[
+            "model",
+            "nn",
+            "delta",
+            "kv",
+            "rows",
+            "ids",
+            "ops",
+            "registry",
+            "shutdown",
+            "pacing",
+            "telemetry",
+            "admission",
+        ],
+    ),
     (
         "train",
         &[
@@ -54,6 +73,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "interop",
             "model",
             "delta",
+            "kv",
             "ids",
             "shutdown",
             "pacing",
@@ -65,11 +85,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("config", &["grpc", "telemetry"]),
 ];
 
-/// `train` may name the domain types of `admission` and nothing else of it.
-const TRAIN_SEES_OF_ADMISSION: &[&str] = &["params", "train_params", "jobs", "check"];
+/// What floors below `admission` may name of it: the domain types and their pure checks, never the service.
+const DOMAIN_TYPES: &[&str] = &["params", "train_params", "catalog_params", "jobs", "check"];
+
+/// The floors above `admission`: they call its service.
+const ABOVE_ADMISSION: &[&str] = &["admission", "grpc", "http", "cli", "app", "main.rs", "lib.rs"];
 
 /// Everything may be named from here.
-const ROOTS: &[&str] = &["main.rs", "lib.rs", "app.rs", "cli", "app"];
+const ROOTS: &[&str] = &["main.rs", "lib.rs", "cli", "app"];
 
 /// Crate -> the only places in `src/` that may name it.
 const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
@@ -81,12 +104,14 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("prost_types", &["grpc"]),
     ("axum", &["http"]),
     ("clap", &["cli", "config.rs", "main.rs", "telemetry.rs"]),
-    ("anyhow", &["cli", "app", "app.rs", "main.rs"]),
+    ("anyhow", &["cli", "app", "main.rs"]),
     ("sqlx", &["store"]),
     ("object_store", &["store"]),
     ("moka", &["registry"]),
     ("minijinja", &["text"]),
-    ("tokenizers", &["text"]),
+    ("tokenizers", &["text", "train/encode.rs", "app/base.rs"]),
+    ("hf_hub", &["hub.rs"]),
+    ("metrics_exporter_prometheus", &["telemetry.rs", "http", "app"]),
     ("indicatif", &["cli"]),
 ];
 
@@ -100,12 +125,15 @@ const NEVER_IN: &[(&str, &[&str])] = &[
             "kv/pool.rs",
             "registry/catalog.rs",
             "registry/budget.rs",
+            "admission",
             "grpc",
             "http",
             "cli",
             "text",
         ],
     ),
+    // heavy work reaches the async side only through spawn_blocking and the engine
+    ("rayon", &["admission", "grpc", "http", "registry", "store"]),
     ("tokio", &["ops", "delta", "nn", "model", "kv", "rows.rs", "ids.rs"]),
 ];
 
@@ -124,6 +152,11 @@ impl Source {
     fn top(&self) -> &str {
         let first = self.path.split('/').next().unwrap_or_default();
         first.strip_suffix(".rs").unwrap_or(first)
+    }
+
+    /// A file of unit tests: it may reach over floors to build what it tests.
+    fn is_test(&self) -> bool {
+        self.path.contains("/tests/") || self.path.ends_with("tests.rs")
     }
 
     fn is_in(&self, places: &[&str]) -> bool {
@@ -253,7 +286,7 @@ fn none_of(problems: Vec<String>) {
 #[test]
 fn modules_import_only_from_lower_floors() {
     let mut problems = Vec::new();
-    for source in sources().iter().filter(|s| !s.is_in(ROOTS)) {
+    for source in sources().iter().filter(|s| !s.is_in(ROOTS) && !s.is_test()) {
         let Some((_, allowed)) = MAY_IMPORT.iter().find(|(module, _)| *module == source.top()) else {
             problems.push(format!("src/{}: {} has no row in MAY_IMPORT", source.path, source.top()));
             continue;
@@ -268,14 +301,28 @@ fn modules_import_only_from_lower_floors() {
 }
 
 #[test]
-fn train_knows_admissions_types_and_nothing_else_of_it() {
+fn lower_floors_know_admissions_types_and_nothing_else_of_it() {
     let mut problems = Vec::new();
-    for source in sources().iter().filter(|s| s.top() == "train") {
+    for source in sources().iter().filter(|s| !s.is_in(ABOVE_ADMISSION)) {
         for (n, line) in source.code() {
             let Some(at) = line.find("admission::") else { continue };
-            let name = identifier(&line[at + "admission::".len()..]);
-            if !name.is_empty() && !TRAIN_SEES_OF_ADMISSION.contains(&name.as_str()) {
-                problems.push(format!("src/{}:{n}: train must not import admission::{name}", source.path));
+            let rest = &line[at + "admission::".len()..];
+            let mut names = Vec::new();
+            match rest.strip_prefix('{') {
+                Some(group) => {
+                    let mut depth = 1;
+                    let below = source.text.lines().skip(n);
+                    for line in std::iter::once(group).chain(below) {
+                        scan_group(line, &mut depth, n, &mut names);
+                        if depth <= 0 {
+                            break;
+                        }
+                    }
+                }
+                None => names.push((n, identifier(rest))),
+            }
+            for (_, name) in names.iter().filter(|(_, name)| !DOMAIN_TYPES.contains(&name.as_str())) {
+                problems.push(format!("src/{}:{n}: {} must not import admission::{name}", source.path, source.top()));
             }
         }
     }
@@ -296,6 +343,43 @@ fn crates_stay_in_their_places() {
                 if source.is_in(places) && names_crate(line, |found| found.starts_with(prefix)) {
                     problems.push(format!("src/{}:{n}: {prefix} must not be named here", source.path));
                 }
+            }
+        }
+    }
+    none_of(problems);
+}
+
+/// What waits on something outside the process, or for a reader.
+const WAITS: &[&str] = &[
+    ".await",
+    "async ",
+    "block_on",
+    "blocking_",
+    "fs::",
+    "File::",
+    "net::",
+    "sleep(",
+    ".send(",
+    "sqlx",
+    "object_store",
+];
+
+/// A word of `WAITS` in a line of code.
+fn waits(line: &str) -> Option<&'static str> {
+    WAITS.iter().find(|word| line.contains(**word)).copied()
+}
+
+#[test]
+fn the_engine_thread_never_awaits_and_does_no_io() {
+    let mut problems = Vec::new();
+    let places = ["engine", "kv", "ops", "nn", "delta"];
+    let all = sources();
+    let seen: Vec<&Source> = all.iter().filter(|s| s.is_in(&places) && !s.is_test()).collect();
+    assert!(seen.iter().any(|s| s.path == "engine/worker.rs"), "the engine's loop is not where this looks for it");
+    for source in seen {
+        for (n, line) in source.code() {
+            if let Some(word) = waits(line) {
+                problems.push(format!("src/{}:{n}: {word} has no place on the engine thread", source.path));
             }
         }
     }
@@ -323,6 +407,82 @@ fn files_are_at_most_500_lines_long() {
     none_of(problems);
 }
 
+/// How many invariants there are: ARCHITECTURE.md names a test of each, I1 to this.
+const INVARIANTS: usize = 13;
+
+/// Bullets `- **I3 name** ... Test: `module::test``, each joined to one line: number, and what follows `Test:`/`Tests:`.
+fn invariants(architecture: &str) -> Vec<(usize, Vec<String>)> {
+    let mut bullets: Vec<String> = Vec::new();
+    let mut inside = false;
+    for line in architecture.lines() {
+        if line.starts_with("- **I") {
+            bullets.push(line.to_owned());
+            inside = true;
+        } else if inside && line.starts_with("  ") {
+            let last = bullets.last_mut().expect("inside a bullet");
+            last.push(' ');
+            last.push_str(line.trim());
+        } else {
+            inside = false;
+        }
+    }
+    let read = |bullet: String| {
+        let number =
+            bullet["- **I".len()..].chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()?;
+        let after =
+            ["Test: ", "Tests: "].iter().filter_map(|word| bullet.split_once(word)).map(|(_, after)| after).next();
+        // the odd parts between backticks are what is quoted
+        let quoted = after.unwrap_or_default().split('`').skip(1).step_by(2).map(str::to_owned).collect();
+        Some((number, quoted))
+    };
+    bullets.into_iter().filter_map(read).collect()
+}
+
+/// Whether a test named `a::b::name` is a function somewhere, or, named as a path, a file or folder.
+fn exists(test: &str, code: &[String]) -> bool {
+    if test.contains('/') {
+        return Path::new(env!("CARGO_MANIFEST_DIR")).join(test).exists();
+    }
+    let head = format!("fn {}(", test.rsplit("::").next().unwrap_or(test));
+    code.iter().any(|text| text.contains(&head))
+}
+
+#[test]
+fn every_invariant_names_a_test_that_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let Ok(architecture) = fs::read_to_string(root.join("ARCHITECTURE.md")) else {
+        println!("skipped: ARCHITECTURE.md is absent");
+        return;
+    };
+    let mut files = Vec::new();
+    collect(&root.join("src"), &mut files);
+    collect(&root.join("tests"), &mut files);
+    let code: Vec<String> = files.iter().map(|f| fs::read_to_string(f).expect("a readable source")).collect();
+    let named = invariants(&architecture);
+    let mut problems = Vec::new();
+    for number in 1..=INVARIANTS {
+        let tests: Vec<&String> = named.iter().filter(|(n, _)| *n == number).flat_map(|(_, tests)| tests).collect();
+        if tests.is_empty() {
+            problems.push(format!("ARCHITECTURE.md: I{number} names no test"));
+        }
+        let missing = tests.into_iter().filter(|test| !exists(test, &code));
+        problems.extend(missing.map(|test| format!("ARCHITECTURE.md: I{number} names {test}, which does not exist")));
+    }
+    none_of(problems);
+}
+
+#[test]
+fn invariants_are_read_as_they_are_written() {
+    let text = "# Invariants\n- **I1 order** a law. Test: `a::b::keeps_order`\n- **I2 isolation** a `b` law that goes\n  \
+                on. Tests: `x`, `tests/tidy.rs`.\n\n- **I3 none** no test\n";
+    let names = |tests: &[&str]| tests.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+    let want = [(1, names(&["a::b::keeps_order"])), (2, names(&["x", "tests/tidy.rs"])), (3, names(&[]))];
+    assert_eq!(invariants(text), want);
+    let code = ["#[test]\nfn keeps_order() {}".to_owned()];
+    assert!(exists("a::b::keeps_order", &code) && exists("tests/tidy.rs", &code));
+    assert!(!exists("a::order", &code) && !exists("tests/absent.rs", &code));
+}
+
 #[test]
 fn the_checks_see_what_they_check() {
     let text = "//! Doc.\nuse crate::{\n    a::{x, y},\n    b, c::d,\n};\nfn f() { crate::e::g(); let s = tonic::Status::ok; }\n";
@@ -332,5 +492,6 @@ fn the_checks_see_what_they_check() {
     assert!(names_crate("let s = tonic::Status::ok;", |n| n == "tonic"));
     assert!(!names_crate("let s = my::tonic::Status;", |n| n == "tonic"));
     assert!(!names_crate("let s = tonic_types::Status;", |n| n == "tonic"));
+    assert!(waits("let x = rx.recv().await;").is_some() && waits("events.try_send(event)").is_none());
     assert!(source.is_in(&["grpc"]) && !source.is_in(&["gr"]) && source.is_in(&["grpc/x.rs"]));
 }

@@ -45,6 +45,7 @@ pub(crate) struct Common {
 }
 
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "one value in a process's life, parsed at its start")]
 enum Command {
     /// Run a server.
     Serve(Box<ServeArgs>),

@@ -75,16 +75,16 @@ pub(super) fn kind(file: &str, config: &Value) -> Result<String, InteropError> {
             return Err(InteropError::invalid(file, format!("{key} is set, which this server does not apply")));
         }
     }
-    if let Some(init) = map.get("init_lora_weights").and_then(Value::as_str) {
-        if ["pissa", "olora", "corda", "loftq"].iter().any(|p| init.starts_with(p)) {
-            return Err(InteropError::invalid(
-                file,
-                format!(
-                    "init_lora_weights is {init:?}: these weights belong to a changed base; convert them to plain LoRA \
+    if let Some(init) = map.get("init_lora_weights").and_then(Value::as_str)
+        && ["pissa", "olora", "corda", "loftq"].iter().any(|p| init.starts_with(p))
+    {
+        return Err(InteropError::invalid(
+            file,
+            format!(
+                "init_lora_weights is {init:?}: these weights belong to a changed base; convert them to plain LoRA \
                      (save_pretrained with path_initial_model_for_weight_conversion)"
-                ),
-            ));
-        }
+            ),
+        ));
     }
     for key in map.keys().filter(|k| !KNOWN.contains(&k.as_str()) && !UNSUPPORTED.contains(&k.as_str())) {
         tracing::warn!(key, file, "unknown key in a delta's configuration is ignored, as PEFT does");

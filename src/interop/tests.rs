@@ -1,3 +1,5 @@
+//! What a delta folder may hold: what is read, what is written back, and what is refused.
+
 use std::collections::HashMap;
 
 use bytes::Bytes;
@@ -123,12 +125,12 @@ fn a_delta_survives_encode_and_decode() {
         let mut patches = Vec::new();
         for (id, entry) in base.sites.iter() {
             let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
-            if let Site::Linear { layer, proj } = entry.site {
-                if proj != Proj::Down {
-                    let r = 2 + layer;
-                    let (a, b) = (rand((r, entry.in_dim)), rand((r, entry.out_dim)));
-                    patches.push((id, Patch::LowRank(LowRank { a, b, scale: 16.0 / r as f64 })));
-                }
+            if let Site::Linear { layer, proj } = entry.site
+                && proj != Proj::Down
+            {
+                let r = 2 + layer;
+                let (a, b) = (rand((r, entry.in_dim)), rand((r, entry.out_dim)));
+                patches.push((id, Patch::LowRank(LowRank { a, b, scale: 16.0 / r as f64 })));
             }
         }
         let head = Head {

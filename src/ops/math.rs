@@ -143,8 +143,8 @@ mod tests {
 
     #[test]
     fn derivatives_match_central_differences() {
-        let pairs: [(fn(f32) -> f32, fn(f32) -> f32); 3] =
-            [(gelu_tanh, gelu_tanh_grad), (gelu_erf, gelu_erf_grad), (silu, silu_grad)];
+        type Scalar = fn(f32) -> f32;
+        let pairs: [(Scalar, Scalar); 3] = [(gelu_tanh, gelu_tanh_grad), (gelu_erf, gelu_erf_grad), (silu, silu_grad)];
         for (f, g) in pairs {
             for i in -60..60 {
                 let x = i as f32 * 0.1;

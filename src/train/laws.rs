@@ -299,7 +299,7 @@ fn the_best_evaluation_is_what_is_published() {
     let evals: Vec<_> =
         events.iter().filter_map(|e| if let JobEventBody::Eval(e) = e { Some(e) } else { None }).collect();
     assert_eq!(evals.iter().map(|e| e.step).collect::<Vec<_>>(), [5, 10, 15, 20, 23]);
-    let best = evals.iter().filter(|e| e.best).next_back().unwrap();
+    let best = evals.iter().rfind(|e| e.best).unwrap();
     assert_eq!(end.best_eval.as_ref(), Some(*best));
     assert!(evals.iter().all(|e| e.accuracy.unwrap() <= best.accuracy.unwrap()));
 }

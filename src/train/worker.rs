@@ -9,7 +9,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, TryRecvError},
+        mpsc::Receiver,
     },
     thread::JoinHandle,
 };
@@ -94,11 +94,9 @@ impl Worker {
                     Err(_) => return,
                 }
             }
-            loop {
-                match self.starts.try_recv() {
-                    Ok(start) => self.begin(start),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-                }
+            // a closed channel ends the loop too: what is active is finished first
+            while let Ok(start) = self.starts.try_recv() {
+                self.begin(start);
             }
             let mut at = 0;
             while at < self.active.len() {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::fixtures::{Batch, Fixtures, Outcome, Step, fail, max_diff};
 
-pub fn run(f: &Fixtures, case: &Value) -> Outcome {
+pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
     match check(f, case) {
         Ok(what) => Outcome::Passed(what),
         Err(outcome) => outcome,
@@ -54,7 +54,7 @@ fn relabel(o: Outcome, prefix: &str) -> Outcome {
 }
 
 /// The same delta with variables for tensors, so that every op takes its differentiable path.
-pub fn tracked(delta: &Delta) -> Step<Arc<Delta>> {
+pub(crate) fn tracked(delta: &Delta) -> Step<Arc<Delta>> {
     let var = |t: &Tensor| -> Step<Tensor> { Ok(Var::from_tensor(t).map_err(fail)?.as_tensor().clone()) };
     let mut patches = Vec::new();
     for (site, patch) in delta.patches() {
@@ -149,7 +149,7 @@ fn rows_of(base: &Base, name: &str, task: &str, hidden: &Tensor, cx: &Cx<'_>) ->
 }
 
 /// Greedy continuation of all rows in one batch through the cache: prefill, then one token per step.
-pub fn generated(
+pub(crate) fn generated(
     base: &Base,
     batch: &Batch,
     deltas: &[Option<Arc<Delta>>],
@@ -168,7 +168,7 @@ pub fn generated(
     Ok(())
 }
 
-pub fn greedy(
+pub(crate) fn greedy(
     base: &Base,
     prompts: &[Vec<u32>],
     deltas: &[Option<Arc<Delta>>],

@@ -15,31 +15,31 @@ use deltaserve::{
 };
 use serde_json::Value;
 
-pub enum Outcome {
+pub(crate) enum Outcome {
     Passed(String),
     Failed(String),
     Unsupported(String),
 }
 
 /// Ends a case early with its outcome.
-pub type Step<T> = Result<T, Outcome>;
+pub(crate) type Step<T> = Result<T, Outcome>;
 
-pub fn fail(e: impl std::fmt::Display) -> Outcome {
+pub(crate) fn fail(e: impl std::fmt::Display) -> Outcome {
     Outcome::Failed(e.to_string())
 }
 
-pub fn id(case: &Value) -> &str {
+pub(crate) fn id(case: &Value) -> &str {
     case["id"].as_str().unwrap_or("?")
 }
 
-pub struct Fixtures {
-    pub root: PathBuf,
-    pub manifest: Value,
+pub(crate) struct Fixtures {
+    pub(crate) root: PathBuf,
+    pub(crate) manifest: Value,
     bases: RefCell<HashMap<String, Arc<Base>>>,
 }
 
 impl Fixtures {
-    pub fn default_folder(committed: &Path) -> PathBuf {
+    pub(crate) fn default_folder(committed: &Path) -> PathBuf {
         if let Some(dir) = std::env::var_os("DELTASERVE_FIXTURES") {
             return dir.into();
         }
@@ -51,21 +51,21 @@ impl Fixtures {
         committed.to_path_buf()
     }
 
-    pub fn open(root: &Path) -> Result<Self, String> {
+    pub(crate) fn open(root: &Path) -> Result<Self, String> {
         let text = std::fs::read(root.join("manifest.json")).map_err(|e| e.to_string())?;
         let manifest = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
         Ok(Self { root: root.to_path_buf(), manifest, bases: RefCell::default() })
     }
 
-    pub fn list(&self, key: &str) -> &[Value] {
+    pub(crate) fn list(&self, key: &str) -> &[Value] {
         self.manifest[key].as_array().map_or(&[], Vec::as_slice)
     }
 
-    pub fn tolerance(&self, key: &str) -> f64 {
-        self.manifest["tolerance"][key].as_f64().expect("the manifest states tolerances")
+    pub(crate) fn tolerance(&self, key: &str) -> f64 {
+        self.manifest["tolerance"][key].as_f64().unwrap_or_else(|| panic!("the manifest states no {key}"))
     }
 
-    pub fn base(&self, model: &str) -> Step<Arc<Base>> {
+    pub(crate) fn base(&self, model: &str) -> Step<Arc<Base>> {
         if let Some(base) = self.bases.borrow().get(model) {
             return Ok(Arc::clone(base));
         }
@@ -81,7 +81,7 @@ impl Fixtures {
 
     /// Loads a delta's folder. What this version says it does not support may be passed over only outside its scope:
     /// PEFT LoRA and BitFit of tier core must load.
-    pub fn delta(&self, base: &Base, case: &Value) -> Step<Option<Arc<Delta>>> {
+    pub(crate) fn delta(&self, base: &Base, case: &Value) -> Step<Option<Arc<Delta>>> {
         let Some(path) = case["delta"].as_str() else { return Ok(None) };
         let files = read_folder(&self.root.join(path))?;
         let kind = case["type"].as_str().unwrap_or("LORA");
@@ -99,12 +99,12 @@ impl Fixtures {
         }
     }
 
-    pub fn tensors(&self, path: &str) -> Step<HashMap<String, Tensor>> {
+    pub(crate) fn tensors(&self, path: &str) -> Step<HashMap<String, Tensor>> {
         candle_core::safetensors::load(self.root.join(path), &Device::Cpu).map_err(fail)
     }
 }
 
-pub fn read_folder(dir: &Path) -> Step<DeltaFiles> {
+pub(crate) fn read_folder(dir: &Path) -> Step<DeltaFiles> {
     let mut files = DeltaFiles::default();
     for entry in std::fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
@@ -115,14 +115,14 @@ pub fn read_folder(dir: &Path) -> Step<DeltaFiles> {
 }
 
 /// Rows of ids with their padding taken out.
-pub struct Batch {
-    pub tokens: Vec<Vec<u32>>,
-    pub types: Option<Vec<Vec<u32>>>,
-    pub mask: Vec<Vec<i64>>,
+pub(crate) struct Batch {
+    pub(crate) tokens: Vec<Vec<u32>>,
+    pub(crate) types: Option<Vec<Vec<u32>>>,
+    pub(crate) mask: Vec<Vec<i64>>,
 }
 
 impl Batch {
-    pub fn read(t: &HashMap<String, Tensor>, ids: &str, mask: &str) -> Step<Self> {
+    pub(crate) fn read(t: &HashMap<String, Tensor>, ids: &str, mask: &str) -> Step<Self> {
         let get = |key: &str| -> Step<Vec<Vec<i64>>> {
             let tensor = t.get(key).ok_or_else(|| fail(format!("no tensor {key}")))?;
             tensor.to_dtype(DType::I64).and_then(|t| t.to_vec2::<i64>()).map_err(fail)
@@ -144,7 +144,7 @@ impl Batch {
     }
 
     /// All of `input_ids`, whatever the mask.
-    pub fn unpadded(t: &HashMap<String, Tensor>) -> Step<Self> {
+    pub(crate) fn unpadded(t: &HashMap<String, Tensor>) -> Step<Self> {
         let ids = t.get("input_ids").ok_or_else(|| fail("no tensor input_ids"))?;
         let rows = ids.to_dtype(DType::U32).and_then(|t| t.to_vec2::<u32>()).map_err(fail)?;
         let mask = rows.iter().map(|r| vec![1; r.len()]).collect();
@@ -152,13 +152,13 @@ impl Batch {
     }
 
     /// Positions of row `i` that are no padding, in the padded tensor.
-    pub fn places(&self, i: usize) -> Vec<usize> {
+    pub(crate) fn places(&self, i: usize) -> Vec<usize> {
         self.mask[i].iter().enumerate().filter(|(_, m)| **m == 1).map(|(j, _)| j).collect()
     }
 }
 
 /// Largest absolute difference.
-pub fn max_diff(a: &Tensor, b: &Tensor) -> Step<f64> {
+pub(crate) fn max_diff(a: &Tensor, b: &Tensor) -> Step<f64> {
     if a.dims() != b.dims() {
         return Err(fail(format!("shapes {:?} and {:?}", a.dims(), b.dims())));
     }

@@ -16,7 +16,7 @@ use crate::{
     fixtures::{Batch, Fixtures, Outcome, Step, fail, max_diff},
 };
 
-pub fn run(f: &Fixtures, case: &Value) -> Outcome {
+pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
     let result = match case["expected"].as_str() {
         Some(expected) => one_file(f, case, expected),
         None => by_case(f, case),

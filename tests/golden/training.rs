@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::fixtures::{Batch, Fixtures, Outcome, Step, fail};
 
-pub fn run(f: &Fixtures, case: &Value) -> Outcome {
+pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
     match check(f, case) {
         Ok(what) => Outcome::Passed(what),
         Err(outcome) => outcome,
@@ -83,7 +83,7 @@ fn steps(
         let now = loss().map_err(fail)?;
         let value = f64::from(now.to_scalar::<f32>().map_err(fail)?);
         let expected = case["losses"][step as usize].as_f64().unwrap_or(f64::NAN);
-        if !((value - expected).abs() <= atol) {
+        if !near(value, expected, atol) {
             return Err(fail(format!("loss before step {step} is {value}, expected {expected}")));
         }
         if step == total {
@@ -95,12 +95,12 @@ fn steps(
             .collect::<Step<_>>()?;
         let norm = global_norm(&grads).map_err(fail)?;
         let expected = case["grad_norms"][step as usize].as_f64().unwrap_or(f64::NAN);
-        if !((norm - expected).abs() <= 1e-3 * expected + 1e-4) {
+        if !near(norm, expected, 1e-3 * expected + 1e-4) {
             return Err(fail(format!("gradient norm of step {step} is {norm}, expected {expected}")));
         }
         let lr = schedule.at(step);
         let expected = case["lrs"][step as usize].as_f64().unwrap_or(f64::NAN);
-        if !((lr - expected).abs() <= 1e-9) {
+        if !near(lr, expected, 1e-9) {
             return Err(fail(format!("learning rate of step {step} is {lr}, expected {expected}")));
         }
         adam.step(&grads, lr, clip_scale(norm, clip)).map_err(fail)?;
@@ -139,13 +139,17 @@ fn finals(f: &Fixtures, case: &Value, (base, delta): (&Base, &Delta), want: &Has
         };
         let (got, end, first) = (flat(&got)?, flat(find("final::")?)?, flat(find("grad::")?)?);
         for ((a, b), g) in got.iter().zip(end).zip(first) {
-            let off = f64::from((a - b).abs());
-            if f64::from(g.abs()) >= floor && !(off <= atol) {
+            if f64::from(g.abs()) >= floor && !near(f64::from(*a), f64::from(b), atol) {
                 return Err(fail(format!("{name} ends at {a} instead of {b}")));
             }
         }
     }
     Ok(n)
+}
+
+/// Whether two figures agree; NaN agrees with nothing.
+fn near(got: f64, want: f64, atol: f64) -> bool {
+    (got - want).abs() <= atol
 }
 
 /// The library's loss of the whole batch.
@@ -239,7 +243,7 @@ fn gradients(
         let flat = |t: &Tensor| t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>());
         for (a, b) in flat(&got).map_err(fail)?.iter().zip(flat(expected).map_err(fail)?) {
             let (a, b) = (f64::from(*a), f64::from(b));
-            if !((a - b).abs() <= atol + rel * b.abs()) {
+            if !near(a, b, atol + rel * b.abs()) {
                 return Err(fail(format!("gradient of {name}: {a} instead of {b}")));
             }
         }
