@@ -1,10 +1,10 @@
 //! deltaserve: one frozen base model, many tenants' deltas, one forward.
 //!
-//! A process loads a base once and keeps it resident. What a tenant owns is a delta: small, named, versioned, loaded and
-//! evicted while the server runs, and trained in the background on the same weights. Two threads own all compute, the
-//! [`engine`] and the trainer of [`train`]; both run [`model::Transformer::forward`], to which the deltas of a step are an
-//! argument. tokio owns all waiting: edges ([`grpc`], [`http`]) call [`admission`], which joins [`text`], [`registry`],
-//! [`engine`] and [`train`]; the [`store`] keeps what must survive. [`app`] puts it together.
+//! A process loads a base once and keeps it resident. What a tenant owns is a delta: small, named, versioned, loaded
+//! and evicted while the server runs, and trained in the background on the same weights. Two threads own all compute,
+//! the [`engine`] and the trainer of [`train`]; both run [`model::Transformer::forward`], to which the deltas of a step
+//! are an argument. tokio owns all waiting: edges ([`grpc`], [`http`]) call [`admission`], which joins [`text`],
+//! [`registry`], [`engine`] and [`train`]; the [`store`] keeps what must survive. [`app`] puts it together.
 //!
 //! # Glossary
 //!
