@@ -8,6 +8,7 @@ use deltaserve::cli::{Cli, describe};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     set_compute_threads(cli.threads());
+    set_elementwise_threads();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&format!("start the runtime: {error}")),
@@ -35,6 +36,16 @@ fn set_compute_threads(asked: Option<usize>) {
         None => default_threads(),
     };
     unsafe { std::env::set_var(VARIABLE, threads.max(1).to_string()) };
+}
+
+/// candle's element-wise pool spins and serialises its callers on one lock; engine and trainer would wait for each other
+/// there. Without helpers of its own each caller works alone, which for rows of this size is as fast.
+#[allow(unsafe_code, reason = "as above")]
+fn set_elementwise_threads() {
+    const VARIABLE: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_none() {
+        unsafe { std::env::set_var(VARIABLE, "1") };
+    }
 }
 
 /// Physical cores, as far as this process may use them.

@@ -79,11 +79,12 @@ impl Service {
             });
             let events = self.submit(tokens.clone(), None, work, &admitted, permit)?;
             let text = Arc::clone(&self.parts().text);
+            let decode = DecodeStream::after(Arc::clone(&text), &tokens).map_err(|e| text_error("prompt", &e))?;
             continuations.push(Continuation {
                 index,
                 seed,
                 events,
-                decode: Some(DecodeStream::new(Arc::clone(&text))),
+                decode: Some(decode),
                 stop: Some(StopStrings::new(params.stop.clone())),
                 logprobs: params.logprobs.is_some(),
                 text,

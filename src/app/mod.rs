@@ -34,6 +34,8 @@ use crate::{
 pub const DEFAULT_TENANT: &str = "default";
 /// Most memory that the cache takes unless it is told otherwise.
 const DEFAULT_KV_BYTES: usize = 1 << 30;
+/// How often unused blobs are removed.
+const GARBAGE_EVERY: Duration = Duration::from_secs(3600);
 /// How often the engine's thread is looked after.
 const WATCHDOG: Duration = Duration::from_millis(500);
 
@@ -88,8 +90,8 @@ impl Server {
     /// If the gRPC edge failed.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.ready.send_replace(false);
-        self.drain.finish().await;
-        self.trainer.drain(self.grace).await;
+        // calls and jobs share one grace period
+        tokio::join!(self.drain.finish(), self.trainer.drain(self.grace));
         self.engine.shutdown(Duration::ZERO);
         let edge = self.edge.await.context("the gRPC edge")?;
         drop((self.service, self.trainer, self.engine));
@@ -164,12 +166,14 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         (Some(address), Some(metrics)) => {
             let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
             let local = listener.local_addr()?;
-            drain.spawn(http::serve(listener, metrics, readiness.clone(), drain.clone()));
+            // not waited for at the end: probes watch the drain until the grace period is over
+            tokio::spawn(http::serve(listener, metrics, readiness.clone(), drain.clone()));
             Some(local)
         }
         _ => None,
     };
-    let edge = tokio::spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
+    let edge = drain.spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
+    tokio::spawn(collect_garbage(store.clone(), drain.clone()));
     ready.send_replace(true);
     Ok(Server {
         grpc,
@@ -184,6 +188,21 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         edge,
         threads: vec![engine_thread, trainer_thread],
     })
+}
+
+/// Removes blobs that nothing refers to, now and every hour, until the server drains.
+async fn collect_garbage(store: Store, drain: Drain) {
+    let mut hours = tokio::time::interval(GARBAGE_EVERY);
+    loop {
+        tokio::select! {
+            _ = hours.tick() => match store.collect_garbage().await {
+                Ok(garbage) if garbage.blobs > 0 => tracing::info!(blobs = garbage.blobs, bytes = garbage.bytes, "removed unused blobs"),
+                Ok(_) => {}
+                Err(error) => tracing::warn!(%error, "could not remove unused blobs"),
+            },
+            () = drain.begun() => return,
+        }
+    }
 }
 
 /// The engine's sizes; the cache holds every sequence at full length unless that takes more than a gibibyte.

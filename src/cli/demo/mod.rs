@@ -58,9 +58,9 @@ struct Tenant {
 }
 
 const TENANTS: [Tenant; 3] = [
-    Tenant { name: "ada", delta: "style", folder: "style", task: Task::CausalLm, epochs: 3.0, batch: 16 },
-    Tenant { name: "ben", delta: "cards", folder: "cards", task: Task::CausalLm, epochs: 6.0, batch: 16 },
-    Tenant { name: "cleo", delta: "kind", folder: "text-kind", task: Task::SeqCls, epochs: 3.0, batch: 32 },
+    Tenant { name: "ada", delta: "style", folder: "style", task: Task::CausalLm, epochs: 1.5, batch: 16 },
+    Tenant { name: "ben", delta: "cards", folder: "cards", task: Task::CausalLm, epochs: 4.0, batch: 16 },
+    Tenant { name: "cleo", delta: "kind", folder: "text-kind", task: Task::SeqCls, epochs: 1.5, batch: 32 },
 ];
 
 /// Runs the demo.
