@@ -223,7 +223,7 @@ async fn files_that_are_torn_or_contradict_themselves_are_refused_by_name() {
     refused(&with(&good, CONFIG, [b"{\"a\":".repeat(100_000), b"1".to_vec()].concat()), CONFIG, &[]).await;
     let mut pickle = good.clone();
     pickle.files.remove(WEIGHTS);
-    refused(&pickle, "files", &[]).await;
+    refused(&pickle, WEIGHTS, &["missing"]).await;
     pickle.files.insert("adapter_model.bin".into(), Bytes::from_static(b"\x80\x02"));
     refused(&pickle, "adapter_model.bin", &["pickle"]).await;
 
@@ -242,7 +242,7 @@ async fn data_without_labels_or_with_broken_lines_trains_nothing() {
     let client = &running.client;
     let create = async |spec| client.create_job(spec, "").await.expect_err("refused");
     // zero labels: unlabelled data, or a single label, teaches no classifier
-    expect_invalid(&create(spec("x", proto::Task::SeqCls, stories(8), 1)).await, "", &["label"]);
+    expect_invalid(&create(spec("x", proto::Task::SeqCls, stories(8), 1)).await, "data", &["seq_cls"]);
     let one = "{\"text\": \"a\", \"label\": \"same\"}\n{\"text\": \"b\", \"label\": \"same\"}\n";
     expect_invalid(&create(spec("x", proto::Task::SeqCls, one.into(), 1)).await, "", &["label"]);
     let empty = "{\"text\": \"a\", \"label\": \"\"}\n{\"text\": \"b\", \"label\": \"y\"}\n";

@@ -125,7 +125,7 @@ impl World {
     pub(crate) async fn spawn(&self) -> Spawned {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
         let child = Command::new(env!("CARGO_BIN_EXE_deltaserve"))
-            .args(["serve", "--http", "off", "--log", "warn", "--threads", "1", "--drain-seconds", "20"])
+            .args(["serve", "--http", "127.0.0.1:0", "--log", "warn", "--threads", "1", "--drain-seconds", "20"])
             .arg("--base")
             .arg(&self.config.base.source)
             .arg("--data-dir")
