@@ -156,7 +156,7 @@ fn check_hyper(h: &HyperParams, max_positions: usize) -> Vec<Violation> {
     real("epochs", h.epochs, |v| v > 0.0 && v <= 1000.0, "(0, 1000]");
     real("learning_rate", h.learning_rate, |v| v > 0.0, "a positive number");
     real("warmup_ratio", h.warmup_ratio, |v| (0.0..1.0).contains(&v), "[0, 1)");
-    real("weight_decay", h.weight_decay, |v| (0.0..=1.0).contains(&v), "[0, 1]");
+    real("weight_decay", h.weight_decay, |v| (0.0..=10.0).contains(&v), "[0, 10]");
     real("beta1", h.beta1, |v| (0.0..1.0).contains(&v), "[0, 1)");
     real("beta2", h.beta2, |v| (0.0..1.0).contains(&v), "[0, 1)");
     real("eps", h.eps, |v| v > 0.0 && v <= 1.0, "(0, 1]");

@@ -375,7 +375,9 @@ impl Supervisor {
     }
 
     async fn trainer_died(mut self) {
-        tracing::error!("the trainer thread ended");
+        if !self.shared.is_draining() {
+            tracing::error!("the trainer thread ended");
+        }
         let ids: Vec<String> = self.running.drain().map(|(id, _)| id).collect();
         for id in ids.into_iter().chain(std::mem::take(&mut self.queue).into_iter().map(|j| j.id)) {
             let failure = interrupted("the trainer thread ended");

@@ -1,0 +1,54 @@
+//! SIGTERM: what runs finishes, what is new is refused, and nobody waits longer than that.
+
+use std::time::{Duration, Instant};
+
+use deltaserve::grpc::proto;
+use proto::JobState;
+
+use crate::support::*;
+
+/// Far less than the grace period of the servers here.
+const PROMPTLY: Duration = Duration::from_secs(12);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_sigterm_a_running_stream_finishes_new_calls_are_refused_and_the_exit_is_clean() {
+    let world = World::long();
+    let mut spawned = world.spawn().await;
+    let client = spawned.client.clone();
+    let mut stream = client.stream(ask("", "once", 12_000)).await.expect("a stream");
+    let first = stream.message().await.expect("a message").expect("a token");
+    assert!(first.event.is_some());
+    spawned.terminate();
+    eventually("new calls are refused", async || client.info().await.is_err()).await;
+    let said = timely("the stream ends", finish(Said::default(), stream)).await.expect("it is not cut off");
+    assert_eq!(said.finished.usage.unwrap_or_default().completion_tokens, 12_000);
+    let ended = Instant::now();
+    let mut status = None;
+    eventually("the process ends", async || {
+        status = spawned.child.try_wait().expect("its state");
+        status.is_some()
+    })
+    .await;
+    assert_eq!(status.and_then(|s| s.code()), Some(0));
+    assert!(ended.elapsed() < PROMPTLY, "{:?}: it waited though nothing ran", ended.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopping_waits_for_streams_interrupts_jobs_and_tells_who_watches_them() {
+    let world = World::long();
+    let running = world.start().await;
+    let client = running.client.clone();
+    let job = client.create_job(spec("style", proto::Task::CausalLm, stories(64), 100_000), "").await.expect("a job");
+    eventually("it runs", async || client.job(&job.id).await.is_ok_and(|j| j.step > 0)).await;
+    let watch = tokio::spawn({
+        let (client, id) = (client.clone(), job.id.clone());
+        async move { client.ended(&id).await }
+    });
+    let mut stream = client.stream(ask("", "once", 4_000)).await.expect("a stream");
+    stream.message().await.expect("a message").expect("a token");
+    let begun = Instant::now();
+    let (said, ()) = tokio::join!(finish(Said::default(), stream), running.stop());
+    assert_eq!(said.expect("it is not cut off").finished.usage.unwrap_or_default().completion_tokens, 4_000);
+    assert_eq!(watch.await.expect("no panic").state(), JobState::Interrupted);
+    assert!(begun.elapsed() < PROMPTLY, "{:?}", begun.elapsed());
+}

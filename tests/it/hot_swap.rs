@@ -1,0 +1,125 @@
+//! Versions change under load; what a response says served it is what served it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use deltaserve::grpc::proto;
+
+use crate::support::*;
+
+const SWAPS: usize = 1000;
+const NAMES: usize = 4;
+const VERSIONS: usize = 3;
+const CLIENTS: usize = 6;
+const PROMPTS: [&str; 3] = ["once upon a time", "the", "Who goes there?"];
+const NEW: u32 = 8;
+
+/// Version id -> the text of each prompt.
+type Known = BTreeMap<String, Vec<String>>;
+
+async fn published(world: &World, client: &Client) -> Known {
+    let mut known = Known::new();
+    for name in 0..NAMES {
+        for version in 0..VERSIONS {
+            let files = world.delta((name * VERSIONS + version) as u64 + 10);
+            let made = client.upload(&format!("d{name}"), &files).await.expect("an upload");
+            let reference = format!("d{name}@{}", made.number);
+            let mut texts = Vec::new();
+            for prompt in PROMPTS {
+                texts.push(client.text(&reference, prompt, NEW).await);
+            }
+            known.insert(made.id, texts);
+        }
+    }
+    let distinct: BTreeSet<_> = known.values().collect();
+    assert_eq!(distinct.len(), NAMES * VERSIONS, "every version must be told apart by what it says");
+    known
+}
+
+/// Generates until told to stop; counts requests and the versions that it saw.
+async fn load(client: Client, seat: usize, known: Arc<Known>, over: Arc<AtomicBool>) -> (usize, BTreeSet<String>) {
+    let (mut requests, mut seen) = (0, BTreeSet::new());
+    while !over.load(Ordering::Relaxed) {
+        let name = format!("d{}", (requests + seat) % NAMES);
+        let which = (requests / NAMES + seat) % PROMPTS.len();
+        let said = client.generate(ask(&name, PROMPTS[which], NEW)).await.expect("no request fails");
+        let by = said.finished.served_by.unwrap_or_default();
+        assert_eq!(by.name, name);
+        assert_eq!(known.get(&by.id).map(|texts| &texts[which]), Some(&said.text), "{name} version {}", by.number);
+        seen.insert(by.id);
+        requests += 1;
+    }
+    (requests, seen)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_1000_swaps_under_load_every_answer_is_that_of_the_version_that_it_names() {
+    let mut world = World::new();
+    // room for what the clients hold at once, not for all versions
+    world.config.max_resident_bytes = world.delta_bytes() * (CLIENTS as u64 + 2);
+    let running = world.start().await;
+    let client = &running.client;
+    let known = Arc::new(published(&world, client).await);
+    let over = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> =
+        (0..CLIENTS).map(|i| tokio::spawn(load(client.clone(), i, Arc::clone(&known), Arc::clone(&over)))).collect();
+    for swap in 0..SWAPS {
+        let name = format!("d{}", swap % NAMES);
+        let version = (swap / NAMES) % VERSIONS;
+        if swap % 10 == 0 {
+            let files = world.delta(((swap % NAMES) * VERSIONS + version) as u64 + 10);
+            client.upload(&name, &files).await.expect("a re-publish");
+        } else {
+            client.promote(&name, &format!("{}", version + 1)).await.expect("a promotion");
+        }
+    }
+    over.store(true, Ordering::Relaxed);
+    let (mut requests, mut seen) = (0, BTreeSet::new());
+    for task in clients {
+        let (n, ids) = timely("a client ends", task).await.expect("no client fails");
+        requests += n;
+        seen.extend(ids);
+    }
+    let residency = client.info().await.expect("info").residency.unwrap_or_default();
+    println!("{SWAPS} swaps, {requests} requests, {} versions seen, {residency:?}", seen.len());
+    assert!(requests >= CLIENTS * 10, "{requests} requests are no load");
+    assert!(seen.len() > NAMES, "versions were swapped while requests ran");
+    assert!(residency.evictions > 0, "the budget was never felt");
+    assert!(residency.bytes <= residency.budget_bytes, "{residency:?}");
+    eventually("all leases end", async || {
+        client.info().await.is_ok_and(|i| i.residency.unwrap_or_default().leased == 0)
+    })
+    .await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_keeps_its_version_while_the_next_request_has_the_new_one() {
+    let world = World::long();
+    let running = world.start().await;
+    let client = &running.client;
+    let v1 = client.upload("style", &world.delta(1)).await.expect("an upload");
+    let alone = client.text("style", "once", 2000).await;
+    let mut stream = client.stream(ask("style", "once", 2000)).await.expect("a stream");
+    let first = stream.message().await.expect("a message").expect("a token");
+    let v2 = client.upload("style", &world.delta(2)).await.expect("an upload");
+    assert_eq!((v1.number, v2.number), (1, 2));
+    let next = client.generate(ask("style", "once", 20)).await.expect("a stream");
+    assert_eq!(next.finished.served_by.unwrap_or_default().id, v2.id);
+    assert!(!alone.starts_with(&next.text));
+
+    let mut said = Said::default();
+    if let Some(proto::generate_response::Event::Delta(d)) = first.event {
+        said.text = d.text;
+        said.ids = d.token_ids;
+    }
+    let said = timely("the stream ends", finish(said, stream)).await.expect("the stream goes on");
+    assert_eq!(said.finished.served_by.unwrap_or_default().id, v1.id);
+    assert!(said.text == alone, "the whole stream is version 1's");
+    running.stop().await;
+}

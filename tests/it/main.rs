@@ -1,0 +1,14 @@
+//! The laws of the running service, over real gRPC on loopback: one module per subject, a test's name is the law.
+//!
+//! Everything runs on a tiny random base that is written at the start of each test; nothing is downloaded or shared.
+
+mod bad_input;
+mod cancel;
+mod drain;
+mod edges;
+mod generate;
+mod hot_swap;
+mod isolation;
+mod restart;
+mod support;
+mod train;
