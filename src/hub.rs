@@ -107,7 +107,7 @@ mod tests {
     fn folders_pass_and_paths_are_never_taken_for_ids() {
         let dir = std::env::temp_dir();
         assert_eq!(folder(&dir.to_string_lossy()).ok(), Some(dir));
-        for bad in ["", "no-slash", "../../etc", "a/b/c", "/nowhere/at/all", "org/..", "org/na me"] {
+        for bad in ["", "no-slash", "../nowhere-at-all", "a/b/c", "/nowhere/at/all", "org/..", "org/na me"] {
             assert!(matches!(folder(bad), Err(HubError::NotAnId(_))), "{bad:?}");
         }
     }
