@@ -74,11 +74,13 @@ async fn jobs(client: Client, round: u64, seen: Arc<Acknowledged>) {
 }
 
 async fn check(client: &Client, seen: &Acknowledged) {
-    for (name, number, id) in seen.versions.lock().clone() {
+    let versions = seen.versions.lock().clone();
+    for (name, number, id) in versions {
         let found = client.delta(&format!("{name}@{number}")).await.expect("an acknowledged version");
         assert_eq!(found.delta.unwrap_or_default().id, id, "{name}@{number}");
     }
-    for id in seen.jobs.lock().clone() {
+    let jobs = seen.jobs.lock().clone();
+    for id in jobs {
         let job = client.job(&id).await.expect("an acknowledged job");
         let end = [JobState::Succeeded, JobState::Interrupted, JobState::Failed];
         assert!(end.contains(&job.state()), "{id} is {:?} after the restart", job.state());
