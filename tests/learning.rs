@@ -54,13 +54,7 @@ fn a_classifier_learns() {
         idempotency_key: None,
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));
-    let shape = BaseShape {
-        sites: &base.sites,
-        hidden: base.arch.hidden,
-        vocab: base.arch.vocab,
-        causal: base.arch.is_causal(),
-    };
-    let info = BaseInfo { shape, max_positions: base.arch.max_positions };
+    let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
     let prepared = prepare(Inputs { params: &params, train: &train, validation: Some(&test) }, info, &codec)
         .unwrap_or_else(|problems| panic!("{problems:#?}"));
     println!("{} parameters, {:?}", prepared.reply.trainable_parameters, prepared.reply.memory);

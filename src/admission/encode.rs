@@ -9,7 +9,7 @@ use super::{
         Classification, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply, LabelScore, Pooling, ScoreParams,
         ScoreReply, Scored, ServeError, Timings, TokenLabel, TokenLogprob, TokenizeReply, Usage,
     },
-    service::{Admitted, Service, text_error},
+    service::{Admitted, Input, Service, text_error},
 };
 use crate::{
     delta::Task,
@@ -20,8 +20,7 @@ use crate::{
 
 /// One input, tokenised.
 struct Row {
-    tokens: Vec<u32>,
-    types: Option<Vec<u32>>,
+    input: Input,
     work: Work,
 }
 
@@ -53,9 +52,14 @@ impl Service {
             })
             .await?;
         let tokens_of = |e: &Encoded| e.ids.len() as u32;
+        // a tokenizer may number the second text although the base knows one kind only (RoBERTa)
+        let kinds = self.parts().base.arch.token_types as u32;
         let rows = encoded.iter().map(|e| Row {
-            tokens: e.ids.clone(),
-            types: (self.parts().base.arch.token_types > 0).then(|| e.type_ids.clone()),
+            input: Input {
+                source: vec![],
+                tokens: e.ids.clone(),
+                types: (kinds > 0).then(|| e.type_ids.iter().map(|t| (*t).min(kinds - 1)).collect()),
+            },
             work: if task == Task::TokenCls { Work::ClassifyTokens } else { Work::Classify },
         });
         let results = self.run(rows.collect(), &admitted).await?;
@@ -123,8 +127,8 @@ impl Service {
             other => other,
         };
         let work = Work::Embed { pooling, normalize: params.normalize };
-        let rows = encoded.into_iter().map(|tokens| Row { tokens, types: None, work: work.clone() });
-        let results = self.run(rows.collect(), &admitted).await?;
+        let rows = encoded.into_iter().map(|tokens| Ok(Row { input: self.prompt(tokens)?, work: work.clone() }));
+        let results = self.run(rows.collect::<Result<_, ServeError>>()?, &admitted).await?;
         let embeddings = results.outputs.into_iter().map(|o| match o {
             Output::Embedding(v) => Ok(v),
             _ => Err(ServeError::Internal("the engine mixed up its work".into())),
@@ -146,8 +150,9 @@ impl Service {
         params.check()?;
         let arch = &self.parts().base.arch;
         if !arch.is_causal() {
-            return Err(ServeError::WrongTask(format!("the base is a {} encoder, which does not score", arch.family)));
+            return Err(ServeError::WrongTask(format!("the base is {}, which does not score", arch.kind())));
         }
+        let start = arch.is_encoder_decoder().then_some(arch.decoder_start).flatten();
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
         let inputs = params.inputs.clone();
         let encoded = self
@@ -156,6 +161,9 @@ impl Service {
                     |text: &str, field: &str| parts.text.encode_user(text, true).map_err(|e| text_error(field, &e));
                 let one = |(i, (prompt, completion)): (usize, &(String, String))| {
                     let field = format!("inputs[{i}]");
+                    if let Some(start) = start {
+                        return apart(&ids, (prompt, completion), start, &field);
+                    }
                     // together, as the model would read them; scored from where the prompt's own tokens end
                     let whole = ids(&format!("{prompt}{completion}"), &field)?;
                     let from = if prompt.is_empty() { 1 } else { ids(prompt, &field)?.len().max(1) };
@@ -164,20 +172,16 @@ impl Service {
                             "has nothing to score: at least one token after the prompt (or the first one) is needed";
                         return Err(ServeError::field(field, m));
                     }
-                    Ok((whole, from))
+                    Ok((Input { tokens: whole, ..Input::default() }, from))
                 };
                 inputs.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()
             })
             .await?;
-        let rows = encoded.iter().map(|(ids, from)| Row {
-            tokens: ids.clone(),
-            types: None,
-            work: Work::Score { from: *from },
-        });
+        let rows = encoded.iter().map(|(input, from)| Row { input: input.clone(), work: Work::Score { from: *from } });
         let results = self.run(rows.collect(), &admitted).await?;
         let text = &self.parts().text;
         let mut out = Vec::with_capacity(encoded.len());
-        for (output, (ids, from)) in results.outputs.into_iter().zip(&encoded) {
+        for (output, (Input { tokens: ids, .. }, from)) in results.outputs.into_iter().zip(&encoded) {
             let Output::Scores(scores) = output else {
                 return Err(ServeError::Internal("the engine mixed up its work".into()));
             };
@@ -206,7 +210,11 @@ impl Service {
     async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
         let limit = self.context();
         for (i, row) in rows.iter().enumerate() {
-            let n = row.tokens.len();
+            let (n, out) = (row.input.given(), row.input.tokens.len());
+            if out > limit {
+                let message = format!("has a completion of {out} tokens; the decoder's context is {limit}");
+                return Err(ServeError::field(format!("inputs[{i}]"), message));
+            }
             if n == 0 || n > limit {
                 return Err(ServeError::field(
                     format!("inputs[{i}]"),
@@ -215,10 +223,10 @@ impl Service {
             }
         }
         let permits = self.permits(rows.len())?;
-        let read: usize = rows.iter().map(|r| r.tokens.len()).sum();
+        let read: usize = rows.iter().map(|r| r.input.given()).sum();
         let mut waiting: Vec<mpsc::Receiver<Event>> = Vec::with_capacity(rows.len());
         for (row, permit) in rows.into_iter().zip(permits) {
-            waiting.push(self.submit(row.tokens, row.types, row.work, admitted, permit)?);
+            waiting.push(self.submit(row.input, row.work, admitted, permit)?);
         }
         let mut results = Results {
             outputs: Vec::with_capacity(waiting.len()),
@@ -240,6 +248,24 @@ impl Service {
         }
         Ok(results)
     }
+}
+
+/// An encoder-decoder reads the prompt and scores the completion as its output.
+fn apart(
+    ids: &impl Fn(&str, &str) -> Result<Vec<u32>, ServeError>,
+    (prompt, completion): (&str, &str),
+    start: u32,
+    field: &str,
+) -> Result<(Input, usize), ServeError> {
+    let source = ids(prompt, field)?;
+    if source.is_empty() {
+        return Err(ServeError::field(field, "has an empty prompt, which the encoder cannot read"));
+    }
+    let tokens: Vec<u32> = std::iter::once(start).chain(ids(completion, field)?).collect();
+    if tokens.len() < 2 {
+        return Err(ServeError::field(field, "has nothing to score: the completion has no token"));
+    }
+    Ok((Input { source, tokens, types: None }, 1))
 }
 
 fn softmax(logits: &[f32]) -> Vec<f32> {

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{
     params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
-    service::{Pieces, Service, ServiceParts, chat_error, text_error},
+    service::{Input, Pieces, Service, ServiceParts, chat_error, text_error},
 };
 use crate::{
     delta::Task,
@@ -34,22 +34,16 @@ impl Service {
         params.check()?;
         let arch = &self.parts().base.arch;
         if !arch.is_causal() {
-            return Err(ServeError::WrongTask(format!(
-                "the base is a {} encoder, which does not generate",
-                arch.family
-            )));
+            return Err(ServeError::WrongTask(format!("the base is {}, which does not generate", arch.kind())));
         }
         let permits = self.permits(params.n as usize)?;
         let prompt = params.prompt.clone();
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
-        let (len, new) = (tokens.len(), params.max_new_tokens as usize);
-        if len + new > self.context() {
-            let limit = self.context();
-            return Err(ServeError::field(
-                "max_new_tokens",
-                format!("{len} prompt tokens + {new} new tokens = {} exceed the context of {limit}", len + new),
-            ));
-        }
+        let (input, new) = (self.prompt(tokens)?, params.max_new_tokens as usize);
+        let len = input.given();
+        self.check_length(&input, new)?;
+        // what a continuation's text follows on
+        let before: &[u32] = if input.source.is_empty() { &input.tokens } else { &[] };
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
         if let Some(lease) = &admitted.lease {
             let task = lease.delta().spec.task;
@@ -77,9 +71,9 @@ impl Service {
                 stop_tokens: stop_tokens.clone(),
                 logprobs: params.logprobs.map(|n| n as usize),
             });
-            let events = self.submit(tokens.clone(), None, work, &admitted, permit)?;
+            let events = self.submit(input.clone(), work, &admitted, permit)?;
             let text = Arc::clone(&self.parts().text);
-            let decode = DecodeStream::after(Arc::clone(&text), &tokens).map_err(|e| text_error("prompt", &e))?;
+            let decode = DecodeStream::after(Arc::clone(&text), before).map_err(|e| text_error("prompt", &e))?;
             continuations.push(Continuation {
                 index,
                 seed,
@@ -99,6 +93,24 @@ impl Service {
             .into_iter()
             .map(|c| stream::unfold(c, |mut c| async move { c.next().await.map(|piece| (piece, c)) }).boxed());
         Ok(stream::select_all(streams).boxed())
+    }
+
+    /// Prompt and output must fit the context; an encoder-decoder's have one each.
+    fn check_length(&self, input: &Input, new: usize) -> Result<(), ServeError> {
+        let (limit, source, len) = (self.context(), input.source.len(), input.tokens.len());
+        if source > limit {
+            let message = format!("{source} prompt tokens exceed the encoder's context of {limit}");
+            return Err(ServeError::field("prompt", message));
+        }
+        if len + new <= limit {
+            return Ok(());
+        }
+        let total = len + new;
+        let message = match source {
+            0 => format!("{len} prompt tokens + {new} new tokens = {total} exceed the context of {limit}"),
+            _ => format!("{len} start token + {new} new tokens = {total} exceed the decoder's context of {limit}"),
+        };
+        Err(ServeError::field("max_new_tokens", message))
     }
 
     /// Tokens that end a text: those of the config and the tokenizer's.

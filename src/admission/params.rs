@@ -358,7 +358,7 @@ pub struct DeltaInfo {
     pub current: bool,
     /// Methods in it: `lora`, `bitfit`, `head` ...
     pub methods: Vec<String>,
-    /// `causal_lm`, `seq_cls`, `token_cls`, `feature`.
+    /// `causal_lm`, `seq2seq`, `seq_cls`, `token_cls`, `feature`.
     pub task: String,
     /// Label names of its head.
     pub labels: Vec<String>,

@@ -90,6 +90,24 @@ pub(super) struct Inner {
     queue_depth: Gauge,
 }
 
+/// One sequence's tokens.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Input {
+    /// What an encoder-decoder's encoder reads; empty for all other bases.
+    pub(super) source: Vec<u32>,
+    /// The prompt; of an encoder-decoder, how its output begins.
+    pub(super) tokens: Vec<u32>,
+    /// Segment ids.
+    pub(super) types: Option<Vec<u32>>,
+}
+
+impl Input {
+    /// Tokens that the caller gave.
+    pub(super) fn given(&self) -> usize {
+        if self.source.is_empty() { self.tokens.len() } else { self.source.len() }
+    }
+}
+
 /// What a sequence of a call has in common with its siblings.
 pub(super) struct Admitted {
     pub(super) lease: Option<DeltaLease>,
@@ -168,8 +186,7 @@ impl Service {
     /// Hands one sequence to the engine.
     pub(super) fn submit(
         &self,
-        tokens: Vec<u32>,
-        token_types: Option<Vec<u32>>,
+        input: Input,
         work: Work,
         admitted: &Admitted,
         permit: OwnedSemaphorePermit,
@@ -178,8 +195,9 @@ impl Service {
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
         let request = Request {
             id: self.inner.next_id.fetch_add(1, Ordering::Relaxed),
-            tokens,
-            token_types,
+            source: input.source,
+            tokens: input.tokens,
+            token_types: input.types,
             delta,
             work,
             deadline: admitted.deadline,
@@ -189,6 +207,19 @@ impl Service {
         };
         self.parts().engine.submit(request)?;
         Ok(receiver)
+    }
+
+    /// The tokens of a prompt as this base takes them: an encoder-decoder reads them with its encoder, and its output
+    /// begins with a token of its own.
+    pub(super) fn prompt(&self, tokens: Vec<u32>) -> Result<Input, ServeError> {
+        let arch = &self.parts().base.arch;
+        if !arch.is_encoder_decoder() {
+            return Ok(Input { source: vec![], tokens, types: None });
+        }
+        match arch.decoder_start {
+            Some(start) => Ok(Input { source: tokens, tokens: vec![start], types: None }),
+            None => Err(ServeError::WrongTask("config.json names no decoder_start_token_id".into())),
+        }
     }
 
     /// Runs text work on the blocking pool.

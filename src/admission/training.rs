@@ -118,13 +118,7 @@ impl Service {
         };
         self.blocking(move |parts| {
             let base = &parts.base;
-            let shape = BaseShape {
-                sites: &base.sites,
-                hidden: base.arch.hidden,
-                vocab: base.arch.vocab,
-                causal: base.arch.is_causal(),
-            };
-            let info = BaseInfo { shape, max_positions: base.arch.max_positions };
+            let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
             let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref() };
             prepare(inputs, info, &parts.codec).map_err(ServeError::Invalid)
         })

@@ -98,7 +98,9 @@ fn codec(dir: &Path, base: &Base, text: &TextModel, chat: Option<&Arc<ChatTempla
     });
     let mut eos = base.arch.eos.clone();
     eos.extend(text.special().eos.filter(|id| !eos.contains(id)));
-    TextCodec::from_tokenizer(Arc::new(tokenizer), render, eos).map_err(|e| anyhow::anyhow!("tokenizer.json: {e}"))
+    let codec = TextCodec::from_tokenizer(Arc::new(tokenizer), render, eos);
+    let codec = codec.map_err(|e| anyhow::anyhow!("tokenizer.json: {e}"))?;
+    Ok(codec.with_decoder_start(base.arch.decoder_start))
 }
 
 /// How a sentence encoder's folder says to pool.

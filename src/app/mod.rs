@@ -210,8 +210,10 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
     let arch = &base.arch;
     let sequences = config.engine.max_sequences.min(config.engine.max_batch_tokens);
     let bytes_per_position = (2 * arch.layers * arch.kv_width() * base.dtype.size_in_bytes()).max(1);
-    let wanted = sequences * arch.max_positions;
-    let default = wanted.min(DEFAULT_KV_BYTES / bytes_per_position).max(arch.max_positions);
+    // an encoder-decoder's sequence has two sides
+    let longest = arch.max_positions * if arch.is_encoder_decoder() { 2 } else { 1 };
+    let wanted = sequences * longest;
+    let default = wanted.min(DEFAULT_KV_BYTES / bytes_per_position).max(longest);
     let positions = config.engine.kv_positions.unwrap_or(default);
     EngineConfig {
         max_batch_tokens: config.engine.max_batch_tokens,

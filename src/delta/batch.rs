@@ -97,6 +97,16 @@ impl DeltaBatch {
         out
     }
 
+    /// The same deltas for a matrix with `times` rows in place of each (the heads of a row).
+    pub(crate) fn repeated(&self, times: usize) -> Self {
+        let mut out = self.clone();
+        for slot in &mut out.slots {
+            slot.rows.iter_mut().for_each(|r| *r = r.start * times..r.end * times);
+        }
+        out.rows = self.rows * times;
+        out
+    }
+
     /// The same deltas for the picked rows only, in the given order.
     pub(crate) fn picked(&self, pick: &[u32]) -> Self {
         let mut out = self.clone();

@@ -6,10 +6,12 @@ use bytes::Bytes;
 use candle_core::Tensor;
 
 mod batch;
+mod head;
 mod patch;
 mod site;
 
 pub use batch::{DeltaBatch, Part};
+pub use head::{Head, HeadLayer, HeadPool};
 pub use patch::{LowRank, Patch};
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 
@@ -19,6 +21,9 @@ pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 pub enum Task {
     /// Generate and score text.
     CausalLm,
+    /// Generate a text from another: encoder-decoders.
+    #[serde(rename = "seq2seq")]
+    Seq2Seq,
     /// One label (or several) per text.
     SeqCls,
     /// One label per token.
@@ -28,10 +33,16 @@ pub enum Task {
 }
 
 impl Task {
+    /// Whether its loss is that of the next token.
+    pub fn generates(self) -> bool {
+        matches!(self, Self::CausalLm | Self::Seq2Seq)
+    }
+
     /// The name used on the wire and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::CausalLm => "causal_lm",
+            Self::Seq2Seq => "seq2seq",
             Self::SeqCls => "seq_cls",
             Self::TokenCls => "token_cls",
             Self::Feature => "feature",
@@ -54,15 +65,6 @@ pub struct DeltaSpec {
     pub parameters: u64,
     /// Bytes when resident.
     pub resident_bytes: u64,
-}
-
-/// A classification head that replaces the base's.
-#[derive(Debug, Clone)]
-pub struct Head {
-    /// `[labels, hidden]`.
-    pub weight: Tensor,
-    /// `[labels]`.
-    pub bias: Option<Tensor>,
 }
 
 /// One delta, ready to be applied. Its tensors never change once it is built; under training they are `Var`s, whose
@@ -97,7 +99,7 @@ impl Delta {
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         let patches: usize = self.patches.iter().map(|(_, p)| p.bytes()).sum();
-        let head = self.head.iter().map(|h| bytes_of(&h.weight) + h.bias.as_ref().map_or(0, bytes_of)).sum::<usize>();
+        let head: usize = self.head.iter().flat_map(Head::tensors).map(|(_, t)| bytes_of(t)).sum();
         (patches + head) as u64
     }
 }

@@ -22,8 +22,18 @@ pub enum Proj {
     Gate,
     /// MLP up (first) projection.
     Up,
+    /// Gate and up in one matrix (Phi-3's `gate_up_proj`).
+    GateUp,
     /// MLP down (second) projection.
     Down,
+    /// Cross-attention's query.
+    CrossQ,
+    /// Cross-attention's key.
+    CrossK,
+    /// Cross-attention's value.
+    CrossV,
+    /// Cross-attention's output.
+    CrossO,
 }
 
 /// A normalisation of a block.
@@ -33,6 +43,16 @@ pub enum NormAt {
     Attn,
     /// Before or after the MLP.
     Mlp,
+    /// Of each head's query.
+    Query,
+    /// Of each head's key.
+    Key,
+    /// Before cross-attention.
+    Cross,
+    /// Of attention's output, before the residual sum.
+    AttnOut,
+    /// Of the MLP's output, before the residual sum.
+    MlpOut,
 }
 
 /// A half of a block, where bottleneck adapters attach.
@@ -77,6 +97,8 @@ pub enum Site {
         /// Layer.
         layer: usize,
     },
+    /// The final norm of an encoder-decoder's encoder.
+    EncoderNorm,
     /// The final norm of a pre-norm stack.
     FinalNorm,
     /// BERT's pooler.

@@ -9,6 +9,7 @@ mod request;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod source;
 mod step;
 mod worker;
 
@@ -35,7 +36,7 @@ use self::{
 };
 use crate::{
     admission::params::Pooling,
-    kv::{KvCache, PAGE_SIZE},
+    kv::{KvCache, PAGE_SIZE, pages_for},
     model::{Architecture, Base},
     pacing::Pacer,
 };
@@ -266,10 +267,17 @@ impl Checks {
                 return Err(format!("token types must be {len} numbers below {known}"));
             }
         }
+        if let Some(id) = request.source.iter().find(|&&t| t as usize >= arch.vocab) {
+            return Err(format!("token {id} of the source is outside the vocabulary of {}", arch.vocab));
+        }
+        let source = request.source.len();
+        if arch.is_encoder_decoder() != (source > 0) {
+            return Err(format!("{} takes {}", arch.kind(), if source > 0 { "no source" } else { "a source" }));
+        }
         let generates = arch.is_causal() && !arch.names.lm_head.is_empty();
         let new = match &mut request.work {
             Work::Generate(_) | Work::Score { .. } if !generates => {
-                return Err(format!("a {} base does not generate or score", arch.family));
+                return Err(format!("the base is {}, which does not generate or score", arch.kind()));
             }
             Work::Generate(g) if g.max_new_tokens == 0 => return Err("max_new_tokens must be at least 1".into()),
             Work::Generate(g) => g.max_new_tokens,
@@ -278,14 +286,25 @@ impl Checks {
             }
             Work::Embed { pooling, .. } => {
                 if *pooling == Pooling::Default {
-                    *pooling = if arch.is_causal() { Pooling::Last } else { Pooling::Mean };
+                    let last = arch.is_causal() && !arch.is_encoder_decoder();
+                    *pooling = if last { Pooling::Last } else { Pooling::Mean };
                 }
                 0
             }
             Work::Score { .. } | Work::Classify | Work::ClassifyTokens => 0,
         };
+        if source > self.positions {
+            return Err(format!("{source} source tokens exceed the {} positions of the encoder", self.positions));
+        }
         if len.saturating_add(new) > self.positions {
             return Err(format!("{len} prompt tokens and {new} new ones exceed the {} positions", self.positions));
+        }
+        let (pages, most) = (pages_for(source) + pages_for(len + new), self.pages);
+        if source > 0 && pages > most {
+            let limit = most * PAGE_SIZE;
+            return Err(format!(
+                "{source} source tokens and {len} + {new} others exceed the cache of {limit} positions"
+            ));
         }
         Ok(())
     }

@@ -49,7 +49,9 @@ impl std::fmt::Debug for HeldDelta {
 pub struct Request {
     /// The caller's number, for logs only.
     pub id: u64,
-    /// The prompt.
+    /// What an encoder-decoder's encoder reads; empty for all other bases.
+    pub source: Vec<u32>,
+    /// The prompt; of an encoder-decoder, how the decoder's output starts.
     pub tokens: Vec<u32>,
     /// Segment ids, one per token; all 0 if absent.
     pub token_types: Option<Vec<u32>>,

@@ -6,6 +6,9 @@
 //! pages; it then takes those of the youngest younger sequence, which starts over later. The oldest sequence can always
 //! go on, so everything ends.
 //!
+//! A sequence of an encoder-decoder has a source, too: its encoder runs whole in the step in which the sequence begins (again,
+//! if it lost its pages), and the source's keys and values have pages of their own, for as long as the sequence runs.
+//!
 //! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, so
 //! each is served within a bounded number of steps.
 
@@ -13,7 +16,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::{
     ids::DeltaId,
-    kv::{PagePool, PageTable, pages_for},
+    kv::{PAGE_SIZE, PagePool, PageTable, pages_for},
 };
 
 /// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
@@ -37,7 +40,7 @@ pub(super) struct Limits {
 impl Limits {
     /// Most positions that one sequence can have.
     pub(super) fn max_positions(&self) -> usize {
-        self.pages.map_or(usize::MAX, |pages| pages.saturating_mul(crate::kv::PAGE_SIZE))
+        self.pages.map_or(usize::MAX, |pages| pages.saturating_mul(PAGE_SIZE))
     }
 }
 
@@ -60,6 +63,8 @@ pub(super) struct Share {
     pub(super) context: usize,
     /// Rows in this step.
     pub(super) len: usize,
+    /// Rows of its encoder in this step.
+    pub(super) encode: usize,
     /// Whether this step computes its last known position.
     pub(super) completes: bool,
 }
@@ -76,7 +81,7 @@ pub(super) struct StepPlan {
 impl StepPlan {
     /// Rows of the step.
     pub(super) fn rows(&self) -> usize {
-        self.shares.iter().map(|s| s.len).sum()
+        self.shares.iter().map(|s| s.len + s.encode).sum()
     }
 }
 
@@ -87,6 +92,10 @@ struct Entry {
     total: usize,
     computed: usize,
     pages: PageTable,
+    /// Positions of its encoder; 0 without one.
+    source: usize,
+    /// Their pages.
+    memory: PageTable,
 }
 
 /// All sequences that are not finished.
@@ -119,7 +128,8 @@ impl Scheduler {
         Self { limits, pool, running: BTreeMap::new(), waiting: BTreeMap::new(), served: HashMap::new(), step: 0 }
     }
 
-    /// Queues a sequence of `total` known positions that may grow to `most`. Ids must grow.
+    /// Queues a sequence of `total` known positions that may grow to `most`, and whose encoder (if the base has one) reads
+    /// `source`. Ids must grow.
     ///
     /// # Errors
     /// A sequence that the cache can never hold.
@@ -127,15 +137,17 @@ impl Scheduler {
         &mut self,
         id: SeqId,
         delta: Option<DeltaId>,
-        total: usize,
-        most: usize,
+        source: usize,
+        (total, most): (usize, usize),
     ) -> Result<(), NeverFits> {
         debug_assert!(total > 0 && total <= most);
         let limit = self.limits.max_positions();
-        if most > limit {
-            return Err(NeverFits { positions: most, limit });
+        let positions = most.saturating_add(source.next_multiple_of(PAGE_SIZE));
+        if positions > limit {
+            return Err(NeverFits { positions, limit });
         }
-        self.waiting.insert(id, Entry { delta, total, computed: 0, pages: PageTable::default() });
+        let (pages, memory) = (PageTable::default(), PageTable::default());
+        self.waiting.insert(id, Entry { delta, total, computed: 0, pages, source, memory });
         Ok(())
     }
 
@@ -165,6 +177,11 @@ impl Scheduler {
             Some(entry) if self.limits.pages.is_some() => entry.pages.slots(positions),
             _ => [].into(),
         }
+    }
+
+    /// Cache slots of a running sequence's source.
+    pub(super) fn memory_slots(&self, id: SeqId) -> std::sync::Arc<[u32]> {
+        self.running.get(&id).map_or_else(|| [].into(), |entry| entry.memory.slots(entry.source))
     }
 
     /// Chooses the next step's rows and takes the pages they need.
@@ -204,6 +221,7 @@ impl Scheduler {
         let removed = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
         let Some(mut entry) = removed else { return };
         self.pool.release(&mut entry.pages);
+        self.pool.release(&mut entry.memory);
         if let Some(delta) = entry.delta {
             let mut all = self.running.values().chain(self.waiting.values());
             if !all.any(|e| e.delta == Some(delta)) {
@@ -217,10 +235,11 @@ impl Scheduler {
     /// # Errors
     /// Says what is wrong.
     pub(super) fn check(&self) -> Result<(), String> {
-        if let Some((id, _)) = self.waiting.iter().find(|(_, e)| !e.pages.is_empty()) {
+        let holds = |e: &Entry| !e.pages.is_empty() || !e.memory.is_empty();
+        if let Some((id, _)) = self.waiting.iter().find(|(_, e)| holds(e)) {
             return Err(format!("sequence {id} waits and holds pages"));
         }
-        self.pool.check(self.running.values().map(|e| &e.pages))
+        self.pool.check(self.running.values().flat_map(|e| [&e.pages, &e.memory]))
     }
 
     /// Deltas of this step: all that want to run, or those that waited longest.
@@ -228,7 +247,7 @@ impl Scheduler {
         let places = self.limits.max_sequences.saturating_sub(self.running.len());
         let mut free = self.pool.free();
         let admissible = self.waiting.iter().take(places).take_while(|(_, e)| {
-            let need = self.pages_of(e.total);
+            let need = self.pages_of(e);
             let fits = need <= free;
             free = free.saturating_sub(need);
             fits
@@ -250,8 +269,9 @@ impl Scheduler {
         order.into_iter().map(|(_, _, d)| d).collect()
     }
 
-    fn pages_of(&self, positions: usize) -> usize {
-        if self.limits.pages.is_some() { pages_for(positions) } else { 0 }
+    /// Pages that a waiting sequence needs to begin.
+    fn pages_of(&self, e: &Entry) -> usize {
+        if self.limits.pages.is_some() { pages_for(e.total) + pages_for(e.source) } else { 0 }
     }
 
     /// Sequences that miss one position, oldest first; each may need one more page.
@@ -295,11 +315,11 @@ impl Scheduler {
         let ids: Vec<SeqId> = self.waiting.keys().copied().take(places).collect();
         let mut kept = 0;
         for id in ids {
-            let Some(entry) = self.waiting.get_mut(&id) else { continue };
+            let Some(entry) = self.waiting.get(&id) else { continue };
             if *budget == 0 {
                 return;
             }
-            let pages = if self.limits.pages.is_some() { pages_for(entry.total) } else { 0 };
+            let pages = self.pages_of(entry);
             if !may_run(entry, allowed) {
                 kept += pages;
                 continue;
@@ -308,7 +328,12 @@ impl Scheduler {
             if !split && entry.total > *budget && !plan.shares.is_empty() {
                 return;
             }
-            if split && (self.pool.free() < kept + pages || !self.pool.cover(&mut entry.pages, entry.total)) {
+            // a source is not split either: one in a step may go over the budget, so that none waits for ever
+            if split && entry.source >= *budget && plan.shares.iter().any(|s| s.encode > 0) {
+                return;
+            }
+            let Some(entry) = self.waiting.get_mut(&id) else { continue };
+            if split && (self.pool.free() < kept + pages || !cover_all(&mut self.pool, entry)) {
                 return;
             }
             if let Some(entry) = self.waiting.remove(&id) {
@@ -322,12 +347,14 @@ impl Scheduler {
     fn share(&self, id: SeqId, budget: &mut usize, plan: &mut StepPlan) {
         let Some(entry) = self.running.get(&id) else { return };
         let missing = entry.total - entry.computed;
+        let encode = if entry.computed == 0 { entry.source } else { 0 };
+        *budget = budget.saturating_sub(encode);
         let len = match self.limits.pages {
-            Some(_) => missing.min(self.limits.prefill_chunk).min(*budget),
+            Some(_) => missing.min(self.limits.prefill_chunk).min((*budget).max(1)),
             None => missing,
         };
         *budget = budget.saturating_sub(len);
-        plan.shares.push(Share { id, context: entry.computed, len, completes: len == missing });
+        plan.shares.push(Share { id, context: entry.computed, len, encode, completes: len == missing });
     }
 
     /// Makes a sequence's pages cover its positions, at the cost of younger sequences. `false`: it has to wait, because
@@ -348,10 +375,16 @@ impl Scheduler {
     fn preempt(&mut self, id: SeqId, plan: &mut StepPlan) {
         let Some(mut entry) = self.running.remove(&id) else { return };
         self.pool.release(&mut entry.pages);
+        self.pool.release(&mut entry.memory);
         entry.computed = 0;
         self.waiting.insert(id, entry);
         plan.preempted.push(id);
     }
+}
+
+/// Takes the pages that a sequence begins with, which must be free.
+fn cover_all(pool: &mut PagePool, entry: &mut Entry) -> bool {
+    pool.cover(&mut entry.memory, entry.source) && pool.cover(&mut entry.pages, entry.total)
 }
 
 fn may_run(entry: &Entry, allowed: &HashSet<DeltaId>) -> bool {

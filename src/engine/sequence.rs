@@ -89,8 +89,9 @@ impl Sequence {
         first
     }
 
+    /// Tokens that it was given: the source's, where it has one.
     pub(super) fn prompt_tokens(&self) -> usize {
-        self.prompt
+        if self.request.source.is_empty() { self.prompt } else { self.request.source.len() }
     }
 
     /// Its pages were taken: everything is computed again, what was generated stays.
@@ -173,7 +174,8 @@ impl Sequence {
             Work::ClassifyTokens => Output::TokenLogits(std::mem::take(&mut self.token_logits)),
             Work::Embed { pooling, normalize } => {
                 if pooling == Pooling::Mean {
-                    numbers.iter_mut().for_each(|x| *x /= self.prompt as f32);
+                    let read = self.prompt_tokens() as f32;
+                    numbers.iter_mut().for_each(|x| *x /= read);
                 }
                 if normalize {
                     let norm = numbers.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
@@ -188,7 +190,7 @@ impl Sequence {
 
     fn usage(&self) -> Usage {
         let completion = self.request.tokens.len() - self.prompt;
-        Usage { prompt_tokens: self.prompt as u32, completion_tokens: completion as u32 }
+        Usage { prompt_tokens: self.prompt_tokens() as u32, completion_tokens: completion as u32 }
     }
 
     fn timings(&self) -> Timings {

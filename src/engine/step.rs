@@ -10,14 +10,15 @@ use super::{
     sampler,
     scheduler::Share,
     sequence::Sequence,
+    source,
 };
 use crate::{
     admission::params::Pooling,
     delta::{Delta, DeltaBatch},
     ids::DeltaId,
     kv::KvCache,
-    model::{Base, Input},
-    nn::Cx,
+    model::{Base, Input, Source},
+    nn::{Cx, Memory},
     rows::RowLayout,
 };
 
@@ -27,6 +28,8 @@ pub(super) struct Task<'a> {
     pub(super) sequence: &'a Sequence,
     /// Cache slots of its positions up to the last row; empty without a cache.
     pub(super) slots: Arc<[u32]>,
+    /// Cache slots of its source; empty without one.
+    pub(super) memory: Arc<[u32]>,
 }
 
 /// What a sequence gets out of a step.
@@ -74,7 +77,7 @@ impl Stepper {
         let mut tokens = Vec::new();
         let mut types = Vec::new();
         let typed = tasks.iter().any(|t| t.sequence.request.token_types.is_some());
-        for Task { share, sequence, slots } in tasks {
+        for Task { share, sequence, slots, .. } in tasks {
             rows.push(share.len, share.context, Arc::clone(slots));
             let range = share.context..share.context + share.len;
             tokens.extend_from_slice(&sequence.tokens()[range.clone()]);
@@ -88,7 +91,11 @@ impl Stepper {
         self.compile(shape, tasks, &rows);
         let none = DeltaBatch::none();
         let deltas = self.compiled.as_ref().map_or(&none, |(_, batch)| batch);
-        let cx = Cx { rows: &rows, deltas, kv: self.kv.as_ref(), pacer: None };
+        let source = source::encode(&base, tasks)?;
+        let memory_slots: Vec<Arc<[u32]>> = tasks.iter().map(|t| Arc::clone(&t.memory)).collect();
+        let encoded = source.as_ref().map(Source::encoded);
+        let memory = base.arch.is_encoder_decoder().then_some(Memory { encoded, slots: &memory_slots });
+        let cx = Cx { rows: &rows, deltas, kv: self.kv.as_ref(), pacer: None, memory: memory.as_ref() };
         let input = Input { tokens: &tokens, token_types: typed.then_some(&types[..]) };
         let hidden = base.transformer.forward(&input, &cx)?; // [rows, hidden]
         let mut got = vec![Got::Nothing; tasks.len()];
@@ -96,7 +103,10 @@ impl Stepper {
         reader.tokens(&mut got)?;
         reader.scores(&mut got)?;
         reader.classes(&mut got)?;
-        reader.embeddings(&mut got)?;
+        match &source {
+            Some(source) => source::embeddings(source, tasks, &mut got)?,
+            None => reader.embeddings(&mut got)?,
+        }
         Ok((got, deltas.distinct()))
     }
 
@@ -109,22 +119,26 @@ impl Stepper {
             self.compiled = None;
             return;
         }
-        // a version that was evicted and loaded again while it ran has two copies: one of them is enough
-        let mut by_id: Vec<(DeltaId, &Arc<Delta>)> = Vec::new();
-        let per_span: Vec<Option<Arc<Delta>>> = tasks
-            .iter()
-            .map(|task| {
-                let held = task.sequence.request.delta.as_ref()?;
-                let known = by_id.iter().find(|(id, _)| *id == held.id()).map(|(_, delta)| *delta);
-                let delta = known.unwrap_or_else(|| {
-                    by_id.push((held.id(), held.delta()));
-                    held.delta()
-                });
-                Some(Arc::clone(delta))
-            })
-            .collect();
+        let per_span = deltas_of(tasks.iter());
         self.compiled = Some((shape, DeltaBatch::new(rows, &per_span, self.base.sites.len())));
     }
+}
+
+/// The delta of each task.
+pub(super) fn deltas_of<'a>(tasks: impl Iterator<Item = &'a Task<'a>>) -> Vec<Option<Arc<Delta>>> {
+    // a version that was evicted and loaded again while it ran has two copies: one of them is enough
+    let mut by_id: Vec<(DeltaId, &Arc<Delta>)> = Vec::new();
+    tasks
+        .map(|task| {
+            let held = task.sequence.request.delta.as_ref()?;
+            let known = by_id.iter().find(|(id, _)| *id == held.id()).map(|(_, delta)| *delta);
+            let delta = known.unwrap_or_else(|| {
+                by_id.push((held.id(), held.delta()));
+                held.delta()
+            });
+            Some(Arc::clone(delta))
+        })
+        .collect()
 }
 
 /// Reads results out of the final hidden states.
@@ -210,7 +224,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Pooled hidden states; a mean is summed up chunk by chunk.
+    /// Pooled hidden states of a base without an encoder of its own; a mean is summed up chunk by chunk.
     fn embeddings(&self, got: &mut [Got]) -> Result<()> {
         for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
             let Work::Embed { pooling, .. } = task.sequence.request.work else { continue };

@@ -87,7 +87,8 @@ impl Worker {
         let id = self.next;
         self.next += 1;
         let sequence = Sequence::new(request);
-        match self.scheduler.submit(id, sequence.delta_id(), sequence.known(), sequence.most()) {
+        let (source, size) = (sequence.request.source.len(), (sequence.known(), sequence.most()));
+        match self.scheduler.submit(id, sequence.delta_id(), source, size) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
             Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
         }
@@ -184,7 +185,8 @@ impl Worker {
         let (scheduler, sequences) = (&self.scheduler, &self.sequences);
         let task = |share: &Share| {
             let sequence = sequences.get(&share.id).ok_or_else(|| format!("sequence {} is unknown", share.id))?;
-            Ok(Task { share: *share, sequence, slots: scheduler.slots(share.id, share.context + share.len) })
+            let slots = scheduler.slots(share.id, share.context + share.len);
+            Ok(Task { share: *share, sequence, slots, memory: scheduler.memory_slots(share.id) })
         };
         let tasks = shares.iter().map(task).collect::<Result<Vec<_>, String>>()?;
         let (stepper, device) = (&mut self.stepper, &self.base.device);

@@ -5,23 +5,23 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     InteropError, Parts,
+    head::HeadTensors,
     keys::{self, Owner},
     tensors::TensorFile,
 };
 use crate::{
-    delta::{Head, Patch, SiteId},
+    delta::{Patch, SiteId},
     model::Base,
 };
 
 pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, InteropError> {
     let mut parts = Parts::default();
-    let mut head: (Option<Tensor>, Option<Tensor>) = (None, None);
+    let mut head = HeadTensors::default();
     let (mut left, mut applied) = (Vec::new(), 0);
     for name in tensors.names() {
         let (module, kind) = keys::split(&name);
         match (keys::owner(module, base), kind) {
-            (Some(Owner::Head), "weight") => head.0 = Some(tensors.get(&name)?),
-            (Some(Owner::Head), "bias") => head.1 = Some(tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, kind, tensors.get(&name)?),
             (Some(Owner::Site(site, path)), "bias") => {
                 parts.patches.push((site, bias_patch(site, &path, &tensors.get(&name)?, base)?));
             }
@@ -38,7 +38,7 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
     if !parts.patches.is_empty() {
         parts.methods.push("bitfit".into());
     }
-    parts.head = self::head(head, base)?;
+    parts.head = head.build(base)?;
     Ok(parts)
 }
 
@@ -57,36 +57,4 @@ pub(super) fn bias_patch(site: SiteId, path: &str, value: &Tensor, base: &Base) 
         None => value.clone(),
     };
     Ok(Patch::Bias(difference.to_device(&base.device)?.to_dtype(base.dtype)?))
-}
-
-/// Checks a saved head against the base.
-pub(super) fn head(
-    (weight, bias): (Option<Tensor>, Option<Tensor>),
-    base: &Base,
-) -> Result<Option<Head>, InteropError> {
-    let name = base.arch.names.cls_head;
-    let bad = |m: String| InteropError::invalid(super::WEIGHTS[0], m);
-    let weight = match (weight, &bias) {
-        (Some(w), _) => w,
-        (None, None) => return Ok(None),
-        (None, Some(_)) => return Err(bad(format!("{name}.bias is there, {name}.weight is missing"))),
-    };
-    let &[labels, hidden] = weight.dims() else {
-        return Err(bad(format!("{name}.weight is {:?}; [labels, hidden] is accepted", weight.dims())));
-    };
-    if hidden != base.arch.hidden {
-        return Err(InteropError::BaseMismatch(format!(
-            "{name}.weight takes hidden size {hidden}, this server's base {} has {}",
-            base.fingerprint.short(),
-            base.arch.hidden
-        )));
-    }
-    if labels > super::MAX_LABELS {
-        return Err(bad(format!("{name} has {labels} labels; at most {} are accepted", super::MAX_LABELS)));
-    }
-    if bias.as_ref().is_some_and(|b| b.dims() != [labels]) {
-        return Err(bad(format!("{name}.bias does not have {labels} numbers")));
-    }
-    let put = |t: Tensor| t.to_device(&base.device)?.to_dtype(base.dtype);
-    Ok(Some(Head { weight: put(weight)?, bias: bias.map(put).transpose()? }))
 }

@@ -99,6 +99,7 @@ pub(super) fn task(file: &str, config: &Value, base: &Base) -> Result<Option<Tas
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(s)) => match s.as_str() {
             "CAUSAL_LM" => Task::CausalLm,
+            "SEQ_2_SEQ_LM" => Task::Seq2Seq,
             "SEQ_CLS" => Task::SeqCls,
             "TOKEN_CLS" => Task::TokenCls,
             "FEATURE_EXTRACTION" => Task::Feature,
@@ -106,18 +107,24 @@ pub(super) fn task(file: &str, config: &Value, base: &Base) -> Result<Option<Tas
                 return Err(InteropError::invalid(
                     file,
                     format!(
-                        "task_type {other:?} is not supported; supported are CAUSAL_LM, SEQ_CLS, TOKEN_CLS, \
-                         FEATURE_EXTRACTION"
+                        "task_type {other:?} is not supported; supported are CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, \
+                         TOKEN_CLS, FEATURE_EXTRACTION"
                     ),
                 ));
             }
         },
         Some(_) => return Err(InteropError::invalid(file, "task_type is not a string")),
     };
-    if task == Task::CausalLm && !base.arch.is_causal() {
+    let (wanted, fits) = match task {
+        Task::CausalLm => ("a causal language model", base.arch.is_causal() && !base.arch.is_encoder_decoder()),
+        Task::Seq2Seq => ("an encoder-decoder", base.arch.is_encoder_decoder()),
+        Task::SeqCls | Task::TokenCls => ("a base with classification heads", !base.arch.names.cls_head.is_empty()),
+        Task::Feature => ("", true),
+    };
+    if !fits {
         return Err(InteropError::BaseMismatch(format!(
-            "the delta is for a causal language model, this server's base is a {} encoder",
-            base.arch.model_type
+            "the delta is for {wanted}, this server's base is {}",
+            base.arch.kind()
         )));
     }
     Ok(Some(task))

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{InteropError, keys};
 use crate::{
-    delta::{Delta, DeltaFiles, Patch, Site, SiteId, Task},
+    delta::{Delta, DeltaFiles, Head, Patch, Site, SiteId, Task},
     model::Base,
 };
 
@@ -65,15 +65,32 @@ pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFile
         }
     }
     if let Some(head) = delta.head() {
-        let key = keys::key(base.arch.names.cls_head);
-        tensors.insert(format!("{key}.weight"), plain(&head.weight)?);
-        if let Some(b) = &head.bias {
-            tensors.insert(format!("{key}.bias"), plain(b)?);
-        }
+        head_tensors(head, base, &mut tensors)?;
     }
     let bitfit = low_rank.is_empty();
     let config = if bitfit { bitfit_config(delta, meta) } else { lora_config(delta, base, meta, &low_rank, biases) };
     files(delta, base, config, &tensors)
+}
+
+fn head_tensors(head: &Head, base: &Base, tensors: &mut HashMap<String, Tensor>) -> Result<(), InteropError> {
+    let names = &base.arch.names;
+    let mut put = |name: &str, weight: &Tensor, bias: &Option<Tensor>| -> Result<(), InteropError> {
+        let key = keys::key(name);
+        tensors.insert(format!("{key}.weight"), plain(weight)?);
+        if let Some(b) = bias {
+            tensors.insert(format!("{key}.bias"), plain(b)?);
+        }
+        Ok(())
+    };
+    let out = match (head.layers.as_slice(), names.cls_inner) {
+        ([inner], Some(known)) if inner.act == Some(known.act) => {
+            put(known.dense, &inner.weight, &inner.bias)?;
+            known.out
+        }
+        ([], _) => names.cls_head,
+        _ => return Err(InteropError::Unapplied(vec!["the head's inner layers".into()])),
+    };
+    put(out, &head.weight, &head.bias)
 }
 
 /// f32 on the CPU, contiguous, detached.
@@ -127,6 +144,7 @@ fn sort_metadata(file: &mut [u8]) -> Result<(), InteropError> {
 fn task_type(task: Task) -> &'static str {
     match task {
         Task::CausalLm => "CAUSAL_LM",
+        Task::Seq2Seq => "SEQ_2_SEQ_LM",
         Task::SeqCls => "SEQ_CLS",
         Task::TokenCls => "TOKEN_CLS",
         Task::Feature => "FEATURE_EXTRACTION",

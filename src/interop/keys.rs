@@ -9,16 +9,28 @@ const PEFT_PREFIX: &str = "base_model.model.";
 pub(super) enum Owner {
     /// A site; with the module path as PEFT sees it (for patterns).
     Site(SiteId, String),
-    /// The classification head.
-    Head,
+    /// A layer of the classification head.
+    Head(HeadPart),
+}
+
+/// A layer of a classification head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HeadPart {
+    /// The first of two.
+    Inner,
+    /// The one that gives the labels.
+    Out,
 }
 
 /// Finds a module by its path with or without PEFT's and the family's prefix.
 pub(super) fn owner(module: &str, base: &Base) -> Option<Owner> {
     let names = &base.arch.names;
     let path = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
-    if path == names.cls_head {
-        return Some(Owner::Head);
+    if path == names.cls_head || names.cls_inner.is_some_and(|i| path == i.out) {
+        return Some(Owner::Head(HeadPart::Out));
+    }
+    if names.cls_inner.is_some_and(|i| path == i.dense) {
+        return Some(Owner::Head(HeadPart::Inner));
     }
     let bare = path.strip_prefix(names.prefix).unwrap_or(path);
     base.sites.by_module(bare).map(|site| Owner::Site(site, path.to_owned()))

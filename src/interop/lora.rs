@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{
     InteropError, Parts,
     config::LoraConfig,
+    head::HeadTensors,
     keys::{self, Owner},
     tensors::TensorFile,
 };
@@ -62,7 +63,7 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
 
 fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Module>, Option<Head>), InteropError> {
     let mut modules: BTreeMap<SiteId, Module> = BTreeMap::new();
-    let mut head: (Option<Tensor>, Option<Tensor>) = (None, None);
+    let mut head = HeadTensors::default();
     let (mut left, mut applied) = (Vec::new(), 0);
     for name in tensors.names() {
         let suffix = SUFFIXES.iter().find(|s| name.ends_with(**s)).copied();
@@ -71,8 +72,7 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
             None => keys::split(&name),
         };
         match (keys::owner(path, base), kind) {
-            (Some(Owner::Head), "weight") => head.0 = Some(tensors.get(&name)?),
-            (Some(Owner::Head), "bias") => head.1 = Some(tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, kind, tensors.get(&name)?),
             (Some(Owner::Site(site, path)), _) if suffix.is_some() || kind == "bias" => {
                 let module = modules.entry(site).or_default();
                 module.path = path;
@@ -95,7 +95,7 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
     if !left.is_empty() {
         return Err(keys::unapplied(left, applied, base));
     }
-    Ok((modules, super::bitfit::head(head, base)?))
+    Ok((modules, head.build(base)?))
 }
 
 /// The patches of one module, in order of application.

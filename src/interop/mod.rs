@@ -6,6 +6,7 @@
 mod bitfit;
 mod config;
 mod encode;
+mod head;
 mod keys;
 mod lora;
 mod tensors;
@@ -118,6 +119,7 @@ pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let task = match (task, &parts.head) {
         (Some(task), _) => task,
         (None, Some(_)) => Task::SeqCls,
+        (None, None) if base.arch.is_encoder_decoder() => Task::Seq2Seq,
         (None, None) if base.arch.is_causal() => Task::CausalLm,
         (None, None) => Task::Feature,
     };

@@ -73,6 +73,10 @@ impl Base {
         if !ckpt.has(arch.names.pooler, "weight") {
             arch.names.pooler = "";
         }
+        // of encoders, only checkpoints of masked language models bring such a head
+        if !arch.is_causal() && !ckpt.has(arch.names.lm_dense, "weight") {
+            arch.names.lm_head = "";
+        }
         let sites = sites::table(&arch, |module| ckpt.has(module, "bias"));
         let transformer = Transformer::load(&arch, &ckpt, &sites, options)?;
         let fingerprint = ckpt.fingerprint(&config)?;

@@ -5,12 +5,20 @@ pub mod arch;
 mod base;
 pub mod family;
 mod heads;
+mod load;
+#[cfg(test)]
+mod oracles;
 mod sites;
+mod source;
 pub mod testing;
 mod transformer;
 mod weights;
 
-pub use arch::{Architecture, BaseHead, MlpKind, ModelError, NormKind, Placement, Positions};
+pub use arch::{
+    Architecture, BaseHead, BlockNames, ClsInner, LayerAttn, MlpKind, ModelError, Names, NormKind, Placement,
+    Positions, RotaryShape,
+};
 pub use base::{Base, LoadOptions};
 pub use heads::HeadLogits;
+pub use source::Source;
 pub use transformer::{Input, Transformer};

@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::{Base, LoadOptions, ModelError};
+use super::{Architecture, Base, LoadOptions, ModelError};
 
 /// Writes a folder with `config.json` and seeded random weights for it.
 ///
@@ -26,20 +26,26 @@ pub fn write_random(dir: &Path, config: &Value, seed: u64) -> Result<(), ModelEr
         tensors.insert(name, Tensor::from_vec(data, shape, &Device::Cpu)?);
         Ok(())
     };
-    let layer_norm = arch.norm == super::NormKind::LayerNorm;
-    let tables = [(n.embed, arch.vocab), (n.position, arch.max_positions), (n.token_type, arch.token_types)];
+    let positions = arch.max_positions + arch.first_position();
+    let tables = [(n.embed, arch.vocab), (n.position, positions), (n.token_type, arch.token_types)];
     for (table, rows) in tables {
         if !table.is_empty() && rows > 0 {
             add(format!("{}{table}.weight", n.prefix), &[rows, arch.hidden], 0.0, 0.5)?;
         }
     }
-    let biased = arch.family != "llama" || arch.model_type == "qwen2";
+    if let super::Positions::Relative { buckets, .. } = arch.positions {
+        for stack in arch.stacks() {
+            let module = Architecture::module(stack.names.relative_bias, 0);
+            add(format!("{}{module}.weight", n.prefix), &[buckets, arch.heads.heads], 0.0, 0.5)?;
+        }
+    }
+    let layer_norm = arch.norm == super::NormKind::LayerNorm;
     for (_, entry) in sites.iter() {
         use crate::delta::{Proj, Site};
         let name = format!("{}{}", n.prefix, entry.module);
         match entry.site {
-            Site::Norm { .. } | Site::EmbeddingNorm | Site::FinalNorm => {
-                add(format!("{name}.weight"), &[entry.out_dim], 1.0, 0.1)?;
+            Site::Norm { .. } | Site::EmbeddingNorm | Site::EncoderNorm | Site::FinalNorm => {
+                add(format!("{name}.weight"), &[entry.out_dim], 1.0 - arch.norm_offset as f32, 0.1)?;
                 if layer_norm {
                     add(format!("{name}.bias"), &[entry.out_dim], 0.0, 0.1)?;
                 }
@@ -48,8 +54,8 @@ pub fn write_random(dir: &Path, config: &Value, seed: u64) -> Result<(), ModelEr
                 let (i, o) = (entry.in_dim, entry.out_dim);
                 let shape = if arch.conv1d { [i, o] } else { [o, i] };
                 add(format!("{name}.weight"), &shape, 0.0, 1.0 / (i as f32).sqrt())?;
-                let qkv = matches!(proj, Proj::Q | Proj::K | Proj::V);
-                if biased && (arch.family != "llama" || qkv) {
+                // families with mean-centred norms have biases everywhere
+                if layer_norm || (arch.model_type == "qwen2" && matches!(proj, Proj::Q | Proj::K | Proj::V)) {
                     add(format!("{name}.bias"), &[o], 0.0, 0.1)?;
                 }
             }
@@ -106,6 +112,47 @@ pub fn tiny_bert() -> Value {
         "model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 128, "max_position_embeddings": 64,
         "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0
+    })
+}
+
+/// Config of a 2 + 2-layer T5 with a plain MLP and a tied head: vocabulary 128, hidden 32, 4 heads of 8, context 256.
+pub fn tiny_t5() -> Value {
+    json!({
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 8, "d_ff": 64,
+        "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "vocab_size": 128, "n_positions": 256,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "feed_forward_proj": "relu",
+        "layer_norm_epsilon": 1e-6, "tie_word_embeddings": true, "is_encoder_decoder": true, "pad_token_id": 0,
+        "eos_token_id": 1, "decoder_start_token_id": 0
+    })
+}
+
+/// Config of a 2-layer Gemma 2 with a short window and both caps: vocabulary 128, hidden 32, 4 heads of 12 over 2.
+pub fn tiny_gemma2() -> Value {
+    json!({
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 64, "vocab_size": 128,
+        "max_position_embeddings": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 16, "sliding_window": 5, "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2
+    })
+}
+
+/// Config of a 2-layer Qwen 3: vocabulary 128, hidden 32, 4 heads of 12 over 2, context 256.
+pub fn tiny_qwen3() -> Value {
+    json!({
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 64, "vocab_size": 128,
+        "max_position_embeddings": 256, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
+    })
+}
+
+/// Config of a 2-layer RoBERTa: vocabulary 128, hidden 32, 4 heads, 62 positions after the padding's.
+pub fn tiny_roberta() -> Value {
+    json!({
+        "model_type": "roberta", "architectures": ["RobertaModel"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 128, "max_position_embeddings": 64,
+        "type_vocab_size": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "pad_token_id": 1
     })
 }
 

@@ -4,13 +4,11 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{
-    Architecture, LoadOptions, MlpKind, ModelError, NormKind, Placement, Positions, sites, weights::Checkpoint,
-};
+use super::{Architecture, Placement};
 use crate::{
-    delta::{Head, NormAt, Part, Proj, Site, SiteId, SiteTable},
-    nn::{Attention, Cx, Linear, Mlp, Norm, Pass, Rotary, yield_point},
-    ops::{self, Weight},
+    delta::{Head, SiteId},
+    nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, yield_point},
+    ops::{self, Act, Weight},
 };
 
 /// Tokens of a step, packed as the row layout says.
@@ -29,99 +27,144 @@ impl<'a> Input<'a> {
     }
 }
 
-struct Block {
-    norm_attn: Norm,
-    attn: Attention,
-    norm_mlp: Norm,
-    mlp: Mlp,
+/// A layer. Encoders, decoders and decoders with an encoder differ in their styles and in `cross`.
+pub(super) struct Block {
+    pub(super) norm_attn: Norm,
+    pub(super) attn: Attention,
+    pub(super) norm_attn_out: Option<Norm>,
+    pub(super) cross: Option<Cross>,
+    pub(super) norm_mlp: Norm,
+    pub(super) mlp: Mlp,
+    pub(super) norm_mlp_out: Option<Norm>,
+}
+
+pub(super) struct Cross {
+    pub(super) norm: Norm,
+    pub(super) attn: CrossAttention,
+}
+
+/// Blocks one after the other.
+pub(super) struct Stack {
+    pub(super) blocks: Vec<Block>,
+    /// Kinds of layers.
+    pub(super) styles: Vec<Style>,
+    pub(super) final_norm: Option<Norm>,
+}
+
+/// Dense, activation, norm: what stands before a masked-language-model head.
+pub(super) struct LmTransform {
+    pub(super) weight: Weight,
+    pub(super) bias: Tensor,
+    pub(super) act: Act,
+    pub(super) norm: ops::Norm,
 }
 
 /// A frozen transformer.
 pub struct Transformer {
     pub(super) arch: Architecture,
-    embed: Tensor,
-    position: Option<Tensor>,
-    token_type: Option<Tensor>,
-    embed_norm: Option<Norm>,
-    blocks: Vec<Block>,
-    final_norm: Option<Norm>,
+    pub(super) embed: Tensor,
+    pub(super) position: Option<Tensor>,
+    pub(super) token_type: Option<Tensor>,
+    pub(super) embed_norm: Option<Norm>,
+    pub(super) encoder: Option<Stack>,
+    pub(super) main: Stack,
     pub(super) pooler: Option<Linear>,
     pub(super) lm_head: Option<Linear>,
+    pub(super) lm_transform: Option<LmTransform>,
     pub(super) head: Option<Head>,
-    rotary: Option<Rotary>,
     pub(super) device: Device,
 }
 
+impl Block {
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let cross = self.cross.iter().flat_map(|c| [&c.attn.q, &c.attn.kv, &c.attn.out]);
+        [&self.attn.qkv, &self.attn.out, &self.mlp.up, &self.mlp.down].into_iter().chain(cross)
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let optional = [&self.attn.q_norm, &self.attn.k_norm, &self.norm_attn_out, &self.norm_mlp_out];
+        let cross = self.cross.iter().map(|c| &c.norm);
+        [&self.norm_attn, &self.norm_mlp].into_iter().chain(optional.into_iter().flatten()).chain(cross)
+    }
+}
+
 impl Transformer {
-    pub(super) fn load(
-        arch: &Architecture,
-        ckpt: &Checkpoint,
-        sites: &SiteTable,
-        options: &LoadOptions,
-    ) -> std::result::Result<Self, ModelError> {
-        let loader = Loader { arch, ckpt, sites };
-        let n = &arch.names;
-        let h = arch.hidden;
-        let embed = ckpt.get(n.embed, "weight", &[arch.vocab, h])?;
-        let table = |name: &str, rows: usize| -> std::result::Result<Option<Tensor>, ModelError> {
-            if name.is_empty() || rows == 0 { Ok(None) } else { ckpt.get(name, "weight", &[rows, h]).map(Some) }
-        };
-        let blocks = (0..arch.layers).map(|l| loader.block(l)).collect::<std::result::Result<_, _>>()?;
-        let norm_of = |name: &str, site| if name.is_empty() { Ok(None) } else { loader.norm(name, site).map(Some) };
-        Ok(Self {
-            position: table(n.position, arch.max_positions)?,
-            token_type: table(n.token_type, arch.token_types)?,
-            embed_norm: norm_of(n.embed_norm, Site::EmbeddingNorm)?,
-            final_norm: norm_of(n.final_norm, Site::FinalNorm)?,
-            pooler: if n.pooler.is_empty() { None } else { Some(loader.linear(&[(n.pooler, Site::Pooler, h, h)], 0)?) },
-            lm_head: loader.lm_head(&embed)?,
-            head: loader.head()?,
-            rotary: match arch.positions {
-                Positions::Rotary { theta, scaling } => Some(Rotary::new(arch.heads.head_dim, theta, scaling)),
-                Positions::Learned => None,
-            },
-            blocks,
-            embed,
-            arch: arch.clone(),
-            device: options.device.clone(),
-        })
+    fn stacks(&self) -> impl Iterator<Item = &Stack> {
+        self.encoder.iter().chain([&self.main])
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.stacks().flat_map(|s| &s.blocks).flat_map(Block::linears).chain(&self.pooler)
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let stacks = self.stacks().flat_map(|s| s.blocks.iter().flat_map(Block::norms).chain(&s.final_norm));
+        stacks.chain(&self.embed_norm)
     }
 
     /// Numbers in all weights (a tied head counts once).
     pub(super) fn parameters(&self) -> u64 {
-        let norm = |n: &Norm| n.norm.gain.elem_count() + n.norm.bias.as_ref().map_or(0, Tensor::elem_count);
-        let linear = |l: &Linear| l.weight.tensor().elem_count() + l.bias.as_ref().map_or(0, Tensor::elem_count);
-        let blocks: usize = self
-            .blocks
-            .iter()
-            .map(|b| {
-                norm(&b.norm_attn)
-                    + norm(&b.norm_mlp)
-                    + linear(&b.attn.qkv)
-                    + linear(&b.attn.out)
-                    + linear(&b.mlp.up)
-                    + linear(&b.mlp.down)
-            })
-            .sum();
+        let count = |t: &Option<Tensor>| t.as_ref().map_or(0, Tensor::elem_count);
+        let norm = |n: &ops::Norm| n.gain.elem_count() + count(&n.bias);
+        let linear = |l: &Linear| l.weight.elem_count() + count(&l.bias);
         let tables = [Some(&self.embed), self.position.as_ref(), self.token_type.as_ref()];
         let tables: usize = tables.iter().flatten().map(|t| t.elem_count()).sum();
-        let norms: usize = [&self.embed_norm, &self.final_norm].into_iter().flatten().map(norm).sum();
-        let head = if self.arch.tied_head { 0 } else { self.lm_head.as_ref().map_or(0, linear) };
-        (blocks + tables + norms + head + self.pooler.as_ref().map_or(0, linear)) as u64
+        let norms: usize = self.norms().map(|n| norm(&n.norm)).sum();
+        let head = self.lm_head.as_ref().map_or(0, |h| if self.arch.tied_head { count(&h.bias) } else { linear(h) });
+        let before = self.lm_transform.as_ref();
+        let before = before.map_or(0, |t| t.weight.elem_count() + t.bias.elem_count() + norm(&t.norm));
+        (self.linears().map(linear).sum::<usize>() + tables + norms + head + before) as u64
     }
 
-    /// Final hidden states of all rows, `[rows, hidden]`.
+    /// Final hidden states of all rows, `[rows, hidden]`; of an encoder-decoder, the decoder's, which sees what
+    /// `cx.memory` holds of its encoder.
     ///
     /// Positions come from `cx.rows`. Keys and values of spans with cache slots are written to the cache.
     ///
     /// # Errors
-    /// Token ids outside the vocabulary, positions outside the context, or those of candle.
+    /// Token ids outside the vocabulary, positions outside the context, a decoder without its encoder's output, or those
+    /// of candle.
     pub fn forward(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
+        if !self.arch.is_causal() && cx.rows.spans().iter().any(|s| s.context_len > 0) {
+            bail!("an encoder's sequence must be computed in one step");
+        }
+        self.run(&self.main, input, cx)
+    }
+
+    /// The encoder's output of an encoder-decoder, `[rows, hidden]`: what [`crate::nn::Encoded`] takes. No cache is used.
+    ///
+    /// # Errors
+    /// A base without an encoder of its own; those of [`Self::forward`].
+    pub fn encode(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
+        let Some(encoder) = &self.encoder else { bail!("this base is no encoder-decoder") };
+        self.run(encoder, input, &Cx { kv: None, memory: None, ..*cx })
+    }
+
+    /// Tokens through a stack.
+    fn run(&self, stack: &Stack, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
         let positions = cx.rows.positions();
         self.check(input, cx, &positions)?;
+        let mut x = self.embeddings(input, &positions, cx)?; // [rows, hidden]
+        let pass = Pass::new(*cx, self.arch.heads, &stack.styles, &positions, &self.device)?;
+        for block in &stack.blocks {
+            x = yield_point(x, cx)?;
+            x = self.block(block, x, &pass)?;
+        }
+        match &stack.final_norm {
+            Some(norm) => norm.forward(&x, cx),
+            None => Ok(x),
+        }
+    }
+
+    fn embeddings(&self, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let mut x = self.embed.index_select(&Tensor::new(input.tokens, &self.device)?, 0)?; // [rows, hidden]
+        if self.arch.embed_scale != 1.0 {
+            x = (x * self.arch.embed_scale)?;
+        }
         if let Some(table) = &self.position {
-            x = (x + table.index_select(&Tensor::new(&positions[..], &self.device)?, 0)?)?;
+            let first = self.arch.first_position() as u32;
+            let rows: Vec<u32> = positions.iter().map(|p| p + first).collect();
+            x = (x + table.index_select(&Tensor::new(rows, &self.device)?, 0)?)?;
         }
         if let Some(table) = &self.token_type {
             let zeros;
@@ -134,16 +177,7 @@ impl Transformer {
             };
             x = (x + table.index_select(&Tensor::new(types, &self.device)?, 0)?)?;
         }
-        if let Some(norm) = &self.embed_norm {
-            x = norm.forward(&x, cx)?;
-        }
-        let rope = self.rotary.as_ref().map(|r| r.table(&positions, &self.device)).transpose()?;
-        let pass = Pass::new(*cx, rope, self.arch.heads, self.arch.mask);
-        for block in &self.blocks {
-            x = yield_point(x, cx)?;
-            x = self.block(block, x, &pass)?;
-        }
-        match &self.final_norm {
+        match &self.embed_norm {
             Some(norm) => norm.forward(&x, cx),
             None => Ok(x),
         }
@@ -151,10 +185,19 @@ impl Transformer {
 
     fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let cx = &pass.cx;
+        let maybe = |norm: &Option<Norm>, y: Tensor| match norm {
+            Some(norm) => norm.forward(&y, cx),
+            None => Ok(y),
+        };
         match self.arch.placement {
             Placement::Pre => {
-                let x = (&x + b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?)?;
-                &x + b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?
+                let y = b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?;
+                let mut x = (x + maybe(&b.norm_attn_out, y)?)?;
+                if let Some(cross) = &b.cross {
+                    x = (&x + cross.attn.forward(&cross.norm.forward(&x, cx)?, pass)?)?;
+                }
+                let y = b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?;
+                x + maybe(&b.norm_mlp_out, y)?
             }
             Placement::Post => {
                 let x = b.norm_attn.forward(&(&x + b.attn.forward(&x, pass)?)?, cx)?;
@@ -177,10 +220,16 @@ impl Transformer {
         if let Some(bad) = positions.iter().find(|&&p| p as usize >= self.arch.max_positions) {
             bail!("position {bad} of a context of {}", self.arch.max_positions);
         }
-        if !self.arch.is_causal() && cx.rows.spans().iter().any(|s| s.context_len > 0) {
-            bail!("an encoder's sequence must be computed in one step");
-        }
         Ok(())
+    }
+
+    /// The picked rows as the language-model head reads them.
+    fn before_head(&self, hidden: &Tensor, pick: &[u32]) -> Result<Tensor> {
+        let mut x = hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)?; // [pick, hidden]
+        if let Some(t) = &self.lm_transform {
+            x = ops::norm(&ops::activate(&ops::linear(&x, &t.weight, Some(&t.bias))?, t.act)?, &t.norm)?;
+        }
+        if self.arch.head_scale != 1.0 { x * self.arch.head_scale } else { Ok(x) }
     }
 
     /// Logits of picked rows: `hidden` `[rows, hidden]` -> `[pick.len(), vocab]` f32.
@@ -189,12 +238,17 @@ impl Transformer {
     /// A base without a language-model head.
     pub fn logits(&self, hidden: &Tensor, pick: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
-        let x = hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)?; // [pick, hidden]
-        if head.parts.iter().any(|(site, _)| cx.deltas.touches(*site)) {
+        let x = self.before_head(hidden, pick)?;
+        let logits = if head.parts.iter().any(|(site, _)| cx.deltas.touches(*site)) {
             let deltas = cx.deltas.picked(pick);
-            return head.forward(&x, &Cx { deltas: &deltas, ..*cx })?.to_dtype(DType::F32);
+            head.forward(&x, &Cx { deltas: &deltas, ..*cx })?.to_dtype(DType::F32)?
+        } else {
+            ops::linear(&x, &head.weight, head.bias.as_ref())?.to_dtype(DType::F32)?
+        };
+        match self.arch.logit_cap.map(f64::from) {
+            Some(cap) => (logits / cap)?.tanh()? * cap,
+            None => Ok(logits),
         }
-        ops::linear(&x, &head.weight, head.bias.as_ref())?.to_dtype(DType::F32)
     }
 
     /// Negative log-likelihood of `targets` after the picked rows: `[pick.len()]` f32; differentiable when `hidden` is.
@@ -211,8 +265,7 @@ impl Transformer {
             let idx = Tensor::new(targets, &self.device)?.reshape((targets.len(), 1))?;
             return logp.gather(&idx, 1)?.neg()?.flatten_all();
         }
-        let x = hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)?;
-        ops::head_nll(&x, &head.weight, targets)
+        ops::head_nll(&self.before_head(hidden, pick)?, &head.weight, targets, self.arch.logit_cap)
     }
 
     /// Whether the checkpoint brought a classification head.
@@ -222,123 +275,15 @@ impl Transformer {
 
     /// The linear at a site, and the site's columns.
     pub(super) fn linear_at(&self, site: SiteId) -> Option<(&Linear, Range<usize>)> {
-        let of_blocks = self.blocks.iter().flat_map(|b| [&b.attn.qkv, &b.attn.out, &b.mlp.up, &b.mlp.down]);
-        let all = of_blocks.chain(&self.pooler).chain(&self.lm_head);
-        all.flat_map(|l| l.parts.iter().map(move |p| (l, p)))
+        self.linears()
+            .chain(&self.lm_head)
+            .flat_map(|l| l.parts.iter().map(move |p| (l, p)))
             .find(|(_, (s, _))| *s == site)
             .map(|(l, (_, columns))| (l, columns.clone()))
     }
 
     /// The norm at a site.
     pub(super) fn norm_at(&self, site: SiteId) -> Option<&Norm> {
-        let of_blocks = self.blocks.iter().flat_map(|b| [&b.norm_attn, &b.norm_mlp]);
-        of_blocks.chain(&self.embed_norm).chain(&self.final_norm).find(|n| n.part.0 == site)
-    }
-}
-
-struct Loader<'a> {
-    arch: &'a Architecture,
-    ckpt: &'a Checkpoint,
-    sites: &'a SiteTable,
-}
-
-impl Loader<'_> {
-    fn site(&self, site: Site) -> std::result::Result<SiteId, ModelError> {
-        self.sites.id(site).ok_or_else(|| ModelError::Config(format!("no site {site:?}")))
-    }
-
-    /// One or more projections side by side, as one matrix `[in, sum of outs]`.
-    fn linear(&self, parts: &[(&str, Site, usize, usize)], layer: usize) -> std::result::Result<Linear, ModelError> {
-        let conv1d = self.arch.conv1d;
-        let (mut ws, mut bs, mut sites) = (Vec::new(), Vec::new(), Vec::new());
-        let mut at = 0;
-        for &(template, site, i, o) in parts {
-            let module = Architecture::module(template, layer);
-            let shape = if conv1d { [i, o] } else { [o, i] };
-            ws.push(self.ckpt.get(&module, "weight", &shape)?);
-            bs.push((o, self.ckpt.find(&module, "bias", &[o])?));
-            sites.push((self.site(site)?, at..at + o));
-            at += o;
-        }
-        let w = if ws.len() == 1 { ws.swap_remove(0) } else { Tensor::cat(&ws, usize::from(conv1d))? };
-        let weight = if conv1d { Weight::from_in_out(&w)? } else { Weight::from_out_in(&w)? };
-        // fused projections have a bias if any of them has one (Qwen2: all three; others: none)
-        let bias = if bs.iter().any(|(_, b)| b.is_some()) {
-            let parts: Vec<Tensor> = bs
-                .into_iter()
-                .map(|(o, b)| match b {
-                    Some(b) => Ok(b),
-                    None => Tensor::zeros(o, w.dtype(), w.device()),
-                })
-                .collect::<Result<_>>()?;
-            Some(Tensor::cat(&parts, 0)?)
-        } else {
-            None
-        };
-        Ok(Linear { weight, bias, parts: sites })
-    }
-
-    fn norm(&self, module: &str, site: Site) -> std::result::Result<Norm, ModelError> {
-        let h = self.arch.hidden;
-        let center = self.arch.norm == NormKind::LayerNorm;
-        let norm = ops::Norm {
-            gain: self.ckpt.get(module, "weight", &[h])?,
-            bias: if center { Some(self.ckpt.get(module, "bias", &[h])?) } else { None },
-            center,
-            eps: self.arch.norm_eps,
-        };
-        let part: Part = (self.site(site)?, 0..h);
-        Ok(Norm { norm, part })
-    }
-
-    fn block(&self, layer: usize) -> std::result::Result<Block, ModelError> {
-        let a = self.arch;
-        let n = &a.names;
-        let named = |list: Vec<(&'static str, Proj, usize, usize)>| -> Vec<_> {
-            list.into_iter().map(|(t, proj, i, o)| (t, Site::Linear { layer, proj }, i, o)).collect()
-        };
-        let q_width = a.heads.heads * a.heads.head_dim;
-        let attn_norm = Architecture::module(n.norm_attn, layer);
-        let mlp_norm = Architecture::module(n.norm_mlp, layer);
-        Ok(Block {
-            norm_attn: self.norm(&attn_norm, Site::Norm { layer, at: NormAt::Attn })?,
-            attn: Attention {
-                qkv: self.linear(&named(sites::qkv(a)), layer)?,
-                out: self.linear(&[(n.o, Site::Linear { layer, proj: Proj::O }, q_width, a.hidden)], layer)?,
-                layer,
-                layer_scale: if a.scale_by_layer { 1.0 / (layer + 1) as f32 } else { 1.0 },
-            },
-            norm_mlp: self.norm(&mlp_norm, Site::Norm { layer, at: NormAt::Mlp })?,
-            mlp: Mlp {
-                up: self.linear(&named(sites::up(a)), layer)?,
-                down: self.linear(&[(n.down, Site::Linear { layer, proj: Proj::Down }, a.ff, a.hidden)], layer)?,
-                act: a.act,
-                gated: a.mlp == MlpKind::Gated,
-            },
-        })
-    }
-
-    fn lm_head(&self, embed: &Tensor) -> std::result::Result<Option<Linear>, ModelError> {
-        let a = self.arch;
-        if a.names.lm_head.is_empty() {
-            return Ok(None);
-        }
-        let part: Part = (self.site(Site::LmHead)?, 0..a.vocab);
-        // a classification checkpoint has no head of its own; the embedding table then serves, as when tied
-        let weight = if a.tied_head || !self.ckpt.has(a.names.lm_head, "weight") {
-            Weight::tied(embed)?
-        } else {
-            Weight::from_out_in(&self.ckpt.get(a.names.lm_head, "weight", &[a.vocab, a.hidden])?)?
-        };
-        Ok(Some(Linear { weight, bias: None, parts: vec![part] }))
-    }
-
-    fn head(&self) -> std::result::Result<Option<Head>, ModelError> {
-        let name = self.arch.names.cls_head;
-        let (Some(_), Some(labels)) = (&self.arch.head, self.ckpt.rows(name, "weight")) else { return Ok(None) };
-        Ok(Some(Head {
-            weight: self.ckpt.get(name, "weight", &[labels, self.arch.hidden])?,
-            bias: self.ckpt.find(name, "bias", &[labels])?,
-        }))
+        self.norms().find(|n| n.part.0 == site)
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Linear, Pass};
+use super::{Linear, Norm, Pass};
 use crate::ops;
 
 /// Multi-head attention with its projections.
@@ -12,6 +12,12 @@ pub struct Attention {
     pub qkv: Linear,
     /// `[heads * head_dim, hidden]`.
     pub out: Linear,
+    /// Norm of each head's query, before it turns (Qwen 3, Gemma 3).
+    pub q_norm: Option<Norm>,
+    /// Norm of each head's key.
+    pub k_norm: Option<Norm>,
+    /// Which of the stack's styles this layer has.
+    pub style: usize,
     /// Which layer of the cache.
     pub layer: usize,
     /// Multiplies the scores beside the plan's scale (GPT-2's per-layer option); 1 as a rule.
@@ -24,13 +30,20 @@ impl Attention {
     /// # Errors
     /// Those of candle.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let plan = &pass.attention;
+        let style = &pass.styles[self.style];
+        let plan = &style.plan;
         let (qw, kw) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
         let qkv = self.qkv.forward(x, &pass.cx)?; // [rows, qw + 2 kw]
         let mut q = qkv.narrow(1, 0, qw)?;
         let mut k = qkv.narrow(1, qw, kw)?;
         let v = qkv.narrow(1, qw + kw, kw)?;
-        if let Some(rope) = &pass.rope {
+        if let Some(norm) = &self.q_norm {
+            q = norm.forward_heads(&q, plan.heads, &pass.cx)?;
+        }
+        if let Some(norm) = &self.k_norm {
+            k = norm.forward_heads(&k, plan.kv_heads, &pass.cx)?;
+        }
+        if let Some(rope) = &style.rope {
             q = ops::rope(&q, rope)?;
             k = ops::rope(&k, rope)?;
         }

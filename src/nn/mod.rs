@@ -1,28 +1,26 @@
 //! Building blocks of the one forward. Each knows its own sites; none knows whether it serves or trains.
 
 mod attention;
+mod cross;
 mod linear;
 mod mlp;
 mod norm;
+mod pass;
 mod rotary;
 
 pub use attention::Attention;
+pub use cross::CrossAttention;
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::Norm;
+pub use pass::{HeadShape, Pass, Style};
 pub use rotary::{RopeScaling, Rotary};
 
 use std::sync::Arc;
 
 use candle_core::{CustomOp1, Result, Tensor};
 
-use crate::{
-    delta::DeltaBatch,
-    kv::KvCache,
-    ops::{AttnMask, AttnPlan, AttnSpan, KeyRows, RopeTable},
-    pacing::Pacer,
-    rows::RowLayout,
-};
+use crate::{delta::DeltaBatch, kv::KvCache, pacing::Pacer, rows::RowLayout};
 
 /// Everything a forward needs to know about its step: an argument, never a global.
 #[derive(Clone, Copy)]
@@ -35,62 +33,35 @@ pub struct Cx<'a> {
     pub kv: Option<&'a KvCache>,
     /// Set by the trainer: layer borders yield to serving.
     pub pacer: Option<&'a Arc<Pacer>>,
+    /// What a decoder sees of its encoder; `None` for all other models.
+    pub memory: Option<&'a Memory<'a>>,
 }
 
 impl<'a> Cx<'a> {
     /// A step without a cache and without pacing.
     pub fn new(rows: &'a RowLayout, deltas: &'a DeltaBatch) -> Self {
-        Self { rows, deltas, kv: None, pacer: None }
+        Self { rows, deltas, kv: None, pacer: None, memory: None }
     }
 }
 
-/// What all layers of one forward share, computed once.
-pub struct Pass<'a> {
-    /// The step.
-    pub cx: Cx<'a>,
-    /// Angles of the step's rows, for rotary models.
-    pub rope: Option<RopeTable>,
-    /// Sequences as attention sees them.
-    pub attention: Arc<AttnPlan>,
-    /// Cache slots of the step's rows; empty without a cache.
-    pub slots: Vec<u32>,
+/// What the decoder of an encoder-decoder sees of its encoder.
+#[derive(Clone, Copy)]
+pub struct Memory<'a> {
+    /// Outputs that were computed for this step. Without a cache there is one span per span of the decoder, in order.
+    pub encoded: Option<Encoded<'a>>,
+    /// By span of the decoder: the cache slots of its encoder's positions. Empty without a cache.
+    pub slots: &'a [Arc<[u32]>],
 }
 
-impl<'a> Pass<'a> {
-    /// Shapes of heads: (heads, kv_heads, head_dim, scale).
-    pub(crate) fn new(cx: Cx<'a>, rope: Option<RopeTable>, heads: HeadShape, mask: AttnMask) -> Self {
-        let cached = cx.kv.is_some() && cx.rows.spans().iter().all(|s| !s.slots.is_empty());
-        let mut slots = Vec::new();
-        let spans = cx
-            .rows
-            .spans()
-            .iter()
-            .map(|s| {
-                let keys = if cached {
-                    slots.extend_from_slice(&s.slots[s.context_len..]);
-                    KeyRows::Slots(Arc::clone(&s.slots))
-                } else {
-                    KeyRows::From(s.start)
-                };
-                AttnSpan { q_start: s.start, q_len: s.len, context_len: s.context_len, keys }
-            })
-            .collect();
-        let HeadShape { heads, kv_heads, head_dim, scale } = heads;
-        Self { cx, rope, attention: Arc::new(AttnPlan { spans, mask, heads, kv_heads, head_dim, scale }), slots }
-    }
-}
-
-/// Heads of attention.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct HeadShape {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Multiplies the scores.
-    pub scale: f32,
+/// The encoder's output.
+#[derive(Clone, Copy)]
+pub struct Encoded<'a> {
+    /// `[rows, hidden]`, of [`crate::model::Transformer::encode`].
+    pub states: &'a Tensor,
+    /// Which rows belong to which sequence. With a cache, a span's slots are where its keys and values are to be kept.
+    pub rows: &'a RowLayout,
+    /// Which rows belong to which delta.
+    pub deltas: &'a DeltaBatch,
 }
 
 /// The identity, at a layer border: forward and backward both yield to serving there.

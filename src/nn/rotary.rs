@@ -31,11 +31,12 @@ pub enum RopeScaling {
 #[derive(Debug, Clone)]
 pub struct Rotary {
     inv_freq: Vec<f32>,
+    head_dim: usize,
 }
 
 impl Rotary {
-    /// `dim`: width of a head; `theta`: the base of the frequencies.
-    pub fn new(dim: usize, theta: f64, scaling: RopeScaling) -> Self {
+    /// `head_dim`: width of a head, of which the first `dim` numbers turn; `theta`: the base of the frequencies.
+    pub fn new(head_dim: usize, dim: usize, theta: f64, scaling: RopeScaling) -> Self {
         let inv_freq = (0..dim / 2)
             .map(|i| {
                 let f = 1.0 / theta.powf(2.0 * i as f64 / dim as f64);
@@ -57,7 +58,7 @@ impl Rotary {
                 f as f32
             })
             .collect();
-        Self { inv_freq }
+        Self { inv_freq, head_dim }
     }
 
     /// Angles of these positions.
@@ -76,6 +77,7 @@ impl Rotary {
             }
         }
         let shape = (positions.len(), half);
-        Ok(RopeTable { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+        let (cos, sin) = (Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?);
+        Ok(RopeTable { cos, sin, head_dim: self.head_dim })
     }
 }

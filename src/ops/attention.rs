@@ -46,16 +46,13 @@ pub struct AttnSpan {
     pub q_len: usize,
     /// Absolute position of the first query.
     pub context_len: usize,
-    /// Rows of keys and values; there are `context_len + q_len`.
+    /// Rows of keys and values.
     pub keys: KeyRows,
+    /// How many: `context_len + q_len` where a sequence looks at itself, another sequence's length in cross-attention.
+    pub keys_len: usize,
 }
 
 impl AttnSpan {
-    /// Positions in all.
-    pub(super) fn keys_len(&self) -> usize {
-        self.context_len + self.q_len
-    }
-
     /// The row of position `j`.
     #[inline(always)]
     pub(super) fn key_row(&self, j: usize) -> usize {
@@ -66,11 +63,38 @@ impl AttnSpan {
     }
 }
 
+/// A bias of the scores by head and distance (T5; Raffel et al. 2020). Frozen: it gets no gradient.
+#[derive(Debug, Clone)]
+pub struct RelativeBias {
+    /// Distances beyond this many positions count as this many.
+    pub reach: usize,
+    /// `[heads, 2 reach + 1]`: the bias of key position - query position = `-reach ..= reach`.
+    pub values: Arc<[f32]>,
+}
+
+impl RelativeBias {
+    /// Biases of one head.
+    pub(super) fn head(&self, head: usize) -> &[f32] {
+        let width = 2 * self.reach + 1;
+        &self.values[head * width..(head + 1) * width]
+    }
+
+    /// Where in a head's biases the one of this query and key stands.
+    #[inline(always)]
+    pub(super) fn place(&self, query: usize, key: usize) -> usize {
+        if key >= query {
+            self.reach + (key - query).min(self.reach)
+        } else {
+            self.reach - (query - key).min(self.reach)
+        }
+    }
+}
+
 /// All sequences of a step, and the shape of the heads.
 #[derive(Debug, Clone)]
 pub struct AttnPlan {
-    /// The sequences; their query rows partition the step's rows.
-    pub spans: Vec<AttnSpan>,
+    /// The sequences; their query rows partition the step's rows. Shared by the plans of a model's kinds of layers.
+    pub spans: Arc<[AttnSpan]>,
     /// Visibility.
     pub mask: AttnMask,
     /// Query heads.
@@ -81,6 +105,10 @@ pub struct AttnPlan {
     pub head_dim: usize,
     /// Multiplies the scores; `1 / sqrt(head_dim)` as a rule.
     pub scale: f32,
+    /// Scores are squeezed to `cap * tanh(score / cap)` (Gemma 2).
+    pub cap: Option<f32>,
+    /// Added to the scores.
+    pub bias: Option<RelativeBias>,
 }
 
 impl AttnPlan {
@@ -91,12 +119,15 @@ impl AttnPlan {
         if v.dims2()? != (k_rows, kw) || qw != self.heads * self.head_dim || kw != self.kv_heads * self.head_dim {
             bail!("attention: q {:?} k {:?} v {:?} do not fit {self:?}", q.shape(), k.shape(), v.shape());
         }
+        if self.bias.as_ref().is_some_and(|b| b.values.len() != self.heads * (2 * b.reach + 1)) {
+            bail!("attention: the bias is not one of {} heads", self.heads);
+        }
         let mut at = 0;
-        for s in &self.spans {
+        for s in self.spans.iter() {
             let fits = match &s.keys {
-                KeyRows::From(from) => from + s.keys_len() <= k_rows,
+                KeyRows::From(from) => from + s.keys_len <= k_rows,
                 KeyRows::Slots(slots) => {
-                    slots.len() == s.keys_len() && slots.iter().all(|&slot| (slot as usize) < k_rows)
+                    slots.len() == s.keys_len && slots.iter().all(|&slot| (slot as usize) < k_rows)
                 }
             };
             if s.q_start != at || !fits {
@@ -111,7 +142,7 @@ impl AttnPlan {
     }
 }
 
-/// `softmax(scale * q k^T + mask) v`: `q [rows, heads * head_dim]`, `k` and `v` `[key_rows, kv_heads * head_dim]` ->
+/// `softmax(cap(scale * q k^T) + bias + mask) v`: `q [rows, heads * head_dim]`, `k` and `v` `[key_rows, kv_heads * head_dim]` ->
 /// `[rows, heads * head_dim]`.
 ///
 /// # Errors
@@ -129,8 +160,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Re
 pub(super) fn reference(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttnPlan) -> Result<Tensor> {
     let (h, kh, d) = (plan.heads, plan.kv_heads, plan.head_dim);
     let mut outs = Vec::with_capacity(plan.spans.len());
-    for span in &plan.spans {
-        let (len, n) = (span.q_len, span.keys_len());
+    for span in plan.spans.iter() {
+        let (len, n) = (span.q_len, span.keys_len);
         let pick = |t: &Tensor| -> Result<Tensor> {
             let rows = match &span.keys {
                 KeyRows::From(start) => t.narrow(0, *start, n)?,
@@ -142,8 +173,14 @@ pub(super) fn reference(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttnPlan) -> 
         let qs = q.narrow(0, span.q_start, len)?.reshape((len, h, d))?.transpose(0, 1)?.contiguous()?;
         let (ks, vs) = (pick(k)?, pick(v)?);
         let scores = (qs.matmul(&ks.t()?.contiguous()?)? * f64::from(plan.scale))?; // [heads, len, keys]
-        let mask = mask_tensor(plan.mask, span, q.device())?;
-        let scores = scores.to_dtype(DType::F32)?.broadcast_add(&mask)?;
+        let mut scores = scores.to_dtype(DType::F32)?;
+        if let Some(cap) = plan.cap.map(f64::from) {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
+        if let Some(bias) = &plan.bias {
+            scores = (scores + bias_tensor(bias, h, span, q.device())?)?;
+        }
+        let scores = scores.broadcast_add(&mask_tensor(plan.mask, span, q.device())?)?;
         let probs = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
         outs.push(probs.matmul(&vs)?.transpose(0, 1)?.contiguous()?.reshape((len, h * d))?);
     }
@@ -152,13 +189,26 @@ pub(super) fn reference(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttnPlan) -> 
 
 /// 0 where seen, -inf where not: `[len, keys]`.
 fn mask_tensor(mask: AttnMask, span: &AttnSpan, device: &Device) -> Result<Tensor> {
-    let n = span.keys_len();
+    let n = span.keys_len;
     let mut data = vec![f32::NEG_INFINITY; span.q_len * n];
     for (i, row) in data.chunks_mut(n).enumerate() {
         let (from, to) = mask.range(span.context_len + i, n);
         row[from..to].fill(0.0);
     }
     Tensor::from_vec(data, (span.q_len, n), device)
+}
+
+/// `[heads, len, keys]`.
+fn bias_tensor(bias: &RelativeBias, heads: usize, span: &AttnSpan, device: &Device) -> Result<Tensor> {
+    let (len, n) = (span.q_len, span.keys_len);
+    let mut data = Vec::with_capacity(heads * len * n);
+    for head in 0..heads {
+        let values = bias.head(head);
+        for i in 0..len {
+            data.extend((0..n).map(|j| values[bias.place(span.context_len + i, j)]));
+        }
+    }
+    Tensor::from_vec(data, (heads, len, n), device)
 }
 
 #[cfg(test)]
@@ -171,38 +221,65 @@ mod tests {
         (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
     }
 
-    fn plan(lens: &[usize], causal: bool, window: Option<usize>) -> (Arc<AttnPlan>, usize) {
+    fn plan(spans: Vec<AttnSpan>, mask: AttnMask) -> AttnPlan {
+        let (heads, kv_heads, head_dim) = (4, 2, 12);
+        AttnPlan { spans: spans.into(), mask, heads, kv_heads, head_dim, scale: 0.3, cap: None, bias: None }
+    }
+
+    fn selves(lens: &[usize], mask: AttnMask) -> (AttnPlan, usize) {
         let mut spans = Vec::new();
         let mut at = 0;
         for &len in lens {
-            spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, keys: KeyRows::From(at) });
+            spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, keys: KeyRows::From(at), keys_len: len });
             at += len;
         }
-        let mask = AttnMask { causal, window };
-        (Arc::new(AttnPlan { spans, mask, heads: 4, kv_heads: 2, head_dim: 12, scale: 0.3 }), at)
+        (plan(spans, mask), at)
+    }
+
+    fn bias(reach: usize) -> RelativeBias {
+        let values = Tensor::randn(0f32, 1.0, 4 * (2 * reach + 1), &Device::Cpu).unwrap().to_vec1().unwrap();
+        RelativeBias { reach, values: values.into() }
+    }
+
+    /// Outputs and all three gradients.
+    fn compare(plan: AttnPlan, rows: usize, keys: usize) {
+        let (plan, dev) = (Arc::new(plan), Device::Cpu);
+        let q = Var::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+        let k = Var::randn(0f32, 1.0, (keys, 24), &dev).unwrap();
+        let v = Var::randn(0f32, 1.0, (keys, 24), &dev).unwrap();
+        let w = Tensor::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+        let fast = attention(&q, &k, &v, &plan).unwrap();
+        let slow = reference(&q, &k, &v, &plan).unwrap();
+        assert!(diff(&fast, &slow) < 1e-5);
+        let g1 = (fast * &w).unwrap().sum_all().unwrap().backward().unwrap();
+        let g2 = (slow * &w).unwrap().sum_all().unwrap().backward().unwrap();
+        for t in [&q, &k, &v] {
+            assert!(diff(g1.get(t).unwrap(), g2.get(t).unwrap()) < 3e-5);
+        }
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn fast_and_reference_agree_forward_and_backward(
-            lens in proptest::collection::vec(1usize..14, 1..5), causal: bool, window in proptest::option::of(1usize..6)
+            lens in proptest::collection::vec(1usize..14, 1..5), causal: bool, window in proptest::option::of(1usize..6),
+            cap in proptest::option::of(0.5f32..4.0), reach in proptest::option::of(1usize..6),
         ) {
             let window = if causal { window } else { None };
-            let (plan, rows) = plan(&lens, causal, window);
-            let dev = Device::Cpu;
-            let q = Var::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
-            let k = Var::randn(0f32, 1.0, (rows, 24), &dev).unwrap();
-            let v = Var::randn(0f32, 1.0, (rows, 24), &dev).unwrap();
-            let w = Tensor::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
-            let fast = attention(&q, &k, &v, &plan).unwrap();
-            let slow = reference(&q, &k, &v, &plan).unwrap();
-            prop_assert!(diff(&fast, &slow) < 1e-5);
-            let g1 = (fast * &w).unwrap().sum_all().unwrap().backward().unwrap();
-            let g2 = (slow * &w).unwrap().sum_all().unwrap().backward().unwrap();
-            for t in [&q, &k, &v] {
-                prop_assert!(diff(g1.get(t).unwrap(), g2.get(t).unwrap()) < 3e-5);
+            let (plan, rows) = selves(&lens, AttnMask { causal, window });
+            compare(AttnPlan { cap, bias: reach.map(bias), ..plan }, rows, rows);
+        }
+
+        #[test]
+        fn cross_attention_agrees_forward_and_backward(
+            lens in proptest::collection::vec((1usize..6, 1usize..9), 1..5), cap in proptest::option::of(0.5f32..4.0),
+        ) {
+            let (mut spans, mut rows, mut keys) = (Vec::new(), 0, 0);
+            for (q_len, keys_len) in lens {
+                spans.push(AttnSpan { q_start: rows, q_len, context_len: 0, keys: KeyRows::From(keys), keys_len });
+                (rows, keys) = (rows + q_len, keys + keys_len);
             }
+            compare(AttnPlan { cap, ..plan(spans, AttnMask { causal: false, window: None }) }, rows, keys);
         }
 
         #[test]
@@ -222,10 +299,11 @@ mod tests {
             let k = Tensor::randn(0f32, 1.0, (total, 24), &dev).unwrap();
             let v = Tensor::randn(0f32, 1.0, (total, 24), &dev).unwrap();
             let mask = AttnMask { causal: true, window: None };
-            let make = |keys| Arc::new(AttnPlan {
-                spans: vec![AttnSpan { q_start: 0, q_len: len, context_len: context, keys }],
-                mask, heads: 4, kv_heads: 2, head_dim: 12, scale: 0.3,
-            });
+            let bias = bias(3);
+            let make = |keys| {
+                let span = AttnSpan { q_start: 0, q_len: len, context_len: context, keys, keys_len: n };
+                Arc::new(AttnPlan { bias: Some(bias.clone()), ..plan(vec![span], mask) })
+            };
             let idx = Tensor::new(&slots[..], &dev).unwrap();
             let (ko, vo) = (k.index_select(&idx, 0).unwrap(), v.index_select(&idx, 0).unwrap());
             let ordered = attention(&q, &ko, &vo, &make(KeyRows::From(0))).unwrap();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::attention::{AttnPlan, AttnSpan, KeyRows};
+use super::attention::{AttnPlan, AttnSpan, KeyRows, RelativeBias};
 use super::{cpu_result, f32_slice, math, vectorized, with_f32};
 
 struct Attention(Arc<AttnPlan>);
@@ -38,24 +38,65 @@ fn axpy(s: f32, x: &[f32], out: &mut [f32]) {
     }
 }
 
+/// What happens to the scores of one query and head between the products and the softmax.
+#[derive(Clone, Copy)]
+struct Shaping<'a> {
+    scale: f32,
+    cap: Option<f32>,
+    /// The bias, the head's values, the query's position.
+    bias: Option<(&'a RelativeBias, &'a [f32], usize)>,
+}
+
+impl<'a> Shaping<'a> {
+    fn of(plan: &'a AttnPlan, head: usize, position: usize) -> Self {
+        let bias = plan.bias.as_ref().map(|b| (b, b.head(head), position));
+        Self { scale: plan.scale, cap: plan.cap, bias }
+    }
+
+    /// Caps and biases the scores of keys from `from` on; leaves the cap's derivative in `slope` if that is wanted.
+    /// Returns the largest score.
+    #[inline(always)]
+    fn apply(self, scores: &mut [f32], from: usize, slope: &mut [f32]) -> f32 {
+        if let Some(cap) = self.cap {
+            for s in scores.iter_mut() {
+                *s = math::tanh(*s / cap);
+            }
+            for (d, s) in slope.iter_mut().zip(scores.iter()) {
+                *d = 1.0 - s * s;
+            }
+            for s in scores.iter_mut() {
+                *s *= cap;
+            }
+        }
+        if let Some((bias, values, query)) = self.bias {
+            for (s, key) in scores.iter_mut().zip(from..) {
+                *s += values[bias.place(query, key)];
+            }
+        }
+        scores.iter().fold(f32::NEG_INFINITY, |max, s| max.max(*s))
+    }
+}
+
 /// The scores of one query and head turned into probabilities of keys `from..to`, in `probs`.
 #[inline(always)]
 fn probabilities(
     q: &[f32],
-    scale: f32,
+    shaping: Shaping<'_>,
     key: impl Fn(usize) -> usize,
     k: &[f32],
-    from_to: (usize, usize),
-    probs: &mut [f32],
+    (from, to): (usize, usize),
+    (probs, slope): (&mut [f32], &mut [f32]),
 ) {
-    let (from, to) = from_to;
     let d = q.len();
     let probs = &mut probs[..to - from];
     let mut max = f32::NEG_INFINITY;
     for (p, j) in probs.iter_mut().zip(from..to) {
         let at = key(j);
-        *p = dot(q, &k[at..at + d]) * scale;
+        *p = dot(q, &k[at..at + d]) * shaping.scale;
         max = max.max(*p);
+    }
+    if shaping.cap.is_some() || shaping.bias.is_some() {
+        max = shaping.apply(probs, from, slope);
     }
     let mut sum = 0.0;
     for p in probs.iter_mut() {
@@ -92,13 +133,13 @@ impl CustomOp3 for Attention {
         let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
         let mut rest = out.as_mut_slice();
         let mut work = 0;
-        for span in &plan.spans {
+        for span in plan.spans.iter() {
             for i in 0..span.q_len {
                 let (row, tail) = rest.split_at_mut(width);
                 tasks.push((span, i, row));
                 rest = tail;
             }
-            work += span.q_len * span.keys_len() * width;
+            work += span.q_len * span.keys_len * width;
         }
         let run = |(span, i, out): (&AttnSpan, usize, &mut [f32])| {
             let q = &q[(span.q_start + i) * width..(span.q_start + i + 1) * width];
@@ -170,12 +211,13 @@ impl CustomOp3 for Attention {
 fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
     let (q, k, v) = qkv;
     let (d, kv_width, group) = (plan.head_dim, plan.kv_heads * plan.head_dim, plan.heads / plan.kv_heads);
-    let (from, to) = plan.mask.range(span.context_len + i, span.keys_len());
+    let (from, to) = plan.mask.range(span.context_len + i, span.keys_len);
     let mut probs = vec![0f32; to - from];
     for (h, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
         let column = (h / group) * d;
         let key = |j: usize| span.key_row(j) * kv_width + column;
-        probabilities(q, plan.scale, key, k, (from, to), &mut probs);
+        let shaping = Shaping::of(plan, h, span.context_len + i);
+        probabilities(q, shaping, key, k, (from, to), (&mut probs, &mut []));
         for (p, j) in probs.iter().zip(from..to) {
             let at = key(j);
             axpy(*p, &v[at..at + d], out);
@@ -193,9 +235,10 @@ struct HeadGrads {
 fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]; 4]) -> HeadGrads {
     let [q, k, v, grad] = qkvg;
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
-    let (width, kv_width, n) = (plan.heads * d, plan.kv_heads * d, span.keys_len());
+    let (width, kv_width, n) = (plan.heads * d, plan.kv_heads * d, span.keys_len);
     let mut out = HeadGrads { dq: vec![0f32; span.q_len * group * d], dk: vec![0f32; n * d], dv: vec![0f32; n * d] };
     let (mut probs, mut dprobs) = (vec![0f32; n], vec![0f32; n]);
+    let mut slope = vec![1f32; n]; // of the cap; 1 without one
     vectorized(
         #[inline(always)]
         || {
@@ -205,7 +248,8 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
                     let at = (span.q_start + i) * width + (kv_head * group + g) * d;
                     let (q, grad) = (&q[at..at + d], &grad[at..at + d]);
                     let key = |j: usize| span.key_row(j) * kv_width + kv_head * d;
-                    probabilities(q, plan.scale, key, k, (from, to), &mut probs);
+                    let shaping = Shaping::of(plan, kv_head * group + g, span.context_len + i);
+                    probabilities(q, shaping, key, k, (from, to), (&mut probs, &mut slope));
                     let mut delta = 0.0;
                     for j in from..to {
                         let at = key(j);
@@ -216,7 +260,7 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
                     let dq = &mut out.dq[(i * group + g) * d..(i * group + g + 1) * d];
                     for j in from..to {
                         let (p, at) = (probs[j - from], key(j));
-                        let ds = p * (dprobs[j - from] - delta) * plan.scale;
+                        let ds = p * (dprobs[j - from] - delta) * slope[j - from] * plan.scale;
                         axpy(ds, &k[at..at + d], dq);
                         axpy(ds, q, &mut out.dk[j * d..(j + 1) * d]);
                         axpy(p, grad, &mut out.dv[j * d..(j + 1) * d]);

@@ -67,6 +67,11 @@ impl Weight {
         if self.in_out { Ok(self.tensor.clone()) } else { self.tensor.t() }
     }
 
+    /// Numbers in it.
+    pub fn elem_count(&self) -> usize {
+        self.in_dim() * self.out_dim()
+    }
+
     /// Its tensor as stored.
     pub fn tensor(&self) -> &Tensor {
         &self.tensor

@@ -21,7 +21,7 @@ mod skinny;
 mod tiled;
 
 pub use activation::{Act, activate, gate};
-pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, attention};
+pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attention};
 pub use linear::{Weight, linear};
 pub use nll::head_nll;
 pub use norm::{Norm, norm};

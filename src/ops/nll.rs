@@ -14,6 +14,8 @@ const CHUNK_ELEMENTS: usize = 16 << 20;
 struct HeadNll {
     weight: Weight,
     targets: Vec<u32>,
+    /// Logits are squeezed to `cap * tanh(logit / cap)`.
+    cap: Option<f32>,
     tracked: bool,
     /// `(softmax - onehot) W` per row, for backward.
     unit_grad: Mutex<Option<Tensor>>,
@@ -32,6 +34,7 @@ impl HeadNll {
             let n = per.min(rows - at);
             let targets = &self.targets[at..at + n];
             let logits = h.narrow(0, at, n)?.contiguous()?.matmul(&w)?; // [n, vocab]
+            let (logits, slope) = capped(logits, self.cap)?;
             let (loss, probs) = if is_cpu_f32(&logits) {
                 chunk_cpu(&logits, targets, self.tracked)?
             } else {
@@ -39,6 +42,7 @@ impl HeadNll {
             };
             nll.extend(loss);
             if let Some(p) = probs {
+                let p = if let Some(slope) = slope { (p * slope)? } else { p };
                 grads.push(p.matmul(&w.t()?)?); // [n, hidden]
             }
             at += n;
@@ -53,6 +57,14 @@ impl HeadNll {
         }
         Ok(nll)
     }
+}
+
+/// Squeezed logits and the squeeze's derivative.
+fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option<Tensor>)> {
+    let Some(cap) = cap.map(f64::from) else { return Ok((logits, None)) };
+    let t = super::activate(&(logits / cap)?, super::Act::Tanh)?;
+    let slope = (1.0 - t.sqr()?)?;
+    Ok(((t * cap)?, Some(slope)))
 }
 
 /// Losses of a chunk, and `softmax - onehot` in the logits' place if wanted.
@@ -153,11 +165,11 @@ impl CustomOp1 for HeadNll {
     }
 }
 
-/// `-log softmax(h W)[target]` of each row: `h` `[rows, hidden]`, `targets` `[rows]` -> `[rows]` f32.
+/// `-log softmax(cap(h W))[target]` of each row: `h` `[rows, hidden]`, `targets` `[rows]` -> `[rows]` f32.
 ///
 /// # Errors
 /// A target outside the vocabulary; shapes that do not fit.
-pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor> {
+pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32], cap: Option<f32>) -> Result<Tensor> {
     let rows = h.dim(0)?;
     let vocab = weight.out_dim();
     if targets.len() != rows || h.dim(1)? != weight.in_dim() {
@@ -168,7 +180,7 @@ pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor> 
     }
     let h = h.contiguous()?;
     let tracked = h.track_op();
-    let op = HeadNll { weight: weight.clone(), targets: targets.to_vec(), tracked, unit_grad: Mutex::new(None) };
+    let op = HeadNll { weight: weight.clone(), targets: targets.to_vec(), cap, tracked, unit_grad: Mutex::new(None) };
     if tracked { h.apply_op1(op) } else { h.apply_op1_no_bwd(&op) }
 }
 
@@ -181,12 +193,17 @@ mod tests {
     fn loss_and_gradient_equal_those_of_plain_log_softmax() {
         let dev = Device::Cpu;
         let table = Tensor::randn(0f32, 1.0, (37, 12), &dev).unwrap();
-        for weight in [Weight::tied(&table).unwrap(), Weight::from_out_in(&table).unwrap()] {
+        let weights = [Weight::tied(&table).unwrap(), Weight::from_out_in(&table).unwrap()];
+        for (weight, cap) in weights.iter().flat_map(|w| [(w, None), (w, Some(1.5f32))]) {
             let h = Var::randn(0f32, 1.0, (9, 12), &dev).unwrap();
             let targets: Vec<u32> = (0..9).map(|i| i * 4).collect();
             let scale = Tensor::randn(0f32, 1.0, 9, &dev).unwrap();
-            let fast = head_nll(&h, &weight, &targets).unwrap();
-            let logp = candle_nn::ops::log_softmax(&h.matmul(&table.t().unwrap()).unwrap(), D::Minus1).unwrap();
+            let fast = head_nll(&h, weight, &targets, cap).unwrap();
+            let mut logits = h.matmul(&table.t().unwrap()).unwrap();
+            if let Some(cap) = cap.map(f64::from) {
+                logits = ((logits / cap).unwrap().tanh().unwrap() * cap).unwrap();
+            }
+            let logp = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap();
             let idx = Tensor::new(&targets[..], &dev).unwrap().reshape((9, 1)).unwrap();
             let slow = logp.gather(&idx, 1).unwrap().neg().unwrap().flatten_all().unwrap();
             let diff = |a: &Tensor, b: &Tensor| {
@@ -206,7 +223,7 @@ mod tests {
         let dev = Device::Cpu;
         let table = Tensor::randn(0f32, 1.0, (37, 2), &dev).unwrap();
         let h = Tensor::new(&[[1f32, f32::NAN]], &dev).unwrap();
-        let nll = head_nll(&h, &Weight::tied(&table).unwrap(), &[3]).unwrap().to_vec1::<f32>().unwrap();
+        let nll = head_nll(&h, &Weight::tied(&table).unwrap(), &[3], None).unwrap().to_vec1::<f32>().unwrap();
         assert!(nll[0].is_nan());
     }
 }

@@ -4,13 +4,16 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::{cpu_result, f32_slice, is_cpu_f32, par_rows, vectorized, with_f32};
 
-/// Cosines and sines of the rows of one step, `[rows, head_dim / 2]` each.
+/// Cosines and sines of the rows of one step, `[rows, rotated / 2]` each: the first `rotated` numbers of each head turn,
+/// all of them as a rule.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     /// `cos(position * frequency)`.
     pub cos: Tensor,
     /// `sin(position * frequency)`.
     pub sin: Tensor,
+    /// Width of a head.
+    pub head_dim: usize,
 }
 
 struct Rope {
@@ -21,7 +24,7 @@ struct Rope {
 
 impl Rope {
     fn run(&self, x: &[f32], rows: usize, width: usize) -> Result<Vec<f32>> {
-        let half = self.table.cos.dim(1)?;
+        let (half, head) = (self.table.cos.dim(1)?, self.table.head_dim);
         let mut out = vec![0f32; rows * width];
         with_f32(&self.table.cos, |cos| {
             with_f32(&self.table.sin, |sin| {
@@ -34,7 +37,8 @@ impl Rope {
                                 let (cos, sin) =
                                     (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
                                 let x = &x[row * width..(row + 1) * width];
-                                for (o, x) in o.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                                for (o, x) in o.chunks_exact_mut(head).zip(x.chunks_exact(head)) {
+                                    o[2 * half..].copy_from_slice(&x[2 * half..]);
                                     let (o1, o2) = o.split_at_mut(half);
                                     let (x1, x2) = x.split_at(half);
                                     for j in 0..half {
@@ -75,13 +79,15 @@ impl CustomOp1 for Rope {
 fn reference(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     let half = table.cos.dim(1)?;
-    let x4 = x.reshape((rows, width / (2 * half), 2, half))?;
-    let (x1, x2) = (x4.narrow(2, 0, 1)?, x4.narrow(2, 1, 1)?); // [rows, heads, 1, half]
-    let cos = table.cos.to_dtype(x.dtype())?.reshape((rows, 1, 1, half))?;
-    let sin = table.sin.to_dtype(x.dtype())?.reshape((rows, 1, 1, half))?;
+    let head = table.head_dim;
+    let x3 = x.reshape((rows, width / head, head))?;
+    let (x1, x2) = (x3.narrow(2, 0, half)?, x3.narrow(2, half, half)?); // [rows, heads, half]
+    let cos = table.cos.to_dtype(x.dtype())?.reshape((rows, 1, half))?;
+    let sin = table.sin.to_dtype(x.dtype())?.reshape((rows, 1, half))?;
     let o1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
     let o2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[o1, o2], 2)?.reshape((rows, width))
+    let parts = if head > 2 * half { vec![o1, o2, x3.narrow(2, 2 * half, head - 2 * half)?] } else { vec![o1, o2] };
+    Tensor::cat(&parts, 2)?.reshape((rows, width))
 }
 
 /// Rotates every head of every row: `x` is `[rows, heads * head_dim]`, the table has the rows' positions.
@@ -105,10 +111,16 @@ mod tests {
     #[test]
     fn fast_and_reference_agree_forward_and_backward() {
         let dev = Device::Cpu;
-        let angle = Tensor::randn(0f32, 3.0, (6, 4), &dev).unwrap();
-        let table = RopeTable { cos: angle.cos().unwrap(), sin: angle.sin().unwrap() };
-        let x = Var::randn(0f32, 1.0, (6, 24), &dev).unwrap();
-        let w = Tensor::randn(0f32, 1.0, (6, 24), &dev).unwrap();
+        for head_dim in [8, 12] {
+            agree(head_dim, &dev);
+        }
+    }
+
+    fn agree(head_dim: usize, dev: &Device) {
+        let angle = Tensor::randn(0f32, 3.0, (6, 4), dev).unwrap();
+        let table = RopeTable { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim };
+        let x = Var::randn(0f32, 1.0, (6, 24), dev).unwrap();
+        let w = Tensor::randn(0f32, 1.0, (6, 24), dev).unwrap();
         let grad = |y: &Tensor| {
             let store = (y * &w).unwrap().sum_all().unwrap().backward().unwrap();
             store.get(&x).unwrap().clone()

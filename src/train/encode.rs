@@ -32,6 +32,8 @@ pub struct TextCodec {
     pub render_chat: Option<RenderFn>,
     /// Ids that end a text; the first is appended to completions.
     pub eos: Vec<u32>,
+    /// First token of an encoder-decoder's output.
+    decoder_start: Option<u32>,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
 }
@@ -62,7 +64,14 @@ impl TextCodec {
         let at = (0..=full.len().saturating_sub(plain.len())).find(|at| full[*at..].starts_with(&plain));
         let at = at.ok_or("special tokens do not surround the text")?;
         let (prefix, suffix) = (full[..at].to_vec(), full[at + plain.len()..].to_vec());
-        Ok(Self { encode, encode_words, render_chat, eos, prefix, suffix })
+        Ok(Self { encode, encode_words, render_chat, eos, decoder_start: None, prefix, suffix })
+    }
+
+    /// For an encoder-decoder, whose outputs start with this token.
+    #[must_use]
+    pub fn with_decoder_start(mut self, token: Option<u32>) -> Self {
+        self.decoder_start = token;
+        self
     }
 
     /// The codec of a tokenizer.
@@ -119,13 +128,25 @@ pub enum Target {
 /// One example as the model sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
-    /// Token ids, at least one.
+    /// Token ids, at least one; for an encoder-decoder, the decoder's.
     pub tokens: Vec<u32>,
     /// What it teaches.
     pub target: Target,
+    /// For an encoder-decoder: what the encoder reads. Else empty.
+    pub source: Vec<u32>,
 }
 
 impl Encoded {
+    /// An example without an encoder's side.
+    pub fn new(tokens: Vec<u32>, target: Target) -> Self {
+        Self { tokens, target, source: Vec::new() }
+    }
+
+    /// Rows that it takes in a forward.
+    pub fn rows(&self) -> usize {
+        self.tokens.len() + self.source.len()
+    }
+
     /// How many losses it contributes: supervised tokens, labelled words, or one.
     pub fn weight(&self) -> usize {
         match &self.target {
@@ -171,7 +192,10 @@ impl Encoder<'_> {
     fn row(&mut self, row: &Row) -> RowResult {
         match &row.example {
             Example::Text(text) => self.text(text),
-            Example::PromptCompletion { prompt, completion } => self.completion(row.line, prompt, completion),
+            Example::PromptCompletion { prompt, completion } => match self.codec.decoder_start {
+                Some(start) => self.translation(row.line, prompt, completion, start),
+                None => self.completion(row.line, prompt, completion),
+            },
             Example::Messages(messages) => self.messages(row.line, messages),
             Example::TextLabel { text, label } => match self.labels.get(label) {
                 Some(label) => self.label(row.line, text, label),
@@ -195,7 +219,7 @@ impl Encoder<'_> {
         for piece in ids.chunks(self.max_length.max(2)) {
             if piece.len() > 1 {
                 let mask = (0..piece.len()).map(|i| i > 0).collect();
-                self.out.push(Encoded { tokens: piece.to_vec(), target: Target::Tokens(mask) });
+                self.out.push(Encoded::new(piece.to_vec(), Target::Tokens(mask)));
             }
         }
         if self.out.len() == before {
@@ -213,6 +237,24 @@ impl Encoder<'_> {
         ids.extend(self.codec.eos.first());
         let mask = (0..ids.len()).map(|i| i >= learn_from.max(1)).collect();
         self.supervised(line, ids, mask)
+    }
+
+    /// An encoder-decoder reads the prompt with its special tokens, and writes the completion and its end.
+    fn translation(&mut self, line: u64, prompt: &str, completion: &str, start: u32) -> RowResult {
+        let body = self.codec.plain(prompt).map_err(tokenizer)?;
+        let (source, _) = self.surround(line, body);
+        if source.is_empty() {
+            return Err((Code::EmptyText, "has a prompt without tokens".to_owned()));
+        }
+        let mut ids = vec![start];
+        ids.extend(self.codec.plain(completion).map_err(tokenizer)?);
+        ids.extend(self.codec.eos.first());
+        let mask = (0..ids.len()).map(|i| i > 0).collect();
+        self.supervised(line, ids, mask)?;
+        if let Some(last) = self.out.last_mut() {
+            last.source = source;
+        }
+        Ok(())
     }
 
     fn messages(&mut self, line: u64, messages: &[ChatMessage]) -> RowResult {
@@ -260,7 +302,7 @@ impl Encoder<'_> {
             return Err((Code::NoSupervisedToken, message));
         }
         self.warn_cut(line, total, ids.len());
-        self.out.push(Encoded { tokens: ids, target: Target::Tokens(mask) });
+        self.out.push(Encoded::new(ids, Target::Tokens(mask)));
         Ok(())
     }
 
@@ -270,7 +312,7 @@ impl Encoder<'_> {
             return Err((Code::EmptyText, "has no tokens".to_owned()));
         }
         let (tokens, _) = self.surround(line, body);
-        self.out.push(Encoded { tokens, target: Target::Label(label) });
+        self.out.push(Encoded::new(tokens, Target::Label(label)));
         Ok(())
     }
 
@@ -294,7 +336,7 @@ impl Encoder<'_> {
         if tags.is_empty() {
             return Err((Code::NoSupervisedToken, "has no word that the tokenizer knows".to_owned()));
         }
-        self.out.push(Encoded { tokens, target: Target::Tags(tags) });
+        self.out.push(Encoded::new(tokens, Target::Tags(tags)));
         Ok(())
     }
 

@@ -50,7 +50,7 @@ impl Tally {
     pub fn finish(&self, step: u32, task: Task) -> EvalEvent {
         let n = self.count.max(1) as f64;
         let loss = self.loss / n;
-        let classifies = task != Task::CausalLm;
+        let classifies = !task.generates();
         let f1 = |&(tp, fp, fn_): &(u64, u64, u64)| 2.0 * tp as f64 / ((2 * tp + fp + fn_).max(1) as f64);
         let macro_f1 = self.labels.iter().map(f1).sum::<f64>() / self.labels.len().max(1) as f64;
         EvalEvent {

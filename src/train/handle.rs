@@ -339,7 +339,7 @@ fn request_digest(params: &TrainParams, prepared: &Prepared) -> String {
     h.update(serde_json::to_vec(&TrainParams { idempotency_key: None, ..params.clone() }).unwrap_or_default());
     for example in prepared.train.iter().chain(prepared.validation.iter()) {
         h.update((example.tokens.len() as u64).to_le_bytes());
-        example.tokens.iter().for_each(|t| h.update(t.to_le_bytes()));
+        example.tokens.iter().chain(&example.source).for_each(|t| h.update(t.to_le_bytes()));
     }
     hex::encode(h.finalize())
 }

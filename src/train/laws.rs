@@ -29,14 +29,17 @@ pub(super) fn tiny(kind: &str) -> Arc<Base> {
     let config = match kind {
         "llama" => testing::tiny_llama(),
         "gpt2" => testing::tiny_gpt2(),
+        "qwen3" => testing::tiny_qwen3(),
+        "gemma2" => testing::tiny_gemma2(),
+        "roberta" => testing::tiny_roberta(),
+        "t5" => testing::tiny_t5(),
         _ => testing::tiny_bert(),
     };
     Arc::new(testing::random_base(&config, 7).unwrap())
 }
 
 pub(super) fn shape(base: &Base) -> BaseShape<'_> {
-    let causal = base.arch.is_causal();
-    BaseShape { sites: &base.sites, hidden: base.arch.hidden, vocab: base.arch.vocab, causal }
+    BaseShape::of(base)
 }
 
 /// Texts that count upwards from a start, of different lengths; labels and tags follow from the start.
@@ -44,11 +47,13 @@ fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
     let one = |i: usize| {
         let tokens: Vec<u32> = (0..4 + i % 5).map(|j| (3 + (i * 13) % 40 + j) as u32).collect();
         let target = match task {
-            Task::CausalLm => Target::Tokens((0..tokens.len()).map(|t| t > 0).collect()),
+            Task::CausalLm | Task::Seq2Seq => Target::Tokens((0..tokens.len()).map(|t| t > 0).collect()),
             Task::SeqCls => Target::Label(u32::from(tokens[0] > 22)),
             _ => Target::Tags(tokens.iter().enumerate().skip(1).map(|(t, id)| (t as u32, id % 2)).collect()),
         };
-        Encoded { tokens, target }
+        let source =
+            if task == Task::Seq2Seq { tokens.iter().rev().map(|t| t + 50).chain([1]).collect() } else { vec![] };
+        Encoded { tokens, target, source }
     };
     (0..n).map(one).collect()
 }
@@ -78,7 +83,7 @@ fn hyper(total_steps: u32) -> ResolvedTraining {
 }
 
 pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: ResolvedTraining) -> RunInput {
-    let labels: Vec<String> = if task == Task::CausalLm { vec![] } else { vec!["a".into(), "b".into()] };
+    let labels: Vec<String> = if task.generates() { vec![] } else { vec!["a".into(), "b".into()] };
     let spec = TrainSpec::resolve(methods, task, &labels, shape(base)).unwrap();
     let resolved = ResolvedTraining { task, labels, methods: methods.to_vec(), ..resolved };
     RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]) }
@@ -126,6 +131,10 @@ fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
         ("bert", Task::SeqCls, [lora(), bitfit()].concat()),
         ("bert", Task::TokenCls, [lora(), bitfit()].concat()),
         ("bert", Task::SeqCls, vec![]),
+        ("roberta", Task::SeqCls, lora()),
+        ("qwen3", Task::CausalLm, lora()),
+        ("gemma2", Task::CausalLm, lora()),
+        ("t5", Task::Seq2Seq, lora()),
     ];
     for (family, task, methods) in cases {
         let base = tiny(family);
@@ -166,7 +175,16 @@ fn key_bias(name: &str) -> bool {
 
 #[test]
 fn gradients_match_central_differences() {
-    for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls)] {
+    let cases = [
+        ("llama", Task::CausalLm),
+        ("gpt2", Task::CausalLm),
+        ("bert", Task::SeqCls),
+        ("roberta", Task::SeqCls),
+        ("qwen3", Task::CausalLm),
+        ("gemma2", Task::CausalLm),
+        ("t5", Task::Seq2Seq),
+    ];
+    for (family, task) in cases {
         let base = tiny(family);
         let input = input(&base, task, &lora(), hyper(10));
         let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
@@ -219,6 +237,8 @@ fn the_loss_falls_by_more_than_half() {
         ("bert", Task::SeqCls, lora()),
         ("bert", Task::TokenCls, bitfit()),
         ("gpt2", Task::SeqCls, lora()),
+        ("roberta", Task::SeqCls, lora()),
+        ("t5", Task::Seq2Seq, lora()),
     ] {
         let base = tiny(family);
         let run = Run::new(Arc::clone(&base), None, input(&base, task, &methods, hyper(120))).unwrap();

@@ -6,7 +6,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::{
     delta::{Delta, DeltaBatch},
-    model::{Base, HeadLogits, Input},
+    model::{Base, HeadLogits, Input, Source},
     nn::Cx,
     pacing::Pacer,
     rows::RowLayout,
@@ -32,8 +32,10 @@ pub fn losses(base: &Base, delta: Arc<Delta>, examples: &[&Encoded], pacer: Opti
     let lens: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
     let rows = RowLayout::packed(&lens);
     let tokens: Vec<u32> = examples.iter().flat_map(|e| e.tokens.iter().copied()).collect();
-    let deltas = DeltaBatch::single(delta, &rows, base.sites.len());
-    let cx = Cx { rows: &rows, deltas: &deltas, kv: None, pacer };
+    let deltas = DeltaBatch::single(Arc::clone(&delta), &rows, base.sites.len());
+    let source = source(base, &delta, examples, pacer)?;
+    let memory = source.as_ref().map(Source::memory);
+    let cx = Cx { rows: &rows, deltas: &deltas, kv: None, pacer, memory: memory.as_ref() };
     let hidden = base.transformer.forward(&Input { tokens: &tokens, token_types: None }, &cx)?; // [rows, hidden]
     match examples.first().map(|e| &e.target) {
         Some(Target::Tokens(_)) => next_token(base, &hidden, examples, &cx),
@@ -41,6 +43,22 @@ pub fn losses(base: &Base, delta: Arc<Delta>, examples: &[&Encoded], pacer: Opti
         Some(Target::Tags(_)) => word_labels(base, &hidden, examples, &cx),
         None => candle_core::bail!("an empty micro-batch"),
     }
+}
+
+/// What an encoder-decoder's encoder makes of the examples' sources.
+fn source(
+    base: &Base,
+    delta: &Arc<Delta>,
+    examples: &[&Encoded],
+    pacer: Option<&Arc<Pacer>>,
+) -> Result<Option<Source>> {
+    if !base.arch.is_encoder_decoder() {
+        return Ok(None);
+    }
+    let rows = RowLayout::packed(&examples.iter().map(|e| e.source.len()).collect::<Vec<_>>());
+    let tokens: Vec<u32> = examples.iter().flat_map(|e| e.source.iter().copied()).collect();
+    let deltas = vec![Some(Arc::clone(delta)); examples.len()];
+    Source::encode(base, rows, &tokens, &deltas, pacer).map(Some)
 }
 
 /// Row `t - 1` predicts token `t`, for every supervised `t`.

@@ -108,13 +108,13 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     }
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
     let resolved = chosen.resolve(&train);
-    let longest = train.iter().chain(&validation).map(|e| e.tokens.len()).max().unwrap_or(0);
+    let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
     let rows = (resolved.batch_size as usize * longest).min(MICRO_TOKENS.max(longest));
     let reply = PlanReply {
         trainable_parameters: spec.parameters(base.shape.sites),
         train_examples: train.len() as u64,
         validation_examples: validation.len() as u64,
-        train_tokens: train.iter().map(|e| e.tokens.len() as u64).sum(),
+        train_tokens: train.iter().map(|e| e.rows() as u64).sum(),
         supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
         longest_example: longest as u32,
         memory: spec.memory(base.shape, rows, longest),
@@ -177,7 +177,7 @@ fn check_hyper(h: &HyperParams, max_positions: usize) -> Vec<Violation> {
 
 /// Method parts with every field set.
 fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec<MethodPart> {
-    let rank_default = if task == Task::CausalLm && base.causal { 16 } else { 8 };
+    let rank_default = if task.generates() && base.causal { 16 } else { 8 };
     let part = |part: &MethodPart| match part {
         MethodPart::Lora(p) => {
             let rank = p.rank.unwrap_or(rank_default);
@@ -195,7 +195,7 @@ fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec
 
 /// Learning rates that are known to work (FORMATS 5.5); of a combination, the smallest.
 fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
-    let lm = task == Task::CausalLm;
+    let lm = task.generates();
     let of = |part: &MethodPart| match part {
         MethodPart::Lora(_) if lm => (5e-4 * (2000.0 / hidden as f64).sqrt()).clamp(1e-4, 3e-3),
         MethodPart::Lora(_) => 1e-3,
@@ -205,7 +205,7 @@ fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
 }
 
 fn max_length(h: &HyperParams, task: Task, max_positions: usize) -> usize {
-    let default = if task == Task::CausalLm { 512 } else { 128 };
+    let default = if task.generates() { 512 } else { 128 };
     h.max_length.map_or(default, |n| n as usize).min(max_positions)
 }
 
@@ -222,12 +222,12 @@ impl Chosen<'_> {
     fn resolve(&self, train: &[Encoded]) -> ResolvedTraining {
         let Self { params, methods, labels, max_length, base } = *self;
         let h = &params.hyper;
-        let lm = params.task == Task::CausalLm;
+        let lm = params.task.generates();
         let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
         let grad_accumulation = h.grad_accumulation.unwrap_or(1);
         let packing = h.packing.unwrap_or(false);
         let seed = h.seed.unwrap_or(0);
-        let lens: Vec<usize> = train.iter().map(|e| e.tokens.len()).collect();
+        let lens: Vec<usize> = train.iter().map(Encoded::rows).collect();
         let size = batch_size as usize * grad_accumulation as usize;
         let per_epoch = Batches::new(&lens, size, packing.then_some(max_length), seed).per_epoch();
         let cap = h.max_steps.unwrap_or(MAX_STEPS);
@@ -292,7 +292,7 @@ pub(crate) mod tests {
     fn run(params: &TrainParams, train: &str, validation: Option<&str>) -> Result<Prepared, Vec<Violation>> {
         let sites = table(true);
         let causal = params.task == Task::CausalLm;
-        let shape = BaseShape { sites: &sites, hidden: 8, vocab: 300, causal };
+        let shape = BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None };
         let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes) };
         prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
     }

@@ -14,7 +14,7 @@ use rand::rngs::StdRng;
 
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, MetricsEvent, ResolvedTraining},
-    delta::{Delta, Task},
+    delta::Delta,
     model::Base,
     pacing::Pacer,
     train::{
@@ -179,7 +179,7 @@ impl Run {
         trainable: Trainable,
     ) -> Result<Self> {
         let r = &input.resolved;
-        let lens: Vec<usize> = input.train.iter().map(|e| e.tokens.len()).collect();
+        let lens: Vec<usize> = input.train.iter().map(Encoded::rows).collect();
         let size = r.batch_size as usize * r.grad_accumulation as usize;
         let pack_to = r.packing.then_some(r.max_length as usize);
         let adam = AdamParams { beta1: r.beta1, beta2: r.beta2, eps: r.eps, weight_decay: r.weight_decay };
@@ -392,11 +392,11 @@ impl Run {
     }
 
     fn begin_eval(&self) -> Phase {
-        let lens: Vec<usize> = self.input.validation.iter().map(|e| e.tokens.len()).collect();
+        let lens: Vec<usize> = self.input.validation.iter().map(Encoded::rows).collect();
         let mut order: Vec<usize> = (0..lens.len()).collect();
         order.sort_by_key(|i| lens[*i]);
         let todo = micro_batches(&order, &lens, 64, MICRO_TOKENS).into();
-        let labels = if self.input.resolved.task == Task::CausalLm { 0 } else { self.input.resolved.labels.len() };
+        let labels = if self.input.resolved.task.generates() { 0 } else { self.input.resolved.labels.len() };
         Phase::Eval { todo, tally: Tally::new(labels) }
     }
 

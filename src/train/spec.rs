@@ -13,6 +13,8 @@ use crate::{
         train_params::{BiasSubset, BitfitPart, LoraPart, MemoryEstimate, MethodPart, Targets},
     },
     delta::{Proj, Site, SiteEntry, SiteId, SiteTable, Task},
+    model::Base,
+    ops::Act,
     train::validate::{MAX_LABELS, some_of},
 };
 
@@ -46,6 +48,16 @@ pub struct HeadPlan {
     pub hidden: usize,
     /// Encoders' heads have a bias, decoders' (`score`) have none, as in `transformers`.
     pub bias: bool,
+    /// A square layer before it, and what follows that.
+    pub inner: Option<Act>,
+}
+
+impl HeadPlan {
+    /// Numbers in it.
+    pub fn parameters(self) -> usize {
+        let layer = |out: usize| out * self.hidden + if self.bias { out } else { 0 };
+        layer(self.labels) + self.inner.map_or(0, |_| layer(self.hidden))
+    }
 }
 
 /// A resolved specification.
@@ -74,6 +86,25 @@ pub struct BaseShape<'a> {
     pub vocab: usize,
     /// Whether it predicts the next token (else it is an encoder).
     pub causal: bool,
+    /// Whether its input goes through an encoder and its output through a decoder.
+    pub encoder_decoder: bool,
+    /// Where its classification heads for texts have two layers: what is between.
+    pub inner: Option<Act>,
+}
+
+impl<'a> BaseShape<'a> {
+    /// The shape of a loaded base.
+    pub fn of(base: &'a Base) -> Self {
+        let arch = &base.arch;
+        Self {
+            sites: &base.sites,
+            hidden: arch.hidden,
+            vocab: arch.vocab,
+            causal: arch.is_causal(),
+            encoder_decoder: arch.is_encoder_decoder(),
+            inner: arch.names.cls_inner.map(|i| i.act),
+        }
+    }
 }
 
 impl TrainSpec {
@@ -104,7 +135,9 @@ impl TrainSpec {
             return Err(r.problems);
         }
         let classifies = matches!(task, Task::SeqCls | Task::TokenCls);
-        let head = classifies.then_some(HeadPlan { labels: labels.len(), hidden: base.hidden, bias: !base.causal });
+        let inner = base.inner.filter(|_| task == Task::SeqCls);
+        let plan = HeadPlan { labels: labels.len(), hidden: base.hidden, bias: !base.causal, inner };
+        let head = classifies.then_some(plan);
         let mut methods: Vec<String> = methods.iter().map(|m| m.kind().to_owned()).collect();
         methods.extend(head.map(|_| "head".to_owned()));
         let patches =
@@ -115,7 +148,7 @@ impl TrainSpec {
 
     /// Numbers that are trained.
     pub fn parameters(&self, sites: &SiteTable) -> u64 {
-        let head = self.head.map_or(0, |h| h.labels * h.hidden + if h.bias { h.labels } else { 0 });
+        let head = self.head.map_or(0, HeadPlan::parameters);
         let patch = |(site, plan): &(SiteId, PatchPlan)| {
             sites.get(*site).map_or(0, |e| match plan {
                 PatchPlan::LowRank { rank, .. } => rank * (e.in_dim + e.out_dim),
@@ -134,7 +167,7 @@ impl TrainSpec {
         let widths: usize = base.sites.linears().map(|(_, e)| e.in_dim + e.out_dim).sum();
         let layers = base.sites.iter().filter(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::O, .. })).count();
         let heads = base.hidden.div_ceil(64).max(1);
-        let logits = if self.task == Task::CausalLm { LOGIT_ROWS.min(rows) * base.vocab * 2 } else { 0 };
+        let logits = if self.task.generates() { LOGIT_ROWS.min(rows) * base.vocab * 2 } else { 0 };
         let activations = (rows * widths + rows * longest * heads * layers + logits) * F32;
         MemoryEstimate { parameters, gradients: parameters, optimizer: 2 * parameters, activations: activations as u64 }
     }
@@ -153,17 +186,26 @@ impl Resolver<'_> {
     }
 
     fn check_task(&mut self, methods: &[MethodPart], task: Task, labels: &[String]) {
-        match task {
-            Task::Feature => {
-                self.problem("task", "feature extraction has no loss; accepted are causal_lm, seq_cls, token_cls")
-            }
-            Task::CausalLm if !self.base.causal => {
-                self.problem("task", "is causal_lm, but the base is an encoder; accepted are seq_cls, token_cls");
-            }
-            Task::CausalLm if methods.is_empty() => self.problem("methods", "is empty; give at least one method"),
-            Task::CausalLm if !labels.is_empty() => self.problem("labels", "are given, but causal_lm has no labels"),
-            Task::SeqCls | Task::TokenCls => self.check_labels(labels),
-            Task::CausalLm => {}
+        let accepted: &[Task] = match (self.base.encoder_decoder, self.base.causal) {
+            (true, _) => &[Task::Seq2Seq],
+            (false, true) => &[Task::CausalLm, Task::SeqCls, Task::TokenCls],
+            (false, false) => &[Task::SeqCls, Task::TokenCls],
+        };
+        if !accepted.contains(&task) {
+            let kind = match (self.base.encoder_decoder, self.base.causal) {
+                (true, _) => "encoder-decoder",
+                (false, true) => "decoder",
+                (false, false) => "encoder",
+            };
+            let names: Vec<&str> = accepted.iter().map(|t| t.as_str()).collect();
+            let names = names.join(", ");
+            self.problem("task", format!("is {}, but the base is a {kind}; accepted are {names}", task.as_str()));
+        } else if !task.generates() {
+            self.check_labels(labels);
+        } else if methods.is_empty() {
+            self.problem("methods", "is empty; give at least one method");
+        } else if !labels.is_empty() {
+            self.problem("labels", format!("are given, but {} has no labels", task.as_str()));
         }
     }
 
@@ -229,8 +271,8 @@ impl Resolver<'_> {
     /// Whether the task's forward passes the site: a patch elsewhere would never get a gradient.
     fn reached(&self, site: Site) -> bool {
         match site {
-            Site::Pooler => self.task == Task::SeqCls,
-            Site::LmHead => self.task == Task::CausalLm,
+            Site::Pooler => self.task == Task::SeqCls && self.base.inner.is_none(),
+            Site::LmHead => self.task.generates(),
             _ => true,
         }
     }
@@ -294,11 +336,16 @@ impl Resolver<'_> {
         let chosen = |site: Site| match (part.subset, site) {
             (BiasSubset::All, _) => true,
             (BiasSubset::Attention, Site::Linear { proj, .. }) => {
-                matches!(proj, Proj::Q | Proj::K | Proj::V | Proj::Qkv | Proj::O)
+                use Proj::{CrossK, CrossO, CrossQ, CrossV, K, O, Q, Qkv, V};
+                matches!(proj, Q | K | V | Qkv | O | CrossQ | CrossK | CrossV | CrossO)
             }
-            (BiasSubset::Mlp, Site::Linear { proj, .. }) => matches!(proj, Proj::Gate | Proj::Up | Proj::Down),
-            (BiasSubset::QueryAndMlpUp, Site::Linear { proj, .. }) => matches!(proj, Proj::Q | Proj::Qkv | Proj::Up),
-            (BiasSubset::Norm, Site::Norm { .. } | Site::EmbeddingNorm | Site::FinalNorm) => true,
+            (BiasSubset::Mlp, Site::Linear { proj, .. }) => {
+                matches!(proj, Proj::Gate | Proj::Up | Proj::GateUp | Proj::Down)
+            }
+            (BiasSubset::QueryAndMlpUp, Site::Linear { proj, .. }) => {
+                matches!(proj, Proj::Q | Proj::Qkv | Proj::CrossQ | Proj::Up | Proj::GateUp)
+            }
+            (BiasSubset::Norm, Site::Norm { .. } | Site::EmbeddingNorm | Site::EncoderNorm | Site::FinalNorm) => true,
             _ => false,
         };
         let sites: Vec<_> = self
@@ -367,7 +414,7 @@ pub(crate) mod tests {
     }
 
     fn base(sites: &SiteTable) -> BaseShape<'_> {
-        BaseShape { sites, hidden: 8, vocab: 32, causal: true }
+        BaseShape { sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: false, inner: None }
     }
 
     fn lora(part: LoraPart) -> Vec<MethodPart> {

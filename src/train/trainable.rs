@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, rngs::StdRng};
 
 use crate::{
-    delta::{Delta, DeltaSpec, Head, LowRank, Patch, SiteId, SiteTable},
+    delta::{Delta, DeltaSpec, Head, HeadLayer, HeadPool, LowRank, Patch, SiteId, SiteTable},
     train::{
         batches::{self, Stream, dropout_mask},
         spec::{HeadPlan, PatchPlan, TrainSpec},
@@ -19,7 +19,8 @@ use crate::{
 /// A trained tensor.
 #[derive(Debug, Clone)]
 pub struct NamedVar {
-    /// `<module>.lora_A`, `<module>.lora_B` (transposed, as in [`LowRank`]), `<module>.bias`, `head.weight`, `head.bias`.
+    /// `<module>.lora_A`, `<module>.lora_B` (transposed, as in [`LowRank`]), `<module>.bias`, `head.weight`, `head.bias`,
+    /// `head.0.weight`, `head.0.bias` (a layer before).
     pub name: String,
     /// The variable, f32.
     pub var: Var,
@@ -45,7 +46,8 @@ pub struct Trainable {
     spec: DeltaSpec,
     vars: Vec<NamedVar>,
     parts: Vec<(SiteId, Part)>,
-    head: Option<(usize, Option<usize>)>,
+    /// The head's form, and its variables in the order of its tensors.
+    head: Option<(Head, Vec<usize>)>,
     live: Option<Arc<Delta>>,
 }
 
@@ -111,8 +113,9 @@ impl Trainable {
         }
         let head = match delta.head() {
             Some(h) => {
-                let weight = add("head.weight".into(), &h.weight, true)?;
-                Some((weight, h.bias.as_ref().map(|t| add("head.bias".into(), t, false)).transpose()?))
+                let named = h.tensors().into_iter();
+                let vars = named.map(|(name, t)| add(name.clone(), t, name.ends_with("weight")));
+                Some((h.clone(), vars.collect::<Result<_>>()?))
             }
             None => None,
         };
@@ -212,8 +215,11 @@ impl Trainable {
             };
             patches.push((*site, patch));
         }
-        let head = match self.head {
-            Some((weight, bias)) => Some(Head { weight: get(weight)?, bias: bias.map(get).transpose()? }),
+        let head = match &self.head {
+            Some((form, vars)) => {
+                let mut vars = vars.iter();
+                Some(form.map(&mut |_, t| vars.next().map_or_else(|| Ok(t.clone()), |&i| get(i)))?)
+            }
             None => None,
         };
         Ok(Delta::new(self.spec.clone(), patches, head))
@@ -243,12 +249,25 @@ impl Builder<'_> {
         self.add(name, &t, true)
     }
 
-    fn head(&mut self, plan: HeadPlan) -> Result<(usize, Option<usize>)> {
+    fn head(&mut self, plan: HeadPlan) -> Result<(Head, Vec<usize>)> {
+        let mut layers = Vec::new();
+        if let Some(act) = plan.inner {
+            let (weight, bias) = self.layer(plan.hidden, plan)?;
+            layers.push(HeadLayer { weight, bias, act: Some(act) });
+        }
+        let pool = if plan.inner.is_some() { HeadPool::First } else { HeadPool::Base };
+        let (weight, bias) = self.layer(plan.labels, plan)?;
+        let head = Head { weight, bias, layers, pool };
+        let tensors = head.tensors().into_iter().map(|(name, t)| (name.clone(), t, name.ends_with("weight")));
+        let vars = tensors.map(|(name, t, decays)| self.add(name, t, decays)).collect::<Result<_>>()?;
+        Ok((head, vars))
+    }
+
+    fn layer(&mut self, out: usize, plan: HeadPlan) -> Result<(Tensor, Option<Tensor>)> {
         const STD: f32 = 0.02;
-        let values: Vec<f32> = (0..plan.labels * plan.hidden).map(|_| STD * normal(&mut self.rng)).collect();
-        let t = Tensor::from_vec(values, (plan.labels, plan.hidden), self.device)?;
-        let weight = self.add("head.weight".into(), &t, true)?;
-        let bias = if plan.bias { Some(self.zeros("head.bias".into(), &[plan.labels], false)?) } else { None };
+        let values: Vec<f32> = (0..out * plan.hidden).map(|_| STD * normal(&mut self.rng)).collect();
+        let weight = Tensor::from_vec(values, (out, plan.hidden), self.device)?;
+        let bias = plan.bias.then(|| Tensor::zeros(out, DType::F32, self.device)).transpose()?;
         Ok((weight, bias))
     }
 }
@@ -274,7 +293,8 @@ mod tests {
             MethodPart::Lora(LoraPart { rank: Some(4), dropout: Some(dropout), ..LoraPart::default() }),
             MethodPart::Bitfit(BitfitPart::default()),
         ];
-        let base = BaseShape { sites: &sites, hidden: 8, vocab: 32, causal: false };
+        let base =
+            BaseShape { sites: &sites, hidden: 8, vocab: 32, causal: false, encoder_decoder: false, inner: None };
         let spec = TrainSpec::resolve(&methods, Task::SeqCls, &["a".into(), "b".into()], base).unwrap();
         let t = Trainable::init(&spec, &sites, seed, &Device::Cpu).unwrap();
         assert_eq!(t.spec.parameters, spec.parameters(&sites));

@@ -111,7 +111,7 @@ pub fn check_train(data: &Dataset, task: Task, labels: &LabelSet, report: &mut R
         let message = format!("has {} example; at least {MIN_EXAMPLES} are needed", data.rows.len());
         report.error(Code::TooFewExamples, 0, "", message);
     }
-    if task == Task::CausalLm {
+    if task.generates() {
         check_completions(data, report);
     } else if report.is_ok() {
         check_variety(data, labels, report);
@@ -130,7 +130,8 @@ pub fn check_validation(data: &Dataset, train: &Dataset, task: Task, labels: &La
 fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
     let Some(format) = data.format else { return };
     let fits = match format {
-        Format::Text | Format::PromptCompletion | Format::Messages => task == Task::CausalLm,
+        Format::PromptCompletion => task.generates(),
+        Format::Text | Format::Messages => task == Task::CausalLm,
         Format::TextLabel => task == Task::SeqCls,
         Format::TokenLabels => task == Task::TokenCls,
     };

@@ -1,13 +1,13 @@
 //! One delta on one model: outputs of a padded batch, and greedy generation.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use candle_core::{Tensor, Var};
 use deltaserve::{
-    delta::{Delta, DeltaBatch, Head, LowRank, Patch},
+    delta::{Delta, DeltaBatch, LowRank, Patch},
     kv::KvCache,
-    model::{Base, Input},
-    nn::Cx,
+    model::{Base, Input, Source},
+    nn::{Cx, Memory},
     rows::RowLayout,
 };
 use serde_json::Value;
@@ -24,9 +24,6 @@ pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
 fn check(f: &Fixtures, case: &Value) -> Step<String> {
     let base = f.base(case["model"].as_str().unwrap_or_default())?;
     let task = case["task"].as_str().unwrap_or_default();
-    if task == "masked_lm" || task == "seq2seq" {
-        return Err(Outcome::Unsupported(format!("task {task}")));
-    }
     let delta = f.delta(&base, case)?;
     let want = f.tensors(case["expected"].as_str().unwrap_or_default())?;
     let atol = case["atol"].as_f64().unwrap_or_else(|| f.tolerance("logits_atol"));
@@ -68,7 +65,7 @@ pub(crate) fn tracked(delta: &Delta) -> Step<Arc<Delta>> {
         ));
     }
     let head = match delta.head() {
-        Some(h) => Some(Head { weight: var(&h.weight)?, bias: h.bias.as_ref().map(&var).transpose()? }),
+        Some(h) => Some(h.map(&mut |_, t| Ok(Var::from_tensor(t)?.as_tensor().clone())).map_err(fail)?),
         None => None,
     };
     Ok(Arc::new(Delta::new(delta.spec.clone(), patches, head)))
@@ -82,11 +79,15 @@ fn outputs(
     atol: f64,
     case: &Value,
 ) -> Step<f64> {
-    let batch = Batch::read(want, "input_ids", "attention_mask")?;
+    let batch = Batch::read_output(want, base)?;
     let lens: Vec<usize> = batch.tokens.iter().map(Vec::len).collect();
     let rows = RowLayout::packed(&lens);
-    let deltas = DeltaBatch::new(&rows, &vec![delta; lens.len()], base.sites.len());
-    let cx = Cx::new(&rows, &deltas);
+    let per_span = vec![delta; lens.len()];
+    let deltas = DeltaBatch::new(&rows, &per_span, base.sites.len());
+    let input = Batch::read(want, "input_ids", "attention_mask")?;
+    let source = source(base, &input.tokens, &per_span).map_err(fail)?;
+    let memory = source.as_ref().map(Source::memory);
+    let cx = Cx { memory: memory.as_ref(), ..Cx::new(&rows, &deltas) };
     let tokens = batch.tokens.concat();
     let types = batch.types.as_ref().map(|t| t.concat()).filter(|_| base.arch.token_types > 0);
     let t = &base.transformer;
@@ -113,13 +114,26 @@ fn outputs(
     Ok(worst)
 }
 
+/// What an encoder-decoder's encoder makes of the texts.
+pub(crate) fn source(
+    base: &Base,
+    texts: &[Vec<u32>],
+    deltas: &[Option<Arc<Delta>>],
+) -> candle_core::Result<Option<Source>> {
+    if !base.arch.is_encoder_decoder() {
+        return Ok(None);
+    }
+    let rows = RowLayout::packed(&texts.iter().map(Vec::len).collect::<Vec<_>>());
+    Source::encode(base, rows, &texts.concat(), deltas, None).map(Some)
+}
+
 /// An output of every sequence: `[len, x]` or `[x]`.
 fn rows_of(base: &Base, name: &str, task: &str, hidden: &Tensor, cx: &Cx<'_>) -> Step<Vec<Tensor>> {
     let t = &base.transformer;
     let spans = cx.rows.spans();
     let go = || -> candle_core::Result<Option<Vec<Tensor>>> {
         match (name, task) {
-            ("logits", "causal_lm") => {
+            ("logits", "causal_lm" | "masked_lm" | "seq2seq") => {
                 let all: Vec<u32> = (0..cx.rows.rows() as u32).collect();
                 let logits = t.logits(hidden, &all, cx)?;
                 spans.iter().map(|s| logits.narrow(0, s.start, s.len)).collect::<Result<_, _>>().map(Some)
@@ -174,37 +188,50 @@ pub(crate) fn greedy(
     deltas: &[Option<Arc<Delta>>],
     steps: usize,
 ) -> candle_core::Result<Vec<Vec<u32>>> {
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + steps;
-    let cache =
-        KvCache::new(base.arch.layers, prompts.len() * longest, base.arch.kv_width(), base.dtype, &base.device)?;
-    // interleaved slots: a sequence's positions are never neighbours
+    let start: Option<Vec<u32>> = base.arch.is_encoder_decoder().then(|| base.arch.decoder_start.into_iter().collect());
+    // an encoder-decoder reads the prompt with its encoder, and its output starts with a token of its own
+    let heads: Vec<&[u32]> = prompts.iter().map(|p| start.as_deref().unwrap_or(p)).collect();
+    let sources: Vec<usize> = prompts.iter().map(|p| start.as_ref().map_or(0, |_| p.len())).collect();
+    let longest = (0..prompts.len()).map(|i| sources[i] + heads[i].len()).max().unwrap_or(0) + steps;
     let n = prompts.len();
-    let slots = |i: usize, len: usize| -> Arc<[u32]> { (0..len).map(|p| (p * n + i) as u32).collect() };
+    let cache = KvCache::new(base.arch.layers, n * longest, base.arch.kv_width(), base.dtype, &base.device)?;
+    // interleaved slots: a sequence's positions are never neighbours
+    let slots = |i: usize, range: Range<usize>| -> Arc<[u32]> { range.map(|p| (p * n + i) as u32).collect() };
+    let cross: Vec<Arc<[u32]>> = (0..n).map(|i| slots(i, 0..sources[i])).collect();
+    let source = if start.is_some() {
+        let mut rows = RowLayout::default();
+        (0..n).for_each(|i| rows.push(sources[i], 0, Arc::clone(&cross[i])));
+        Some(Source::encode(base, rows, &prompts.concat(), deltas, None)?)
+    } else {
+        None
+    };
     let mut out: Vec<Vec<u32>> = vec![vec![]; n];
     for step in 0..steps {
         let mut rows = RowLayout::default();
         let mut tokens = Vec::new();
-        for (i, prompt) in prompts.iter().enumerate() {
-            let total = prompt.len() + out[i].len();
+        for (i, head) in heads.iter().enumerate() {
+            let total = head.len() + out[i].len();
+            let own = slots(i, sources[i]..sources[i] + total);
             match out[i].last() {
                 None => {
-                    rows.push(prompt.len(), 0, slots(i, total));
-                    tokens.extend_from_slice(prompt);
+                    rows.push(head.len(), 0, own);
+                    tokens.extend_from_slice(head);
                 }
                 Some(&last) => {
-                    rows.push(1, total - 1, slots(i, total));
+                    rows.push(1, total - 1, own);
                     tokens.push(last);
                 }
             }
         }
         let batch = DeltaBatch::new(&rows, deltas, base.sites.len());
-        let cx = Cx { kv: Some(&cache), ..Cx::new(&rows, &batch) };
+        let encoded = source.as_ref().filter(|_| step == 0).map(Source::encoded);
+        let memory = source.is_some().then_some(Memory { encoded, slots: &cross });
+        let cx = Cx { kv: Some(&cache), memory: memory.as_ref(), ..Cx::new(&rows, &batch) };
         let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx)?;
         let logits = base.transformer.logits(&hidden, &rows.last_rows(), &cx)?;
         for (out, best) in out.iter_mut().zip(logits.argmax(1)?.to_vec1::<u32>()?) {
             out.push(best);
         }
-        let _ = step;
     }
     Ok(out)
 }

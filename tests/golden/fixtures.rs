@@ -143,9 +143,17 @@ impl Batch {
         Ok(Self { tokens, types, mask })
     }
 
-    /// All of `input_ids`, whatever the mask.
-    pub(crate) fn unpadded(t: &HashMap<String, Tensor>) -> Step<Self> {
-        let ids = t.get("input_ids").ok_or_else(|| fail("no tensor input_ids"))?;
+    /// What an encoder-decoder's decoder reads, and no padding in it; else the rows of `input_ids`.
+    pub(crate) fn read_output(t: &HashMap<String, Tensor>, base: &Base) -> Step<Self> {
+        if base.arch.is_encoder_decoder() {
+            return Self::unpadded(t, "decoder_input_ids");
+        }
+        Self::read(t, "input_ids", "attention_mask")
+    }
+
+    /// All of a tensor of ids, whatever the mask.
+    pub(crate) fn unpadded(t: &HashMap<String, Tensor>, name: &str) -> Step<Self> {
+        let ids = t.get(name).ok_or_else(|| fail(format!("no tensor {name}")))?;
         let rows = ids.to_dtype(DType::U32).and_then(|t| t.to_vec2::<u32>()).map_err(fail)?;
         let mask = rows.iter().map(|r| vec![1; r.len()]).collect();
         Ok(Self { tokens: rows, types: None, mask })

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use deltaserve::{
     delta::{Delta, DeltaBatch},
-    model::{Base, Input},
+    model::{Base, Input, Source},
     nn::Cx,
     rows::RowLayout,
 };
 use serde_json::Value;
 
 use crate::{
-    cases::generated,
+    cases::{generated, source},
     fixtures::{Batch, Fixtures, Outcome, Step, fail, max_diff},
 };
 
@@ -31,13 +31,15 @@ pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
 fn logits(
     base: &Base,
     task: &str,
-    tokens: &[Vec<u32>],
+    (tokens, inputs): (&[Vec<u32>], &[Vec<u32>]),
     types: Option<&[Vec<u32>]>,
     deltas: &[Option<Arc<Delta>>],
 ) -> candle_core::Result<Vec<Option<Tensor>>> {
     let rows = RowLayout::packed(&tokens.iter().map(Vec::len).collect::<Vec<_>>());
     let batch = DeltaBatch::new(&rows, deltas, base.sites.len());
-    let cx = Cx::new(&rows, &batch);
+    let source = source(base, inputs, deltas)?;
+    let memory = source.as_ref().map(Source::memory);
+    let cx = Cx { memory: memory.as_ref(), ..Cx::new(&rows, &batch) };
     let t = &base.transformer;
     let types = types.map(|t| t.concat());
     let hidden = t.forward(&Input { tokens: &tokens.concat(), token_types: types.as_deref() }, &cx)?;
@@ -88,10 +90,11 @@ fn one_file(f: &Fixtures, case: &Value, expected: &str) -> Step<String> {
         deltas.push(delta);
     }
     let want = f.tensors(expected)?;
-    let batch = Batch::read(&want, "input_ids", "attention_mask")?;
+    let batch = Batch::read_output(&want, &base)?;
+    let inputs = Batch::read(&want, "input_ids", "attention_mask")?;
     let atol = case["atol"].as_f64().unwrap_or_else(|| f.tolerance("logits_atol"));
     let task = case["task"].as_str().unwrap_or_default();
-    let got = logits(&base, task, &batch.tokens, batch.types.as_deref(), &deltas).map_err(fail)?;
+    let got = logits(&base, task, (&batch.tokens, &inputs.tokens), batch.types.as_deref(), &deltas).map_err(fail)?;
     let all = want.get("logits").ok_or_else(|| fail("no logits"))?;
     let rows: Vec<Tensor> = (0..batch.tokens.len())
         .map(|i| cut(&all.get(i)?, &batch.places(i)))
@@ -101,7 +104,7 @@ fn one_file(f: &Fixtures, case: &Value, expected: &str) -> Step<String> {
     let mut what = format!("{} rows, max |diff| {worst:.1e}", rows.len());
     if want.contains_key("generated") {
         // generated from all of input_ids: in these files no row is padded
-        let whole = Batch::unpadded(&want)?;
+        let whole = Batch::unpadded(&want, "input_ids")?;
         generated(&base, &whole, &deltas, &want)?;
         what += ", greedy tokens equal";
     }
@@ -112,7 +115,7 @@ fn one_file(f: &Fixtures, case: &Value, expected: &str) -> Step<String> {
 fn by_case(f: &Fixtures, case: &Value) -> Step<String> {
     let base = f.base(case["model"].as_str().unwrap_or_default())?;
     let task = case["task"].as_str().unwrap_or_default();
-    let (mut tokens, mut types, mut deltas, mut want) = (vec![], vec![], vec![], vec![]);
+    let (mut tokens, mut inputs, mut types, mut deltas, mut want) = (vec![], vec![], vec![], vec![], vec![]);
     let mut left_out = 0;
     for row in case["rows"].as_array().into_iter().flatten() {
         let own = f.list("cases").iter().find(|c| c["id"] == row["case"]);
@@ -126,11 +129,13 @@ fn by_case(f: &Fixtures, case: &Value) -> Step<String> {
             Err(other) => return Err(other),
         };
         let tensors = f.tensors(own["expected"].as_str().unwrap_or_default())?;
-        let batch = Batch::read(&tensors, "input_ids", "attention_mask")?;
+        let batch = Batch::read_output(&tensors, &base)?;
+        let input = Batch::read(&tensors, "input_ids", "attention_mask")?;
         let i = row["row"].as_u64().unwrap_or(0) as usize;
         let logits = tensors.get("logits").ok_or_else(|| fail("no logits"))?;
         want.push(logits.get(i).and_then(|t| cut(&t, &batch.places(i))).map_err(fail)?);
         tokens.push(batch.tokens[i].clone());
+        inputs.push(input.tokens[i].clone());
         types.push(batch.types.as_ref().map_or_else(|| vec![0; batch.tokens[i].len()], |t| t[i].clone()));
         deltas.push(delta);
     }
@@ -138,7 +143,7 @@ fn by_case(f: &Fixtures, case: &Value) -> Step<String> {
         return Err(Outcome::Unsupported("no row's kind".into()));
     }
     let types = (base.arch.token_types > 0).then_some(types);
-    let got = logits(&base, task, &tokens, types.as_deref(), &deltas).map_err(fail)?;
+    let got = logits(&base, task, (&tokens, &inputs), types.as_deref(), &deltas).map_err(fail)?;
     let worst = compare(&got, &want, f.tolerance("logits_atol"))?;
     Ok(format!("{} rows in one batch, max |diff| {worst:.1e}; {left_out} rows of kinds not yet supported", want.len()))
 }

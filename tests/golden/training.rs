@@ -6,7 +6,7 @@ use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
     admission::train_params::Schedule,
     delta::{Delta, DeltaBatch, Patch},
-    model::{Base, Input},
+    model::{Base, Input, Source},
     nn::Cx,
     rows::RowLayout,
     train::{
@@ -17,7 +17,10 @@ use deltaserve::{
 };
 use serde_json::Value;
 
-use crate::fixtures::{Batch, Fixtures, Outcome, Step, fail};
+use crate::{
+    cases::source,
+    fixtures::{Batch, Fixtures, Outcome, Step, fail},
+};
 
 pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
     match check(f, case) {
@@ -155,14 +158,22 @@ fn near(got: f64, want: f64, atol: f64) -> bool {
 /// The library's loss of the whole batch.
 fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tensor>) -> candle_core::Result<Tensor> {
     let bad = |_| candle_core::Error::Msg("batch".into());
-    let batch = Batch::read(want, "input_ids", "attention_mask").map_err(bad)?;
+    let inputs = Batch::read(want, "input_ids", "attention_mask").map_err(bad)?;
+    let labels = want["labels"].to_dtype(candle_core::DType::I64)?;
+    let (batch, labels) = if base.arch.is_encoder_decoder() {
+        shifted(base, &labels)?
+    } else {
+        (Batch::read(want, "input_ids", "attention_mask").map_err(bad)?, labels)
+    };
     let rows = RowLayout::packed(&batch.tokens.iter().map(Vec::len).collect::<Vec<_>>());
     let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
-    let cx = Cx::new(&rows, &deltas);
+    let per_span = vec![Some(Arc::clone(delta)); batch.tokens.len()];
+    let source = source(base, &inputs.tokens, &per_span)?;
+    let memory = source.as_ref().map(Source::memory);
+    let cx = Cx { memory: memory.as_ref(), ..Cx::new(&rows, &deltas) };
     let types = batch.types.as_ref().map(|t| t.concat()).filter(|_| base.arch.token_types > 0);
     let tokens = batch.tokens.concat();
     let hidden = base.transformer.forward(&Input { tokens: &tokens, token_types: types.as_deref() }, &cx)?;
-    let labels = want["labels"].to_dtype(candle_core::DType::I64)?;
     match task {
         "seq_cls" => {
             let logits = base.transformer.head_logits(&hidden, &cx)?.swap_remove(0).logits;
@@ -201,6 +212,16 @@ fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tens
     }
 }
 
+/// Labels moved on by one behind the start token: what the decoder reads, and the labels as a next-token task has them.
+fn shifted(base: &Base, labels: &Tensor) -> candle_core::Result<(Batch, Tensor)> {
+    let start = i64::from(base.arch.decoder_start.unwrap_or(0));
+    let rows: Vec<Vec<i64>> =
+        labels.to_vec2::<i64>()?.into_iter().map(|row| std::iter::once(start).chain(row).collect()).collect();
+    let tokens = rows.iter().map(|r| r.iter().map(|t| (*t).max(0) as u32).collect()).collect();
+    let mask = rows.iter().map(|r| vec![1; r.len()]).collect();
+    Ok((Batch { tokens, types: None, mask }, Tensor::new(rows, labels.device())?))
+}
+
 /// A delta's variables under the names of its file, in the file's layout.
 fn named(base: &Base, delta: &Delta) -> Vec<(String, Tensor, bool)> {
     let mut out = Vec::new();
@@ -215,9 +236,18 @@ fn named(base: &Base, delta: &Delta) -> Vec<(String, Tensor, bool)> {
         }
     }
     if let Some(head) = delta.head() {
-        let name = base.arch.names.cls_head;
-        out.push((format!("{name}.weight"), head.weight.clone(), false));
-        out.extend(head.bias.iter().map(|b| (format!("{name}.bias"), b.clone(), false)));
+        let names = &base.arch.names;
+        let mut layer = |name: &str, weight: &Tensor, bias: &Option<Tensor>| {
+            out.push((format!("{name}.weight"), weight.clone(), false));
+            out.extend(bias.iter().map(|b| (format!("{name}.bias"), b.clone(), false)));
+        };
+        match (head.layers.first(), names.cls_inner) {
+            (Some(inner), Some(known)) => {
+                layer(known.dense, &inner.weight, &inner.bias);
+                layer(known.out, &head.weight, &head.bias);
+            }
+            _ => layer(names.cls_head, &head.weight, &head.bias),
+        }
     }
     out
 }

@@ -76,6 +76,7 @@ impl Drop for Engine {
 #[derive(Clone)]
 struct Job {
     tokens: Vec<u32>,
+    source: Vec<u32>,
     types: Option<Vec<u32>>,
     delta: Option<(DeltaId, Arc<Delta>)>,
     work: Work,
@@ -86,7 +87,7 @@ struct Job {
 
 impl Job {
     fn new(tokens: Vec<u32>, work: Work) -> Self {
-        Self { tokens, types: None, delta: None, work, deadline: None, lease: Arc::new(()) }
+        Self { tokens, source: vec![], types: None, delta: None, work, deadline: None, lease: Arc::new(()) }
     }
 
     fn with(mut self, delta: &Option<(DeltaId, Arc<Delta>)>) -> Self {
@@ -100,6 +101,7 @@ impl Job {
         let request = Request {
             id: 0,
             tokens: self.tokens.clone(),
+            source: self.source.clone(),
             token_types: self.types.clone(),
             delta: delta.map(|(id, delta)| HeldDelta::new(*id, Arc::clone(delta), Arc::clone(&self.lease))),
             work: self.work.clone(),
@@ -201,9 +203,9 @@ fn delta(base: &Base, n: u8, labels: usize) -> Option<(DeltaId, Arc<Delta>)> {
         })
         .collect();
     let hidden = base.arch.hidden;
-    let head = (labels > 0).then(|| Head {
-        weight: tensor(&mut rng, &[labels, hidden], 0.5),
-        bias: Some(tensor(&mut rng, &[labels], 0.5)),
+    let head = (labels > 0).then(|| {
+        let weight = tensor(&mut rng, &[labels, hidden], 0.5);
+        Head::linear(weight, Some(tensor(&mut rng, &[labels], 0.5)))
     });
     let task = if labels > 0 { Task::SeqCls } else { Task::CausalLm };
     Some((DeltaId::from_bytes([n; 32]), Arc::new(Delta::new(spec(task), patches, head))))

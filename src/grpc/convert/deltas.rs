@@ -52,6 +52,7 @@ pub(in crate::grpc) fn delta(info: DeltaInfo) -> proto::Delta {
     use proto::Task as Wire;
     let task = match info.task.as_str() {
         "causal_lm" => Wire::CausalLm,
+        "seq2seq" => Wire::Seq2seq,
         "seq_cls" => Wire::SeqCls,
         "token_cls" => Wire::TokenCls,
         "feature" => Wire::Feature,

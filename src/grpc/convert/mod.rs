@@ -78,6 +78,7 @@ fn task(field: &str, value: i32, problems: &mut Problems) -> Task {
     use proto::Task as Wire;
     match Wire::try_from(value) {
         Ok(Wire::CausalLm) => return Task::CausalLm,
+        Ok(Wire::Seq2seq) => return Task::Seq2Seq,
         Ok(Wire::SeqCls) => return Task::SeqCls,
         Ok(Wire::TokenCls) => return Task::TokenCls,
         Ok(Wire::Feature) => return Task::Feature,
@@ -91,6 +92,7 @@ fn task_to_wire(task: Task) -> i32 {
     use proto::Task as Wire;
     match task {
         Task::CausalLm => Wire::CausalLm,
+        Task::Seq2Seq => Wire::Seq2seq,
         Task::SeqCls => Wire::SeqCls,
         Task::TokenCls => Wire::TokenCls,
         Task::Feature => Wire::Feature,

@@ -1,19 +1,34 @@
 //! Families as declarations: each maps a Hugging Face `config.json` to an [`Architecture`].
 
 mod bert;
+mod distilbert;
+mod gemma;
 mod gpt2;
 mod llama;
+mod phi3;
+mod rope;
+mod t5;
 
 use serde_json::Value;
 
-use super::{
-    Architecture, ModelError,
-    arch::{BaseHead, Names},
-};
-use crate::delta::Task;
+use super::{Architecture, BaseHead, LayerAttn, MlpKind, ModelError, Names, NormKind, Placement, Positions};
+use crate::{delta::Task, nn::HeadShape, ops::Act};
 
 /// Supported values of `model_type`.
-pub const MODEL_TYPES: &[&str] = &["llama", "mistral", "qwen2", "gpt2", "bert"];
+pub const MODEL_TYPES: &[&str] = &[
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "bert",
+    "roberta",
+    "distilbert",
+    "t5",
+];
 
 /// Reads a config.
 ///
@@ -22,9 +37,13 @@ pub const MODEL_TYPES: &[&str] = &["llama", "mistral", "qwen2", "gpt2", "bert"];
 pub fn from_config(config: &Value) -> Result<Architecture, ModelError> {
     let c = Config(config);
     let arch = match c.str("model_type")?.as_str() {
-        "llama" | "mistral" | "qwen2" => llama::architecture(&c)?,
+        "llama" | "mistral" | "qwen2" | "qwen3" => llama::architecture(&c)?,
+        "gemma2" | "gemma3_text" => gemma::architecture(&c)?,
+        "phi3" => phi3::architecture(&c)?,
         "gpt2" => gpt2::architecture(&c)?,
-        "bert" => bert::architecture(&c)?,
+        "bert" | "roberta" => bert::architecture(&c)?,
+        "distilbert" => distilbert::architecture(&c)?,
+        "t5" => t5::architecture(&c)?,
         other => {
             return Err(ModelError::Unsupported(format!(
                 "config.json: model_type {other:?} is not supported; supported are {}",
@@ -36,22 +55,73 @@ pub fn from_config(config: &Value) -> Result<Architecture, ModelError> {
     Ok(arch)
 }
 
+/// What most families have in common, to be filled in: sizes are missing, every option is off, norms are RMS and stand
+/// before the halves. Special tokens and the checkpoint's own head are read from the config.
+fn plain(c: &Config<'_>, names: Names, layers: usize) -> Result<Architecture, ModelError> {
+    Ok(Architecture {
+        family: "",
+        model_type: c.str("model_type")?,
+        hidden: 0,
+        layers,
+        encoder_layers: 0,
+        heads: HeadShape::plain(0, 0),
+        ff: 0,
+        vocab: 0,
+        max_positions: 0,
+        norm: NormKind::RmsNorm,
+        norm_eps: 0.0,
+        norm_offset: 0.0,
+        placement: Placement::Pre,
+        positions: Positions::Rotary,
+        causal: false,
+        attn: vec![LayerAttn::default(); layers],
+        mlp: MlpKind::Plain,
+        act: Act::Gelu,
+        conv1d: false,
+        token_types: 0,
+        embed_scale: 1.0,
+        tied_head: false,
+        head_scale: 1.0,
+        logit_cap: None,
+        scale_by_layer: false,
+        bos: c.tokens("bos_token_id").first().copied(),
+        decoder_start: None,
+        eos: c.tokens("eos_token_id"),
+        pad: c.tokens("pad_token_id").first().copied(),
+        head: c.head(),
+        names,
+    })
+}
+
+/// Largest accepted number of anything but tokens.
+const MAX_SIZE: usize = 1 << 20;
+/// Most layers.
+const MAX_LAYERS: usize = 1 << 12;
+
 fn check(a: &Architecture) -> Result<(), ModelError> {
     let h = &a.heads;
     let bad = |m: String| Err(ModelError::Config(m));
-    for (name, v) in [("hidden", a.hidden), ("layers", a.layers), ("heads", h.heads), ("kv heads", h.kv_heads)] {
-        if v == 0 || v > 1 << 20 {
+    for (name, v) in [("hidden", a.hidden), ("layers", a.layers), ("heads", h.heads), ("kv heads", h.kv_heads)]
+        .into_iter()
+        .chain((a.encoder_layers > 0).then_some(("encoder layers", a.encoder_layers)))
+    {
+        if v == 0 || v > MAX_SIZE {
             return bad(format!("{name} is {v}"));
         }
     }
     if !h.heads.is_multiple_of(h.kv_heads) {
         return bad(format!("{} query heads cannot share {} key heads", h.heads, h.kv_heads));
     }
-    if h.head_dim == 0 || (matches!(a.positions, super::Positions::Rotary { .. }) && !h.head_dim.is_multiple_of(2)) {
+    if h.head_dim == 0 || (a.positions == Positions::Rotary && !h.head_dim.is_multiple_of(2)) {
         return bad(format!("head_dim is {}", h.head_dim));
     }
     if a.vocab == 0 || a.ff == 0 || a.max_positions == 0 {
         return bad(format!("vocab {}, mlp width {}, positions {}", a.vocab, a.ff, a.max_positions));
+    }
+    if let Positions::Relative { buckets, max_distance } = a.positions
+        && (buckets < 4 || max_distance <= buckets / 2 || max_distance > MAX_SIZE)
+    {
+        return bad(format!("relative attention with {buckets} buckets up to distance {max_distance}"));
     }
     Ok(())
 }
@@ -80,6 +150,32 @@ impl Config<'_> {
 
     fn usize_or(&self, key: &str, default: usize) -> usize {
         self.get(key).and_then(Value::as_u64).map_or(default, |n| n as usize)
+    }
+
+    /// A number of layers, small enough to make a list of.
+    fn layers(&self, key: &str) -> Result<usize, ModelError> {
+        match self.usize(key)? {
+            n @ 1..=MAX_LAYERS => Ok(n),
+            n => Err(ModelError::Config(format!("{key} is {n}; accepted is 1 to {MAX_LAYERS}"))),
+        }
+    }
+
+    fn maybe_usize(&self, key: &str) -> Option<usize> {
+        self.get(key).and_then(Value::as_u64).map(|n| n as usize)
+    }
+
+    /// A soft cap: `default` where the key is absent, none where it is null.
+    fn cap(&self, key: &str, default: Option<f32>) -> Option<f32> {
+        match self.0.get(key) {
+            None => default,
+            Some(v) => v.as_f64().map(|v| v as f32),
+        }
+    }
+
+    /// An activation by its Hugging Face name.
+    fn act(&self, key: &str, default: &str) -> Result<Act, ModelError> {
+        let name = self.get(key).and_then(Value::as_str).unwrap_or(default);
+        Act::from_hf(name).ok_or_else(|| ModelError::Config(format!("{key} {name:?} is not known")))
     }
 
     fn f64_or(&self, key: &str, default: f64) -> f64 {

@@ -1,0 +1,49 @@
+//! Cross-attention: a decoder's rows look at their encoder's output (Vaswani et al. 2017).
+
+use candle_core::{Result, Tensor, bail};
+
+use super::{Cx, Linear, Pass};
+use crate::ops;
+
+/// Attention whose keys and values come from the encoder. They are computed once per sequence and kept in the cache, where
+/// there is one.
+#[derive(Debug, Clone)]
+pub struct CrossAttention {
+    /// `[hidden, heads * head_dim]`.
+    pub q: Linear,
+    /// `[hidden, 2 kv_heads * head_dim]`: key and value side by side, of the encoder's rows.
+    pub kv: Linear,
+    /// `[heads * head_dim, hidden]`.
+    pub out: Linear,
+    /// Which layer of the cache.
+    pub layer: usize,
+}
+
+impl CrossAttention {
+    /// `[rows, hidden]` -> the same.
+    ///
+    /// # Errors
+    /// A pass without the encoder's output; those of candle.
+    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let Some(crossing) = &pass.crossing else { bail!("a decoder without its encoder's output") };
+        let q = self.q.forward(x, &pass.cx)?; // [rows, qw]
+        let fresh = match &crossing.encoded {
+            Some(encoded) => {
+                let own = Cx { rows: encoded.rows, deltas: encoded.deltas, kv: None, memory: None, ..pass.cx };
+                let kv = self.kv.forward(encoded.states, &own)?; // [encoder rows, 2 kw]
+                let width = crossing.plan.kv_heads * crossing.plan.head_dim;
+                Some((kv.narrow(1, 0, width)?, kv.narrow(1, width, width)?))
+            }
+            None => None,
+        };
+        let (k, v) = match (fresh, pass.cx.kv) {
+            (Some((k, v)), Some(cache)) if !crossing.slots.is_empty() => {
+                cache.write(self.layer, &crossing.slots, &k, &v)?
+            }
+            (Some(fresh), _) => fresh,
+            (None, Some(cache)) => cache.layer(self.layer),
+            (None, None) => bail!("a decoder without its encoder's output"),
+        };
+        self.out.forward(&ops::attention(&q, &k, &v, &crossing.plan)?, &pass.cx) // [rows, hidden]
+    }
+}
