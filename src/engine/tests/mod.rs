@@ -3,6 +3,7 @@
 mod generation;
 mod lifecycle;
 mod prompt_only;
+mod source;
 
 use std::{sync::Arc, thread::JoinHandle, time::Instant};
 
