@@ -8,6 +8,8 @@ mod head;
 mod lora;
 mod phm;
 mod places;
+#[cfg(test)]
+mod tests;
 
 pub(super) use encode::{encode, encode_part};
 
