@@ -15,7 +15,8 @@ pub use batch::{DeltaBatch, Part};
 pub use head::{Head, HeadLayer, HeadPool};
 pub(crate) use patch::AdapterIo;
 pub use patch::{
-    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Scaling, TokenRows, Wiring,
+    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Scaling, TokenRows,
+    Wiring,
 };
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 

@@ -10,8 +10,8 @@ use candle_core::{Result, Tensor, bail};
 use super::bytes_of;
 
 pub use affine::Affine;
-pub use bottleneck::{AdapterInput, AdapterResidual, Bottleneck, Scaling, Wiring};
 pub(crate) use bottleneck::AdapterIo;
+pub use bottleneck::{AdapterInput, AdapterResidual, Bottleneck, Scaling, Wiring};
 pub use dora::{Dora, DoraBase};
 pub use tokens::{Matrix, TokenRows};
 
@@ -71,9 +71,7 @@ impl Patch {
     /// Those of `f`.
     pub fn map(&self, f: &mut dyn FnMut(&'static str, &Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(match self {
-            Self::LowRank(l) => {
-                Self::LowRank(LowRank { a: f("lora_A", &l.a)?, b: f("lora_B", &l.b)?, scale: l.scale })
-            }
+            Self::LowRank(l) => Self::LowRank(LowRank { a: f("lora_A", &l.a)?, b: f("lora_B", &l.b)?, scale: l.scale }),
             Self::Bias(t) => Self::Bias(f("bias", t)?),
             Self::Scale(t) => Self::Scale(f("scale", t)?),
             Self::InScale(t) => Self::InScale(f("in_scale", t)?),

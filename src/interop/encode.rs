@@ -107,7 +107,9 @@ impl<'a> Writer<'a> {
                 Patch::Affine(_) => Kind::Ln,
                 Patch::TokenRows(_) if Some(*site) == tied => continue, // follows from the embedding's rows
                 Patch::TokenRows(_) => low.unwrap_or(Kind::Tokens),
-                Patch::Matrix(_) => low.ok_or_else(|| self.unapplied(*site, "a whole matrix without LoRA beside it"))?,
+                Patch::Matrix(_) => {
+                    low.ok_or_else(|| self.unapplied(*site, "a whole matrix without LoRA beside it"))?
+                }
                 Patch::Bottleneck(_) => Kind::Adapter,
             };
             by_site.entry(*site).or_default().push(kind);
@@ -202,10 +204,7 @@ impl<'a> Writer<'a> {
 
     /// What the weights file says of itself.
     pub(super) fn info(&self) -> [(String, String); 2] {
-        [
-            ("format".into(), "pt".into()),
-            ("deltaserve.base_fingerprint".into(), self.base.fingerprint.to_string()),
-        ]
+        [("format".into(), "pt".into()), ("deltaserve.base_fingerprint".into(), self.base.fingerprint.to_string())]
     }
 
     /// A site's path as PEFT sees it.

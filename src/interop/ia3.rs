@@ -44,9 +44,8 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
 /// The shape says whether it is the output's or the input's.
 fn scale(site: SiteId, path: &str, vector: &Tensor, base: &Base) -> Result<Patch, InteropError> {
     let (in_dim, out_dim) = base.sites.get(site).map_or((0, 0), |e| (e.in_dim, e.out_dim));
-    let flat = || -> Result<Tensor, InteropError> {
-        Ok(vector.flatten_all()?.to_device(&base.device)?.to_dtype(base.dtype)?)
-    };
+    let flat =
+        || -> Result<Tensor, InteropError> { Ok(vector.flatten_all()?.to_device(&base.device)?.to_dtype(base.dtype)?) };
     match *vector.dims() {
         [o, 1] if o == out_dim => Ok(Patch::Scale(flat()?)),
         [1, i] if i == in_dim => Ok(Patch::InScale(flat()?)),

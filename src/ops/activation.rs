@@ -71,9 +71,8 @@ impl Act {
     }
 
     /// The names that [`Self::from_hf`] knows.
-    pub const NAMES: [&str; 11] = [
-        "relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu", "sigmoid", "quick_gelu", "relu6", "relu2",
-    ];
+    pub const NAMES: [&str; 11] =
+        ["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu", "sigmoid", "quick_gelu", "relu6", "relu2"];
 
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         match self {

@@ -9,7 +9,8 @@ use crate::{
     admission::{
         params::Violation,
         train_params::{
-            AdapterPart, AdapterVariant, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule, TrainParams, Validation,
+            AdapterPart, AdapterVariant, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
+            TrainParams, Validation,
         },
     },
     delta::Task,

@@ -111,9 +111,7 @@ impl TrainSpec {
     /// Numbers that are trained.
     pub fn parameters(&self, sites: &SiteTable) -> u64 {
         let head = self.head.map_or(0, |h| h.parameters());
-        let patch = |(site, plan): &(SiteId, PatchPlan)| {
-            sites.get(*site).map_or(0, |e| plan.parameters(e, self.vocab))
-        };
+        let patch = |(site, plan): &(SiteId, PatchPlan)| sites.get(*site).map_or(0, |e| plan.parameters(e, self.vocab));
         (head + self.patches.iter().map(patch).sum::<usize>()) as u64
     }
 
@@ -320,7 +318,8 @@ pub(crate) mod tests {
         part.rank_pattern.insert("layers.0.self_attn.q_proj".into(), 16);
         part.alpha_pattern.insert("v_proj".into(), 2.0);
         let spec = TrainSpec::resolve(&lora(part.clone()), Task::CausalLm, &[], base(&sites)).unwrap();
-        let scale = |m: &str| match &spec.patches.iter().find(|(id, _)| sites.get(*id).unwrap().module == m).unwrap().1 {
+        let scale = |m: &str| match &spec.patches.iter().find(|(id, _)| sites.get(*id).unwrap().module == m).unwrap().1
+        {
             PatchPlan::LowRank(LowRankPlan { rank, scale, .. }) => (*rank, *scale),
             other => panic!("{other:?}"),
         };

@@ -26,7 +26,8 @@ pub(super) fn principal_pair(weight: &Tensor, rank: usize, scale: f64, rng: &mut
     let part = |vectors: &[Vec<f64>]| -> Result<Tensor> {
         let n = vectors.first().map_or(0, Vec::len);
         let roots = s.iter().map(|s| (s / scale).sqrt());
-        let data: Vec<f32> = vectors.iter().zip(roots).flat_map(|(v, r)| v.iter().map(move |x| (x * r) as f32)).collect();
+        let data: Vec<f32> =
+            vectors.iter().zip(roots).flat_map(|(v, r)| v.iter().map(move |x| (x * r) as f32)).collect();
         Tensor::from_vec(data, (rank, n), weight.device())
     };
     Ok((part(&u)?, part(&v)?))

@@ -33,11 +33,7 @@ impl Affine {
         [gain, bias]: [&'static str; 2],
         f: &mut dyn FnMut(&'static str, &Tensor) -> Result<Tensor>,
     ) -> Result<Self> {
-        Ok(Self {
-            gain: f(gain, &self.gain)?,
-            bias: self.bias.as_ref().map(|b| f(bias, b)).transpose()?,
-            ..*self
-        })
+        Ok(Self { gain: f(gain, &self.gain)?, bias: self.bias.as_ref().map(|b| f(bias, b)).transpose()?, ..*self })
     }
 
     /// `[rows, hidden]` -> the same; gradients reach gain and bias where they are variables.

@@ -45,12 +45,8 @@ pub struct Wiring {
 
 impl Wiring {
     /// Houlsby's: reads and adds to the sublayer's output.
-    pub const SEQUENTIAL: Self = Self {
-        input: AdapterInput::Output,
-        residual: AdapterResidual::Output,
-        residual_first: false,
-        closes: true,
-    };
+    pub const SEQUENTIAL: Self =
+        Self { input: AdapterInput::Output, residual: AdapterResidual::Output, residual_first: false, closes: true };
     /// Pfeiffer's: reads the block's normalised sum, adds to the sublayer's output.
     pub const AFTER_NORM: Self = Self { input: AdapterInput::Sum, ..Self::SEQUENTIAL };
     /// He's: reads the sublayer's residual input.

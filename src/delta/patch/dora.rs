@@ -85,9 +85,8 @@ impl Dora {
     }
 
     pub(super) fn extra_bytes(&self) -> usize {
-        let folded = self.folded.iter().map(|f| {
-            bytes_of(&f.gain) + bytes_of(&f.low.b) + f.keep.as_ref().map_or(0, bytes_of)
-        });
+        let folded =
+            self.folded.iter().map(|f| bytes_of(&f.gain) + bytes_of(&f.low.b) + f.keep.as_ref().map_or(0, bytes_of));
         bytes_of(&self.base.square) + folded.sum::<usize>()
     }
 

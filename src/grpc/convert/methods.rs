@@ -265,7 +265,12 @@ mod tests {
         let mut problems = Problems::default();
         assert_eq!(from_wire(parts.clone().into_iter().map(to_wire).collect(), &mut problems), parts);
         problems.finish().expect("nothing is wrong");
-        let bad = proto::Adapter { variant: 99, scaling: Some(proto::adapter::Scaling::Learned(false)), ..Default::default() };
+        let mut problems = Problems::default();
+        let bad = proto::Adapter {
+            variant: 99,
+            scaling: Some(proto::adapter::Scaling::Learned(false)),
+            ..Default::default()
+        };
         adapter("spec.methods[0]", bad, &mut problems);
         assert!(problems.finish().is_err());
     }

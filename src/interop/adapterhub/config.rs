@@ -11,8 +11,16 @@ use crate::{
 };
 
 /// Options that change the function computed and that this server does not apply: anything but off is an error.
-const UNSUPPORTED: &[&str] =
-    &["inv_adapter", "use_gating", "cross_adapter", "shared_W_phm", "factorized_phm_rule", "use_dora", "vera_b", "vera_d"];
+const UNSUPPORTED: &[&str] = &[
+    "inv_adapter",
+    "use_gating",
+    "cross_adapter",
+    "shared_W_phm",
+    "factorized_phm_rule",
+    "use_dora",
+    "vera_b",
+    "vera_d",
+];
 
 /// Access to the object with errors that name the field.
 struct Fields<'a> {
@@ -113,9 +121,8 @@ impl BottleneckConfig {
             output: f.flag("output_adapter", true)?,
             leave_out: f.layers("leave_out")?,
             reduction: reduction(&f)?,
-            act: Act::from_hf(act).ok_or_else(|| {
-                f.bad("non_linearity", format!("is {act:?}; accepted are {}", Act::NAMES.join(", ")))
-            })?,
+            act: Act::from_hf(act)
+                .ok_or_else(|| f.bad("non_linearity", format!("is {act:?}; accepted are {}", Act::NAMES.join(", "))))?,
             scaling: scaling(&f)?,
             ln_before: f.flag("ln_before", false)?,
             ln_after: f.flag("ln_after", false)?,
@@ -180,7 +187,9 @@ fn wiring(f: &Fields<'_>, base: &Base) -> Result<Wiring, InteropError> {
         Some(v) => {
             return Err(f.bad(
                 "residual_before_ln",
-                format!("is {v}; accepted are true, false, and \"post_add\" with original_ln_before in a post-norm base"),
+                format!(
+                    "is {v}; accepted are true, false, and \"post_add\" with original_ln_before in a post-norm base"
+                ),
             ));
         }
     };

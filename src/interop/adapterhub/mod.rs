@@ -56,7 +56,9 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
         Some("lora") => lora::decode(&config::LoraConfig::read(file, own)?, name, tensors, base),
         Some(other) => Err(InteropError::invalid(
             file,
-            format!("config.architecture {other:?} is not supported; supported are null (bottleneck adapters), \"lora\""),
+            format!(
+                "config.architecture {other:?} is not supported; supported are null (bottleneck adapters), \"lora\""
+            ),
         )),
     }
 }

@@ -66,14 +66,20 @@ fn first(delta: &Delta) -> &crate::delta::Bottleneck {
 #[test]
 fn places_and_wirings_follow_the_configuration() {
     for base in [tiny_bert(), tiny_gpt2(), tiny_llama()].map(|c| random_base(&c, 1).unwrap()) {
-        let both = config(&base, json!({"mh_adapter": true, "output_adapter": true, "reduction_factor": 4,
-            "non_linearity": "swish", "original_ln_before": false}));
+        let both = config(
+            &base,
+            json!({"mh_adapter": true, "output_adapter": true, "reduction_factor": 4,
+            "non_linearity": "swish", "original_ln_before": false}),
+        );
         let delta = decode(&pack(&both, &weights(&base, &[0, 1], 8)), &base).unwrap();
         assert_eq!((delta.patches().len(), delta.spec.methods.as_slice()), (4, ["adapter".to_owned()].as_slice()));
         let b = first(&delta);
         assert_eq!((b.act, b.wiring.input, b.wiring.closes), (Act::Silu, AdapterInput::Output, true));
-        let parallel = config(&base, json!({"output_adapter": true, "reduction_factor": {"default": 4, "1": 4.0},
-            "is_parallel": true, "scaling": "learned", "non_linearity": "relu"}));
+        let parallel = config(
+            &base,
+            json!({"output_adapter": true, "reduction_factor": {"default": 4, "1": 4.0},
+            "is_parallel": true, "scaling": "learned", "non_linearity": "relu"}),
+        );
         let mut tensors = weights(&base, &[1], 8);
         for layer in 0..2 {
             tensors.insert(format!("{}.scaling", places(&base, layer)[1]), rand(&[1]));

@@ -161,4 +161,3 @@ fn most_common(entries: &[Entry]) -> (usize, f64) {
     }
     counts.into_iter().max_by_key(|(_, n)| *n).map_or((8, 8.0), |(k, _)| k)
 }
-

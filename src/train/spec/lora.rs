@@ -69,7 +69,10 @@ impl Resolver<'_> {
         if !part.layers.is_empty() {
             let layers = self.layers();
             if let Some(bad) = part.layers.iter().find(|l| **l as usize >= layers) {
-                self.problem(&format!("{field}.layers"), format!("has {bad}; this base has layers 0 to {}", layers - 1));
+                self.problem(
+                    &format!("{field}.layers"),
+                    format!("has {bad}; this base has layers 0 to {}", layers - 1),
+                );
             }
             let inside = |site: &SiteId| match self.base.sites.get(*site).map(|e| e.site) {
                 Some(Site::Linear { layer, .. }) => part.layers.contains(&(layer as u32)),
@@ -104,10 +107,8 @@ impl Resolver<'_> {
         if part.dora && part.init == LoraInit::Pissa {
             self.problem(&format!("{field}.init"), "is PiSSA, which does not go with DoRA");
         }
-        let all: Vec<(SiteId, bool)> = (self.base.sites.iter())
-            .filter(|(_, e)| self.reached(e.site))
-            .map(|(id, e)| (id, e.has_bias))
-            .collect();
+        let all: Vec<(SiteId, bool)> =
+            (self.base.sites.iter()).filter(|(_, e)| self.reached(e.site)).map(|(id, e)| (id, e.has_bias)).collect();
         for (site, has_bias) in all {
             let target = sites.contains(&site);
             let wanted = match part.bias {

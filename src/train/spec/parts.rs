@@ -107,9 +107,8 @@ impl Resolver<'_> {
     }
 
     pub(super) fn ln(&mut self, field: &str, part: &LnPart) {
-        let norms: Vec<(SiteId, String)> = (self.base.sites.iter().filter(|(_, e)| is_norm(e.site)))
-            .map(|(id, e)| (id, e.module.clone()))
-            .collect();
+        let norms: Vec<(SiteId, String)> =
+            (self.base.sites.iter().filter(|(_, e)| is_norm(e.site))).map(|(id, e)| (id, e.module.clone())).collect();
         let mut chosen = BTreeSet::new();
         for name in &part.targets {
             let pattern = module_pattern(name);

@@ -55,13 +55,7 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn part(
-        &mut self,
-        site: SiteId,
-        entry: &SiteEntry,
-        plan: &PatchPlan,
-        out: &mut Vec<(SiteId, Part)>,
-    ) -> Result<()> {
+    fn part(&mut self, site: SiteId, entry: &SiteEntry, plan: &PatchPlan, out: &mut Vec<(SiteId, Part)>) -> Result<()> {
         let outputs = entry.out_dim;
         let part = match plan {
             PatchPlan::LowRank(p) => self.low_rank(site, entry, p)?,

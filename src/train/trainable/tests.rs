@@ -61,10 +61,7 @@ fn a_snapshot_keeps_its_values_and_comes_back() {
         v.var.set(&v.var.ones_like().unwrap()).unwrap();
     }
     let kept = t.publishable(&snap).unwrap();
-    assert_eq!(
-        kept.head().unwrap().weight.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
-        before[before.len() - 2]
-    );
+    assert_eq!(kept.head().unwrap().weight.flatten_all().unwrap().to_vec1::<f32>().unwrap(), before[before.len() - 2]);
     t.restore(&snap).unwrap();
     assert_eq!(values(&t), before);
     let bytes = t.checkpoint_bytes(&snap).unwrap();
