@@ -30,13 +30,7 @@ struct Gathered {
 }
 
 pub(super) fn lora(w: &Writer<'_>, patches: &Patches<'_>) -> Result<Part, InteropError> {
-    let low: BTreeMap<SiteId, &LowRank> = (patches.iter())
-        .filter_map(|(site, p)| match p {
-            Patch::LowRank(l) => Some((*site, l)),
-            Patch::Dora(d) => Some((*site, &d.low)),
-            _ => None,
-        })
-        .collect();
+    let low = pairs(patches);
     let whole: Vec<SiteId> =
         patches.iter().filter(|(_, p)| matches!(p, Patch::Matrix(_))).map(|(site, _)| *site).collect();
     let mut part = Part { config: Value::Null, tensors: super::Named::new() };
@@ -94,6 +88,16 @@ pub(super) fn lora(w: &Writer<'_>, patches: &Patches<'_>) -> Result<Part, Intero
     }
     part.config = config(w, &g)?;
     Ok(part)
+}
+
+/// The low-rank pair of each site that has one.
+fn pairs<'a>(patches: &Patches<'a>) -> BTreeMap<SiteId, &'a LowRank> {
+    let pair = |(site, p): &(SiteId, &'a Patch)| match p {
+        Patch::LowRank(l) => Some((*site, l)),
+        Patch::Dora(d) => Some((*site, &d.low)),
+        _ => None,
+    };
+    patches.iter().filter_map(pair).collect()
 }
 
 fn pair(key: &str, l: &LowRank, embedding: bool, out: &mut super::Named) -> Result<(), InteropError> {
