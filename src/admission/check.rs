@@ -59,7 +59,7 @@ impl Problems {
         });
     }
 
-    fn integer(&mut self, field: &str, value: u32, low: u32, high: u32) {
+    pub(super) fn integer(&mut self, field: &str, value: u32, low: u32, high: u32) {
         self.require((low..=high).contains(&value), field, || format!("is {value}; accepted is {low} to {high}"));
     }
 }
@@ -251,6 +251,9 @@ impl TrainParams {
             match method {
                 MethodPart::Lora(lora) => lora.check(&format!("{at}.lora"), problems),
                 MethodPart::Bitfit(_) => {}
+                MethodPart::Prefix(prefix) => prefix.check(&format!("{at}.prefix"), problems),
+                MethodPart::Prompt(prompt) => prompt.check(&format!("{at}.prompt"), problems),
+                MethodPart::PTuning(part) => part.check(&format!("{at}.p_tuning"), problems),
             }
         }
     }

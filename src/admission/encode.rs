@@ -204,15 +204,8 @@ impl Service {
 
     /// Runs one sequence per row, all at once, and waits for all.
     async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
-        let limit = self.context();
         for (i, row) in rows.iter().enumerate() {
-            let n = row.tokens.len();
-            if n == 0 || n > limit {
-                return Err(ServeError::field(
-                    format!("inputs[{i}]"),
-                    format!("comes to {n} tokens; accepted are 1 to {limit} (the base's context)"),
-                ));
-            }
+            self.check_room(&format!("inputs[{i}]"), row.tokens.len(), 0, admitted)?;
         }
         let permits = self.permits(rows.len())?;
         let read: usize = rows.iter().map(|r| r.tokens.len()).sum();

@@ -43,14 +43,8 @@ impl Service {
         let prompt = params.prompt.clone();
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
         let (len, new) = (tokens.len(), params.max_new_tokens as usize);
-        if len + new > self.context() {
-            let limit = self.context();
-            return Err(ServeError::field(
-                "max_new_tokens",
-                format!("{len} prompt tokens + {new} new tokens = {} exceed the context of {limit}", len + new),
-            ));
-        }
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        self.check_room("max_new_tokens", len, new, &admitted)?;
         if let Some(lease) = &admitted.lease {
             let task = lease.delta().spec.task;
             if matches!(task, Task::SeqCls | Task::TokenCls) {

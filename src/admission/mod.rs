@@ -11,6 +11,7 @@ mod generate;
 mod info;
 pub mod jobs;
 pub mod params;
+pub mod position_params;
 mod service;
 pub mod train_params;
 mod training;

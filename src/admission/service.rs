@@ -207,6 +207,30 @@ impl Service {
     pub(super) fn context(&self) -> usize {
         self.parts().engine.max_positions()
     }
+
+    /// Tokens of a sequence against the context, beside what its delta puts ahead of them.
+    pub(super) fn check_room(&self, field: &str, len: usize, new: usize, admitted: &Admitted) -> Result<(), ServeError> {
+        let ahead = admitted.lease.as_ref().map(|l| l.delta().ahead()).unwrap_or_default();
+        let (limit, most) = (self.context(), self.parts().engine.max_tokens(ahead));
+        let message = match (len, new, ahead.slots()) {
+            (0, ..) => format!("comes to 0 tokens; accepted are 1 to {most} (the base's context)"),
+            _ if len + new <= most => return Ok(()),
+            (_, 0, 0) => format!("comes to {len} tokens; accepted are 1 to {most} (the base's context)"),
+            (_, 0, n) => format!(
+                "{n} virtual positions of the delta + {len} tokens = {} exceed the base's context of {limit}",
+                n + len
+            ),
+            (_, _, 0) => {
+                format!("{len} prompt tokens + {new} new tokens = {} exceed the context of {limit}", len + new)
+            }
+            (_, _, n) => format!(
+                "{n} virtual positions of the delta + {len} prompt tokens + {new} new tokens = {} exceed the context of \
+                 {limit}",
+                n + len + new
+            ),
+        };
+        Err(ServeError::field(field, message))
+    }
 }
 
 impl Admitted {

@@ -12,6 +12,7 @@ pub use super::jobs::{
     CheckpointEvent, EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent,
     NoteEvent, StateEvent,
 };
+pub use super::position_params::{PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart};
 use super::params::{PublishPolicy, Violation};
 use crate::delta::Task;
 
@@ -67,6 +68,12 @@ pub enum MethodPart {
     Lora(LoraPart),
     /// Bias terms (Ben Zaken et al. 2021).
     Bitfit(BitfitPart),
+    /// Keys and values ahead of each layer's own (Li and Liang 2021).
+    Prefix(PrefixPart),
+    /// Embeddings ahead of the tokens (Lester et al. 2021).
+    Prompt(PromptPart),
+    /// A prompt that a network makes while training (Liu et al. 2021).
+    PTuning(PTuningPart),
 }
 
 impl MethodPart {
@@ -75,6 +82,9 @@ impl MethodPart {
         match self {
             Self::Lora(_) => "lora",
             Self::Bitfit(_) => "bitfit",
+            Self::Prefix(_) => "prefix",
+            Self::Prompt(_) => "prompt",
+            Self::PTuning(_) => "p_tuning",
         }
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct TrainArgs {
     #[command(flatten)]
     lora: LoraArgs,
     #[command(flatten)]
+    positions: super::train_positions::PositionArgs,
+    #[command(flatten)]
     hyper: HyperArgs,
     #[command(flatten)]
     publish: PublishArgs,
@@ -69,6 +71,9 @@ enum TaskArg {
 enum MethodArg {
     Lora,
     Bitfit,
+    Prefix,
+    Prompt,
+    PTuning,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -152,7 +157,7 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
         Some(file) => Some(upload(common, &client, file).await?),
         None => None,
     };
-    let spec = spec(&args, dataset, validation);
+    let spec = spec(&args, dataset, validation)?;
     if args.plan {
         return plan(common, &client, spec).await;
     }
@@ -184,7 +189,7 @@ async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result
     Ok(dataset.id)
 }
 
-fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> proto::TrainingSpec {
+fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow::Result<proto::TrainingSpec> {
     use proto::{training_data::Source, training_spec::Validation};
     let data = |id| proto::TrainingData { source: Some(Source::DatasetId(id)) };
     let task = match args.task {
@@ -192,22 +197,23 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> proto:
         TaskArg::SeqCls => proto::Task::SeqCls,
         TaskArg::TokenCls => proto::Task::TokenCls,
     };
-    proto::TrainingSpec {
+    Ok(proto::TrainingSpec {
         output_name: args.name.clone(),
         task: task.into(),
         data: Some(data(dataset)),
         validation: validation
             .map(|id| Validation::ValidationData(data(id)))
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
-        methods: args.method.iter().map(|m| method(*m, &args.lora)).collect(),
+        methods: args.method.iter().map(|m| method(*m, args)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
         hyper: Some(hyper(&args.hyper)),
         publish: Some(args.publish.policy()),
-    }
+    })
 }
 
-fn method(method: MethodArg, args: &LoraArgs) -> proto::MethodPart {
+fn method(method: MethodArg, args: &TrainArgs) -> anyhow::Result<proto::MethodPart> {
     use proto::{lora::Targets, method_part::Part};
+    let (positions, args) = (&args.positions, &args.lora);
     let part = match method {
         MethodArg::Lora => Part::Lora(proto::Lora {
             rank: args.rank,
@@ -222,8 +228,11 @@ fn method(method: MethodArg, args: &LoraArgs) -> proto::MethodPart {
             dropout: args.dropout,
         }),
         MethodArg::Bitfit => Part::Bitfit(proto::Bitfit::default()),
+        MethodArg::Prefix => Part::Prefix(positions.prefix()?),
+        MethodArg::Prompt => Part::Prompt(positions.prompt()?),
+        MethodArg::PTuning => Part::PTuning(positions.p_tuning()),
     };
-    proto::MethodPart { part: Some(part) }
+    Ok(proto::MethodPart { part: Some(part) })
 }
 
 fn hyper(args: &HyperArgs) -> proto::HyperParameters {

@@ -5,12 +5,16 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use candle_core::Tensor;
 
+use crate::rows::Ahead;
+
+mod ahead;
 mod batch;
 mod patch;
 mod site;
 
+pub(crate) use ahead::{Prefixes, prefix_keys};
 pub use batch::{DeltaBatch, Part};
-pub use patch::{LowRank, Patch};
+pub use patch::{LowRank, Patch, Prefix, PrefixForm, Prompt, PromptStage};
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 
 /// What a delta was made for.
@@ -48,7 +52,7 @@ pub struct DeltaSpec {
     pub task: Task,
     /// Label names of its head, in index order; `LABEL_i` where the files had none.
     pub labels: Vec<String>,
-    /// Virtual positions ahead of the tokens (prompt and prefix methods).
+    /// Virtual positions ahead of the tokens (prompt and prefix methods); [`Delta::new`] counts them.
     pub num_virtual_tokens: usize,
     /// Numbers in all its tensors.
     pub parameters: u64,
@@ -73,14 +77,18 @@ pub struct Delta {
     pub spec: DeltaSpec,
     patches: Vec<(SiteId, Patch)>,
     head: Option<Head>,
+    ahead: Ahead,
 }
 
 impl Delta {
-    /// Puts a delta together; patches at the same site are applied in the given order.
+    /// Puts a delta together; row-wise patches at the same site are applied in the given order.
     pub fn new(spec: DeltaSpec, mut patches: Vec<(SiteId, Patch)>, head: Option<Head>) -> Self {
-        patches.sort_by_key(|(site, _)| *site);
-        let mut delta = Self { spec, patches, head };
+        // stable: row-wise patches keep their order, those that add positions come after them
+        patches.sort_by_key(|(site, patch)| (*site, patch.adds_positions()));
+        let ahead = ahead::of(&patches);
+        let mut delta = Self { spec, patches, head, ahead };
         delta.spec.resident_bytes = delta.bytes();
+        delta.spec.num_virtual_tokens = ahead.slots();
         delta
     }
 
@@ -92,6 +100,12 @@ impl Delta {
     /// The head, if the delta brings one.
     pub fn head(&self) -> Option<&Head> {
         self.head.as_ref()
+    }
+
+    /// What it puts ahead of the tokens of each of its sequences: the one answer that admission, scheduler, row layouts
+    /// and attention use.
+    pub fn ahead(&self) -> Ahead {
+        self.ahead
     }
 
     /// Bytes of all tensors.

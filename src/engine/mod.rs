@@ -38,6 +38,7 @@ use crate::{
     kv::{KvCache, PAGE_SIZE},
     model::{Architecture, Base},
     pacing::Pacer,
+    rows::Ahead,
 };
 
 /// Sizes of the engine.
@@ -147,7 +148,10 @@ pub struct EngineHandle {
 #[derive(Debug)]
 struct Checks {
     arch: Architecture,
+    /// Longest sequence of the bare base.
     positions: usize,
+    /// Cache slots that one sequence can have.
+    slots: usize,
     pages: usize,
     queue: usize,
 }
@@ -178,7 +182,7 @@ pub fn spawn(
     let (commands, receiver) = mpsc::sync_channel(queue);
     let shared = Arc::new(Shared::default());
     let positions = arch.max_positions.min(limits.max_positions());
-    let checks = Arc::new(Checks { arch: arch.clone(), positions, pages, queue });
+    let checks = Arc::new(Checks { arch: arch.clone(), positions, slots: limits.max_positions(), pages, queue });
     let worker = Worker {
         commands: receiver,
         shared: Arc::clone(&shared),
@@ -236,6 +240,11 @@ impl EngineHandle {
         self.checks.positions
     }
 
+    /// Longest sequence (prompt and output) behind what a delta puts ahead of it.
+    pub fn max_tokens(&self, ahead: Ahead) -> usize {
+        ahead.room(self.checks.arch.max_positions, self.checks.slots)
+    }
+
     /// The engine now.
     pub fn stats(&self) -> EngineStats {
         let shared = &self.shared;
@@ -284,8 +293,13 @@ impl Checks {
             }
             Work::Score { .. } | Work::Classify | Work::ClassifyTokens => 0,
         };
-        if len.saturating_add(new) > self.positions {
-            return Err(format!("{len} prompt tokens and {new} new ones exceed the {} positions", self.positions));
+        let ahead = request.ahead();
+        if len.saturating_add(new) > ahead.room(arch.max_positions, self.slots) {
+            return Err(format!(
+                "{} virtual positions, {len} prompt tokens and {new} new ones exceed the {} positions",
+                ahead.slots(),
+                self.positions
+            ));
         }
         Ok(())
     }

@@ -51,6 +51,18 @@ pub(super) struct NeverFits {
     pub(super) limit: usize,
 }
 
+/// A sequence as the scheduler sees it: counts of positions. Those of virtual rows are computed like any other; keys
+/// without rows (prefixes) only take room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Demand {
+    /// Positions that are known and to be computed, at least 1.
+    pub(super) total: usize,
+    /// Most positions that it can come to.
+    pub(super) most: usize,
+    /// Cache slots ahead of the first computed position's.
+    pub(super) reserved: usize,
+}
+
 /// One sequence's share of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Share {
@@ -83,10 +95,19 @@ impl StepPlan {
 #[derive(Debug)]
 struct Entry {
     delta: Option<DeltaId>,
-    /// Positions that are known (prompt and output so far).
+    /// Positions that are known (virtual rows, prompt and output so far).
     total: usize,
     computed: usize,
+    /// Cache slots ahead of theirs.
+    reserved: usize,
     pages: PageTable,
+}
+
+impl Entry {
+    /// Cache slots that all known positions need.
+    fn slots(&self) -> usize {
+        self.reserved + self.total
+    }
 }
 
 /// All sequences that are not finished.
@@ -119,23 +140,19 @@ impl Scheduler {
         Self { limits, pool, running: BTreeMap::new(), waiting: BTreeMap::new(), served: HashMap::new(), step: 0 }
     }
 
-    /// Queues a sequence of `total` known positions that may grow to `most`. Ids must grow.
+    /// Queues a sequence. Ids must grow.
     ///
     /// # Errors
     /// A sequence that the cache can never hold.
-    pub(super) fn submit(
-        &mut self,
-        id: SeqId,
-        delta: Option<DeltaId>,
-        total: usize,
-        most: usize,
-    ) -> Result<(), NeverFits> {
+    pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
+        let Demand { total, most, reserved } = demand;
         debug_assert!(total > 0 && total <= most);
         let limit = self.limits.max_positions();
-        if most > limit {
-            return Err(NeverFits { positions: most, limit });
+        let positions = most.saturating_add(reserved);
+        if positions > limit {
+            return Err(NeverFits { positions, limit });
         }
-        self.waiting.insert(id, Entry { delta, total, computed: 0, pages: PageTable::default() });
+        self.waiting.insert(id, Entry { delta, total, computed: 0, reserved, pages: PageTable::default() });
         Ok(())
     }
 
@@ -159,10 +176,11 @@ impl Scheduler {
         &self.pool
     }
 
-    /// Cache slots of a running sequence's first positions; empty for a base without a cache.
+    /// Cache slots of a running sequence: the reserved ones, then those of its first positions; empty for a base without
+    /// a cache.
     pub(super) fn slots(&self, id: SeqId, positions: usize) -> std::sync::Arc<[u32]> {
         match self.running.get(&id) {
-            Some(entry) if self.limits.pages.is_some() => entry.pages.slots(positions),
+            Some(entry) if self.limits.pages.is_some() => entry.pages.slots(entry.reserved + positions),
             _ => [].into(),
         }
     }
@@ -228,7 +246,7 @@ impl Scheduler {
         let places = self.limits.max_sequences.saturating_sub(self.running.len());
         let mut free = self.pool.free();
         let admissible = self.waiting.iter().take(places).take_while(|(_, e)| {
-            let need = self.pages_of(e.total);
+            let need = self.pages_of(e.slots());
             let fits = need <= free;
             free = free.saturating_sub(need);
             fits
@@ -299,7 +317,7 @@ impl Scheduler {
             if *budget == 0 {
                 return;
             }
-            let pages = if self.limits.pages.is_some() { pages_for(entry.total) } else { 0 };
+            let pages = if self.limits.pages.is_some() { pages_for(entry.slots()) } else { 0 };
             if !may_run(entry, allowed) {
                 kept += pages;
                 continue;
@@ -308,7 +326,8 @@ impl Scheduler {
             if !split && entry.total > *budget && !plan.shares.is_empty() {
                 return;
             }
-            if split && (self.pool.free() < kept + pages || !self.pool.cover(&mut entry.pages, entry.total)) {
+            let slots = entry.slots();
+            if split && (self.pool.free() < kept + pages || !self.pool.cover(&mut entry.pages, slots)) {
                 return;
             }
             if let Some(entry) = self.waiting.remove(&id) {
@@ -335,7 +354,8 @@ impl Scheduler {
     fn cover(&mut self, id: SeqId, plan: &mut StepPlan) -> bool {
         loop {
             let Some(entry) = self.running.get_mut(&id) else { return false };
-            if self.limits.pages.is_none() || self.pool.cover(&mut entry.pages, entry.total) {
+            let slots = entry.slots();
+            if self.limits.pages.is_none() || self.pool.cover(&mut entry.pages, slots) {
                 return true;
             }
             match self.running.last_key_value().map(|(youngest, _)| *youngest) {

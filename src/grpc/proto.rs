@@ -32,6 +32,8 @@ pub(crate) mod json {
         publish_mode: PublishMode, "PUBLISH_MODE_";
         task: Task, "TASK_";
         bias_subset: BiasSubset, "BIAS_SUBSET_";
+        prompt_init: PromptInit, "PROMPT_INIT_";
+        prefix_init: PrefixInit, "PREFIX_INIT_";
         schedule: Schedule, "SCHEDULE_";
         job_state: JobState, "JOB_STATE_";
     }

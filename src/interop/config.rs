@@ -28,12 +28,17 @@ const KNOWN: &[&str] = &[
     "bias",
     "corda_config",
     "delta_type",
+    "encoder_dropout",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_reparameterization_type",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
+    "init_weights",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
@@ -44,8 +49,16 @@ const KNOWN: &[&str] = &[
     "megatron_core",
     "modules_to_save",
     "note",
+    "num_attention_heads",
+    "num_layers",
+    "num_transformer_submodules",
+    "num_virtual_tokens",
     "peft_type",
     "peft_version",
+    "prefix_projection",
+    "prompt_tuning_init",
+    "prompt_tuning_init_state_dict_path",
+    "prompt_tuning_init_text",
     "qalora_group_size",
     "r",
     "rank_pattern",
@@ -54,6 +67,9 @@ const KNOWN: &[&str] = &[
     "semantics",
     "target_modules",
     "task_type",
+    "token_dim",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
     "use_dora",
     "use_rslora",
 ];
@@ -67,9 +83,15 @@ fn off(v: &Value) -> bool {
     }
 }
 
+/// The kind of a folder that AdapterHub wrote: its `config` says more.
+pub(super) const ADAPTER_HUB: &str = "adapterhub";
+
 /// `peft_type` (or our `delta_type`), after a look at all keys.
 pub(super) fn kind(file: &str, config: &Value) -> Result<String, InteropError> {
     let map = config.as_object().ok_or_else(|| InteropError::invalid(file, "is not a JSON object"))?;
+    if map.get("config").is_some_and(Value::is_object) && !map.contains_key("peft_type") {
+        return Ok(ADAPTER_HUB.to_owned());
+    }
     for key in UNSUPPORTED {
         if map.get(*key).is_some_and(|v| !off(v)) {
             return Err(InteropError::invalid(file, format!("{key} is set, which this server does not apply")));

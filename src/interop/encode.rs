@@ -1,11 +1,13 @@
 //! A trained delta to files that PEFT loads (BitFit alone: our own form).
 
+mod positions;
+
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{InteropError, keys};
+use super::{InteropError, container, keys};
 use crate::{
     delta::{Delta, DeltaFiles, Patch, Site, SiteId, Task},
     model::Base,
@@ -29,11 +31,23 @@ struct LoraEntry {
     alpha: f64,
 }
 
-/// Writes a delta as `adapter_config.json`, `adapter_model.safetensors` and, with a head, `labels.json`.
+/// Writes a delta as `adapter_config.json`, `adapter_model.safetensors` and, with a head, `labels.json`; a combination that
+/// has no folder form of its own as one folder form per part.
 ///
 /// # Errors
 /// A patch that has no place in these formats.
 pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
+    match container::split(delta).as_slice() {
+        [] | [_] => single(delta, base, meta),
+        parts => container::encode(parts, base, meta, single),
+    }
+}
+
+/// Writes a delta that has a folder form of its own.
+fn single(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
+    if positions::only(delta) {
+        return positions::encode(delta, base, meta);
+    }
     let bare = delta.spec.task == Task::Feature;
     let mut tensors: HashMap<String, Tensor> = HashMap::new();
     let mut low_rank = Vec::new();
@@ -62,6 +76,9 @@ pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFile
                 tensors.insert(format!("{key}{infix}.bias"), absolute);
             }
             Patch::Scale(_) => return Err(InteropError::Unapplied(vec![format!("{path} (scale)")])),
+            Patch::Prompt(_) | Patch::Prefix(_) => {
+                return Err(InteropError::Unapplied(vec![format!("site {site} (positions)")]));
+            }
         }
     }
     if let Some(head) = delta.head() {
@@ -73,7 +90,7 @@ pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFile
     }
     let bitfit = low_rank.is_empty();
     let config = if bitfit { bitfit_config(delta, meta) } else { lora_config(delta, base, meta, &low_rank, biases) };
-    files(delta, base, config, &tensors)
+    files(delta, base, config, &tensors, "adapter_model.safetensors")
 }
 
 /// f32 on the CPU, contiguous, detached.
@@ -86,6 +103,7 @@ fn files(
     base: &Base,
     config: Value,
     tensors: &HashMap<String, Tensor>,
+    weights_name: &str,
 ) -> Result<DeltaFiles, InteropError> {
     let mut info: HashMap<String, String> = HashMap::new();
     info.insert("format".into(), "pt".into());
@@ -98,7 +116,7 @@ fn files(
     let text = serde_json::to_vec_pretty(&config).map_err(|e| InteropError::Tensor(e.to_string()))?;
     let mut out = DeltaFiles::default();
     out.files.insert("adapter_config.json".into(), text.into());
-    out.files.insert("adapter_model.safetensors".into(), weights.into());
+    out.files.insert(weights_name.into(), weights.into());
     if delta.head().is_some() {
         let labels = serde_json::to_vec(&delta.spec.labels).map_err(|e| InteropError::Tensor(e.to_string()))?;
         out.files.insert("labels.json".into(), labels.into());

@@ -1,14 +1,17 @@
-//! Interop: a version's files to a [`Delta`] and back. PEFT's LoRA folders (with heads and biases) and our BitFit form.
+//! Interop: a version's files to a [`Delta`] and back. PEFT's folders of LoRA, prompts and prefixes (with heads and biases),
+//! AdapterHub's of prompts and prefixes, our BitFit form, and combinations of all of them.
 //!
 //! Files come from strangers: headers are checked before anything is allocated, pickles are refused, and every tensor is
 //! either applied or named in an error; nothing is ignored silently.
 
 mod bitfit;
 mod config;
+mod container;
 mod encode;
 mod keys;
 mod lora;
 mod tensors;
+mod virtual_tokens;
 
 pub use encode::{EncodeMeta, encode};
 
@@ -25,7 +28,7 @@ use tensors::TensorFile;
 /// Names of the configuration file, in the order tried.
 const CONFIGS: &[&str] = &["adapter_config.json", "bitfit_config.json"];
 /// Names of the weights file, in the order tried.
-const WEIGHTS: &[&str] = &["adapter_model.safetensors", "bitfit.safetensors"];
+const WEIGHTS: &[&str] = &["adapter_model.safetensors", "bitfit.safetensors", "adapter.safetensors"];
 /// Extensions of files that hold pickles.
 const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".ckpt"];
 /// Largest accepted configuration.
@@ -66,6 +69,17 @@ impl InteropError {
     fn invalid(file: &str, message: impl Into<String>) -> Self {
         Self::Invalid { file: file.into(), message: message.into() }
     }
+
+    /// The same error of a part of a combination.
+    fn in_part(self, part: &str) -> Self {
+        match self {
+            Self::Invalid { file, message } => Self::Invalid { file: format!("{part}.{file}"), message },
+            Self::BaseMismatch(m) => Self::BaseMismatch(format!("{part}: {m}")),
+            Self::Pickle(file) => Self::Pickle(format!("{part}.{file}")),
+            Self::Unapplied(all) => Self::Unapplied(all.into_iter().map(|name| format!("{part}: {name}")).collect()),
+            Self::Tensor(m) => Self::Tensor(m),
+        }
+    }
 }
 
 impl From<candle_core::Error> for InteropError {
@@ -99,6 +113,11 @@ struct Parts {
 /// # Errors
 /// [`InteropError`] names the file, field or tensor.
 pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
+    if files.files.contains_key(container::INDEX) { container::decode(files, base, single) } else { single(files, base) }
+}
+
+/// Reads one folder.
+fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let (config_name, config) = config_of(files)?;
     let (weights_name, weights) = find(files, WEIGHTS).ok_or_else(|| missing_weights(files))?;
     let tensors = TensorFile::read(weights_name, weights)?;
@@ -108,10 +127,22 @@ pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let parts = match kind.as_str() {
         "LORA" => lora::decode(config_name, &config, &tensors, base)?,
         "BITFIT" => bitfit::decode(&tensors, base)?,
+        "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING" => {
+            virtual_tokens::decode(config_name, &kind, &config, &tensors, base)?
+        }
+        config::ADAPTER_HUB => {
+            if let Some(head) = files.files.keys().find(|n| n.contains("head")) {
+                return Err(InteropError::invalid(head, "heads of AdapterHub folders are not supported"));
+            }
+            let (patches, method) =
+                virtual_tokens::adapterhub(config_name, &config["config"], &virtual_tokens::all(&tensors)?, base)?;
+            Parts { patches, head: None, methods: vec![method.into()] }
+        }
         other => {
             return Err(InteropError::invalid(
                 config_name,
-                format!("peft_type {other:?} is not supported; supported are LORA, BITFIT"),
+                format!("peft_type {other:?} is not supported; supported are LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING, \
+                     BITFIT"),
             ));
         }
     };

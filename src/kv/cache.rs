@@ -32,6 +32,11 @@ impl KvCache {
         self.layers.iter().map(|(k, v)| crate::delta::bytes_of(k) + crate::delta::bytes_of(v)).sum()
     }
 
+    /// Keys and values of a layer.
+    pub(crate) fn layer(&self, layer: usize) -> (Tensor, Tensor) {
+        self.layers[layer].clone()
+    }
+
     /// Writes the step's new keys and values of a layer: row `i` goes to `slots[i]`.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! THE forward: serving, training and evaluation of every base and every delta.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -8,7 +8,7 @@ use super::{
     Architecture, LoadOptions, MlpKind, ModelError, NormKind, Placement, Positions, sites, weights::Checkpoint,
 };
 use crate::{
-    delta::{Head, NormAt, Part, Proj, Site, SiteId, SiteTable},
+    delta::{Head, NormAt, Part, Proj, PromptStage, Site, SiteId, SiteTable},
     nn::{Attention, Cx, Linear, Mlp, Norm, Pass, Rotary, yield_point},
     ops::{self, Weight},
 };
@@ -16,9 +16,9 @@ use crate::{
 /// Tokens of a step, packed as the row layout says.
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
-    /// One per row.
+    /// One per row that is a token; virtual rows have none.
     pub tokens: &'a [u32],
-    /// Segment ids, one per row; all 0 if absent.
+    /// Segment ids, one per token; all 0 if absent. Virtual rows have segment 0.
     pub token_types: Option<&'a [u32]>,
 }
 
@@ -110,6 +110,17 @@ impl Transformer {
         (blocks + tables + norms + head + self.pooler.as_ref().map_or(0, linear)) as u64
     }
 
+    /// The embeddings of tokens as a prompt's rows stand for them: `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Token ids outside the vocabulary.
+    pub fn token_embeddings(&self, tokens: &[u32]) -> Result<Tensor> {
+        if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.arch.vocab) {
+            bail!("token {bad} of a vocabulary of {}", self.arch.vocab);
+        }
+        self.embed.index_select(&Tensor::new(tokens, &self.device)?, 0)
+    }
+
     /// Final hidden states of all rows, `[rows, hidden]`.
     ///
     /// Positions come from `cx.rows`. Keys and values of spans with cache slots are written to the cache.
@@ -119,26 +130,25 @@ impl Transformer {
     pub fn forward(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
         let positions = cx.rows.positions();
         self.check(input, cx, &positions)?;
-        let mut x = self.embed.index_select(&Tensor::new(input.tokens, &self.device)?, 0)?; // [rows, hidden]
+        let tokens = per_row(input.tokens, cx)?;
+        let mut x = self.embed.index_select(&Tensor::new(&*tokens, &self.device)?, 0)?; // [rows, hidden]
+        x = cx.deltas.virtual_rows(PromptStage::Tokens, cx.rows, x)?;
         if let Some(table) = &self.position {
             x = (x + table.index_select(&Tensor::new(&positions[..], &self.device)?, 0)?)?;
         }
         if let Some(table) = &self.token_type {
-            let zeros;
             let types = match input.token_types {
-                Some(t) => t,
-                None => {
-                    zeros = vec![0u32; input.tokens.len()];
-                    &zeros
-                }
+                Some(types) => per_row(types, cx)?,
+                None => vec![0; cx.rows.rows()].into(),
             };
-            x = (x + table.index_select(&Tensor::new(types, &self.device)?, 0)?)?;
+            x = (x + table.index_select(&Tensor::new(&*types, &self.device)?, 0)?)?;
         }
         if let Some(norm) = &self.embed_norm {
             x = norm.forward(&x, cx)?;
         }
+        x = cx.deltas.virtual_rows(PromptStage::Hidden, cx.rows, x)?;
         let rope = self.rotary.as_ref().map(|r| r.table(&positions, &self.device)).transpose()?;
-        let pass = Pass::new(*cx, rope, self.arch.heads, self.arch.mask);
+        let pass = Pass::new(*cx, rope, self.arch.heads, self.arch.mask)?;
         for block in &self.blocks {
             x = yield_point(x, cx)?;
             x = self.block(block, x, &pass)?;
@@ -164,9 +174,9 @@ impl Transformer {
     }
 
     fn check(&self, input: &Input<'_>, cx: &Cx<'_>, positions: &[u32]) -> Result<()> {
-        let rows = cx.rows.rows();
+        let rows = cx.rows.token_rows();
         if input.tokens.len() != rows || input.token_types.is_some_and(|t| t.len() != rows) {
-            bail!("{} tokens for {rows} rows", input.tokens.len());
+            bail!("{} tokens for {rows} rows of tokens", input.tokens.len());
         }
         if let Some(bad) = input.tokens.iter().find(|&&t| t as usize >= self.arch.vocab) {
             bail!("token {bad} of a vocabulary of {}", self.arch.vocab);
@@ -233,6 +243,17 @@ impl Transformer {
     pub(super) fn norm_at(&self, site: SiteId) -> Option<&Norm> {
         let of_blocks = self.blocks.iter().flat_map(|b| [&b.norm_attn, &b.norm_mlp]);
         of_blocks.chain(&self.embed_norm).chain(&self.final_norm).find(|n| n.part.0 == site)
+    }
+}
+
+/// One value per row: virtual rows, which have none, get 0 (a valid token, whose embedding is overwritten).
+fn per_row<'t>(values: &'t [u32], cx: &Cx<'_>) -> Result<Cow<'t, [u32]>> {
+    if values.len() == cx.rows.rows() {
+        return Ok(values.into());
+    }
+    match cx.rows.spread(values, 0) {
+        Some(spread) => Ok(spread.into()),
+        None => bail!("{} values for {} rows of tokens", values.len(), cx.rows.token_rows()),
     }
 }
 
@@ -306,6 +327,7 @@ impl Loader<'_> {
                 qkv: self.linear(&named(sites::qkv(a)), layer)?,
                 out: self.linear(&[(n.o, Site::Linear { layer, proj: Proj::O }, q_width, a.hidden)], layer)?,
                 layer,
+                keys: self.site(Site::KeyValue { layer })?,
                 layer_scale: if a.scale_by_layer { 1.0 / (layer + 1) as f32 } else { 1.0 },
             },
             norm_mlp: self.norm(&mlp_norm, Site::Norm { layer, at: NormAt::Mlp })?,

@@ -17,9 +17,9 @@ use std::sync::Arc;
 use candle_core::{CustomOp1, Result, Tensor};
 
 use crate::{
-    delta::DeltaBatch,
+    delta::{DeltaBatch, Prefixes, prefix_keys},
     kv::KvCache,
-    ops::{AttnMask, AttnPlan, AttnSpan, KeyRows, RopeTable},
+    ops::{AttnMask, AttnPlan, AttnSpan, RopeTable},
     pacing::Pacer,
     rows::RowLayout,
 };
@@ -54,29 +54,30 @@ pub struct Pass<'a> {
     pub attention: Arc<AttnPlan>,
     /// Cache slots of the step's rows; empty without a cache.
     pub slots: Vec<u32>,
+    /// Keys and values that deltas put ahead of the rows.
+    pub(crate) prefixes: Prefixes,
 }
 
 impl<'a> Pass<'a> {
     /// Shapes of heads: (heads, kv_heads, head_dim, scale).
-    pub(crate) fn new(cx: Cx<'a>, rope: Option<RopeTable>, heads: HeadShape, mask: AttnMask) -> Self {
+    ///
+    /// # Errors
+    /// A row layout that was not made for the step's deltas.
+    pub(crate) fn new(cx: Cx<'a>, rope: Option<RopeTable>, heads: HeadShape, mask: AttnMask) -> Result<Self> {
         let cached = cx.kv.is_some() && cx.rows.spans().iter().all(|s| !s.slots.is_empty());
+        let (keys, prefixes) = prefix_keys(cx.rows, cx.deltas, cached)?;
         let mut slots = Vec::new();
-        let spans = cx
-            .rows
-            .spans()
-            .iter()
-            .map(|s| {
-                let keys = if cached {
-                    slots.extend_from_slice(&s.slots[s.context_len..]);
-                    KeyRows::Slots(Arc::clone(&s.slots))
-                } else {
-                    KeyRows::From(s.start)
-                };
-                AttnSpan { q_start: s.start, q_len: s.len, context_len: s.context_len, keys }
-            })
-            .collect();
+        let spans = cx.rows.spans().iter().zip(keys).map(|(s, keys)| {
+            if cached {
+                slots.extend_from_slice(&s.slots[s.first_key()..]);
+            }
+            let pinned = if s.ahead.pinned { s.ahead.keys } else { 0 };
+            AttnSpan { q_start: s.start, q_len: s.len, context_len: s.first_key(), pinned, keys }
+        });
+        let spans = spans.collect();
         let HeadShape { heads, kv_heads, head_dim, scale } = heads;
-        Self { cx, rope, attention: Arc::new(AttnPlan { spans, mask, heads, kv_heads, head_dim, scale }), slots }
+        let attention = Arc::new(AttnPlan { spans, mask, heads, kv_heads, head_dim, scale });
+        Ok(Self { cx, rope, attention, slots, prefixes })
     }
 }
 

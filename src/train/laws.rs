@@ -1,6 +1,8 @@
 //! Laws of training that need a whole (tiny) model: gradients reach every variable, the base never changes, seeds decide,
 //! accumulation is exact, divergence fails.
 
+mod positions;
+
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -126,6 +128,13 @@ fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
         ("bert", Task::SeqCls, [lora(), bitfit()].concat()),
         ("bert", Task::TokenCls, [lora(), bitfit()].concat()),
         ("bert", Task::SeqCls, vec![]),
+        ("llama", Task::CausalLm, vec![positions::prefix(3)]),
+        ("llama", Task::CausalLm, vec![positions::prompt(3)]),
+        ("gpt2", Task::CausalLm, vec![positions::projected(3)]),
+        ("gpt2", Task::SeqCls, [lora(), vec![positions::p_tuning(2), positions::prefix(3)]].concat()),
+        ("bert", Task::SeqCls, vec![positions::prefix(3)]),
+        ("bert", Task::TokenCls, vec![positions::prompt(3)]),
+        ("bert", Task::TokenCls, vec![positions::p_tuning(3)]),
     ];
     for (family, task, methods) in cases {
         let base = tiny(family);
@@ -166,9 +175,22 @@ fn key_bias(name: &str) -> bool {
 
 #[test]
 fn gradients_match_central_differences() {
-    for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls)] {
+    use positions::{p_tuning, prefix, projected, prompt};
+    let with = |part: MethodPart| [lora(), vec![part]].concat();
+    let cases = [
+        ("llama", Task::CausalLm, lora()),
+        ("gpt2", Task::CausalLm, lora()),
+        ("bert", Task::SeqCls, lora()),
+        ("llama", Task::CausalLm, with(prefix(3))),
+        ("llama", Task::CausalLm, with(prompt(3))),
+        ("gpt2", Task::CausalLm, with(projected(3))),
+        ("gpt2", Task::CausalLm, with(p_tuning(3))),
+        ("bert", Task::SeqCls, with(prefix(3))),
+        ("bert", Task::TokenCls, with(prompt(3))),
+    ];
+    for (family, task, methods) in cases {
         let base = tiny(family);
-        let input = input(&base, task, &lora(), hyper(10));
+        let input = input(&base, task, &methods, hyper(10));
         let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
         let batch: Vec<&Encoded> = input.train.iter().take(6).collect();
         let loss = || {
@@ -238,10 +260,7 @@ fn the_same_seed_gives_the_same_delta_and_another_seed_another() {
     let run = |seed| {
         let methods = [MethodPart::Lora(LoraPart { rank: Some(2), dropout: Some(0.2), ..LoraPart::default() })];
         let end = train(&base, input(&base, Task::SeqCls, &methods, ResolvedTraining { seed, ..hyper(6) }));
-        let deltas = end.delta.patches().iter().flat_map(|(_, p)| match p {
-            crate::delta::Patch::LowRank(l) => [flat(&l.a), flat(&l.b)].concat(),
-            crate::delta::Patch::Bias(t) | crate::delta::Patch::Scale(t) => flat(t),
-        });
+        let deltas = end.delta.patches().iter().flat_map(|(_, p)| p.tensors().into_iter().flat_map(|(_, t)| flat(t)));
         deltas.chain(flat(&end.delta.head().unwrap().weight)).collect::<Vec<f32>>()
     };
     let first = run(1);

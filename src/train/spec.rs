@@ -3,6 +3,10 @@
 //! Everything contradictory, unknown or out of range is an error that names the field and what is accepted; nothing is
 //! ignored. No tensors: the result is a list of sites with their patch shapes.
 
+mod positions;
+
+pub use positions::{EncoderPlan, PositionPlan, PositionPlans, Start, p_tuning_defaults, prefix_defaults, prompt_defaults};
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use regex::{Regex, RegexBuilder};
@@ -35,6 +39,20 @@ pub enum PatchPlan {
     },
     /// A difference to the bias.
     Bias,
+    /// Rows ahead of the tokens.
+    Prompt {
+        /// How many.
+        n: usize,
+        /// Whether a network makes them.
+        made: bool,
+    },
+    /// Keys and values ahead of the layer's own.
+    Prefix {
+        /// How many.
+        n: usize,
+        /// Whether a network makes them.
+        made: bool,
+    },
 }
 
 /// The head that is trained.
@@ -61,6 +79,8 @@ pub struct TrainSpec {
     pub patches: Vec<(SiteId, PatchPlan)>,
     /// The head, for classification.
     pub head: Option<HeadPlan>,
+    /// More on the parts that add positions.
+    pub positions: PositionPlans,
 }
 
 /// What the specification needs to know of the base.
@@ -87,7 +107,13 @@ impl TrainSpec {
         labels: &[String],
         base: BaseShape<'_>,
     ) -> Result<Self, Vec<Violation>> {
-        let mut r = Resolver { base, task, problems: Vec::new(), patches: BTreeMap::new() };
+        let mut r = Resolver {
+            base,
+            task,
+            problems: Vec::new(),
+            patches: BTreeMap::new(),
+            positions: PositionPlans::default(),
+        };
         r.check_task(methods, task, labels);
         let mut kinds = BTreeSet::new();
         for (i, part) in methods.iter().enumerate() {
@@ -98,6 +124,9 @@ impl TrainSpec {
             match part {
                 MethodPart::Lora(p) => r.lora(&field, p),
                 MethodPart::Bitfit(p) => r.bitfit(&field, p),
+                MethodPart::Prefix(p) => r.prefix(&field, p),
+                MethodPart::Prompt(p) => r.prompt(&field, p),
+                MethodPart::PTuning(p) => r.p_tuning(&field, p),
             }
         }
         if !r.problems.is_empty() {
@@ -110,7 +139,7 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if classifies { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head })
+        Ok(Self { task, methods, labels, patches, head, positions: r.positions })
     }
 
     /// Numbers that are trained.
@@ -120,9 +149,12 @@ impl TrainSpec {
             sites.get(*site).map_or(0, |e| match plan {
                 PatchPlan::LowRank { rank, .. } => rank * (e.in_dim + e.out_dim),
                 PatchPlan::Bias => e.out_dim,
+                PatchPlan::Prompt { made: true, .. } | PatchPlan::Prefix { made: true, .. } => 0,
+                PatchPlan::Prompt { n, .. } => n * e.out_dim,
+                PatchPlan::Prefix { n, .. } => 2 * n * e.out_dim,
             })
         };
-        (head + self.patches.iter().map(patch).sum::<usize>()) as u64
+        (head + self.positions.encoder_parameters() + self.patches.iter().map(patch).sum::<usize>()) as u64
     }
 
     /// Bytes that a run needs beside the base: `rows` of a micro-batch, `longest` example in it. An estimate: every
@@ -145,6 +177,7 @@ struct Resolver<'a> {
     task: Task,
     problems: Vec<Violation>,
     patches: BTreeMap<SiteId, Vec<PatchPlan>>,
+    positions: PositionPlans,
 }
 
 impl Resolver<'_> {
@@ -401,7 +434,7 @@ pub(crate) mod tests {
         let spec = TrainSpec::resolve(&lora(part.clone()), Task::CausalLm, &[], base(&sites)).unwrap();
         let scale = |m: &str| match spec.patches.iter().find(|(id, _)| sites.get(*id).unwrap().module == m).unwrap().1 {
             PatchPlan::LowRank { rank, scale, .. } => (rank, scale),
-            PatchPlan::Bias => panic!("bias"),
+            other => panic!("{other:?}"),
         };
         assert_eq!(scale("layers.0.self_attn.q_proj"), (16, 2.0));
         assert_eq!(scale("layers.1.self_attn.q_proj"), (4, 4.0));

@@ -3,13 +3,18 @@
 //! The delta's tensors *are* the variables, so an optimizer step changes what the next forward uses without rebuilding
 //! anything. Base weights never appear here. Evaluation and publishing get plain tensors ([`Trainable::detached`]).
 
+mod positions;
+
 use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, rngs::StdRng};
 
+use positions::{Encoder, Positions, Source, prefix_name};
+
 use crate::{
     delta::{Delta, DeltaSpec, Head, LowRank, Patch, SiteId, SiteTable},
+    rows::Ahead,
     train::{
         batches::{self, Stream, dropout_mask},
         spec::{HeadPlan, PatchPlan, TrainSpec},
@@ -19,7 +24,8 @@ use crate::{
 /// A trained tensor.
 #[derive(Debug, Clone)]
 pub struct NamedVar {
-    /// `<module>.lora_A`, `<module>.lora_B` (transposed, as in [`LowRank`]), `<module>.bias`, `head.weight`, `head.bias`.
+    /// `<module>.lora_A`, `<module>.lora_B` (transposed, as in [`LowRank`]), `<module>.bias`, `head.weight`, `head.bias`,
+    /// `prompt`, `prefix.<site>.k`, `prefix.<site>.v`, `prompt.encoder...`, `prefix.encoder...`.
     pub name: String,
     /// The variable, f32.
     pub var: Var,
@@ -33,6 +39,7 @@ enum Part {
     LowRank { a: usize, b: usize, scale: f64, dropout: f64 },
     Bias(usize),
     Scale(usize),
+    Positions(Positions),
 }
 
 /// Copies of all variables at one moment.
@@ -45,18 +52,22 @@ pub struct Trainable {
     spec: DeltaSpec,
     vars: Vec<NamedVar>,
     parts: Vec<(SiteId, Part)>,
+    /// Networks that make virtual tokens.
+    encoders: Vec<Encoder>,
     head: Option<(usize, Option<usize>)>,
     live: Option<Arc<Delta>>,
 }
 
 impl Trainable {
     /// Fresh variables: LoRA's A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5) and B zero, biases zero, head weights
-    /// from N(0, 0.02); so before the first step the delta changes nothing but the head. Always f32, whatever the base's type.
+    /// from N(0, 0.02); so before the first step the delta changes nothing but the head. Virtual tokens are random here.
+    /// Always f32, whatever the base's type.
     ///
     /// # Errors
     /// The device, or a site that the table does not have.
     pub fn init(spec: &TrainSpec, sites: &SiteTable, seed: u64, device: &Device) -> Result<Self> {
         let mut b = Builder { vars: Vec::new(), rng: batches::rng(seed, Stream::Init), device };
+        let mut networks = b.networks(spec)?;
         let mut parts = Vec::with_capacity(spec.patches.len());
         for (site, plan) in &spec.patches {
             let entry = sites.get(*site).ok_or_else(|| candle_core::Error::msg(format!("no site {site}")))?;
@@ -69,6 +80,9 @@ impl Trainable {
                     Part::LowRank { a, b, scale, dropout }
                 }
                 PatchPlan::Bias => Part::Bias(b.zeros(format!("{module}.bias"), &[outputs], false)?),
+                PatchPlan::Prompt { .. } | PatchPlan::Prefix { .. } => {
+                    Part::Positions(b.positions(*site, plan, outputs, &mut networks)?)
+                }
             };
             parts.push((*site, part));
         }
@@ -81,7 +95,8 @@ impl Trainable {
             parameters: b.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
             resident_bytes: 0,
         };
-        Self { spec: delta_spec, vars: b.vars, parts, head, live: None }.with_live()
+        let encoders = networks.encoders;
+        Self { spec: delta_spec, vars: b.vars, parts, encoders, head, live: None }.with_live()
     }
 
     /// Variables with the values of an existing delta, to train it further.
@@ -106,6 +121,15 @@ impl Trainable {
                 },
                 Patch::Bias(t) => Part::Bias(add(format!("{module}.bias"), t, false)?),
                 Patch::Scale(t) => Part::Scale(add(format!("{module}.scale"), t, false)?),
+                Patch::Prompt(p) => {
+                    let rows = Source::Var(add("prompt".into(), &p.rows, true)?);
+                    Part::Positions(Positions::Prompt { rows, stage: p.stage })
+                }
+                Patch::Prefix(p) => {
+                    let k = Source::Var(add(prefix_name(*site, "k"), &p.k, true)?);
+                    let v = Source::Var(add(prefix_name(*site, "v"), &p.v, true)?);
+                    Part::Positions(Positions::Prefix { k, v, form: p.form })
+                }
             };
             parts.push((*site, part));
         }
@@ -116,12 +140,17 @@ impl Trainable {
             }
             None => None,
         };
-        Self { spec: delta.spec.clone(), vars, parts, head, live: None }.with_live()
+        Self { spec: delta.spec.clone(), vars, parts, encoders: Vec::new(), head, live: None }.with_live()
     }
 
     /// The variables, in a fixed order.
     pub fn vars(&self) -> &[NamedVar] {
         &self.vars
+    }
+
+    /// What the delta puts ahead of the tokens.
+    pub fn ahead(&self) -> Ahead {
+        self.live.as_ref().map(|d| d.ahead()).unwrap_or_default()
     }
 
     /// Whether any part asks for dropout.
@@ -138,7 +167,8 @@ impl Trainable {
     /// The device.
     pub fn delta(&self, dropout: &mut StdRng) -> Result<Arc<Delta>> {
         match &self.live {
-            Some(delta) if !self.has_dropout() => Ok(Arc::clone(delta)),
+            // what a network makes changes with its variables
+            Some(delta) if !self.has_dropout() && self.encoders.is_empty() => Ok(Arc::clone(delta)),
             _ => Ok(Arc::new(self.build(|_, var| Ok(var.as_tensor().clone()), Some(dropout))?)),
         }
     }
@@ -195,6 +225,11 @@ impl Trainable {
 
     fn build(&self, tensor: impl Fn(usize, &Var) -> Result<Tensor>, mut dropout: Option<&mut StdRng>) -> Result<Delta> {
         let get = |i: usize| tensor(i, &self.vars[i].var);
+        let made: Vec<Tensor> = self.encoders.iter().map(|e| e.run(get)).collect::<Result<_>>()?;
+        let source = |s: Source| match s {
+            Source::Var(i) => get(i),
+            Source::Made { encoder, from, len } => made[encoder].narrow(1, from, len)?.contiguous(),
+        };
         let mut patches = Vec::with_capacity(self.parts.len());
         for (site, part) in &self.parts {
             let patch = match *part {
@@ -209,6 +244,7 @@ impl Trainable {
                 }
                 Part::Bias(i) => Patch::Bias(get(i)?),
                 Part::Scale(i) => Patch::Scale(get(i)?),
+                Part::Positions(positions) => positions.patch(source)?,
             };
             patches.push((*site, patch));
         }
@@ -239,6 +275,12 @@ impl Builder<'_> {
 
     fn uniform(&mut self, name: String, shape: (usize, usize), bound: f32) -> Result<usize> {
         let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| self.rng.random_range(-bound..=bound)).collect();
+        let t = Tensor::from_vec(values, shape, self.device)?;
+        self.add(name, &t, true)
+    }
+
+    fn normal(&mut self, name: String, shape: (usize, usize), std: f32) -> Result<usize> {
+        let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| std * normal(&mut self.rng)).collect();
         let t = Tensor::from_vec(values, shape, self.device)?;
         self.add(name, &t, true)
     }

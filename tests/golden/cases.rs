@@ -4,11 +4,11 @@ use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{Tensor, Var};
 use deltaserve::{
-    delta::{Delta, DeltaBatch, Head, LowRank, Patch},
+    delta::{Delta, DeltaBatch, Head},
     kv::KvCache,
     model::{Base, Input},
     nn::Cx,
-    rows::RowLayout,
+    rows::{Ahead, RowLayout, Span},
 };
 use serde_json::Value;
 
@@ -58,14 +58,8 @@ pub(crate) fn tracked(delta: &Delta) -> Step<Arc<Delta>> {
     let var = |t: &Tensor| -> Step<Tensor> { Ok(Var::from_tensor(t).map_err(fail)?.as_tensor().clone()) };
     let mut patches = Vec::new();
     for (site, patch) in delta.patches() {
-        patches.push((
-            *site,
-            match patch {
-                Patch::LowRank(l) => Patch::LowRank(LowRank { a: var(&l.a)?, b: var(&l.b)?, scale: l.scale }),
-                Patch::Bias(b) => Patch::Bias(var(b)?),
-                Patch::Scale(s) => Patch::Scale(var(s)?),
-            },
-        ));
+        let fresh = patch.map(&mut |_, t| Ok(Var::from_tensor(t)?.as_tensor().clone())).map_err(fail)?;
+        patches.push((*site, fresh));
     }
     let head = match delta.head() {
         Some(h) => Some(Head { weight: var(&h.weight)?, bias: h.bias.as_ref().map(&var).transpose()? }),
@@ -84,8 +78,9 @@ fn outputs(
 ) -> Step<f64> {
     let batch = Batch::read(want, "input_ids", "attention_mask")?;
     let lens: Vec<usize> = batch.tokens.iter().map(Vec::len).collect();
-    let rows = RowLayout::packed(&lens);
-    let deltas = DeltaBatch::new(&rows, &vec![delta; lens.len()], base.sites.len());
+    let per_span = vec![delta; lens.len()];
+    let rows = RowLayout::packed_for(&lens, &per_span);
+    let deltas = DeltaBatch::new(&rows, &per_span, base.sites.len());
     let cx = Cx::new(&rows, &deltas);
     let tokens = batch.tokens.concat();
     let types = batch.types.as_ref().map(|t| t.concat()).filter(|_| base.arch.token_types > 0);
@@ -98,7 +93,7 @@ fn outputs(
         for (i, got) in got.iter().enumerate() {
             let own = expected.get(i).map_err(fail)?;
             let own = if own.rank() == 2 {
-                let places: Vec<u32> = batch.places(i).into_iter().map(|p| p as u32).collect();
+                let places = places(case, task, &rows.spans()[i], &batch.places(i));
                 own.index_select(&Tensor::new(places, own.device()).map_err(fail)?, 0).map_err(fail)?
             } else {
                 own
@@ -111,6 +106,14 @@ fn outputs(
         }
     }
     Ok(worst)
+}
+
+/// Rows of a padded expected output. Where it includes virtual positions, they come first; a language model's are compared,
+/// too.
+pub(crate) fn places(case: &Value, task: &str, span: &Span, places: &[usize]) -> Vec<u32> {
+    let n = if case["logits_include_virtual"].as_bool() == Some(true) { span.virtual_len() } else { 0 };
+    let first = if task == "causal_lm" { 0..n } else { 0..0 };
+    first.chain(places.iter().map(|p| p + n)).map(|p| p as u32).collect()
 }
 
 /// An output of every sequence: `[len, x]` or `[x]`.
@@ -136,7 +139,8 @@ fn rows_of(base: &Base, name: &str, task: &str, hidden: &Tensor, cx: &Cx<'_>) ->
             ("mean_pooled_unit", _) => spans
                 .iter()
                 .map(|s| {
-                    let mean = hidden.narrow(0, s.start, s.len)?.mean(0)?;
+                    let own = s.token_rows();
+                    let mean = hidden.narrow(0, own.start, own.len())?.mean(0)?;
                     let norm = mean.sqr()?.sum_all()?.sqrt()?;
                     mean.broadcast_div(&norm)
                 })
@@ -174,7 +178,8 @@ pub(crate) fn greedy(
     deltas: &[Option<Arc<Delta>>],
     steps: usize,
 ) -> candle_core::Result<Vec<Vec<u32>>> {
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + steps;
+    let ahead: Vec<Ahead> = deltas.iter().map(|d| d.as_ref().map(|d| d.ahead()).unwrap_or_default()).collect();
+    let longest = prompts.iter().zip(&ahead).map(|(p, a)| a.slots() + p.len()).max().unwrap_or(0) + steps;
     let cache =
         KvCache::new(base.arch.layers, prompts.len() * longest, base.arch.kv_width(), base.dtype, &base.device)?;
     // interleaved slots: a sequence's positions are never neighbours
@@ -185,14 +190,15 @@ pub(crate) fn greedy(
         let mut rows = RowLayout::default();
         let mut tokens = Vec::new();
         for (i, prompt) in prompts.iter().enumerate() {
-            let total = prompt.len() + out[i].len();
+            let total = ahead[i].rows + prompt.len() + out[i].len();
+            let slots = slots(i, ahead[i].keys + total);
             match out[i].last() {
                 None => {
-                    rows.push(prompt.len(), 0, slots(i, total));
+                    rows.push_after(ahead[i], total, 0, slots);
                     tokens.extend_from_slice(prompt);
                 }
                 Some(&last) => {
-                    rows.push(1, total - 1, slots(i, total));
+                    rows.push_after(ahead[i], 1, total - 1, slots);
                     tokens.push(last);
                 }
             }

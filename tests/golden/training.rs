@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
     admission::train_params::Schedule,
-    delta::{Delta, DeltaBatch, Patch},
+    delta::{Delta, DeltaBatch, Patch, PrefixForm},
     model::{Base, Input},
     nn::Cx,
     rows::RowLayout,
@@ -123,14 +123,14 @@ fn finals(f: &Fixtures, case: &Value, (base, delta): (&Base, &Delta), want: &Has
     let (atol, floor) = (f.tolerance("final_atol").max(noise), f.tolerance("grad_floor"));
     let flat = |t: &Tensor| t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>()).map_err(fail);
     let n = vars.len();
-    for (name, var, transposed) in vars {
+    for Named { name, tensors, transposed } in vars {
         let find = |kind: &str| {
             let hit = |k: &&String| {
                 k.starts_with(kind) && (k.ends_with(&format!(".{name}")) || k.ends_with(&format!("::{name}")))
             };
             want.keys().find(hit).map(|k| &want[k]).ok_or_else(|| fail(format!("no {kind} of {name}")))
         };
-        let got = if transposed { var.t().map_err(fail)? } else { var.clone() };
+        let got = joined(&tensors, transposed).map_err(fail)?;
         // BitFit's file has whole biases, the variable is what was added
         let bias = name.strip_suffix(".bias").and_then(|m| base.sites.by_module(m));
         let got = match bias.map(|site| base.bias(site)).transpose().map_err(fail)?.flatten() {
@@ -156,7 +156,7 @@ fn near(got: f64, want: f64, atol: f64) -> bool {
 fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tensor>) -> candle_core::Result<Tensor> {
     let bad = |_| candle_core::Error::Msg("batch".into());
     let batch = Batch::read(want, "input_ids", "attention_mask").map_err(bad)?;
-    let rows = RowLayout::packed(&batch.tokens.iter().map(Vec::len).collect::<Vec<_>>());
+    let rows = RowLayout::packed_after(batch.tokens.iter().map(|t| (t.len(), delta.ahead())));
     let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
     let cx = Cx::new(&rows, &deltas);
     let types = batch.types.as_ref().map(|t| t.concat()).filter(|_| base.arch.token_types > 0);
@@ -188,11 +188,12 @@ fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tens
             let labels = labels.to_vec2::<i64>()?;
             let (mut pick, mut targets) = (vec![], vec![]);
             for (i, span) in rows.spans().iter().enumerate() {
-                let places = batch.places(i);
-                for (j, next) in places.iter().skip(1).enumerate() {
-                    if labels[i][*next] >= 0 {
-                        pick.push((span.start + j) as u32);
-                        targets.push(labels[i][*next] as u32);
+                // the last virtual row predicts the first token
+                let first = usize::from(span.virtual_len() == 0);
+                for (t, place) in batch.places(i).into_iter().enumerate().skip(first) {
+                    if labels[i][place] >= 0 {
+                        pick.push((span.token_rows().start + t - 1) as u32);
+                        targets.push(labels[i][place] as u32);
                     }
                 }
             }
@@ -201,23 +202,53 @@ fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tens
     }
 }
 
+/// A tensor of a delta's file: the variables whose columns are its own.
+struct Named {
+    name: String,
+    tensors: Vec<Tensor>,
+    /// Whether the file has it the other way round.
+    transposed: bool,
+}
+
+/// As the file has it.
+fn joined(tensors: &[Tensor], transposed: bool) -> candle_core::Result<Tensor> {
+    match tensors {
+        [one] if transposed => one.t(),
+        [one] => Ok(one.clone()),
+        many => Tensor::cat(many, 1),
+    }
+}
+
 /// A delta's variables under the names of its file, in the file's layout.
-fn named(base: &Base, delta: &Delta) -> Vec<(String, Tensor, bool)> {
+fn named(base: &Base, delta: &Delta) -> Vec<Named> {
     let mut out = Vec::new();
+    let mut add = |name: String, t: &Tensor, transposed| out.push(Named { name, tensors: vec![t.clone()], transposed });
+    let mut prefix = Vec::new();
+    let mut pinned = false;
     for (site, patch) in delta.patches() {
         let module = base.sites.get(*site).map(|e| e.module.clone()).unwrap_or_default();
-        if let Patch::LowRank(l) = patch {
-            out.push((format!("{module}.lora_A.weight"), l.a.clone(), false));
-            out.push((format!("{module}.lora_B.weight"), l.b.clone(), true)); // kept transposed
-        }
-        if let Patch::Bias(b) = patch {
-            out.push((format!("{module}.bias"), b.clone(), false)); // kept as the difference to the base's
+        match patch {
+            Patch::LowRank(l) => {
+                add(format!("{module}.lora_A.weight"), &l.a, false);
+                add(format!("{module}.lora_B.weight"), &l.b, true); // kept transposed
+            }
+            Patch::Bias(b) => add(format!("{module}.bias"), b, false), // kept as the difference to the base's
+            Patch::Prompt(p) => add("prompt_embeddings".into(), &p.rows, false),
+            Patch::Prefix(p) => {
+                pinned = p.form == PrefixForm::Pinned;
+                prefix.extend([p.k.clone(), p.v.clone()]);
+            }
+            Patch::Scale(_) => {}
         }
     }
     if let Some(head) = delta.head() {
         let name = base.arch.names.cls_head;
-        out.push((format!("{name}.weight"), head.weight.clone(), false));
-        out.extend(head.bias.iter().map(|b| (format!("{name}.bias"), b.clone(), false)));
+        add(format!("{name}.weight"), &head.weight, false);
+        head.bias.iter().for_each(|b| add(format!("{name}.bias"), b, false));
+    }
+    if !prefix.is_empty() {
+        let name = if pinned { "self_prefix.control_trans" } else { "prompt_embeddings" };
+        out.push(Named { name: name.into(), tensors: prefix, transposed: false });
     }
     out
 }
@@ -235,11 +266,13 @@ fn gradients(
     if keys.len() != vars.len() {
         return Err(fail(format!("{} gradients expected, {} variables", keys.len(), vars.len())));
     }
-    for (name, var, transposed) in vars {
+    for Named { name, tensors, transposed } in vars {
         let key = keys.iter().find(|k| k.ends_with(&format!(".{name}")) || k.ends_with(&format!("::{name}")));
         let expected = &want[*key.ok_or_else(|| fail(format!("no expected gradient of {name}")))?];
-        let got = grads.get(&var).ok_or_else(|| fail(format!("no gradient of {name}")))?;
-        let got = if transposed { got.t().map_err(fail)? } else { got.clone() };
+        let got: Vec<Tensor> = (tensors.iter())
+            .map(|t| grads.get(t).cloned().ok_or_else(|| fail(format!("no gradient of {name}"))))
+            .collect::<Step<_>>()?;
+        let got = joined(&got, transposed).map_err(fail)?;
         let flat = |t: &Tensor| t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>());
         for (a, b) in flat(&got).map_err(fail)?.iter().zip(flat(expected).map_err(fail)?) {
             let (a, b) = (f64::from(*a), f64::from(b));

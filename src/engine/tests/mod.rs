@@ -2,6 +2,7 @@
 
 mod generation;
 mod lifecycle;
+mod positions;
 mod prompt_only;
 
 use std::{sync::Arc, thread::JoinHandle, time::Instant};

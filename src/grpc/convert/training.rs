@@ -1,5 +1,7 @@
 //! Training messages: requests to the domain, examples to JSON lines.
 
+mod positions;
+
 use serde_json::json;
 
 use crate::{
@@ -93,6 +95,9 @@ fn methods(parts: Vec<proto::MethodPart>, problems: &mut Problems) -> Vec<Method
         match part.part {
             Some(Part::Lora(m)) => out.push(MethodPart::Lora(lora(&at, m, problems))),
             Some(Part::Bitfit(m)) => out.push(MethodPart::Bitfit(bitfit(&at, m, problems))),
+            Some(Part::Prefix(m)) => out.push(MethodPart::Prefix(positions::prefix(&at, m, problems))),
+            Some(Part::Prompt(m)) => out.push(MethodPart::Prompt(positions::prompt(&at, m, problems))),
+            Some(Part::PTuning(m)) => out.push(MethodPart::PTuning(positions::p_tuning(&m))),
             None => problems.push(at, "is empty; one kind is required"),
         }
     }
@@ -264,6 +269,9 @@ fn method_to_wire(part: MethodPart) -> proto::MethodPart {
             };
             Part::Bitfit(proto::Bitfit { subset: subset.into() })
         }
+        MethodPart::Prefix(m) => Part::Prefix(positions::prefix_to_wire(m)),
+        MethodPart::Prompt(m) => Part::Prompt(positions::prompt_to_wire(m)),
+        MethodPart::PTuning(m) => Part::PTuning(positions::p_tuning_to_wire(&m)),
     };
     proto::MethodPart { part: Some(part) }
 }
