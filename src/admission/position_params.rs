@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn texts_and_networks_are_given_where_they_are_used() {
-        let prompt = |init, text: Option<&str>| PromptPart { init, init_text: text.map(Into::into), ..PromptPart::default() };
+        let prompt =
+            |init, text: Option<&str>| PromptPart { init, init_text: text.map(Into::into), ..PromptPart::default() };
         assert!(fields(|p| prompt(PromptInit::Text, Some("a")).check("m", p)).is_empty());
         assert_eq!(fields(|p| prompt(PromptInit::Text, None).check("m", p)), ["m.init_text"]);
         assert_eq!(fields(|p| prompt(PromptInit::Random, Some("a")).check("m", p)), ["m.init_text"]);

@@ -209,7 +209,13 @@ impl Service {
     }
 
     /// Tokens of a sequence against the context, beside what its delta puts ahead of them.
-    pub(super) fn check_room(&self, field: &str, len: usize, new: usize, admitted: &Admitted) -> Result<(), ServeError> {
+    pub(super) fn check_room(
+        &self,
+        field: &str,
+        len: usize,
+        new: usize,
+        admitted: &Admitted,
+    ) -> Result<(), ServeError> {
         let ahead = admitted.lease.as_ref().map(|l| l.delta().ahead()).unwrap_or_default();
         let (limit, most) = (self.context(), self.parts().engine.max_tokens(ahead));
         let message = match (len, new, ahead.slots()) {

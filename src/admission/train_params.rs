@@ -12,8 +12,8 @@ pub use super::jobs::{
     CheckpointEvent, EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent,
     NoteEvent, StateEvent,
 };
-pub use super::position_params::{PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart};
 use super::params::{PublishPolicy, Violation};
+pub use super::position_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart};
 use crate::delta::Task;
 
 /// A training request (`CreateJob`, `Plan`).

@@ -88,9 +88,7 @@ impl Patch {
     /// Those of `f`.
     pub fn map(&self, f: &mut dyn FnMut(&'static str, &Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(match self {
-            Self::LowRank(l) => {
-                Self::LowRank(LowRank { a: f("lora_A", &l.a)?, b: f("lora_B", &l.b)?, scale: l.scale })
-            }
+            Self::LowRank(l) => Self::LowRank(LowRank { a: f("lora_A", &l.a)?, b: f("lora_B", &l.b)?, scale: l.scale }),
             Self::Bias(t) => Self::Bias(f("bias", t)?),
             Self::Scale(t) => Self::Scale(f("scale", t)?),
             Self::Prompt(p) => Self::Prompt(Prompt { rows: f("prompt", &p.rows)?, ..p.clone() }),

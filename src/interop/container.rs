@@ -74,7 +74,10 @@ fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
     }
     let value: Value = serde_json::from_slice(data).map_err(|e| bad(e.to_string()))?;
     if value["format"] != FORMAT || value["version"] != 1 {
-        return Err(bad(format!("format {}, version {}; accepted is {FORMAT:?}, version 1", value["format"], value["version"])));
+        return Err(bad(format!(
+            "format {}, version {}; accepted is {FORMAT:?}, version 1",
+            value["format"], value["version"]
+        )));
     }
     let parts = value["parts"].as_array().map(Vec::as_slice).unwrap_or_default();
     if !(1..=MAX_PARTS).contains(&parts.len()) {
@@ -82,7 +85,8 @@ fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
     }
     let mut names = Vec::with_capacity(parts.len());
     for part in parts {
-        let plain = |n: &&str| !n.is_empty() && n.len() <= 32 && n.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        let plain =
+            |n: &&str| !n.is_empty() && n.len() <= 32 && n.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         let name = part.as_str().filter(plain);
         let name = name.ok_or_else(|| bad(format!("parts: {part}; accepted are names of letters, digits and _")))?;
         names.push(name.to_owned());

@@ -113,7 +113,11 @@ struct Parts {
 /// # Errors
 /// [`InteropError`] names the file, field or tensor.
 pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
-    if files.files.contains_key(container::INDEX) { container::decode(files, base, single) } else { single(files, base) }
+    if files.files.contains_key(container::INDEX) {
+        container::decode(files, base, single)
+    } else {
+        single(files, base)
+    }
 }
 
 /// Reads one folder.
@@ -134,15 +138,15 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
             if let Some(head) = files.files.keys().find(|n| n.contains("head")) {
                 return Err(InteropError::invalid(head, "heads of AdapterHub folders are not supported"));
             }
-            let (patches, method) =
-                virtual_tokens::adapterhub(config_name, &config["config"], &virtual_tokens::all(&tensors)?, base)?;
-            Parts { patches, head: None, methods: vec![method.into()] }
+            virtual_tokens::adapterhub(config_name, &config["config"], &tensors, base)?
         }
         other => {
             return Err(InteropError::invalid(
                 config_name,
-                format!("peft_type {other:?} is not supported; supported are LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING, \
-                     BITFIT"),
+                format!(
+                    "peft_type {other:?} is not supported; supported are LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING, \
+                     BITFIT"
+                ),
             ));
         }
     };

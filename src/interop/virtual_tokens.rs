@@ -53,7 +53,8 @@ impl At<'_> {
     /// A prompt's patch of `[n, hidden]`.
     fn prompt(self, rows: &Tensor, stage: PromptStage) -> Result<(SiteId, Patch), InteropError> {
         let site = self.base.sites.id(Site::Embedding);
-        let site = site.ok_or_else(|| InteropError::BaseMismatch("the base has no embedding that a prompt could join".into()))?;
+        let site = site
+            .ok_or_else(|| InteropError::BaseMismatch("the base has no embedding that a prompt could join".into()))?;
         Ok((site, Patch::Prompt(Prompt { rows: self.put(rows)?, stage })))
     }
 
@@ -113,7 +114,10 @@ pub(super) fn decode(
     let (embeddings, head) = collect(tensors, base)?;
     let t = embeddings.ok_or_else(|| InteropError::invalid(super::WEIGHTS[0], format!("{EMBEDDINGS} is missing")))?;
     let &[n, width] = t.dims() else {
-        return Err(InteropError::invalid(super::WEIGHTS[0], format!("{EMBEDDINGS} is {:?}; two dimensions are", t.dims())));
+        return Err(InteropError::invalid(
+            super::WEIGHTS[0],
+            format!("{EMBEDDINGS} is {:?}; two dimensions are", t.dims()),
+        ));
     };
     check_count(at, "num_virtual_tokens", config, n)?;
     let patches = if kind == "PREFIX_TUNING" {
@@ -193,23 +197,31 @@ fn count(at: At<'_>, config: &Value, key: &str) -> Result<Option<usize>, Interop
     }
 }
 
-/// Patches of an AdapterHub folder of the architecture `prefix_tuning` or `prompt_tuning`, and the method's name.
-/// `config` is the inner `config` of `adapter_config.json`; `tensors` all of the weights file, f32 on the CPU.
+/// An AdapterHub folder of the architecture `prefix_tuning` or `prompt_tuning`; `config` is the inner `config` of
+/// `adapter_config.json`.
 ///
 /// # Errors
 /// Options that this server does not apply, tensors that are missing, left over or of another base.
 pub(super) fn adapterhub(
     file: &str,
     config: &Value,
-    tensors: &BTreeMap<String, Tensor>,
+    tensors: &TensorFile<'_>,
     base: &Base,
-) -> Result<(Vec<(SiteId, Patch)>, &'static str), InteropError> {
+) -> Result<Parts, InteropError> {
     let at = At { file, base };
-    match config.get("architecture").and_then(Value::as_str) {
-        Some("prefix_tuning") => Ok((hub_prefix(at, config, tensors)?, "prefix")),
-        Some("prompt_tuning") => Ok((hub_prompt(at, config, tensors)?, "prompt")),
-        other => Err(at.bad(format!("architecture {other:?} adds no positions"))),
-    }
+    let all = (tensors.names().into_iter())
+        .map(|name| Ok((name.clone(), tensors.get(&name)?)))
+        .collect::<Result<BTreeMap<String, Tensor>, InteropError>>()?;
+    let (patches, method) = match config.get("architecture").and_then(Value::as_str) {
+        Some("prefix_tuning") => (hub_prefix(at, config, &all)?, "prefix"),
+        Some("prompt_tuning") => (hub_prompt(at, config, &all)?, "prompt"),
+        other => {
+            return Err(at.bad(format!(
+                "config.architecture {other:?} is not supported; supported are \"prefix_tuning\", \"prompt_tuning\""
+            )));
+        }
+    };
+    Ok(Parts { patches, head: None, methods: vec![method.into()] })
 }
 
 /// Tensors by what follows the adapter's name, e.g. `self_prefix.wte.weight`. The library may hold equal copies: one of
@@ -235,7 +247,11 @@ fn by_suffix<'a>(
             None => left.push(name.clone()),
         }
     }
-    if left.is_empty() { Ok(found.into_iter().map(|(k, (_, t))| (k, t)).collect()) } else { Err(keys::unapplied(left, found.len(), at.base)) }
+    if left.is_empty() {
+        Ok(found.into_iter().map(|(k, (_, t))| (k, t)).collect())
+    } else {
+        Err(keys::unapplied(left, found.len(), at.base))
+    }
 }
 
 fn hub_prefix(
@@ -268,10 +284,15 @@ fn hub_prefix(
         t.reshape((t.elem_count() / whole, whole))?
     } else {
         let act = config.get("non_linearity").and_then(Value::as_str).unwrap_or("tanh");
-        projected(at, act, get("wte.weight")?, [
-            (get("control_trans.0.weight")?, get("control_trans.0.bias")?),
-            (get("control_trans.2.weight")?, get("control_trans.2.bias")?),
-        ])?
+        projected(
+            at,
+            act,
+            get("wte.weight")?,
+            [
+                (get("control_trans.0.weight")?, get("control_trans.0.bias")?),
+                (get("control_trans.2.weight")?, get("control_trans.2.bias")?),
+            ],
+        )?
     };
     check_count(at, "prefix_length", config, flat.dim(0)?)?;
     at.prefix(&flat, "the prefix", PrefixForm::Pinned)
@@ -342,12 +363,4 @@ fn hub_prompt(
         Positions::Rotary { .. } => PromptStage::Tokens,
     };
     Ok(vec![at.prompt(rows, stage)?])
-}
-
-/// All tensors of a checked file, f32 on the CPU.
-///
-/// # Errors
-/// Numbers that are not finite.
-pub(super) fn all(tensors: &TensorFile<'_>) -> Result<BTreeMap<String, Tensor>, InteropError> {
-    tensors.names().into_iter().map(|name| Ok((name.clone(), tensors.get(&name)?))).collect()
 }

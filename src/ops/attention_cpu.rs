@@ -40,14 +40,7 @@ fn axpy(s: f32, x: &[f32], out: &mut [f32]) {
 
 /// The scores of one query and head turned into probabilities of the seen keys, in `probs`.
 #[inline(always)]
-fn probabilities(
-    q: &[f32],
-    scale: f32,
-    key: impl Fn(usize) -> usize,
-    k: &[f32],
-    seen: Seen,
-    probs: &mut [f32],
-) {
+fn probabilities(q: &[f32], scale: f32, key: impl Fn(usize) -> usize, k: &[f32], seen: Seen, probs: &mut [f32]) {
     let d = q.len();
     let probs = &mut probs[..seen.len()];
     let mut max = f32::NEG_INFINITY;

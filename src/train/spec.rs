@@ -5,7 +5,9 @@
 
 mod positions;
 
-pub use positions::{EncoderPlan, PositionPlan, PositionPlans, Start, p_tuning_defaults, prefix_defaults, prompt_defaults};
+pub use positions::{
+    EncoderPlan, PositionPlan, PositionPlans, Start, p_tuning_defaults, prefix_defaults, prompt_defaults,
+};
 
 use std::collections::{BTreeMap, BTreeSet};
 

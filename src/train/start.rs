@@ -24,7 +24,13 @@ use crate::{
 ///
 /// # Errors
 /// Those of the forward.
-pub(super) fn from_base(trainable: &Trainable, spec: &TrainSpec, base: &Base, train: &[Encoded], seed: u64) -> Result<()> {
+pub(super) fn from_base(
+    trainable: &Trainable,
+    spec: &TrainSpec,
+    base: &Base,
+    train: &[Encoded],
+    seed: u64,
+) -> Result<()> {
     if let Some(plan) = spec.positions.prompt.as_ref().filter(|p| p.encoder.is_none()) {
         let mut rng = rng(seed, Stream::Init);
         let tokens = match &plan.start {

@@ -30,11 +30,14 @@ struct Job {
 
 fn jobs() -> impl Strategy<Value = Vec<Job>> {
     let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30);
-    proptest::collection::vec(job.prop_map(|(at, delta, prompt, new)| {
-        // some deltas have a prefix
-        let reserved = [0, 0, 3, 16, 0, 1][usize::from(delta)];
-        Job { at, delta, prompt, new, reserved }
-    }), 1..25)
+    proptest::collection::vec(
+        job.prop_map(|(at, delta, prompt, new)| {
+            // some deltas have a prefix
+            let reserved = [0, 0, 3, 16, 0, 1][usize::from(delta)];
+            Job { at, delta, prompt, new, reserved }
+        }),
+        1..25,
+    )
 }
 
 fn any_limits() -> impl Strategy<Value = Limits> {

@@ -101,7 +101,8 @@ fn other_work_skips_virtual_rows_in_any_chunks() {
         let base = base(&config);
         let kinds = kinds(&base, 3);
         let embed = |pooling| Work::Embed { pooling, normalize: false };
-        let works = [Work::Classify, Work::ClassifyTokens, embed(Pooling::Mean), embed(Pooling::Cls), embed(Pooling::Last)];
+        let works =
+            [Work::Classify, Work::ClassifyTokens, embed(Pooling::Mean), embed(Pooling::Cls), embed(Pooling::Last)];
         let jobs: Vec<Job> = (0..works.len() * (kinds.len() - 1))
             .map(|i| {
                 let types = (!base.arch.is_causal()).then(|| (0..9).map(|t| u32::from(t > 4)).collect());
@@ -163,7 +164,15 @@ fn what_exceeds_context_or_cache_with_virtual_positions_is_refused() {
     };
     let context = held(1, random_prefix(&base, 1, 20, PrefixForm::Context), None);
     let pinned = held(2, random_prefix(&base, 1, 20, PrefixForm::Pinned), None);
-    let prompt = held(3, vec![rows(&base, Tensor::zeros((20, 32), candle_core::DType::F32, &Device::Cpu).expect("rows"), PromptStage::Tokens)], None);
+    let prompt = held(
+        3,
+        vec![rows(
+            &base,
+            Tensor::zeros((20, 32), candle_core::DType::F32, &Device::Cpu).expect("rows"),
+            PromptStage::Tokens,
+        )],
+        None,
+    );
     for kind in [&context, &prompt] {
         assert_eq!(fits(kind, 200, 36), Ok(()));
         let refused = fits(kind, 200, 37).expect_err("one too many");

@@ -4,7 +4,8 @@ use candle_core::{Device, Tensor};
 
 use crate::{
     delta::{
-        Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Prefix, PrefixForm, Prompt, PromptStage, Proj, Site, SiteId, Task,
+        Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Prefix, PrefixForm, Proj, Prompt, PromptStage, Site,
+        SiteId, Task,
     },
     interop::{EncodeMeta, InteropError, decode, encode},
     model::{
@@ -43,7 +44,8 @@ fn prefix(base: &Base, n: usize, form: PrefixForm) -> Vec<(SiteId, Patch)> {
 }
 
 fn lora(base: &Base) -> (SiteId, Patch) {
-    let (site, e) = base.sites.linears().find(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::Down, .. })).unwrap();
+    let (site, e) =
+        base.sites.linears().find(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::Down, .. })).unwrap();
     (site, Patch::LowRank(LowRank { a: rand((2, e.in_dim)), b: rand((2, e.out_dim)), scale: 0.5 }))
 }
 
@@ -82,8 +84,12 @@ fn prompts_and_prefixes_survive_encode_and_decode() {
 }
 
 fn combination(base: &Base) -> Delta {
-    let head = Head { weight: rand((3, base.arch.hidden)), bias: Some(Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap()) };
-    let patches = [vec![lora(base), prompt(base, 3, PromptStage::Tokens)], prefix(base, 2, PrefixForm::Context)].concat();
+    let head = Head {
+        weight: rand((3, base.arch.hidden)),
+        bias: Some(Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap()),
+    };
+    let patches =
+        [vec![lora(base), prompt(base, 3, PromptStage::Tokens)], prefix(base, 2, PrefixForm::Context)].concat();
     let mut spec = spec(&["lora", "prompt", "prefix", "head"], Task::SeqCls);
     spec.labels = ["x", "y", "z"].map(str::to_owned).to_vec();
     Delta::new(spec, patches, Some(head))
@@ -100,7 +106,9 @@ fn a_combination_survives_and_its_parts_load_alone() {
     assert_eq!(back.spec.labels, ["x", "y", "z"]);
     assert_eq!((back.ahead().rows, back.ahead().keys, back.spec.num_virtual_tokens), (3, 2, 5));
     for part in ["part0", "part1", "part2"] {
-        let own = |(name, data): (&String, &bytes::Bytes)| Some((name.strip_prefix(part)?.strip_prefix('.')?.to_owned(), data.clone()));
+        let own = |(name, data): (&String, &bytes::Bytes)| {
+            Some((name.strip_prefix(part)?.strip_prefix('.')?.to_owned(), data.clone()))
+        };
         let folder = DeltaFiles { files: files.files.iter().filter_map(own).collect() };
         decode(&folder, &base).unwrap();
     }
@@ -121,7 +129,8 @@ fn contradictions_between_parts_are_refused() {
                 out.files.insert(format!("{to}{rest}"), data.clone());
             }
         }
-        let index = r#"{"format": "deltaserve.combination", "version": 1, "parts": ["part0", "part1", "part2", "again"]}"#;
+        let index =
+            r#"{"format": "deltaserve.combination", "version": 1, "parts": ["part0", "part1", "part2", "again"]}"#;
         out.files.insert("delta.json".into(), index.into());
         out
     };
@@ -134,11 +143,14 @@ fn contradictions_between_parts_are_refused() {
     missing.files.retain(|name, _| !name.starts_with("part1"));
     refused(missing, "part \"part1\" has no files");
     let mut bad = files.clone();
-    bad.files.insert("delta.json".into(), r#"{"format": "deltaserve.combination", "version": 1, "parts": ["../x"]}"#.into());
+    bad.files
+        .insert("delta.json".into(), r#"{"format": "deltaserve.combination", "version": 1, "parts": ["../x"]}"#.into());
     refused(bad, "letters, digits");
     let mut torn = files.clone();
     torn.files.insert("part0.adapter_config.json".into(), r#"{"peft_type": "VERA"}"#.into());
-    assert!(matches!(decode(&torn, &base), Err(InteropError::Invalid { file, .. }) if file == "part0.adapter_config.json"));
+    assert!(
+        matches!(decode(&torn, &base), Err(InteropError::Invalid { file, .. }) if file == "part0.adapter_config.json")
+    );
 }
 
 #[test]

@@ -71,19 +71,31 @@ fn virtual_tokens_start_where_they_are_told_to() {
     assert_ne!(vocabulary, start_of(prompt(4), 2));
     let random = PromptPart { num_virtual_tokens: Some(4), init: PromptInit::Random, init_text: None };
     assert!(start_of(MethodPart::Prompt(random), 1).iter().all(|x| x.abs() <= 0.5));
-    let with = |init| MethodPart::Prefix(PrefixPart { num_virtual_tokens: Some(3), init: Some(init), ..PrefixPart::default() });
+    let with = |init| {
+        MethodPart::Prefix(PrefixPart { num_virtual_tokens: Some(3), init: Some(init), ..PrefixPart::default() })
+    };
     assert!(start_of(with(PrefixInit::Zeros), 1).iter().all(|x| *x == 0.0));
     assert!(start_of(with(PrefixInit::Random), 1).iter().any(|x| *x != 0.0));
     // without a text: the first training examples
-    let examples: Vec<u32> = super::examples(Task::CausalLm, 40).iter().flat_map(|e| e.tokens.clone()).take(3).collect();
-    let want: Vec<f32> = start::context(&base, &examples).unwrap().iter().flat_map(|(_, k, v)| [flat(k), flat(v)].concat()).collect();
+    let examples: Vec<u32> =
+        super::examples(Task::CausalLm, 40).iter().flat_map(|e| e.tokens.clone()).take(3).collect();
+    let want: Vec<f32> =
+        start::context(&base, &examples).unwrap().iter().flat_map(|(_, k, v)| [flat(k), flat(v)].concat()).collect();
     assert_eq!(start_of(with(PrefixInit::Text), 1), want);
 }
 
 #[test]
 fn what_is_published_is_what_was_trained() {
-    let methods = [vec![prefix(3)], vec![projected(3)], vec![prompt(4)], vec![p_tuning(4)], [lora(), vec![prompt(2), prefix(3)]].concat()];
-    for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("bert", Task::TokenCls)] {
+    let methods = [
+        vec![prefix(3)],
+        vec![projected(3)],
+        vec![prompt(4)],
+        vec![p_tuning(4)],
+        [lora(), vec![prompt(2), prefix(3)]].concat(),
+    ];
+    for (family, task) in
+        [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("bert", Task::TokenCls)]
+    {
         for methods in &methods {
             let base = tiny(family);
             let input = input(&base, task, methods, hyper(4));
@@ -112,7 +124,9 @@ fn prompts_and_prefixes_learn() {
     ] {
         let base = tiny(family);
         let resolved = ResolvedTraining { learning_rate: lr, ..hyper(80) };
-        let (events, outcome) = finish(Run::new(Arc::clone(&base), None, input(&base, task, &[part.clone()], resolved)).unwrap());
+        let (events, outcome) = finish(
+            Run::new(Arc::clone(&base), None, input(&base, task, std::slice::from_ref(&part), resolved)).unwrap(),
+        );
         let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };
         let first = events.iter().find_map(|e| if let JobEventBody::Metrics(m) = e { Some(m.loss) } else { None });
         assert!(end.final_loss < 0.8 * first.unwrap(), "{family} {task:?} {part:?}: {first:?} -> {}", end.final_loss);

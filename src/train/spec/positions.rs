@@ -1,7 +1,7 @@
 //! Plans of methods that add positions: how many, where they start, and the network that makes them while training.
 
 use crate::{
-    admission::train_params::{PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart},
+    admission::train_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart},
     delta::{Site, SiteId},
     ops::Act,
 };
@@ -131,7 +131,13 @@ impl Resolver<'_> {
     pub(super) fn p_tuning(&mut self, field: &str, part: &PTuningPart) {
         let part = p_tuning_defaults(part);
         let (inner, width) = (part.encoder_hidden.unwrap_or(ENCODER_HIDDEN) as usize, self.base.hidden);
-        self.rows(field, part.num_virtual_tokens, Start::Random, Some((vec![width, inner, inner, width], Act::Relu)), None);
+        self.rows(
+            field,
+            part.num_virtual_tokens,
+            Start::Random,
+            Some((vec![width, inner, inner, width], Act::Relu)),
+            None,
+        );
     }
 
     fn rows(
@@ -185,7 +191,7 @@ impl Resolver<'_> {
     }
 
     fn virtual_tokens(&mut self, field: &str, n: Option<u32>) -> Option<usize> {
-        const MAX: u32 = crate::admission::position_params::MAX_VIRTUAL_TOKENS;
+        const MAX: u32 = MAX_VIRTUAL_TOKENS;
         let n = n.unwrap_or(1);
         if !(1..=MAX).contains(&n) {
             self.problem(&format!("{field}.num_virtual_tokens"), format!("is {n}; accepted is 1 to {MAX}"));
@@ -243,7 +249,8 @@ mod tests {
         let prompt = || MethodPart::Prompt(PromptPart::default());
         let two = resolve(&sites, &[prompt(), MethodPart::PTuning(PTuningPart::default())]).unwrap_err();
         assert!(two[0].0 == "methods[1]" && two[0].1.contains("methods[0]"), "{two:?}");
-        let none = resolve(&sites, &[MethodPart::Prompt(PromptPart { num_virtual_tokens: Some(0), ..PromptPart::default() })]);
+        let none =
+            resolve(&sites, &[MethodPart::Prompt(PromptPart { num_virtual_tokens: Some(0), ..PromptPart::default() })]);
         assert_eq!(none.unwrap_err()[0].0, "methods[0].num_virtual_tokens");
         let bare = table(false);
         for part in [prompt(), MethodPart::Prefix(PrefixPart::default())] {
