@@ -1,6 +1,6 @@
 //! Classify, embed, score and tokenize: prompt-only sequences, one per input, in the same steps as everything else.
 
-use std::time::Instant;
+use std::{collections::VecDeque, time::Instant};
 
 use tokio::sync::mpsc;
 
@@ -202,23 +202,25 @@ impl Service {
         .await
     }
 
-    /// Runs one sequence per row, all at once, and waits for all.
+    /// Runs one sequence per row and waits for all: at once as many as the server admits, then each as another ends.
     async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
         for (i, row) in rows.iter().enumerate() {
             self.check_room(&format!("inputs[{i}]"), row.tokens.len(), 0, admitted)?;
         }
-        let permits = self.permits(rows.len())?;
+        let places = self.places().take(rows.len().min(self.places().most()))?;
         let read: usize = rows.iter().map(|r| r.tokens.len()).sum();
-        let mut waiting: Vec<mpsc::Receiver<Event>> = Vec::with_capacity(rows.len());
-        for (row, permit) in rows.into_iter().zip(permits) {
-            waiting.push(self.submit(row.tokens, row.types, row.work, admitted, permit)?);
+        let (all, mut rows) = (rows.len(), rows.into_iter());
+        let mut waiting: VecDeque<mpsc::Receiver<Event>> = VecDeque::with_capacity(places.len());
+        let start = |row: Row, place| self.submit(row.tokens, row.types, row.work, admitted, place);
+        for (row, place) in rows.by_ref().take(places.len()).zip(places) {
+            waiting.push_back(start(row, place)?);
         }
         let mut results = Results {
-            outputs: Vec::with_capacity(waiting.len()),
+            outputs: Vec::with_capacity(all),
             usage: Usage { prompt_tokens: u32::try_from(read).unwrap_or(u32::MAX), completion_tokens: 0 },
             timings: Timings::default(),
         };
-        for mut events in waiting {
+        while let Some(mut events) = waiting.pop_front() {
             match events.recv().await {
                 Some(Event::Output(output, timings)) => {
                     results.outputs.push(output);
@@ -229,6 +231,10 @@ impl Service {
                 Some(Event::Failed(e)) => return Err(e.into()),
                 Some(_) => return Err(ServeError::Internal("the engine mixed up its work".into())),
                 None => return Err(ServeError::Internal("the engine has stopped".into())),
+            }
+            if let Some(row) = rows.next() {
+                let place = self.places().next(admitted.arrived, admitted.deadline).await?;
+                waiting.push_back(start(row, place)?);
             }
         }
         Ok(results)

@@ -39,7 +39,7 @@ impl Service {
                 arch.family
             )));
         }
-        let permits = self.permits(params.n as usize)?;
+        let places = self.places().take(params.n as usize)?;
         let prompt = params.prompt.clone();
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
         let (len, new) = (tokens.len(), params.max_new_tokens as usize);
@@ -60,8 +60,8 @@ impl Service {
             true => params.stop_tokens.clone(),
             false => params.stop_tokens.iter().chain(&self.eos()).copied().collect(),
         };
-        let mut continuations = Vec::with_capacity(permits.len());
-        for (index, permit) in (0u32..).zip(permits) {
+        let mut continuations = Vec::with_capacity(places.len());
+        for (index, place) in (0u32..).zip(places) {
             let seed = seed.wrapping_add(u64::from(index));
             let mut sampling = params.sampling.clone();
             sampling.seed = Some(seed);
@@ -71,7 +71,7 @@ impl Service {
                 stop_tokens: stop_tokens.clone(),
                 logprobs: params.logprobs.map(|n| n as usize),
             });
-            let events = self.submit(tokens.clone(), None, work, &admitted, permit)?;
+            let events = self.submit(tokens.clone(), None, work, &admitted, place)?;
             let text = Arc::clone(&self.parts().text);
             let decode = DecodeStream::after(Arc::clone(&text), &tokens).map_err(|e| text_error("prompt", &e))?;
             continuations.push(Continuation {

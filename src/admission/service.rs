@@ -9,12 +9,14 @@ use std::{
 };
 
 use futures::stream::BoxStream;
-use metrics::{Gauge, gauge};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 
-use super::params::{Pooling, ServeError, ServedBy};
+use super::{
+    params::{Pooling, ServeError, ServedBy},
+    places::{Place, Places},
+};
 use crate::{
-    engine::{EngineError, EngineHandle, Event, HeldDelta, Request, SubmitError, Work},
+    engine::{EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
     ids::TenantId,
     model::Base,
     registry::{DeltaLease, DeltaRef, Registry},
@@ -84,10 +86,9 @@ pub struct Service {
 
 pub(super) struct Inner {
     pub(super) parts: ServiceParts,
-    pub(super) permits: Arc<Semaphore>,
+    pub(super) places: Places,
     pub(super) started: Instant,
     next_id: AtomicU64,
-    queue_depth: Gauge,
 }
 
 /// What a sequence of a call has in common with its siblings.
@@ -106,34 +107,17 @@ impl std::fmt::Debug for Service {
 impl Service {
     /// Puts the service together.
     pub fn new(parts: ServiceParts) -> Self {
-        let permits = Arc::new(Semaphore::new(parts.limits.max_admitted));
-        let queue_depth = gauge!("deltaserve_queue_depth", "queue" => "admission");
-        Self {
-            inner: Arc::new(Inner { parts, permits, started: Instant::now(), next_id: AtomicU64::new(1), queue_depth }),
-        }
+        let places = Places::new(parts.limits.max_admitted);
+        Self { inner: Arc::new(Inner { parts, places, started: Instant::now(), next_id: AtomicU64::new(1) }) }
     }
 
     pub(super) fn parts(&self) -> &ServiceParts {
         &self.inner.parts
     }
 
-    /// One permit per sequence, or a refusal at once: the queue is never longer than this.
-    pub(super) fn permits(&self, n: usize) -> Result<Vec<OwnedSemaphorePermit>, ServeError> {
-        let inner = &self.inner;
-        let most = inner.parts.limits.max_admitted;
-        if n > most {
-            return Err(ServeError::field(
-                "inputs",
-                format!("{n} sequences; this server admits at most {most} at a time"),
-            ));
-        }
-        let take = u32::try_from(n).unwrap_or(u32::MAX);
-        let Ok(mut all) = Arc::clone(&inner.permits).try_acquire_many_owned(take) else {
-            let free = inner.permits.available_permits();
-            return Err(ServeError::Overloaded(format!("{n} sequences asked for, {free} of {most} places are free")));
-        };
-        inner.queue_depth.set((most - inner.permits.available_permits()) as f64);
-        Ok((0..n).filter_map(|_| all.split(1)).collect())
+    /// How many sequences may wait or run.
+    pub(super) fn places(&self) -> &Places {
+        &self.inner.places
     }
 
     /// The delta of a call: nothing for an empty reference, never the base for an unknown one.
@@ -172,7 +156,7 @@ impl Service {
         token_types: Option<Vec<u32>>,
         work: Work,
         admitted: &Admitted,
-        permit: OwnedSemaphorePermit,
+        place: Place,
     ) -> Result<mpsc::Receiver<Event>, ServeError> {
         let (events, receiver) = mpsc::channel(work.events());
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
@@ -184,7 +168,7 @@ impl Service {
             work,
             deadline: admitted.deadline,
             events,
-            permit: Some(permit),
+            permit: Some(Permit::new(place)),
             arrived: admitted.arrived,
         };
         self.parts().engine.submit(request)?;

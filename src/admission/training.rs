@@ -7,7 +7,7 @@ use futures::{StreamExt as _, stream};
 
 use super::{
     catalog_params::{Page, PageRequest},
-    params::ServeError,
+    params::{ServeError, Violation},
     service::{Pieces, Service},
     train_params::{
         DatasetInfo, DatasetUpload, JobEventInfo, JobInfo, JobState, PlanReply, TrainData, TrainParams, Validation,
@@ -126,7 +126,7 @@ impl Service {
             };
             let info = BaseInfo { shape, max_positions: base.arch.max_positions };
             let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref() };
-            prepare(inputs, info, &parts.codec).map_err(ServeError::Invalid)
+            prepare(inputs, info, &parts.codec).map_err(|found| ServeError::Invalid(in_request(found)))
         })
         .await
     }
@@ -189,6 +189,19 @@ impl Service {
     pub async fn cancel_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
         Ok(self.parts().trainer.cancel(tenant, id).await?)
     }
+}
+
+/// Names the fields as requests do: training knows the spec's own fields, and two words of its own for the data.
+fn in_request(mut found: Vec<Violation>) -> Vec<Violation> {
+    for violation in &mut found {
+        let field = match violation.field.strip_prefix("validation") {
+            Some(".fraction") => "validation_fraction".to_owned(),
+            Some(rest) => format!("validation_data{rest}"),
+            None => std::mem::take(&mut violation.field),
+        };
+        violation.field = format!("spec.{field}");
+    }
+    found
 }
 
 impl From<TrainError> for ServeError {

@@ -130,7 +130,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
     let publisher = publisher(&base, &parts.name, &registry);
     let trainer_parts = TrainerParts { base: Arc::clone(&base), pacer, log: JobLog::new(store.clone()), publisher };
-    let trainer_config = TrainerConfig { max_queued_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
+    let trainer_config = TrainerConfig { max_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
     let limits = ServiceLimits {
         max_admitted: config.engine.max_queue + config.engine.max_sequences,

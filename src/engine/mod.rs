@@ -12,7 +12,9 @@ mod sequence;
 mod step;
 mod worker;
 
-pub use request::{EngineError, Event, Finished, Generate, HeldDelta, Output, Request, SubmitError, TokenOut, Work};
+pub use request::{
+    EngineError, Event, Finished, Generate, HeldDelta, Output, Permit, Request, SubmitError, TokenOut, Work,
+};
 
 use std::{
     collections::HashMap,

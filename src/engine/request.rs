@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
 use crate::{
     admission::params::{FinishReason, Pooling, Sampling, Timings, Usage},
@@ -45,6 +45,22 @@ impl std::fmt::Debug for HeldDelta {
     }
 }
 
+/// A place in admission's queue: only has to live as long as the request does.
+pub struct Permit(#[allow(dead_code, reason = "held, never read")] Box<dyn Any + Send + Sync>);
+
+impl Permit {
+    /// Keeps `held` until the request ends.
+    pub fn new(held: impl Any + Send + Sync) -> Self {
+        Self(Box::new(held))
+    }
+}
+
+impl std::fmt::Debug for Permit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Permit")
+    }
+}
+
 /// One sequence for the engine.
 #[derive(Debug)]
 pub struct Request {
@@ -64,7 +80,7 @@ pub struct Request {
     /// channel ends the request at the next step.
     pub events: mpsc::Sender<Event>,
     /// The admission permit, released with the request.
-    pub permit: Option<OwnedSemaphorePermit>,
+    pub permit: Option<Permit>,
     /// When it came, for the queue time.
     pub arrived: Instant,
 }

@@ -114,8 +114,8 @@ impl Base {
     /// # Errors
     /// Those of candle.
     pub fn bias(&self, site: SiteId) -> candle_core::Result<Option<Tensor>> {
-        if let Some((_, b)) = self.linear(site)? {
-            return Ok(b);
+        if let Some((linear, columns)) = self.transformer.linear_at(site) {
+            return linear.bias.as_ref().map(|b| b.narrow(0, columns.start, columns.len())).transpose();
         }
         Ok(self.transformer.norm_at(site).and_then(|n| n.norm.bias.clone()))
     }

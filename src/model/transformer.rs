@@ -90,7 +90,8 @@ impl Transformer {
     /// Numbers in all weights (a tied head counts once).
     pub(super) fn parameters(&self) -> u64 {
         let norm = |n: &Norm| n.norm.gain.elem_count() + n.norm.bias.as_ref().map_or(0, Tensor::elem_count);
-        let linear = |l: &Linear| l.weight.tensor().elem_count() + l.bias.as_ref().map_or(0, Tensor::elem_count);
+        let linear =
+            |l: &Linear| l.weight.in_dim() * l.weight.out_dim() + l.bias.as_ref().map_or(0, Tensor::elem_count);
         let blocks: usize = self
             .blocks
             .iter()

@@ -4,33 +4,50 @@
 //! a second copy of the model per step.
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
+    CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
 };
 
-use super::{cpu_result, f32_slice, is_cpu_f32, skinny, tiled, with_f32};
+use super::{cpu_result, f32_slice, is_cpu_f32, packed, skinny, tiled, with_f32};
 
-/// Most rows that the streaming kernels take.
+/// Most rows that the streaming kernel takes of a table; above, tiles or the blocked GEMM win.
 const SKINNY_ROWS: usize = 4;
-/// Most rows that the tiled kernels take, where the machine has them; above, the blocked GEMM wins.
+/// The same without tiles.
+const SKINNY_ROWS_UNTILED: usize = 64;
+/// Most rows that the tiled kernel takes of a table, where the machine has it.
 const TILED_ROWS: usize = 96;
-/// Most rows that the streaming kernel takes of weights in `[out, in]` order, whose GEMM is slower, without tiles.
-const SKINNY_ROWS_OUT_IN: usize = 64;
 
-/// A frozen matrix in the order that its kernel likes.
+/// How a frozen matrix lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// `[in, out]`.
+    InOut,
+    /// `[out, in]`: shared with an embedding table.
+    OutIn,
+    /// Panels, for the kernels of [`packed`]; f32 on the CPU.
+    Panels,
+}
+
+/// A frozen matrix in the form that its kernels like.
 #[derive(Debug, Clone)]
 pub struct Weight {
     tensor: Tensor,
-    /// `[in, out]` if true (fastest for batches), else `[out, in]` (shared with an embedding table).
-    in_out: bool,
+    form: Form,
+    in_dim: usize,
+    out_dim: usize,
 }
 
 impl Weight {
-    /// From a matrix stored `[out, in]` as `nn.Linear` keeps it; laid out anew as `[in, out]`.
+    /// From a matrix stored `[out, in]` as `nn.Linear` keeps it.
     ///
     /// # Errors
     /// Those of candle.
     pub fn from_out_in(w: &Tensor) -> Result<Self> {
-        Ok(Self { tensor: w.t()?.contiguous()?, in_out: true })
+        let (n, k) = w.dims2()?;
+        if is_cpu_f32(w) {
+            let data = with_f32(&w.contiguous()?, |w| Ok(packed::pack(k, n, |row, column| w[column * k + row])))?;
+            return Self::panels(data, k, n);
+        }
+        Ok(Self { tensor: w.t()?.contiguous()?, form: Form::InOut, in_dim: k, out_dim: n })
     }
 
     /// From a matrix stored `[in, out]` as GPT-2's Conv1D keeps it.
@@ -38,7 +55,18 @@ impl Weight {
     /// # Errors
     /// Those of candle.
     pub fn from_in_out(w: &Tensor) -> Result<Self> {
-        Ok(Self { tensor: w.contiguous()?, in_out: true })
+        let (k, n) = w.dims2()?;
+        if is_cpu_f32(w) {
+            let data = with_f32(&w.contiguous()?, |w| Ok(packed::pack(k, n, |row, column| w[row * n + column])))?;
+            return Self::panels(data, k, n);
+        }
+        Ok(Self { tensor: w.contiguous()?, form: Form::InOut, in_dim: k, out_dim: n })
+    }
+
+    fn panels(data: Vec<f32>, in_dim: usize, out_dim: usize) -> Result<Self> {
+        let len = data.len();
+        let tensor = Tensor::from_vec(data, len, &Device::Cpu)?;
+        Ok(Self { tensor, form: Form::Panels, in_dim, out_dim })
     }
 
     /// Shares an embedding table `[vocab, hidden]` as the head that maps hidden to vocab.
@@ -46,47 +74,83 @@ impl Weight {
     /// # Errors
     /// Those of candle.
     pub fn tied(table: &Tensor) -> Result<Self> {
-        Ok(Self { tensor: table.contiguous()?, in_out: false })
+        let (out_dim, in_dim) = table.dims2()?;
+        Ok(Self { tensor: table.contiguous()?, form: Form::OutIn, in_dim, out_dim })
     }
 
     /// Width of the input.
     pub fn in_dim(&self) -> usize {
-        self.tensor.dims()[usize::from(!self.in_out)]
+        self.in_dim
     }
 
     /// Width of the output.
     pub fn out_dim(&self) -> usize {
-        self.tensor.dims()[usize::from(self.in_out)]
+        self.out_dim
     }
 
-    /// As `[in, out]`, possibly strided.
+    /// As `[in, out]`, possibly strided; a copy where the matrix is kept in panels.
     ///
     /// # Errors
     /// Those of candle.
     pub fn as_in_out(&self) -> Result<Tensor> {
-        if self.in_out { Ok(self.tensor.clone()) } else { self.tensor.t() }
+        match self.form {
+            Form::InOut => Ok(self.tensor.clone()),
+            Form::OutIn => self.tensor.t(),
+            Form::Panels => {
+                let (k, n) = (self.in_dim, self.out_dim);
+                let data = with_f32(&self.tensor, |w| Ok(packed::unpack(w, k, n)))?;
+                Tensor::from_vec(data, (k, n), &Device::Cpu)
+            }
+        }
     }
 
-    /// Its tensor as stored.
-    pub fn tensor(&self) -> &Tensor {
-        &self.tensor
+    /// `x W`: `[rows, in]` -> `[rows, out]`, without a graph.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub(super) fn product(&self, x: &Tensor) -> Result<Tensor> {
+        x.contiguous()?.apply_op1_no_bwd(&FrozenLinear { weight: self.clone(), bias: None })
     }
 
-    /// `x W` by a kernel of our own; `None` where the blocked GEMM is better.
-    fn few_rows(&self, x: &[f32], w: &[f32], rows: usize) -> Option<Vec<f32>> {
-        let (k, n) = (self.in_dim(), self.out_dim());
-        let tiled = rows > SKINNY_ROWS && rows <= TILED_ROWS && tiled::available();
-        match (self.in_out, tiled) {
-            (true, true) => Some(tiled::in_out(x, w, rows, k, n)),
-            (false, true) => Some(tiled::out_in(x, w, rows, k, n)),
-            (true, false) if rows <= 2 * SKINNY_ROWS => Some(skinny::in_out(x, w, rows, k, n)),
-            (false, false) if rows <= SKINNY_ROWS_OUT_IN => Some(skinny::out_in(x, w, rows, k, n)),
-            _ => None,
+    /// `g W^T`: `[rows, out]` -> `[rows, in]`, without a graph: the gradient of [`Self::product`]'s input.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub(super) fn product_t(&self, g: &Tensor) -> Result<Tensor> {
+        let g = g.detach().contiguous()?;
+        if self.form == Form::Panels && is_cpu_f32(&g) {
+            let (rows, n) = g.dims2()?;
+            if n != self.out_dim {
+                bail!("linear: a gradient is {n} wide, the weight gives {}", self.out_dim);
+            }
+            let shape = (rows, self.in_dim, n);
+            let out = with_f32(&g, |g| with_f32(&self.tensor, |w| Ok(packed::product_t(g, w, shape))))?;
+            return Tensor::from_vec(out, (rows, self.in_dim), &Device::Cpu);
+        }
+        g.matmul(&self.as_in_out()?.t()?)
+    }
+
+    /// `x W + bias` by a kernel of our own; `None` where the blocked GEMM is better.
+    fn by_kernel(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, rows: usize) -> Option<Vec<f32>> {
+        let (k, n) = (self.in_dim, self.out_dim);
+        match self.form {
+            Form::Panels => Some(packed::product(x, w, bias, (rows, k, n))),
+            Form::OutIn if rows > SKINNY_ROWS && rows <= TILED_ROWS && tiled::available() => {
+                Some(tiled::out_in(x, w, rows, k, n))
+            }
+            Form::OutIn if rows <= SKINNY_ROWS || (rows <= SKINNY_ROWS_UNTILED && !tiled::available()) => {
+                Some(skinny::out_in(x, w, rows, k, n))
+            }
+            Form::OutIn | Form::InOut => None,
         }
     }
 }
 
-struct FrozenLinear(Weight);
+struct FrozenLinear {
+    weight: Weight,
+    /// Only with panels, whose kernel adds it on the way.
+    bias: Option<Tensor>,
+}
 
 impl CustomOp1 for FrozenLinear {
     fn name(&self) -> &'static str {
@@ -95,30 +159,37 @@ impl CustomOp1 for FrozenLinear {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
-        let n = self.0.out_dim();
-        if rows <= TILED_ROWS && is_cpu_f32(&self.0.tensor) {
+        let Weight { tensor, out_dim: n, in_dim, .. } = &self.weight;
+        if k != *in_dim {
+            bail!("linear: input is {k} wide, the weight takes {in_dim}");
+        }
+        if is_cpu_f32(tensor) {
             let x = f32_slice(storage, layout)?;
-            if let Some(out) = with_f32(&self.0.tensor, |w| Ok(self.0.few_rows(x, w, rows)))? {
-                return cpu_result(out, (rows, n));
+            let run = |w: &[f32]| match &self.bias {
+                Some(bias) => with_f32(bias, |b| Ok(self.weight.by_kernel(x, w, Some(b), rows))),
+                None => Ok(self.weight.by_kernel(x, w, None, rows)),
+            };
+            if let Some(out) = with_f32(tensor, run)? {
+                return cpu_result(out, (rows, *n));
             }
         }
-        let w = self.0.as_in_out()?;
+        let w = self.weight.as_in_out()?;
         let (ws, wl) = w.storage_and_layout();
         let Storage::Cpu(wc) = &*ws else { bail!("weight and input are on different devices") };
-        Ok((storage.matmul(wc, (1, rows, n, k), layout, wl)?, (rows, n).into()))
+        Ok((storage.matmul(wc, (1, rows, *n, k), layout, wl)?, (rows, *n).into()))
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
-        let n = self.0.out_dim();
-        let w = self.0.as_in_out()?;
+        let n = self.weight.out_dim;
+        let w = self.weight.as_in_out()?;
         let (ws, wl) = w.storage_and_layout();
         let Storage::Cuda(wc) = &*ws else { bail!("weight and input are on different devices") };
         Ok((storage.matmul(wc, (1, rows, n, k), layout, wl)?, (rows, n).into()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(grad.contiguous()?.matmul(&self.0.as_in_out()?.t()?)?)) // [rows, in]
+        self.weight.product_t(grad).map(Some) // [rows, in]
     }
 }
 
@@ -128,12 +199,20 @@ impl CustomOp1 for FrozenLinear {
 /// Shapes that do not fit.
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
     let x = x.contiguous()?;
-    if x.dim(1)? != weight.in_dim() {
-        bail!("linear: input is {} wide, the weight takes {}", x.dim(1)?, weight.in_dim());
+    if x.dim(1)? != weight.in_dim() || bias.is_some_and(|b| b.elem_count() != weight.out_dim()) {
+        let (i, o) = (weight.in_dim(), weight.out_dim());
+        bail!("linear: input {:?} and bias {:?} for a weight {i} -> {o}", x.shape(), bias.map(Tensor::shape));
     }
-    let op = FrozenLinear(weight.clone());
+    // a bias that is trained must stay in the graph
+    let (inside, after) = match bias {
+        Some(b) if weight.form == Form::Panels && is_cpu_f32(&x) && is_cpu_f32(b) && !b.track_op() => {
+            (Some(b.contiguous()?), None)
+        }
+        other => (None, other),
+    };
+    let op = FrozenLinear { weight: weight.clone(), bias: inside };
     let y = if x.track_op() { x.apply_op1(op)? } else { x.apply_op1_no_bwd(&op)? };
-    match bias {
+    match after {
         Some(b) => y.broadcast_add(b),
         None => Ok(y),
     }
@@ -142,35 +221,62 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Var};
+    use candle_core::Var;
+
+    fn diff(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    }
 
     #[test]
-    fn every_layout_and_row_count_equals_a_plain_matmul() {
+    fn every_form_and_row_count_equals_a_plain_matmul() {
         let dev = Device::Cpu;
         for (k, n) in [(48, 96), (33, 65), (64, 17), (7, 300), (96, 1031)] {
             let w = Tensor::randn(0f32, 1.0, (n, k), &dev).unwrap();
+            let b = Tensor::randn(0f32, 1.0, n, &dev).unwrap();
             for rows in [1, 2, 3, 5, 8, 9, 31, 65, 97] {
                 let x = Tensor::randn(0f32, 1.0, (rows, k), &dev).unwrap();
-                let want = x.matmul(&w.t().unwrap()).unwrap();
-                for weight in [Weight::from_out_in(&w).unwrap(), Weight::tied(&w).unwrap()] {
-                    let got = linear(&x, &weight, None).unwrap();
-                    let d = (&got - &want).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
-                    assert!(d.to_scalar::<f32>().unwrap() < 1e-4, "{rows}x{k}x{n} {}", weight.in_out);
+                let bare = x.matmul(&w.t().unwrap()).unwrap();
+                let want = bare.broadcast_add(&b).unwrap();
+                let in_out = Weight::from_in_out(&w.t().unwrap().contiguous().unwrap()).unwrap();
+                for weight in [Weight::from_out_in(&w).unwrap(), Weight::tied(&w).unwrap(), in_out] {
+                    let what = format!("{rows}x{k}x{n} {:?}", weight.form);
+                    assert!(diff(&linear(&x, &weight, Some(&b)).unwrap(), &want) < 1e-4, "{what}");
+                    assert!(diff(&linear(&x, &weight, None).unwrap(), &bare) < 1e-4, "{what}");
+                    assert_eq!(diff(&weight.as_in_out().unwrap(), &w.t().unwrap()), 0.0, "{what}");
                 }
             }
         }
     }
 
     #[test]
-    fn backward_gives_dx_and_keeps_no_gradient_of_the_weight() {
+    fn backward_gives_dx_and_keeps_no_gradient_of_the_weight_or_its_bias() {
         let dev = Device::Cpu;
         let w = Tensor::randn(0f32, 1.0, (12, 8), &dev).unwrap();
+        let bias = Tensor::randn(0f32, 1.0, 12, &dev).unwrap();
         let weight = Weight::from_out_in(&w).unwrap();
         let x = Var::randn(0f32, 1.0, (5, 8), &dev).unwrap();
-        let grads = linear(&x, &weight, None).unwrap().sum_all().unwrap().backward().unwrap();
+        let grads = linear(&x, &weight, Some(&bias)).unwrap().sum_all().unwrap().backward().unwrap();
         let want = Tensor::ones((5, 12), candle_core::DType::F32, &dev).unwrap().matmul(&w).unwrap();
-        let d = (grads.get(&x).unwrap() - want).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
-        assert!(d.to_scalar::<f32>().unwrap() < 1e-5);
-        assert!(grads.get(weight.tensor()).is_none(), "the frozen weight has no gradient");
+        assert!(diff(grads.get(&x).unwrap(), &want) < 1e-5);
+        assert!(grads.get(&weight.tensor).is_none() && grads.get(&bias).is_none(), "frozen tensors have no gradient");
+    }
+
+    #[test]
+    fn a_trained_bias_gets_its_gradient() {
+        let dev = Device::Cpu;
+        let weight = Weight::from_out_in(&Tensor::randn(0f32, 1.0, (12, 8), &dev).unwrap()).unwrap();
+        let (x, bias) =
+            (Tensor::randn(0f32, 1.0, (5, 8), &dev).unwrap(), Var::zeros(12, candle_core::DType::F32, &dev).unwrap());
+        let grads = linear(&x, &weight, Some(&bias)).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(grads.get(&bias).unwrap().to_vec1::<f32>().unwrap(), [5.0; 12]);
+    }
+
+    #[test]
+    fn a_width_that_does_not_fit_is_an_error() {
+        let weight =
+            Weight::from_out_in(&Tensor::ones((3, 2), candle_core::DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let x = Tensor::ones((4, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(linear(&x, &weight, None).unwrap_err().to_string().contains("2 -> 3"));
+        assert!(weight.product_t(&Tensor::ones((4, 2), candle_core::DType::F32, &Device::Cpu).unwrap()).is_err());
     }
 }

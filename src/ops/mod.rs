@@ -14,6 +14,7 @@ mod linear;
 mod math;
 mod nll;
 mod norm;
+mod packed;
 mod patch;
 mod rope;
 mod scatter;
@@ -76,6 +77,23 @@ fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize
         out.par_chunks_mut(per * width).enumerate().for_each(|(i, chunk)| f(i * per, chunk));
     }
 }
+
+/// Asks memory for the line that holds an element to be read soon; the place may lie beyond the slice's end.
+#[inline(always)]
+#[allow(unsafe_code, reason = "a prefetch is a hint: it reads nothing and faults nowhere, whatever the address")]
+fn prefetch(data: &[f32], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: see the reason above
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, at);
+}
+
+/// Floats of a cache line.
+const LINE: usize = 16;
 
 /// Runs `f` compiled for the best vector unit of this machine (AVX-512, AVX2, NEON, or plain).
 #[inline]

@@ -24,14 +24,13 @@ impl HeadNll {
         let (rows, hidden) = h.dims2()?;
         let vocab = self.weight.out_dim();
         let per = (CHUNK_ELEMENTS / vocab.max(1)).clamp(1, rows.max(1));
-        let w = self.weight.as_in_out()?;
         let mut nll = Vec::with_capacity(rows);
         let mut grads = Vec::new();
         let mut at = 0;
         while at < rows {
             let n = per.min(rows - at);
             let targets = &self.targets[at..at + n];
-            let logits = h.narrow(0, at, n)?.contiguous()?.matmul(&w)?; // [n, vocab]
+            let logits = self.weight.product(&h.narrow(0, at, n)?)?; // [n, vocab]
             let (loss, probs) = if is_cpu_f32(&logits) {
                 chunk_cpu(&logits, targets, self.tracked)?
             } else {
@@ -39,7 +38,7 @@ impl HeadNll {
             };
             nll.extend(loss);
             if let Some(p) = probs {
-                grads.push(p.matmul(&w.t()?)?); // [n, hidden]
+                grads.push(self.weight.product_t(&p)?); // [n, hidden]
             }
             at += n;
         }

@@ -1,16 +1,15 @@
-//! Matrix products with some tens of rows: a decode step of a full batch.
+//! Products with the transpose of a table (the tied head) with some tens of rows: a decode step of a full batch.
 //!
 //! A blocked GEMM packs the weight at every call, which costs as much as the product when there are few rows. Here a tile
-//! of eight rows by three vectors stays in registers while the weight streams by as it lies; the panel of columns that a
-//! tile reads stays in L2 for the next eight rows.
+//! of eight weight rows by up to three vectors of input rows stays in registers while the table streams by as it lies.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::{LINE, prefetch};
+
 /// Rows of a tile.
 const ROWS: usize = 8;
-/// Columns of the widest tile, in floats of 512-bit vectors.
-const PANEL: usize = 48;
 
 /// Whether this machine has the registers that the tiles are made for.
 pub(super) fn available() -> bool {
@@ -22,21 +21,6 @@ pub(super) fn available() -> bool {
     {
         false
     }
-}
-
-/// `x [m, k]` times `w [k, n]` -> `[m, n]`.
-pub(super) fn in_out(x: &[f32], w: &[f32], m: usize, k: usize, n: usize) -> Vec<f32> {
-    let per = n.div_ceil(rayon::current_num_threads().max(1) * 2).next_multiple_of(PANEL);
-    let starts: Vec<usize> = (0..n).step_by(per).collect();
-    let run = |&from: &usize| {
-        let cols = per.min(n - from);
-        let mut out = vec![0f32; m * cols];
-        Arch::new().dispatch(Tiles { x, w, k, n, from, cols, out: &mut out });
-        out
-    };
-    let blocks: Vec<Vec<f32>> =
-        if m * k * n < 256 * 1024 { starts.iter().map(run).collect() } else { starts.par_iter().map(run).collect() };
-    merge(&blocks, &starts, m, n)
 }
 
 /// `x [m, k]` times the transpose of `w [n, k]` -> `[m, n]`: the weight's rows take the tile's rows, `x` transposed its
@@ -159,6 +143,10 @@ fn tile<S: Simd, const R: usize, const V: usize>(
     let width = V * S::F32_LANES;
     let mut acc = [[simd.splat_f32s(0.0); V]; R];
     for p in 0..k {
+        if p % LINE == 0 {
+            // the same place of the rows that come next
+            (0..R).for_each(|r| prefetch(x[r], R * k + p));
+        }
         let (row, _) = S::as_simd_f32s(&w[p * n + column..p * n + column + width]);
         let row = &row[..V];
         let wv: [S::f32s; V] = std::array::from_fn(|v| row[v]);

@@ -8,7 +8,7 @@ use super::{
     Store, StoreError,
     db::{from_db, now_ms, parse, to_db},
 };
-use crate::ids::{BlobId, TenantId};
+use crate::ids::{BlobId, DeltaId, TenantId};
 
 /// Every state of a job.
 const STATES: [&str; 7] = ["queued", "running", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
@@ -133,6 +133,42 @@ impl Store {
         let job = find(&mut tx, &new.id).await?;
         tx.commit().await?;
         Ok(CreateJob::Created(job))
+    }
+
+    /// The job that this key made, if the request was the same one.
+    ///
+    /// # Errors
+    /// [`StoreError::IdempotencyConflict`] if the key came with another request.
+    pub async fn job_made_with(
+        &self,
+        tenant: &TenantId,
+        key: &str,
+        digest: &str,
+    ) -> Result<Option<JobRecord>, StoreError> {
+        let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
+        let query = sqlx::query(sql).bind(tenant.as_str()).bind(key);
+        let Some(row) = query.fetch_optional(self.db().readers()).await? else { return Ok(None) };
+        if row.try_get::<String, _>(0)? != digest {
+            return Err(StoreError::IdempotencyConflict(key.to_owned()));
+        }
+        self.get_job(tenant, row.try_get(1)?).await.map(Some)
+    }
+
+    /// Number and id of the version that a job published, deleted or not.
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn version_of_job(
+        &self,
+        tenant: &TenantId,
+        name: &str,
+        job_id: &str,
+    ) -> Result<Option<(u64, DeltaId)>, StoreError> {
+        let sql = "SELECT number, id FROM versions WHERE tenant = $1 AND name = $2 AND origin = $3";
+        let query = sqlx::query(sql).bind(tenant.as_str()).bind(name);
+        let query = query.bind(super::Origin::Job(job_id.to_owned()).to_string());
+        let Some(row) = query.fetch_optional(self.db().readers()).await? else { return Ok(None) };
+        Ok(Some((from_db("versions", row.try_get(0)?)?, parse("versions", row.try_get(1)?)?)))
     }
 
     /// Appends an event, and with it, in the same transaction, the job's new state and result if given. Returns the

@@ -34,15 +34,15 @@ use crate::{
 pub struct TrainerConfig {
     /// Jobs that train at the same time, taking turns.
     pub max_concurrent_jobs: usize,
-    /// Jobs that may wait.
-    pub max_queued_jobs: usize,
+    /// Jobs that may wait or run, those included that are being published.
+    pub max_jobs: usize,
     /// Waiting and running jobs of one tenant.
     pub max_jobs_per_tenant: usize,
 }
 
 impl Default for TrainerConfig {
     fn default() -> Self {
-        Self { max_concurrent_jobs: 4, max_queued_jobs: 64, max_jobs_per_tenant: 16 }
+        Self { max_concurrent_jobs: 4, max_jobs: 64, max_jobs_per_tenant: 16 }
     }
 }
 
@@ -158,9 +158,14 @@ impl TrainerHandle {
         let TrainerParts { base, pacer, log, publisher } = parts;
         for job in log.unfinished().await? {
             let (id, was) = (&job.info.id, job.info.state.as_str());
-            tracing::warn!(job = id, state = was, "found a job that an earlier process left; it ends as interrupted");
-            let failure = Some(interrupted(&format!("the server stopped while the job was {was}")));
-            let end = StateEvent { state: JobState::Interrupted, result: None, failure };
+            let end = match log.published(&job).await? {
+                Some(result) => StateEvent { state: JobState::Succeeded, result: Some(result), failure: None },
+                None => {
+                    let failure = Some(interrupted(&format!("the server stopped while the job was {was}")));
+                    StateEvent { state: JobState::Interrupted, result: None, failure }
+                }
+            };
+            tracing::warn!(job = id, state = was, end = end.state.as_str(), "ended a job that an earlier process left");
             log.append(id, job.info.step, JobEventBody::State(end)).await?;
         }
         let max_running = config.max_concurrent_jobs.max(1);
@@ -179,7 +184,7 @@ impl TrainerHandle {
             reports,
         });
         tokio::spawn(supervisor.run());
-        let room = Arc::new(Semaphore::new(max_running + config.max_queued_jobs));
+        let room = Arc::new(Semaphore::new(config.max_jobs.max(1)));
         Ok((Self { shared, commands, room, config }, thread))
     }
 
@@ -196,15 +201,36 @@ impl TrainerHandle {
         if self.shared.is_draining() {
             return Err(TrainError::Draining);
         }
-        let full = |_| TrainError::Overloaded(format!("{} training jobs are waiting", self.config.max_queued_jobs));
-        let permit = Arc::clone(&self.room).try_acquire_owned().map_err(full)?;
         let id = uuid::Uuid::now_v7().to_string();
-        self.shared.enter(&id, tenant, self.config.max_jobs_per_tenant)?;
+        let entered = match Arc::clone(&self.room).try_acquire_owned() {
+            Ok(permit) => self.shared.enter(&id, tenant, self.config.max_jobs_per_tenant).map(|()| permit),
+            Err(_) => {
+                let most = self.config.max_jobs;
+                Err(TrainError::Overloaded(format!("{most} training jobs are waiting or running; at most {most}")))
+            }
+        };
+        let permit = match entered {
+            Ok(permit) => permit,
+            // a retry asks for no place: its job has one already
+            Err(full) => return self.made_before(tenant, params, prepared).await?.ok_or(full),
+        };
         let (this, tenant) = (self.clone(), tenant.clone());
         let (params, prepared) = (params.clone(), prepared.clone());
         // a task of its own: a client that hangs up cannot leave a job half made
         let made = tokio::spawn(async move { this.make(id, tenant, params, prepared, permit).await });
         made.await.unwrap_or_else(|e| Err(LogError::Runtime(e.to_string()).into()))
+    }
+
+    /// The job that this very request made earlier with its idempotency key.
+    async fn made_before(
+        &self,
+        tenant: &TenantId,
+        params: &TrainParams,
+        prepared: &Prepared,
+    ) -> Result<Option<JobInfo>, TrainError> {
+        let Some(key) = &params.idempotency_key else { return Ok(None) };
+        let found = self.shared.log.made_with(tenant, key, &request_digest(params, prepared)).await?;
+        Ok(found.map(|job| job.info))
     }
 
     async fn make(

@@ -185,6 +185,43 @@ impl JobLog {
         self.store.unfinished_jobs().await?.into_iter().map(stored).collect()
     }
 
+    /// The job that an idempotency key made, if the request was the same.
+    ///
+    /// # Errors
+    /// [`LogError::IdempotencyConflict`] for another request, or the store's.
+    pub async fn made_with(&self, tenant: &TenantId, key: &str, digest: &str) -> Result<Option<StoredJob>, LogError> {
+        self.store.job_made_with(tenant, key, digest).await?.map(stored).transpose()
+    }
+
+    /// What an unfinished job had published before its process died, if it came so far: the version and the move of the
+    /// name are one transaction, the job's end comes after it.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn published(&self, job: &StoredJob) -> Result<Option<JobResult>, LogError> {
+        let StoredJob { tenant, info } = job;
+        if info.state != JobState::Publishing {
+            return Ok(None);
+        }
+        let Some((number, version)) = self.store.version_of_job(tenant, &info.output_name, &info.id).await? else {
+            return Ok(None);
+        };
+        let (mut final_loss, mut best_eval, mut from) = (f64::NAN, None, 1);
+        loop {
+            let page = self.events(&info.id, from, 1000).await?;
+            let Some(last) = page.last() else { break };
+            from = last.seq + 1;
+            for event in page {
+                match event.body {
+                    JobEventBody::Metrics(m) => final_loss = m.loss,
+                    JobEventBody::Eval(e) if e.best => best_eval = Some(e),
+                    _ => {}
+                }
+            }
+        }
+        Ok(Some(JobResult { name: info.output_name.clone(), number, id: version.to_string(), final_loss, best_eval }))
+    }
+
     /// Keeps a checkpoint's bytes for as long as the job is kept.
     ///
     /// # Errors

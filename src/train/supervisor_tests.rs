@@ -117,7 +117,7 @@ async fn a_job_runs_to_success_with_a_gap_free_replayable_stream() {
 async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
     let (_dir, log) = log().await;
     let count = Arc::default();
-    let config = TrainerConfig { max_concurrent_jobs: 1, max_queued_jobs: 1, max_jobs_per_tenant: 9 };
+    let config = TrainerConfig { max_concurrent_jobs: 1, max_jobs: 2, max_jobs_per_tenant: 9 };
     let trainer = trainer(&log, accept(&count), config).await;
     let (p, prepared) = request(1_000_000);
     let a = tenant("a");
@@ -140,7 +140,7 @@ async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn jobs_of_several_tenants_take_turns() {
     let (_dir, log) = log().await;
-    let config = TrainerConfig { max_concurrent_jobs: 3, max_queued_jobs: 8, max_jobs_per_tenant: 2 };
+    let config = TrainerConfig { max_concurrent_jobs: 3, max_jobs: 11, max_jobs_per_tenant: 2 };
     let trainer = trainer(&log, accept(&Arc::default()), config).await;
     let (p, prepared) = request(1_000_000);
     let mut jobs = Vec::new();

@@ -15,13 +15,13 @@ async fn after_sigterm_a_running_stream_finishes_new_calls_are_refused_and_the_e
     let world = World::long();
     let mut spawned = world.spawn().await;
     let client = spawned.client.clone();
-    let mut stream = client.stream(ask("", "once", 12_000)).await.expect("a stream");
+    let mut stream = client.stream(ask("", "once", 6_000)).await.expect("a stream");
     let first = stream.message().await.expect("a message").expect("a token");
     assert!(first.event.is_some());
     spawned.terminate();
     eventually("new calls are refused", async || client.info().await.is_err()).await;
     let said = timely("the stream ends", finish(Said::default(), stream)).await.expect("it is not cut off");
-    assert_eq!(said.finished.usage.unwrap_or_default().completion_tokens, 12_000);
+    assert_eq!(said.finished.usage.unwrap_or_default().completion_tokens, 6_000);
     let ended = Instant::now();
     let mut status = None;
     eventually("the process ends", async || {

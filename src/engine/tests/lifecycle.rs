@@ -20,7 +20,7 @@ fn a_client_that_leaves_frees_its_sequence() {
     let leaves = Job::new(prompt(2, 4), greedy(240)).with(&delta(&base, 2, 0));
     let permits = Arc::new(tokio::sync::Semaphore::new(1));
     let (mut request, mut events) = leaves.request();
-    request.permit = Some(Arc::clone(&permits).try_acquire_owned().expect("permit"));
+    request.permit = Some(Permit::new(Arc::clone(&permits).try_acquire_owned().expect("permit")));
     engine.handle.submit(request).expect("taken");
     let stays_events = engine.submit(&stays);
     assert!(matches!(events.blocking_recv(), Some(Event::Token(_))));
