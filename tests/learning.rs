@@ -7,7 +7,10 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 use deltaserve::{
     admission::{
         params::PublishPolicy,
-        train_params::{BitfitPart, HyperParams, JobEventBody, LoraPart, MethodPart, TrainData, TrainParams},
+        train_params::{
+            BitfitPart, HyperParams, JobEventBody, LoraPart, MethodPart, PTuningPart, PrefixPart, PromptPart,
+            TrainData, TrainParams,
+        },
     },
     delta::Task,
     model::{Base, LoadOptions},
@@ -38,6 +41,10 @@ fn a_classifier_learns() {
     let labels: Vec<String> = serde_json::from_slice(&read("labels.json")).unwrap();
     let method = match std::env::var("DELTASERVE_LEARN_METHOD").as_deref() {
         Ok("bitfit") => MethodPart::Bitfit(BitfitPart::default()),
+        Ok("prefix") => MethodPart::Prefix(PrefixPart::default()),
+        Ok("projection") => MethodPart::Prefix(PrefixPart { projection: true, ..PrefixPart::default() }),
+        Ok("prompt") => MethodPart::Prompt(PromptPart::default()),
+        Ok("p-tuning") => MethodPart::PTuning(PTuningPart::default()),
         _ => MethodPart::Lora(LoraPart::default()),
     };
     let tags = read("train.jsonl").starts_with(b"{\"tokens\"");
@@ -49,7 +56,11 @@ fn a_classifier_learns() {
         methods: vec![method],
         labels,
         // evaluates once, at the end: the published delta is the last one
-        hyper: HyperParams { eval_every: Some(1_000_000), ..HyperParams::default() },
+        hyper: HyperParams {
+            eval_every: Some(1_000_000),
+            learning_rate: std::env::var("DELTASERVE_LEARN_LR").ok().map(|lr| lr.parse().unwrap()),
+            ..HyperParams::default()
+        },
         publish: PublishPolicy::Upsert,
         idempotency_key: None,
     };

@@ -49,6 +49,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "model",
             "nn",
             "delta",
+            "kv",
             "rows",
             "ops",
             "ids",

@@ -63,7 +63,7 @@ impl Problems {
         });
     }
 
-    fn integer(&mut self, field: &str, value: u32, low: u32, high: u32) {
+    pub(super) fn integer(&mut self, field: &str, value: u32, low: u32, high: u32) {
         self.require((low..=high).contains(&value), field, || format!("is {value}; accepted is {low} to {high}"));
     }
 }
@@ -264,6 +264,9 @@ impl TrainParams {
                 MethodPart::Ln(p) => names(&p.targets, &format!("{at}.ln.targets"), problems),
                 MethodPart::Tokens(p) => problems.count(&format!("{at}.tokens.ids"), p.ids.len(), 1, MAX_TOKENS),
                 MethodPart::Bitfit(_) => {}
+                MethodPart::Prefix(prefix) => prefix.check(&format!("{at}.prefix"), problems),
+                MethodPart::Prompt(prompt) => prompt.check(&format!("{at}.prompt"), problems),
+                MethodPart::PTuning(part) => part.check(&format!("{at}.p_tuning"), problems),
             }
         }
     }

@@ -208,19 +208,10 @@ impl Service {
 
     /// Runs one sequence per row and waits for all: at once as many as the server admits, then each as another ends.
     async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
-        let limit = self.context();
         for (i, row) in rows.iter().enumerate() {
-            let (n, out) = (row.input.given(), row.input.tokens.len());
-            if out > limit {
-                let message = format!("has a completion of {out} tokens; the decoder's context is {limit}");
-                return Err(ServeError::field(format!("inputs[{i}]"), message));
-            }
-            if n == 0 || n > limit {
-                return Err(ServeError::field(
-                    format!("inputs[{i}]"),
-                    format!("comes to {n} tokens; accepted are 1 to {limit} (the base's context)"),
-                ));
-            }
+            let field = format!("inputs[{i}]");
+            self.check_source(&field, row.input.source.len())?;
+            self.check_room(&field, &row.input, 0, admitted)?;
         }
         let places = self.places().take(rows.len().min(self.places().most()))?;
         let read: usize = rows.iter().map(|r| r.input.given()).sum();

@@ -41,10 +41,11 @@ impl Service {
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
         let (input, new) = (self.prompt(tokens)?, params.max_new_tokens as usize);
         let len = input.given();
-        self.check_length(&input, new)?;
+        self.check_source("prompt", input.source.len())?;
         // what a continuation's text follows on
         let before: &[u32] = if input.source.is_empty() { &input.tokens } else { &[] };
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        self.check_room("max_new_tokens", &input, new, &admitted)?;
         if let Some(lease) = &admitted.lease {
             let task = lease.delta().spec.task;
             if matches!(task, Task::SeqCls | Task::TokenCls) {
@@ -93,24 +94,6 @@ impl Service {
             .into_iter()
             .map(|c| stream::unfold(c, |mut c| async move { c.next().await.map(|piece| (piece, c)) }).boxed());
         Ok(stream::select_all(streams).boxed())
-    }
-
-    /// Prompt and output must fit the context; an encoder-decoder's have one each.
-    fn check_length(&self, input: &Input, new: usize) -> Result<(), ServeError> {
-        let (limit, source, len) = (self.context(), input.source.len(), input.tokens.len());
-        if source > limit {
-            let message = format!("{source} prompt tokens exceed the encoder's context of {limit}");
-            return Err(ServeError::field("prompt", message));
-        }
-        if len + new <= limit {
-            return Ok(());
-        }
-        let total = len + new;
-        let message = match source {
-            0 => format!("{len} prompt tokens + {new} new tokens = {total} exceed the context of {limit}"),
-            _ => format!("{len} start token + {new} new tokens = {total} exceed the decoder's context of {limit}"),
-        };
-        Err(ServeError::field("max_new_tokens", message))
     }
 
     /// Tokens that end a text: those of the config and the tokenizer's.

@@ -12,6 +12,7 @@ mod info;
 pub mod jobs;
 pub mod method_parts;
 pub mod params;
+pub mod position_params;
 mod places;
 mod service;
 pub mod train_params;

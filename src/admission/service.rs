@@ -222,6 +222,56 @@ impl Service {
     pub(super) fn context(&self) -> usize {
         self.parts().engine.max_positions()
     }
+
+    /// The source of an encoder-decoder against its encoder's context.
+    pub(super) fn check_source(&self, field: &str, source: usize) -> Result<(), ServeError> {
+        let limit = self.context();
+        match source <= limit {
+            true => Ok(()),
+            false => {
+                let message = format!("comes to {source} tokens, which exceed the encoder's context of {limit}");
+                Err(ServeError::field(field, message))
+            }
+        }
+    }
+
+    /// Tokens of a sequence (of an encoder-decoder: its decoder's) against the context, beside what its delta puts ahead
+    /// of them.
+    pub(super) fn check_room(
+        &self,
+        field: &str,
+        input: &Input,
+        new: usize,
+        admitted: &Admitted,
+    ) -> Result<(), ServeError> {
+        let ahead = admitted.lease.as_ref().map(|l| l.delta().ahead()).unwrap_or_default();
+        let (limit, most) = (self.context(), self.parts().engine.max_tokens(ahead));
+        let len = input.tokens.len();
+        if len > 0 && len + new <= most {
+            return Ok(());
+        }
+        let encoded = !input.source.is_empty();
+        let context = if encoded { "decoder's context" } else { "base's context" };
+        if len == 0 || (new == 0 && ahead.slots() == 0 && !encoded) {
+            let message = format!("comes to {len} tokens; accepted are 1 to {most} (the {context})");
+            return Err(ServeError::field(field, message));
+        }
+        let mut summands = Vec::new();
+        if ahead.slots() > 0 {
+            summands.push(format!("{} virtual positions of the delta", ahead.slots()));
+        }
+        summands.push(match (encoded, new) {
+            (false, 0) => format!("{len} tokens"),
+            (false, _) => format!("{len} prompt tokens"),
+            (true, 0) => format!("{len} tokens of the start and the completion"),
+            (true, _) => format!("{len} start token"),
+        });
+        if new > 0 {
+            summands.push(format!("{new} new tokens"));
+        }
+        let (parts, total) = (summands.join(" + "), ahead.slots() + len + new);
+        Err(ServeError::field(field, format!("{parts} = {total} exceed the {context} of {limit}")))
+    }
 }
 
 impl Admitted {

@@ -16,6 +16,7 @@ pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
 };
 use super::params::{PublishPolicy, Violation};
+pub use super::position_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart};
 use crate::delta::Task;
 
 /// A training request (`CreateJob`, `Plan`).
@@ -78,6 +79,12 @@ pub enum MethodPart {
     Adapter(AdapterPart),
     /// Embedding rows of some tokens.
     Tokens(TokensPart),
+    /// Keys and values ahead of each layer's own (Li and Liang 2021).
+    Prefix(PrefixPart),
+    /// Embeddings ahead of the tokens (Lester et al. 2021).
+    Prompt(PromptPart),
+    /// A prompt that a network makes while training (Liu et al. 2021).
+    PTuning(PTuningPart),
 }
 
 impl MethodPart {
@@ -90,6 +97,9 @@ impl MethodPart {
             Self::Ln(_) => "ln",
             Self::Adapter(_) => "adapter",
             Self::Tokens(_) => "tokens",
+            Self::Prefix(_) => "prefix",
+            Self::Prompt(_) => "prompt",
+            Self::PTuning(_) => "p_tuning",
         }
     }
 }

@@ -11,6 +11,7 @@ mod infer;
 mod jobs;
 mod output;
 mod train;
+mod train_positions;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 

@@ -44,6 +44,8 @@ pub(super) struct TrainArgs {
     #[command(flatten)]
     methods: MethodArgs,
     #[command(flatten)]
+    positions: super::train_positions::PositionArgs,
+    #[command(flatten)]
     hyper: HyperArgs,
     #[command(flatten)]
     publish: PublishArgs,
@@ -130,7 +132,7 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
         Some(file) => Some(upload(common, &client, file).await?),
         None => None,
     };
-    let spec = spec(&args, dataset, validation);
+    let spec = spec(&args, dataset, validation)?;
     if args.plan {
         return plan(common, &client, spec).await;
     }
@@ -162,7 +164,7 @@ async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result
     Ok(dataset.id)
 }
 
-fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> proto::TrainingSpec {
+fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow::Result<proto::TrainingSpec> {
     use proto::{training_data::Source, training_spec::Validation};
     let data = |id| proto::TrainingData { source: Some(Source::DatasetId(id)) };
     let task = match args.task {
@@ -170,18 +172,18 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> proto:
         TaskArg::SeqCls => proto::Task::SeqCls,
         TaskArg::TokenCls => proto::Task::TokenCls,
     };
-    proto::TrainingSpec {
+    Ok(proto::TrainingSpec {
         output_name: args.name.clone(),
         task: task.into(),
         data: Some(data(dataset)),
         validation: validation
             .map(|id| Validation::ValidationData(data(id)))
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
-        methods: args.method.iter().map(|m| args.methods.part(*m)).collect(),
+        methods: args.method.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
         hyper: Some(hyper(&args.hyper)),
         publish: Some(args.publish.policy()),
-    }
+    })
 }
 
 fn hyper(args: &HyperArgs) -> proto::HyperParameters {

@@ -6,13 +6,13 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Error, Result, Tensor};
 
 mod embedding;
 mod input;
 mod sublayer;
 
-use super::{Delta, Head, Patch, SiteId};
+use super::{Delta, Head, Patch, Prefix, Prompt, SiteId};
 use crate::{
     ops::{self, PatchRows, SitePatches},
     rows::RowLayout,
@@ -96,8 +96,10 @@ impl DeltaBatch {
             while from < patches.len() {
                 let site = patches[from].0;
                 let to = from + patches[from..].iter().take_while(|(s, _)| *s == site).count();
-                if let Some(entry) = plan.get_mut(site) {
-                    entry.push((at, from..to));
+                // patches that add positions come last at their site and act elsewhere
+                let rowwise = patches[from..to].iter().take_while(|(_, p)| !p.adds_positions()).count();
+                if let Some(entry) = plan.get_mut(site).filter(|_| rowwise > 0) {
+                    entry.push((at, from..from + rowwise));
                 }
                 from = to;
             }
@@ -146,6 +148,34 @@ impl DeltaBatch {
     /// Whether any delta of the step has a patch at the site.
     pub fn touches(&self, site: SiteId) -> bool {
         self.plan.get(site).is_some_and(|p| !p.is_empty())
+    }
+
+    /// Deltas with a prompt, and their spans.
+    pub(super) fn prompts(&self) -> impl Iterator<Item = (&Prompt, &[usize])> {
+        self.slots.iter().filter(|s| s.delta.ahead().rows > 0).filter_map(|slot| {
+            let find = |(_, p): &(SiteId, Patch)| matches!(p, Patch::Prompt(_));
+            match slot.delta.patches().iter().find(|p| find(p)) {
+                Some((_, Patch::Prompt(prompt))) => Some((prompt, slot.spans.as_slice())),
+                _ => None,
+            }
+        })
+    }
+
+    /// Deltas with a prefix: (slot, keys, spans).
+    pub(super) fn prefixed(&self) -> impl Iterator<Item = (usize, usize, &[usize])> {
+        let all = self.slots.iter().enumerate().map(|(i, s)| (i, s.delta.ahead().keys, s.spans.as_slice()));
+        all.filter(|(_, n, _)| *n > 0)
+    }
+
+    /// The prefix of a slot's delta at a layer's site.
+    pub(super) fn prefix(&self, slot: usize, site: SiteId) -> Result<&Prefix> {
+        let patches = self.slots.get(slot).map_or(&[][..], |s| s.delta.patches());
+        let from = patches.partition_point(|(s, _)| *s < site);
+        let found = patches[from..].iter().take_while(|(s, _)| *s == site).find_map(|(_, p)| match p {
+            Patch::Prefix(prefix) => Some(prefix),
+            _ => None,
+        });
+        found.ok_or_else(|| Error::msg(format!("a delta has a prefix, but none at site {site}")))
     }
 
     /// Heads: (spans, their delta's head), and the spans that have none of their own.
@@ -295,7 +325,12 @@ fn row_ops<'a>(patch: &'a Patch, product: bool, out: &mut Vec<PatchRows<'a>>) {
             None
         }
         // applied elsewhere: ahead of the matrix, at the sublayer; or by the reference
-        Patch::InScale(_) | Patch::Bottleneck(_) | Patch::TokenRows(_) | Patch::Matrix(_) => None,
+        Patch::InScale(_)
+        | Patch::Bottleneck(_)
+        | Patch::TokenRows(_)
+        | Patch::Matrix(_)
+        | Patch::Prompt(_)
+        | Patch::Prefix(_) => None,
     };
     if let (Some(l), true) = (low, product) {
         out.push(PatchRows::LowRank { a: &l.a, b: &l.b, scale: l.scale as f32 });

@@ -5,18 +5,22 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use candle_core::Tensor;
 
+use crate::rows::Ahead;
+
+mod ahead;
 mod batch;
 mod head;
 pub(crate) mod patch;
 mod site;
 
 pub use crate::ops::Act;
+pub(crate) use ahead::{Prefixes, prefix_keys};
 pub use batch::{DeltaBatch, Part};
 pub use head::{Head, HeadLayer, HeadPool};
 pub(crate) use patch::AdapterIo;
 pub use patch::{
-    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Scaling, TokenRows,
-    Wiring,
+    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Prefix, PrefixForm, Prompt,
+    PromptStage, Scaling, TokenRows, Wiring,
 };
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 
@@ -64,7 +68,7 @@ pub struct DeltaSpec {
     pub task: Task,
     /// Label names of its head, in index order; `LABEL_i` where the files had none.
     pub labels: Vec<String>,
-    /// Virtual positions ahead of the tokens (prompt and prefix methods).
+    /// Virtual positions ahead of the tokens (prompt and prefix methods); [`Delta::new`] counts them.
     pub num_virtual_tokens: usize,
     /// Numbers in all its tensors.
     pub parameters: u64,
@@ -80,14 +84,18 @@ pub struct Delta {
     pub spec: DeltaSpec,
     patches: Vec<(SiteId, Patch)>,
     head: Option<Head>,
+    ahead: Ahead,
 }
 
 impl Delta {
-    /// Puts a delta together; patches at the same site are applied in the given order.
+    /// Puts a delta together; row-wise patches at the same site are applied in the given order.
     pub fn new(spec: DeltaSpec, mut patches: Vec<(SiteId, Patch)>, head: Option<Head>) -> Self {
-        patches.sort_by_key(|(site, _)| *site);
-        let mut delta = Self { spec, patches, head };
+        // stable: row-wise patches keep their order, those that add positions come after them
+        patches.sort_by_key(|(site, patch)| (*site, patch.adds_positions()));
+        let ahead = ahead::of(&patches);
+        let mut delta = Self { spec, patches, head, ahead };
         delta.spec.resident_bytes = delta.bytes();
+        delta.spec.num_virtual_tokens = ahead.slots();
         delta
     }
 
@@ -99,6 +107,12 @@ impl Delta {
     /// The head, if the delta brings one.
     pub fn head(&self) -> Option<&Head> {
         self.head.as_ref()
+    }
+
+    /// What it puts ahead of the tokens of each of its sequences: the one answer that admission, scheduler, row layouts
+    /// and attention use.
+    pub fn ahead(&self) -> Ahead {
+        self.ahead
     }
 
     /// The same delta with each tensor of its patches ([`Patch::tensors`]) and of its head put through `f`.

@@ -26,6 +26,46 @@ pub struct LowRank {
     pub scale: f64,
 }
 
+/// Virtual rows ahead of the tokens (prompt tuning, Lester et al. 2021; P-tuning, Liu et al. 2021).
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// `[n, hidden]`.
+    pub rows: Tensor,
+    /// What the rows stand for.
+    pub stage: PromptStage,
+}
+
+/// What the rows of a prompt stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptStage {
+    /// Token embeddings (PEFT): what the base adds to those is added, and they take the first positions.
+    Tokens,
+    /// Input of the first block (AdapterHub on bases with a position table): nothing is added, and tokens keep their
+    /// positions.
+    Hidden,
+}
+
+/// Keys and values of a layer ahead of the sequence's own (prefix tuning, Li and Liang 2021). Keys are used as they are:
+/// rotary models do not rotate them.
+#[derive(Debug, Clone)]
+pub struct Prefix {
+    /// `[n, kv_width]`.
+    pub k: Tensor,
+    /// `[n, kv_width]`.
+    pub v: Tensor,
+    /// How they count.
+    pub form: PrefixForm,
+}
+
+/// How the positions of a prefix count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrefixForm {
+    /// As context (PEFT): tokens take the positions after it, and a sliding window leaves it behind.
+    Context,
+    /// Not at all (AdapterHub): tokens keep their positions, and every query sees it.
+    Pinned,
+}
+
 /// What a delta does at one site. At a linear, the order is: input scale, the matrix, then the other patches in order.
 #[derive(Debug, Clone)]
 pub enum Patch {
@@ -47,6 +87,10 @@ pub enum Patch {
     TokenRows(TokenRows),
     /// A whole matrix in place of the base's.
     Matrix(Matrix),
+    /// Virtual rows, at [`Site::Embedding`](super::Site::Embedding).
+    Prompt(Prompt),
+    /// Keys and values, at [`Site::KeyValue`](super::Site::KeyValue) of every layer.
+    Prefix(Prefix),
 }
 
 impl Patch {
@@ -62,6 +106,8 @@ impl Patch {
             Self::Bottleneck(p) => p.tensors(),
             Self::TokenRows(p) => vec![("token_rows", &p.rows)],
             Self::Matrix(p) => p.tensors(),
+            Self::Prompt(p) => vec![("prompt", &p.rows)],
+            Self::Prefix(p) => vec![("prefix_k", &p.k), ("prefix_v", &p.v)],
         }
     }
 
@@ -80,12 +126,19 @@ impl Patch {
             Self::Bottleneck(p) => Self::Bottleneck(Box::new(p.map(f)?)),
             Self::TokenRows(p) => Self::TokenRows(TokenRows { rows: f("token_rows", &p.rows)?, ..p.clone() }),
             Self::Matrix(p) => Self::Matrix(p.map(f)?),
+            Self::Prompt(p) => Self::Prompt(Prompt { rows: f("prompt", &p.rows)?, ..p.clone() }),
+            Self::Prefix(p) => Self::Prefix(Prefix { k: f("prefix_k", &p.k)?, v: f("prefix_v", &p.v)?, ..p.clone() }),
         })
     }
 
     /// Whether a gradient of its tensors is wanted.
     pub(crate) fn tracked(&self) -> bool {
         self.tensors().iter().any(|(_, t)| t.track_op())
+    }
+
+    /// Whether it adds positions instead of changing rows: such patches are no part of a site's plan.
+    pub(crate) fn adds_positions(&self) -> bool {
+        matches!(self, Self::Prompt(_) | Self::Prefix(_))
     }
 
     /// Bytes of its tensors.
@@ -102,6 +155,7 @@ impl Patch {
         match self {
             Self::LowRank(_) | Self::Bias(_) | Self::Scale(_) | Self::InScale(_) | Self::Affine(_) => true,
             Self::Dora(d) => d.folded().is_some(),
+            Self::Prompt(_) | Self::Prefix(_) => true, // no part of a plan
             Self::Bottleneck(_) | Self::TokenRows(_) | Self::Matrix(_) => false,
         }
     }
@@ -114,7 +168,7 @@ impl Patch {
     /// The reference: applies this patch to rows that all belong to its delta.
     ///
     /// `x`: `[rows, in]`, the site's input (already scaled by an input scale); `out`: `[rows, out]`, the site's output so
-    /// far. Differentiable.
+    /// far. Differentiable. Patches that add positions change no row here: see [`DeltaBatch`](super::DeltaBatch).
     ///
     /// # Errors
     /// Shapes that do not fit; an adapter, which is no patch of a linear or norm.
@@ -123,7 +177,7 @@ impl Patch {
             Self::LowRank(l) => out + l.update(x)?,
             Self::Bias(b) => out.broadcast_add(&b.to_dtype(out.dtype())?),
             Self::Scale(s) => out.broadcast_mul(&s.to_dtype(out.dtype())?),
-            Self::InScale(_) => Ok(out.clone()), // applied to the input, ahead of the matrix
+            Self::InScale(_) | Self::Prompt(_) | Self::Prefix(_) => Ok(out.clone()), // applied elsewhere
             Self::Affine(p) => p.apply(x),
             Self::Dora(p) => p.apply(x, out),
             Self::TokenRows(p) => p.logits(x, out),

@@ -41,6 +41,7 @@ use crate::{
     kv::{KvCache, PAGE_SIZE, pages_for},
     model::{Architecture, Base},
     pacing::Pacer,
+    rows::Ahead,
 };
 
 /// Sizes of the engine.
@@ -150,7 +151,10 @@ pub struct EngineHandle {
 #[derive(Debug)]
 struct Checks {
     arch: Architecture,
+    /// Longest sequence of the bare base.
     positions: usize,
+    /// Cache slots that one sequence can have.
+    slots: usize,
     pages: usize,
     queue: usize,
 }
@@ -181,7 +185,7 @@ pub fn spawn(
     let (commands, receiver) = mpsc::sync_channel(queue);
     let shared = Arc::new(Shared::default());
     let positions = arch.max_positions.min(limits.max_positions());
-    let checks = Arc::new(Checks { arch: arch.clone(), positions, pages, queue });
+    let checks = Arc::new(Checks { arch: arch.clone(), positions, slots: limits.max_positions(), pages, queue });
     let worker = Worker {
         commands: receiver,
         shared: Arc::clone(&shared),
@@ -237,6 +241,11 @@ impl EngineHandle {
     /// Longest sequence (prompt and output) that a request may come to.
     pub fn max_positions(&self) -> usize {
         self.checks.positions
+    }
+
+    /// Longest sequence (prompt and output) behind what a delta puts ahead of it.
+    pub fn max_tokens(&self, ahead: Ahead) -> usize {
+        ahead.room(self.checks.arch.max_positions, self.checks.slots)
     }
 
     /// The engine now.
@@ -298,10 +307,15 @@ impl Checks {
         if source > self.positions {
             return Err(format!("{source} source tokens exceed the {} positions of the encoder", self.positions));
         }
-        if len.saturating_add(new) > self.positions {
-            return Err(format!("{len} prompt tokens and {new} new ones exceed the {} positions", self.positions));
+        let ahead = request.ahead();
+        if len.saturating_add(new) > ahead.room(arch.max_positions, self.slots) {
+            return Err(format!(
+                "{} virtual positions, {len} prompt tokens and {new} new ones exceed the {} positions",
+                ahead.slots(),
+                self.positions
+            ));
         }
-        let (pages, most) = (pages_for(source) + pages_for(len + new), self.pages);
+        let (pages, most) = (pages_for(source) + pages_for(ahead.slots() + len + new), self.pages);
         if source > 0 && pages > most {
             let limit = most * PAGE_SIZE;
             return Err(format!(

@@ -12,6 +12,7 @@ use crate::{
     admission::params::{FinishReason, Pooling, Sampling, Timings, Usage},
     delta::Delta,
     ids::DeltaId,
+    rows::Ahead,
 };
 
 /// A delta that a request uses, with the lease that keeps it resident; released with the request, on every exit.
@@ -84,6 +85,13 @@ pub struct Request {
     pub permit: Option<Permit>,
     /// When it came, for the queue time.
     pub arrived: Instant,
+}
+
+impl Request {
+    /// What its delta puts ahead of its tokens.
+    pub fn ahead(&self) -> Ahead {
+        self.delta.as_ref().map(|held| held.delta.ahead()).unwrap_or_default()
+    }
 }
 
 /// What to do with a sequence.

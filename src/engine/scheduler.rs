@@ -54,6 +54,20 @@ pub(super) struct NeverFits {
     pub(super) limit: usize,
 }
 
+/// A sequence as the scheduler sees it: counts of positions. Those of virtual rows are computed like any other; keys
+/// without rows (prefixes) only take room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Demand {
+    /// Positions that are known and to be computed, at least 1.
+    pub(super) total: usize,
+    /// Most positions that it can come to.
+    pub(super) most: usize,
+    /// Cache slots ahead of the first computed position's.
+    pub(super) reserved: usize,
+    /// Positions that its encoder reads; 0 for a base that is no encoder-decoder.
+    pub(super) source: usize,
+}
+
 /// One sequence's share of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Share {
@@ -88,14 +102,23 @@ impl StepPlan {
 #[derive(Debug)]
 struct Entry {
     delta: Option<DeltaId>,
-    /// Positions that are known (prompt and output so far).
+    /// Positions that are known (virtual rows, prompt and output so far).
     total: usize,
     computed: usize,
+    /// Cache slots ahead of theirs.
+    reserved: usize,
     pages: PageTable,
     /// Positions of its encoder; 0 without one.
     source: usize,
     /// Their pages.
     memory: PageTable,
+}
+
+impl Entry {
+    /// Cache slots that all known positions need.
+    fn slots(&self) -> usize {
+        self.reserved + self.total
+    }
 }
 
 /// All sequences that are not finished.
@@ -128,26 +151,20 @@ impl Scheduler {
         Self { limits, pool, running: BTreeMap::new(), waiting: BTreeMap::new(), served: HashMap::new(), step: 0 }
     }
 
-    /// Queues a sequence of `total` known positions that may grow to `most`, and whose encoder (if the base has one) reads
-    /// `source`. Ids must grow.
+    /// Queues a sequence. Ids must grow.
     ///
     /// # Errors
     /// A sequence that the cache can never hold.
-    pub(super) fn submit(
-        &mut self,
-        id: SeqId,
-        delta: Option<DeltaId>,
-        source: usize,
-        (total, most): (usize, usize),
-    ) -> Result<(), NeverFits> {
+    pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
+        let Demand { total, most, reserved, source } = demand;
         debug_assert!(total > 0 && total <= most);
         let limit = self.limits.max_positions();
-        let positions = most.saturating_add(source.next_multiple_of(PAGE_SIZE));
+        let positions = most.saturating_add(reserved).saturating_add(source.next_multiple_of(PAGE_SIZE));
         if positions > limit {
             return Err(NeverFits { positions, limit });
         }
         let (pages, memory) = (PageTable::default(), PageTable::default());
-        self.waiting.insert(id, Entry { delta, total, computed: 0, pages, source, memory });
+        self.waiting.insert(id, Entry { delta, total, computed: 0, reserved, pages, source, memory });
         Ok(())
     }
 
@@ -171,10 +188,11 @@ impl Scheduler {
         &self.pool
     }
 
-    /// Cache slots of a running sequence's first positions; empty for a base without a cache.
+    /// Cache slots of a running sequence: the reserved ones, then those of its first positions; empty for a base without
+    /// a cache.
     pub(super) fn slots(&self, id: SeqId, positions: usize) -> std::sync::Arc<[u32]> {
         match self.running.get(&id) {
-            Some(entry) if self.limits.pages.is_some() => entry.pages.slots(positions),
+            Some(entry) if self.limits.pages.is_some() => entry.pages.slots(entry.reserved + positions),
             _ => [].into(),
         }
     }
@@ -271,7 +289,7 @@ impl Scheduler {
 
     /// Pages that a waiting sequence needs to begin.
     fn pages_of(&self, e: &Entry) -> usize {
-        if self.limits.pages.is_some() { pages_for(e.total) + pages_for(e.source) } else { 0 }
+        if self.limits.pages.is_some() { pages_for(e.slots()) + pages_for(e.source) } else { 0 }
     }
 
     /// Sequences that miss one position, oldest first; each may need one more page.
@@ -362,7 +380,8 @@ impl Scheduler {
     fn cover(&mut self, id: SeqId, plan: &mut StepPlan) -> bool {
         loop {
             let Some(entry) = self.running.get_mut(&id) else { return false };
-            if self.limits.pages.is_none() || self.pool.cover(&mut entry.pages, entry.total) {
+            let slots = entry.slots();
+            if self.limits.pages.is_none() || self.pool.cover(&mut entry.pages, slots) {
                 return true;
             }
             match self.running.last_key_value().map(|(youngest, _)| *youngest) {
@@ -384,7 +403,8 @@ impl Scheduler {
 
 /// Takes the pages that a sequence begins with, which must be free.
 fn cover_all(pool: &mut PagePool, entry: &mut Entry) -> bool {
-    pool.cover(&mut entry.memory, entry.source) && pool.cover(&mut entry.pages, entry.total)
+    let slots = entry.slots();
+    pool.cover(&mut entry.memory, entry.source) && pool.cover(&mut entry.pages, slots)
 }
 
 fn may_run(entry: &Entry, allowed: &HashSet<DeltaId>) -> bool {

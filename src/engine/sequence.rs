@@ -6,11 +6,13 @@ use std::time::Instant;
 use super::{
     request::{EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
+    scheduler::Demand,
     step::Got,
 };
 use crate::{
     admission::params::{FinishReason, Pooling, Timings, Usage},
     ids::DeltaId,
+    rows::Ahead,
 };
 
 /// Whether a sequence goes on.
@@ -53,20 +55,25 @@ impl Sequence {
         Self { request, prompt, started: None, first: None, last: None, numbers: vec![], token_logits: vec![] }
     }
 
-    /// Positions to compute that are known at the start. The last token of a text that is only scored predicts nothing.
-    pub(super) fn known(&self) -> usize {
-        match self.request.work {
-            Work::Score { .. } => (self.prompt - 1).max(1),
-            _ => self.prompt,
-        }
+    /// What its delta puts ahead of its tokens.
+    pub(super) fn ahead(&self) -> Ahead {
+        self.request.ahead()
     }
 
-    /// Most positions that it can come to. The last generated token is never computed.
-    pub(super) fn most(&self) -> usize {
-        match &self.request.work {
+    /// What it asks of the scheduler. The last token of a text that is only scored predicts nothing, and the last
+    /// generated one is never computed.
+    pub(super) fn demand(&self) -> Demand {
+        let ahead = self.ahead();
+        let known = match self.request.work {
+            Work::Score { .. } => (self.prompt - 1).max(1),
+            _ => self.prompt,
+        };
+        let most = match &self.request.work {
             Work::Generate(g) => self.prompt + g.max_new_tokens - 1,
-            _ => self.known(),
-        }
+            _ => known,
+        };
+        let source = self.request.source.len();
+        Demand { total: ahead.rows + known, most: ahead.rows + most, reserved: ahead.keys, source }
     }
 
     pub(super) fn delta_id(&self) -> Option<DeltaId> {

@@ -19,14 +19,14 @@ use crate::{
     kv::KvCache,
     model::{Base, Input, Source},
     nn::{Cx, Memory},
-    rows::RowLayout,
+    rows::{RowLayout, Span},
 };
 
 /// One sequence's part in a step.
 pub(super) struct Task<'a> {
     pub(super) share: Share,
     pub(super) sequence: &'a Sequence,
-    /// Cache slots of its positions up to the last row; empty without a cache.
+    /// Cache slots of its keys up to the last row; empty without a cache.
     pub(super) slots: Arc<[u32]>,
     /// Cache slots of its source; empty without one.
     pub(super) memory: Arc<[u32]>,
@@ -78,8 +78,8 @@ impl Stepper {
         let mut types = Vec::new();
         let typed = tasks.iter().any(|t| t.sequence.request.token_types.is_some());
         for Task { share, sequence, slots, .. } in tasks {
-            rows.push(share.len, share.context, Arc::clone(slots));
-            let range = share.context..share.context + share.len;
+            rows.push_after(sequence.ahead(), share.len, share.context, Arc::clone(slots));
+            let range = rows.spans().last().map(Span::tokens).unwrap_or_default();
             tokens.extend_from_slice(&sequence.tokens()[range.clone()]);
             if typed {
                 let given = sequence.request.token_types.as_deref();
@@ -176,10 +176,10 @@ impl Reader<'_> {
         for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
             let Work::Score { from } = task.sequence.request.work else { continue };
             let before = pick.len();
-            for row in 0..span.len {
-                let target = span.context_len + row + 1;
+            for (row, token) in span.token_rows().zip(span.tokens()) {
+                let target = token + 1;
                 if let Some(&token) = task.sequence.tokens().get(target).filter(|_| target >= from) {
-                    pick.push((span.start + row) as u32);
+                    pick.push(row as u32);
                     targets.push(token);
                 }
             }
@@ -217,6 +217,7 @@ impl Reader<'_> {
             for i in each {
                 got[i] = match &logits[i] {
                     Some(logits) => Got::Rows(logits.to_vec2()?),
+                    None if self.rows.spans()[i].token_rows().is_empty() => Got::Nothing,
                     None => Got::NoHead,
                 };
             }
@@ -224,19 +225,26 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Pooled hidden states of a base without an encoder of its own; a mean is summed up chunk by chunk.
+    /// Pooled hidden states of tokens, of a base without an encoder of its own; a mean is summed up chunk by chunk.
     fn embeddings(&self, got: &mut [Got]) -> Result<()> {
         for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
             let Work::Embed { pooling, .. } = task.sequence.request.work else { continue };
             let row = |at: usize| self.hidden.narrow(0, at, 1)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
             match pooling {
                 Pooling::Mean | Pooling::Default => {
-                    let rows = self.hidden.narrow(0, span.start, span.len)?.to_dtype(DType::F32)?;
-                    got[i] = Got::Sum(rows.sum(0)?.to_vec1()?);
+                    let own = span.token_rows();
+                    if !own.is_empty() {
+                        let rows = self.hidden.narrow(0, own.start, own.len())?.to_dtype(DType::F32)?;
+                        got[i] = Got::Sum(rows.sum(0)?.to_vec1()?);
+                    }
                 }
-                Pooling::Cls if span.context_len == 0 => got[i] = Got::Numbers(row(span.start)?),
+                Pooling::Cls => {
+                    if let Some(first) = span.first_token_row() {
+                        got[i] = Got::Numbers(row(first)?);
+                    }
+                }
                 Pooling::Last if task.share.completes => got[i] = Got::Numbers(row(span.start + span.len - 1)?),
-                Pooling::Cls | Pooling::Last => {}
+                Pooling::Last => {}
             }
         }
         Ok(())

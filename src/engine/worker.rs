@@ -87,8 +87,7 @@ impl Worker {
         let id = self.next;
         self.next += 1;
         let sequence = Sequence::new(request);
-        let (source, size) = (sequence.request.source.len(), (sequence.known(), sequence.most()));
-        match self.scheduler.submit(id, sequence.delta_id(), source, size) {
+        match self.scheduler.submit(id, sequence.delta_id(), sequence.demand()) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
             Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
         }

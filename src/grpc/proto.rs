@@ -35,6 +35,8 @@ pub(crate) mod json {
         lora_bias: LoraBias, "LORA_BIAS_";
         lora_init: LoraInit, "LORA_INIT_";
         adapter_variant: AdapterVariant, "ADAPTER_VARIANT_";
+        prompt_init: PromptInit, "PROMPT_INIT_";
+        prefix_init: PrefixInit, "PREFIX_INIT_";
         schedule: Schedule, "SCHEDULE_";
         job_state: JobState, "JOB_STATE_";
     }

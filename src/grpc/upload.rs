@@ -17,7 +17,7 @@ use crate::{
 
 /// Uploads are held in memory until they are stored; this many at a time.
 const MAX_CONCURRENT: usize = 4;
-const MAX_FILES: usize = 16;
+const MAX_FILES: usize = 64;
 const MAX_DATASET_NAME: usize = 128;
 /// A client that sends nothing for so long loses its place.
 const IDLE: Duration = Duration::from_secs(60);

@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use super::{
-    InteropError, Parts, decode_parts,
+    InteropError, Parts, container, decode_parts,
     head::HeadTensors,
     keys::{self, Owner},
     tensors::TensorFile,
@@ -53,6 +53,7 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
         all.patches.extend(own.patches);
         all.methods.extend(own.methods);
     }
+    container::check_positions(&all.patches, base).map_err(bad)?;
     all.head = head.build(base)?;
     Ok(all)
 }

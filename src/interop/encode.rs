@@ -1,6 +1,7 @@
 //! A trained delta to files that PEFT or AdapterHub load (BitFit alone and combinations: our own forms).
 
 mod lora;
+mod positions;
 mod small;
 
 use std::collections::BTreeMap;
@@ -8,7 +9,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{InteropError, adapterhub, combined, keys};
+use super::{InteropError, adapterhub, combined, container, keys};
 use crate::{
     delta::{Delta, DeltaFiles, HeadPool, Patch, Site, SiteId, Task},
     model::Base,
@@ -56,12 +57,24 @@ enum Kind {
 /// Patches of one form, by site.
 pub(super) type Patches<'a> = Vec<(SiteId, &'a Patch)>;
 
-/// Writes a delta as a version's files: `adapter_config.json`, the weights, and with a head `labels.json`.
+/// Writes a delta as a version's files: `adapter_config.json`, the weights, and with a head `labels.json`; a combination
+/// that has no folder form of its own as one folder form per part.
 ///
 /// # Errors
 /// A patch, an order of patches or a head that has no place in these formats.
 pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
+    match container::split(delta).as_slice() {
+        [] | [_] => single(delta, base, meta),
+        parts => container::encode(parts, base, meta, single),
+    }
+}
+
+/// Writes a delta that has a folder form of its own.
+fn single(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
     let w = Writer { delta, base, meta };
+    if positions::only(delta) {
+        return positions::encode(&w);
+    }
     let groups = w.groups()?;
     if let [(Kind::Adapter, patches)] = groups.as_slice() {
         return adapterhub::encode(&w, patches);
@@ -72,12 +85,8 @@ pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFile
         1 => parts.swap_remove(0),
         _ => w.combined(parts),
     };
-    whole.tensors.extend(w.head()?);
-    let mut out = DeltaFiles::default();
-    out.files.insert("adapter_config.json".into(), pretty(&whole.config)?.into());
-    out.files.insert("adapter_model.safetensors".into(), serialize(&whole.tensors, &w.info())?.into());
-    w.labels(&mut out)?;
-    Ok(out)
+    whole.tensors.extend(w.head(keys::key)?);
+    w.folder(&whole)
 }
 
 impl<'a> Writer<'a> {
@@ -108,6 +117,7 @@ impl<'a> Writer<'a> {
                     low.ok_or_else(|| self.unapplied(*site, "a whole matrix without LoRA beside it"))?
                 }
                 Patch::Bottleneck(_) => Kind::Adapter,
+                Patch::Prompt(_) | Patch::Prefix(_) => return Err(self.unapplied(*site, "positions beside rows")),
             };
             by_site.entry(*site).or_default().push(kind);
             match groups.iter_mut().find(|(k, _)| *k == kind) {
@@ -178,13 +188,23 @@ impl<'a> Writer<'a> {
         all.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
     }
 
-    /// PEFT's head: one layer over the base's pooled row, or the family's two over the first row.
-    fn head(&self) -> Result<Named, InteropError> {
+    /// PEFT's folder of these.
+    fn folder(&self, part: &Part) -> Result<DeltaFiles, InteropError> {
+        let mut out = DeltaFiles::default();
+        out.files.insert("adapter_config.json".into(), pretty(&part.config)?.into());
+        out.files.insert("adapter_model.safetensors".into(), serialize(&part.tensors, &self.info())?.into());
+        self.labels(&mut out)?;
+        Ok(out)
+    }
+
+    /// PEFT's head: one layer over the base's pooled row, or the family's two over the first row. `key` makes a module's
+    /// name in the file.
+    fn head(&self, key: impl Fn(&str) -> String) -> Result<Named, InteropError> {
         let mut out = Named::new();
         let Some(head) = self.delta.head() else { return Ok(out) };
         let names = &self.base.arch.names;
         let mut put = |name: &str, weight: &Tensor, bias: &Option<Tensor>| -> Result<(), InteropError> {
-            let key = keys::key(name);
+            let key = key(name);
             out.insert(format!("{key}.weight"), plain(weight)?);
             if let Some(b) = bias {
                 out.insert(format!("{key}.bias"), plain(b)?);

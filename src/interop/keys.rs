@@ -3,6 +3,8 @@
 use crate::{delta::SiteId, model::Base};
 
 const PEFT_PREFIX: &str = "base_model.model.";
+/// What PEFT puts before a head that it saves with a prompt or prefix.
+const PEFT_PROMPT_PREFIX: &str = "base_model.";
 
 /// What a key belongs to.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,10 +28,11 @@ pub(super) enum HeadPart {
 pub(super) fn owner(module: &str, base: &Base) -> Option<Owner> {
     let names = &base.arch.names;
     let path = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
-    if path == names.cls_head || names.cls_inner.is_some_and(|i| path == i.out) {
+    let head = path.strip_prefix(PEFT_PROMPT_PREFIX).unwrap_or(path);
+    if head == names.cls_head || names.cls_inner.is_some_and(|i| head == i.out) {
         return Some(Owner::Head(HeadPart::Out));
     }
-    if names.cls_inner.is_some_and(|i| path == i.dense) {
+    if names.cls_inner.is_some_and(|i| head == i.dense) {
         return Some(Owner::Head(HeadPart::Inner));
     }
     let bare = path.strip_prefix(names.prefix).unwrap_or(path);
@@ -46,6 +49,11 @@ pub(super) fn peft_path(module: &str, base: &Base, wrapped_bare: bool) -> String
 /// The full key of a module.
 pub(super) fn key(path: &str) -> String {
     format!("{PEFT_PREFIX}{path}")
+}
+
+/// The full key of a head that is saved with a prompt or prefix.
+pub(super) fn prompt_head_key(path: &str) -> String {
+    format!("{PEFT_PROMPT_PREFIX}{path}")
 }
 
 /// A head or site tensor's key parts: module and suffix (`weight`, `bias`).

@@ -1,4 +1,4 @@
-//! Interop: a version's files to a [`Delta`] and back: PEFT's and AdapterHub's folders, our BitFit form, and our form of
+//! Interop: a version's files to a [`Delta`] and back: PEFT's and AdapterHub's folders, our BitFit form, and our forms of
 //! combinations that no library has.
 //!
 //! Files come from strangers: headers are checked before anything is allocated, pickles are refused, and every tensor is
@@ -8,6 +8,7 @@ mod adapterhub;
 mod bitfit;
 mod combined;
 mod config;
+mod container;
 mod convert;
 mod encode;
 mod head;
@@ -17,6 +18,7 @@ mod ln_tuning;
 mod lora;
 mod tensors;
 mod tokens;
+mod virtual_tokens;
 
 pub use convert::convert;
 pub use encode::{EncodeMeta, encode};
@@ -75,6 +77,17 @@ impl InteropError {
     fn invalid(file: &str, message: impl Into<String>) -> Self {
         Self::Invalid { file: file.into(), message: message.into() }
     }
+
+    /// The same error of a part of a combination.
+    fn in_part(self, part: &str) -> Self {
+        match self {
+            Self::Invalid { file, message } => Self::Invalid { file: format!("{part}.{file}"), message },
+            Self::BaseMismatch(m) => Self::BaseMismatch(format!("{part}: {m}")),
+            Self::Pickle(file) => Self::Pickle(format!("{part}.{file}")),
+            Self::Unapplied(all) => Self::Unapplied(all.into_iter().map(|name| format!("{part}: {name}")).collect()),
+            Self::Tensor(m) => Self::Tensor(m),
+        }
+    }
 }
 
 impl From<candle_core::Error> for InteropError {
@@ -112,6 +125,15 @@ struct Parts {
 /// # Errors
 /// [`InteropError`] names the file, field or tensor.
 pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
+    if files.files.contains_key(container::INDEX) {
+        container::decode(files, base, single)
+    } else {
+        single(files, base)
+    }
+}
+
+/// Reads one folder.
+fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let (config_name, config) = config_of(files)?;
     let (weights_name, weights) = find(files, WEIGHTS).ok_or_else(|| missing_weights(files))?;
     let tensors = TensorFile::read(weights_name, weights)?;
@@ -151,13 +173,14 @@ fn decode_parts(
         "IA3" => ia3::decode(tensors, base)?,
         "LN_TUNING" => ln_tuning::decode(tensors, base)?,
         "TRAINABLE_TOKENS" => tokens::decode(file, config, tensors, base)?,
+        "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING" => virtual_tokens::decode(file, &kind, config, tensors, base)?,
         combined::KIND => combined::decode(file, config, tensors, base)?,
         other => {
             return Err(InteropError::invalid(
                 file,
                 format!(
                     "peft_type {other:?} is not supported; supported are LORA, IA3, LN_TUNING, TRAINABLE_TOKENS, \
-                     BITFIT, {}",
+                     PREFIX_TUNING, PROMPT_TUNING, P_TUNING, BITFIT, {}",
                     combined::KIND
                 ),
             ));

@@ -14,12 +14,13 @@ use crate::{
 pub struct HeadLogits {
     /// Which spans, in order.
     pub spans: Vec<usize>,
-    /// `[spans, labels]` f32; for token classification `[rows of all these spans, labels]`.
+    /// `[spans, labels]` f32; for token classification `[token rows of all these spans, labels]`.
     pub logits: Tensor,
 }
 
 impl Transformer {
-    /// One row per span: the pooled first row of an encoder, the last row of a decoder. `[spans, hidden]`.
+    /// One row per span: the pooled first row of an encoder (a virtual one where a delta has a prompt: PEFT reads what
+    /// comes first), the last row of a decoder. `[spans, hidden]`.
     ///
     /// # Errors
     /// Those of candle.
@@ -73,7 +74,8 @@ impl Transformer {
         Ok(out)
     }
 
-    /// Token classification, grouped by head; rows of each span in order. Differentiable.
+    /// Token classification, grouped by head; token rows of each span in order (virtual rows have no label); spans
+    /// without token rows in this step may be absent. Differentiable.
     ///
     /// # Errors
     /// Those of candle.
@@ -81,7 +83,10 @@ impl Transformer {
         let (groups, _) = self.heads(Task::TokenCls, cx);
         let mut out = Vec::with_capacity(groups.len());
         for (spans, head) in groups {
-            let idx: Vec<u32> = spans.iter().flat_map(|&s| cx.rows.spans()[s].rows().map(|r| r as u32)).collect();
+            let idx: Vec<u32> = spans.iter().flat_map(|&s| cx.rows.spans()[s].token_rows().map(|r| r as u32)).collect();
+            if idx.is_empty() {
+                continue;
+            }
             let x = hidden.contiguous()?.index_select(&Tensor::new(idx, &self.device)?, 0)?;
             out.push(HeadLogits { logits: head.logits(&x)?, spans });
         }
@@ -102,7 +107,8 @@ impl Transformer {
         Ok(out)
     }
 
-    /// Token classification logits, one `[len, labels]` per span; `None` where neither delta nor base has a head.
+    /// Token classification logits, one `[tokens, labels]` per span; `None` where neither delta nor base has a head, or
+    /// where no row of the span is a token.
     ///
     /// # Errors
     /// Those of candle.
@@ -111,8 +117,10 @@ impl Transformer {
         for group in self.token_head_logits(hidden, cx)? {
             let mut at = 0;
             for span in group.spans {
-                let len = cx.rows.spans()[span].len;
-                out[span] = Some(group.logits.narrow(0, at, len)?);
+                let len = cx.rows.spans()[span].token_rows().len();
+                if len > 0 {
+                    out[span] = Some(group.logits.narrow(0, at, len)?);
+                }
                 at += len;
             }
         }

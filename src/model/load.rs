@@ -160,6 +160,7 @@ impl Loader<'_> {
                 k_norm: norm(n.k_norm, NormAt::Key, head_dim)?,
                 style,
                 layer: at,
+                keys: self.site(Site::KeyValue { layer })?,
                 layer_scale: if a.scale_by_layer { 1.0 / (at + 1) as f32 } else { 1.0 },
             },
             norm_attn_out: norm(n.norm_attn_out, NormAt::AttnOut, h)?,

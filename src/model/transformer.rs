@@ -1,12 +1,12 @@
 //! THE forward: serving, training and evaluation of every base and every delta.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Architecture, Placement};
 use crate::{
-    delta::{Head, SiteId},
+    delta::{Head, PromptStage, SiteId},
     nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer, yield_point},
     ops::{self, Act, Weight},
 };
@@ -14,9 +14,9 @@ use crate::{
 /// Tokens of a step, packed as the row layout says.
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
-    /// One per row.
+    /// One per row that is a token; virtual rows have none.
     pub tokens: &'a [u32],
-    /// Segment ids, one per row; all 0 if absent.
+    /// Segment ids, one per token; all 0 if absent. Virtual rows have segment 0.
     pub token_types: Option<&'a [u32]>,
 }
 
@@ -119,6 +119,17 @@ impl Transformer {
         (self.linears().map(linear).sum::<usize>() + tables + norms + head + before) as u64
     }
 
+    /// The embeddings of tokens as a prompt's rows stand for them: `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Token ids outside the vocabulary.
+    pub fn token_embeddings(&self, tokens: &[u32]) -> Result<Tensor> {
+        if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.arch.vocab) {
+            bail!("token {bad} of a vocabulary of {}", self.arch.vocab);
+        }
+        self.embed.index_select(&Tensor::new(tokens, &self.device)?, 0)
+    }
+
     /// Final hidden states of all rows, `[rows, hidden]`; of an encoder-decoder, the decoder's, which sees what
     /// `cx.memory` holds of its encoder.
     ///
@@ -160,8 +171,10 @@ impl Transformer {
     }
 
     fn embeddings(&self, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
-        let mut x = self.embed.index_select(&Tensor::new(input.tokens, &self.device)?, 0)?; // [rows, hidden]
-        x = cx.deltas.embed(self.embed_site, input.tokens, x)?;
+        let tokens = per_row(input.tokens, cx)?;
+        let mut x = self.embed.index_select(&Tensor::new(&*tokens, &self.device)?, 0)?; // [rows, hidden]
+        x = cx.deltas.embed(self.embed_site, &tokens, x)?;
+        x = cx.deltas.virtual_rows(PromptStage::Tokens, cx.rows, x)?;
         if self.arch.embed_scale != 1.0 {
             x = (x * self.arch.embed_scale)?;
         }
@@ -171,20 +184,16 @@ impl Transformer {
             x = (x + table.index_select(&Tensor::new(rows, &self.device)?, 0)?)?;
         }
         if let Some(table) = &self.token_type {
-            let zeros;
             let types = match input.token_types {
-                Some(t) => t,
-                None => {
-                    zeros = vec![0u32; input.tokens.len()];
-                    &zeros
-                }
+                Some(types) => per_row(types, cx)?,
+                None => vec![0; cx.rows.rows()].into(),
             };
-            x = (x + table.index_select(&Tensor::new(types, &self.device)?, 0)?)?;
+            x = (x + table.index_select(&Tensor::new(&*types, &self.device)?, 0)?)?;
         }
-        match &self.embed_norm {
-            Some(norm) => norm.forward(&x, cx),
-            None => Ok(x),
+        if let Some(norm) = &self.embed_norm {
+            x = norm.forward(&x, cx)?;
         }
+        cx.deltas.virtual_rows(PromptStage::Hidden, cx.rows, x)
     }
 
     fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
@@ -211,9 +220,9 @@ impl Transformer {
     }
 
     fn check(&self, input: &Input<'_>, cx: &Cx<'_>, positions: &[u32]) -> Result<()> {
-        let rows = cx.rows.rows();
+        let rows = cx.rows.token_rows();
         if input.tokens.len() != rows || input.token_types.is_some_and(|t| t.len() != rows) {
-            bail!("{} tokens for {rows} rows", input.tokens.len());
+            bail!("{} tokens for {rows} rows of tokens", input.tokens.len());
         }
         if let Some(bad) = input.tokens.iter().find(|&&t| t as usize >= self.arch.vocab) {
             bail!("token {bad} of a vocabulary of {}", self.arch.vocab);
@@ -294,5 +303,16 @@ impl Transformer {
     /// The norm at a site.
     pub(super) fn norm_at(&self, site: SiteId) -> Option<&Norm> {
         self.norms().find(|n| n.part.0 == site)
+    }
+}
+
+/// One value per row: virtual rows, which have none, get 0 (a valid token, whose embedding is overwritten).
+fn per_row<'t>(values: &'t [u32], cx: &Cx<'_>) -> Result<Cow<'t, [u32]>> {
+    if values.len() == cx.rows.rows() {
+        return Ok(values.into());
+    }
+    match cx.rows.spread(values, 0) {
+        Some(spread) => Ok(spread.into()),
+        None => bail!("{} values for {} rows of tokens", values.len(), cx.rows.token_rows()),
     }
 }

@@ -6,6 +6,7 @@ use candle_core::{Device, Result, bail};
 
 use super::{Cx, Encoded, Rotary};
 use crate::{
+    delta::{Prefixes, prefix_keys},
     ops::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, RopeTable},
     rows::RowLayout,
 };
@@ -71,6 +72,8 @@ pub struct Pass<'a> {
     pub(super) styles: Vec<Applied>,
     /// Cache slots of the step's rows; empty without a cache.
     pub(super) slots: Vec<u32>,
+    /// Keys and values that deltas put ahead of the rows.
+    pub(super) prefixes: Prefixes,
     /// For decoders with an encoder.
     pub(super) crossing: Option<Crossing<'a>>,
 }
@@ -79,7 +82,7 @@ impl<'a> Pass<'a> {
     /// A pass of rows at these positions through layers of these styles.
     ///
     /// # Errors
-    /// Those of candle; a memory that does not fit the rows.
+    /// Those of candle; a memory that does not fit the rows; a row layout that was not made for the step's deltas.
     pub(crate) fn new(
         cx: Cx<'a>,
         heads: HeadShape,
@@ -87,32 +90,33 @@ impl<'a> Pass<'a> {
         positions: &[u32],
         device: &Device,
     ) -> Result<Self> {
-        let (spans, slots) = spans(&cx);
+        let (spans, slots, prefixes) = spans(&cx)?;
         let applied = |style: &Style| -> Result<Applied> {
             let rope = style.rotary.as_ref().map(|r| r.table(positions, device)).transpose()?;
             Ok(Applied { plan: heads.plan(Arc::clone(&spans), style.mask, style.bias.clone()), rope })
         };
         let styles = styles.iter().map(applied).collect::<Result<_>>()?;
         let crossing = if cx.memory.is_some() { Some(crossing(&cx, heads)?) } else { None };
-        Ok(Self { cx, styles, slots, crossing })
+        Ok(Self { cx, styles, slots, prefixes, crossing })
     }
 }
 
-/// Each sequence looks at itself: at rows of this step, or at its cache slots. With the slots of the step's rows.
-fn spans(cx: &Cx<'_>) -> (Arc<[AttnSpan]>, Vec<u32>) {
+/// Each sequence looks at itself (at rows of this step, or at its cache slots) and at its prefix. With the slots of the
+/// step's rows.
+fn spans(cx: &Cx<'_>) -> Result<(Arc<[AttnSpan]>, Vec<u32>, Prefixes)> {
     let cached = cx.kv.is_some() && cx.rows.spans().iter().all(|s| !s.slots.is_empty());
+    let (keys, prefixes) = prefix_keys(cx.rows, cx.deltas, cached)?;
     let mut slots = Vec::new();
-    let span = |s: &crate::rows::Span| {
-        let keys = if cached {
-            slots.extend_from_slice(&s.slots[s.context_len..]);
-            KeyRows::Slots(Arc::clone(&s.slots))
-        } else {
-            KeyRows::From(s.start)
-        };
-        let keys_len = s.context_len + s.len;
-        AttnSpan { q_start: s.start, q_len: s.len, context_len: s.context_len, keys, keys_len }
+    let span = |(s, keys): (&crate::rows::Span, KeyRows)| {
+        if cached {
+            slots.extend_from_slice(&s.slots[s.first_key()..]);
+        }
+        let pinned = if s.ahead.pinned { s.ahead.keys } else { 0 };
+        let (context_len, keys_len) = (s.first_key(), s.keys_len());
+        AttnSpan { q_start: s.start, q_len: s.len, context_len, pinned, keys, keys_len }
     };
-    (cx.rows.spans().iter().map(span).collect(), slots)
+    let spans = cx.rows.spans().iter().zip(keys).map(span).collect();
+    Ok((spans, slots, prefixes))
 }
 
 /// Each sequence of the decoder looks at its encoder's positions.
@@ -133,7 +137,7 @@ fn crossing<'a>(cx: &Cx<'a>, heads: HeadShape) -> Result<Crossing<'a>> {
     };
     let span = |(i, s): (usize, &crate::rows::Span)| {
         let (keys, keys_len) = keys(i);
-        AttnSpan { q_start: s.start, q_len: s.len, context_len: 0, keys, keys_len }
+        AttnSpan { q_start: s.start, q_len: s.len, context_len: 0, pinned: 0, keys, keys_len }
     };
     let spans = cx.rows.spans().iter().enumerate().map(span).collect();
     let slots = if cached { rows.iter().flat_map(|s| s.slots.iter().copied()).collect() } else { vec![] };

@@ -20,11 +20,35 @@ pub struct AttnMask {
 }
 
 impl AttnMask {
-    /// The half-open range of keys that the query at absolute position `at` sees, of `keys` in all.
-    pub(super) fn range(self, at: usize, keys: usize) -> (usize, usize) {
-        let end = if self.causal { (at + 1).min(keys) } else { keys };
-        let start = self.window.map_or(0, |w| (at + 1).saturating_sub(w));
-        (start.min(end), end)
+    /// The keys that the query at absolute position `at` sees, of `keys` in all, the first `pinned` of which are always
+    /// seen.
+    pub(super) fn seen(self, at: usize, keys: usize, pinned: usize) -> Seen {
+        let to = if self.causal { (at + 1).min(keys) } else { keys };
+        let from = self.window.map_or(0, |w| (at + 1).saturating_sub(w)).min(to);
+        // pinned keys that the window reaches, or touches, are part of its run
+        if from <= pinned && pinned > 0 { Seen { pinned: 0, from: 0, to } } else { Seen { pinned, from, to } }
+    }
+}
+
+/// Keys that a query sees: the first `pinned`, then `from..to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Seen {
+    pinned: usize,
+    from: usize,
+    to: usize,
+}
+
+impl Seen {
+    /// How many.
+    #[inline(always)]
+    pub(super) fn len(self) -> usize {
+        self.pinned + self.to - self.from
+    }
+
+    /// The key index of the `i`-th.
+    #[inline(always)]
+    pub(super) fn at(self, i: usize) -> usize {
+        if i < self.pinned { i } else { self.from + i - self.pinned }
     }
 }
 
@@ -46,7 +70,9 @@ pub struct AttnSpan {
     pub q_len: usize,
     /// Absolute position of the first query.
     pub context_len: usize,
-    /// Rows of keys and values.
+    /// So many of the first keys are seen by every query, whatever the window; at most `context_len`.
+    pub pinned: usize,
+    /// Rows of keys and values. Spans may share rows.
     pub keys: KeyRows,
     /// How many: `context_len + q_len` where a sequence looks at itself, another sequence's length in cross-attention.
     pub keys_len: usize,
@@ -130,7 +156,7 @@ impl AttnPlan {
                     slots.len() == s.keys_len && slots.iter().all(|&slot| (slot as usize) < k_rows)
                 }
             };
-            if s.q_start != at || !fits {
+            if s.q_start != at || !fits || s.pinned > s.context_len {
                 bail!("attention: span at row {} (want {at}) has keys outside the {k_rows} rows", s.q_start);
             }
             at += s.q_len;
@@ -192,8 +218,8 @@ fn mask_tensor(mask: AttnMask, span: &AttnSpan, device: &Device) -> Result<Tenso
     let n = span.keys_len;
     let mut data = vec![f32::NEG_INFINITY; span.q_len * n];
     for (i, row) in data.chunks_mut(n).enumerate() {
-        let (from, to) = mask.range(span.context_len + i, n);
-        row[from..to].fill(0.0);
+        let seen = mask.seen(span.context_len + i, n, span.pinned);
+        (0..seen.len()).for_each(|j| row[seen.at(j)] = 0.0);
     }
     Tensor::from_vec(data, (span.q_len, n), device)
 }
@@ -230,7 +256,8 @@ mod tests {
         let mut spans = Vec::new();
         let mut at = 0;
         for &len in lens {
-            spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, keys: KeyRows::From(at), keys_len: len });
+            let keys = KeyRows::From(at);
+            spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, pinned: 0, keys, keys_len: len });
             at += len;
         }
         (plan(spans, mask), at)
@@ -276,10 +303,51 @@ mod tests {
         ) {
             let (mut spans, mut rows, mut keys) = (Vec::new(), 0, 0);
             for (q_len, keys_len) in lens {
-                spans.push(AttnSpan { q_start: rows, q_len, context_len: 0, keys: KeyRows::From(keys), keys_len });
+                let from = KeyRows::From(keys);
+                spans.push(AttnSpan { q_start: rows, q_len, context_len: 0, pinned: 0, keys: from, keys_len });
                 (rows, keys) = (rows + q_len, keys + keys_len);
             }
             compare(AttnPlan { cap, ..plan(spans, AttnMask { causal: false, window: None }) }, rows, keys);
+        }
+
+        /// Prefix rows lie behind the step's own, and spans share them; gradients of shared rows add up.
+        #[test]
+        fn shared_and_pinned_keys_agree_forward_and_backward(
+            lens in proptest::collection::vec((1usize..9, 0usize..3), 1..6), prefix in proptest::collection::vec(1usize..6, 2),
+            causal: bool, window in proptest::option::of(1usize..6), pinned: bool,
+            cap in proptest::option::of(0.5f32..4.0), reach in proptest::option::of(1usize..6),
+        ) {
+            let window = if causal { window } else { None };
+            let rows: usize = lens.iter().map(|l| l.0).sum();
+            let total = rows + prefix.iter().sum::<usize>();
+            let mut spans = Vec::new();
+            let mut at = 0;
+            for &(len, which) in &lens {
+                let own = (at..at + len).map(|r| r as u32);
+                let from = rows + prefix.iter().take(which).sum::<usize>();
+                let n = prefix.get(which).copied().unwrap_or(0);
+                let keys: Vec<u32> = (from..from + n).map(|r| r as u32).chain(own).collect();
+                let pinned = if pinned { n } else { 0 };
+                let (keys, keys_len) = (KeyRows::Slots(keys.into()), n + len);
+                spans.push(AttnSpan { q_start: at, q_len: len, context_len: n, pinned, keys, keys_len });
+                at += len;
+            }
+            let plan = plan(spans, AttnMask { causal, window });
+            compare(AttnPlan { cap, bias: reach.map(bias), ..plan }, rows, total);
+        }
+
+        /// Seen keys are in order, without gaps but for the one behind the pinned ones, and each is seen for a reason.
+        #[test]
+        fn seen_keys_are_the_pinned_and_the_window(
+            keys in 1usize..20, at in 0usize..20, pinned in 0usize..6, causal: bool, window in proptest::option::of(1usize..8)
+        ) {
+            let (at, pinned) = (at % keys, pinned.min(at % keys));
+            let seen = AttnMask { causal, window }.seen(at, keys, pinned);
+            let got: Vec<usize> = (0..seen.len()).map(|i| seen.at(i)).collect();
+            let wanted: Vec<usize> = (0..keys)
+                .filter(|&j| j < pinned || ((!causal || j <= at) && window.is_none_or(|w| j + w > at)))
+                .collect();
+            prop_assert_eq!(got, wanted);
         }
 
         #[test]
@@ -301,7 +369,7 @@ mod tests {
             let mask = AttnMask { causal: true, window: None };
             let bias = bias(3);
             let make = |keys| {
-                let span = AttnSpan { q_start: 0, q_len: len, context_len: context, keys, keys_len: n };
+                let span = AttnSpan { q_start: 0, q_len: len, context_len: context, pinned: 0, keys, keys_len: n };
                 Arc::new(AttnPlan { bias: Some(bias.clone()), ..plan(vec![span], mask) })
             };
             let idx = Tensor::new(&slots[..], &dev).unwrap();

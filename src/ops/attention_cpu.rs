@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::attention::{AttnPlan, AttnSpan, KeyRows, RelativeBias};
+use super::attention::{AttnPlan, AttnSpan, RelativeBias, Seen};
 use super::{cpu_result, f32_slice, math, vectorized, with_f32};
 
 struct Attention(Arc<AttnPlan>);
@@ -53,10 +53,10 @@ impl<'a> Shaping<'a> {
         Self { scale: plan.scale, cap: plan.cap, bias }
     }
 
-    /// Caps and biases the scores of keys from `from` on; leaves the cap's derivative in `slope` if that is wanted.
-    /// Returns the largest score.
+    /// Caps and biases the scores of the seen keys; leaves the cap's derivative in `slope` if that is wanted. Returns the
+    /// largest score.
     #[inline(always)]
-    fn apply(self, scores: &mut [f32], from: usize, slope: &mut [f32]) -> f32 {
+    fn apply(self, scores: &mut [f32], seen: Seen, slope: &mut [f32]) -> f32 {
         if let Some(cap) = self.cap {
             for s in scores.iter_mut() {
                 *s = math::tanh(*s / cap);
@@ -69,34 +69,34 @@ impl<'a> Shaping<'a> {
             }
         }
         if let Some((bias, values, query)) = self.bias {
-            for (s, key) in scores.iter_mut().zip(from..) {
-                *s += values[bias.place(query, key)];
+            for (i, s) in scores.iter_mut().enumerate() {
+                *s += values[bias.place(query, seen.at(i))];
             }
         }
         scores.iter().fold(f32::NEG_INFINITY, |max, s| max.max(*s))
     }
 }
 
-/// The scores of one query and head turned into probabilities of keys `from..to`, in `probs`.
+/// The scores of one query and head turned into probabilities of the seen keys, in `probs`.
 #[inline(always)]
 fn probabilities(
     q: &[f32],
     shaping: Shaping<'_>,
     key: impl Fn(usize) -> usize,
     k: &[f32],
-    (from, to): (usize, usize),
+    seen: Seen,
     (probs, slope): (&mut [f32], &mut [f32]),
 ) {
     let d = q.len();
-    let probs = &mut probs[..to - from];
+    let probs = &mut probs[..seen.len()];
     let mut max = f32::NEG_INFINITY;
-    for (p, j) in probs.iter_mut().zip(from..to) {
-        let at = key(j);
+    for (i, p) in probs.iter_mut().enumerate() {
+        let at = key(seen.at(i));
         *p = dot(q, &k[at..at + d]) * shaping.scale;
         max = max.max(*p);
     }
     if shaping.cap.is_some() || shaping.bias.is_some() {
-        max = shaping.apply(probs, from, slope);
+        max = shaping.apply(probs, seen, slope);
     }
     let mut sum = 0.0;
     for p in probs.iter_mut() {
@@ -189,9 +189,6 @@ impl CustomOp3 for Attention {
         for (part, (span, head)) in
             parts.iter().zip(plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))))
         {
-            if matches!(span.keys, KeyRows::Slots(_)) {
-                bail!("attention: no gradient through a cache");
-            }
             for (i, row) in part.dq.chunks_exact(group * d).enumerate() {
                 let at = (span.q_start + i) * width + head * group * d;
                 dq[at..at + group * d].copy_from_slice(row);
@@ -211,15 +208,15 @@ impl CustomOp3 for Attention {
 fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
     let (q, k, v) = qkv;
     let (d, kv_width, group) = (plan.head_dim, plan.kv_heads * plan.head_dim, plan.heads / plan.kv_heads);
-    let (from, to) = plan.mask.range(span.context_len + i, span.keys_len);
-    let mut probs = vec![0f32; to - from];
+    let seen = plan.mask.seen(span.context_len + i, span.keys_len, span.pinned);
+    let mut probs = vec![0f32; seen.len()];
     for (h, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
         let column = (h / group) * d;
         let key = |j: usize| span.key_row(j) * kv_width + column;
         let shaping = Shaping::of(plan, h, span.context_len + i);
-        probabilities(q, shaping, key, k, (from, to), (&mut probs, &mut []));
-        for (p, j) in probs.iter().zip(from..to) {
-            let at = key(j);
+        probabilities(q, shaping, key, k, seen, (&mut probs, &mut []));
+        for (j, p) in probs.iter().enumerate() {
+            let at = key(seen.at(j));
             axpy(*p, &v[at..at + d], out);
         }
     }
@@ -243,24 +240,25 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
         #[inline(always)]
         || {
             for i in 0..span.q_len {
-                let (from, to) = plan.mask.range(span.context_len + i, n);
+                let seen = plan.mask.seen(span.context_len + i, n, span.pinned);
                 for g in 0..group {
                     let at = (span.q_start + i) * width + (kv_head * group + g) * d;
                     let (q, grad) = (&q[at..at + d], &grad[at..at + d]);
                     let key = |j: usize| span.key_row(j) * kv_width + kv_head * d;
                     let shaping = Shaping::of(plan, kv_head * group + g, span.context_len + i);
-                    probabilities(q, shaping, key, k, (from, to), (&mut probs, &mut slope));
+                    probabilities(q, shaping, key, k, seen, (&mut probs, &mut slope));
                     let mut delta = 0.0;
-                    for j in from..to {
-                        let at = key(j);
+                    for s in 0..seen.len() {
+                        let at = key(seen.at(s));
                         let dp = dot(grad, &v[at..at + d]);
-                        dprobs[j - from] = dp;
-                        delta += probs[j - from] * dp;
+                        dprobs[s] = dp;
+                        delta += probs[s] * dp;
                     }
                     let dq = &mut out.dq[(i * group + g) * d..(i * group + g + 1) * d];
-                    for j in from..to {
-                        let (p, at) = (probs[j - from], key(j));
-                        let ds = p * (dprobs[j - from] - delta) * slope[j - from] * plan.scale;
+                    for s in 0..seen.len() {
+                        let j = seen.at(s);
+                        let (p, at) = (probs[s], key(j));
+                        let ds = p * (dprobs[s] - delta) * slope[s] * plan.scale;
                         axpy(ds, &k[at..at + d], dq);
                         axpy(ds, q, &mut out.dk[j * d..(j + 1) * d]);
                         axpy(p, grad, &mut out.dv[j * d..(j + 1) * d]);

@@ -1,6 +1,8 @@
 //! Laws of training that need a whole (tiny) model: gradients reach every variable, the base never changes, seeds decide,
 //! accumulation is exact, divergence fails.
 
+mod positions;
+
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -135,6 +137,13 @@ fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
         ("qwen3", Task::CausalLm, lora()),
         ("gemma2", Task::CausalLm, lora()),
         ("t5", Task::Seq2Seq, lora()),
+        ("llama", Task::CausalLm, vec![positions::prefix(3)]),
+        ("llama", Task::CausalLm, vec![positions::prompt(3)]),
+        ("gpt2", Task::CausalLm, vec![positions::projected(3)]),
+        ("gpt2", Task::SeqCls, [lora(), vec![positions::p_tuning(2), positions::prefix(3)]].concat()),
+        ("bert", Task::SeqCls, vec![positions::prefix(3)]),
+        ("bert", Task::TokenCls, vec![positions::prompt(3)]),
+        ("bert", Task::TokenCls, vec![positions::p_tuning(3)]),
     ];
     for (family, task, methods) in cases {
         let base = tiny(family);
@@ -175,18 +184,28 @@ fn key_bias(name: &str) -> bool {
 
 #[test]
 fn gradients_match_central_differences() {
+    use positions::{p_tuning, prefix, projected, prompt};
+    let with = |part: MethodPart| [lora(), vec![part]].concat();
     let cases = [
-        ("llama", Task::CausalLm),
-        ("gpt2", Task::CausalLm),
-        ("bert", Task::SeqCls),
-        ("roberta", Task::SeqCls),
-        ("qwen3", Task::CausalLm),
-        ("gemma2", Task::CausalLm),
-        ("t5", Task::Seq2Seq),
+        ("llama", Task::CausalLm, lora()),
+        ("gpt2", Task::CausalLm, lora()),
+        ("bert", Task::SeqCls, lora()),
+        ("roberta", Task::SeqCls, lora()),
+        ("qwen3", Task::CausalLm, lora()),
+        ("gemma2", Task::CausalLm, lora()),
+        ("t5", Task::Seq2Seq, lora()),
+        ("llama", Task::CausalLm, with(prefix(3))),
+        ("llama", Task::CausalLm, with(prompt(3))),
+        ("gpt2", Task::CausalLm, with(projected(3))),
+        ("gpt2", Task::CausalLm, with(p_tuning(3))),
+        ("bert", Task::SeqCls, with(prefix(3))),
+        ("bert", Task::TokenCls, with(prompt(3))),
+        ("roberta", Task::SeqCls, with(prompt(3))),
+        ("gemma2", Task::CausalLm, with(prefix(3))),
     ];
-    for (family, task) in cases {
+    for (family, task, methods) in cases {
         let base = tiny(family);
-        let input = input(&base, task, &lora(), hyper(10));
+        let input = input(&base, task, &methods, hyper(10));
         let t = Trainable::init(&input.spec, &base.sites, 1, &base.device).unwrap();
         let batch: Vec<&Encoded> = input.train.iter().take(6).collect();
         let loss = || {

@@ -26,6 +26,7 @@ pub mod optim;
 pub mod plan;
 pub mod run;
 pub mod spec;
+mod start;
 mod supervisor;
 #[cfg(test)]
 mod supervisor_tests;

@@ -30,7 +30,7 @@ pub struct Losses {
 /// Those of the forward, or a target that the base cannot serve.
 pub fn losses(base: &Base, delta: Arc<Delta>, examples: &[&Encoded], pacer: Option<&Arc<Pacer>>) -> Result<Losses> {
     let lens: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
-    let rows = RowLayout::packed(&lens);
+    let rows = RowLayout::packed_after(lens.iter().map(|&len| (len, delta.ahead())));
     let tokens: Vec<u32> = examples.iter().flat_map(|e| e.tokens.iter().copied()).collect();
     let deltas = DeltaBatch::single(Arc::clone(&delta), &rows, base.sites.len());
     let source = source(base, &delta, examples, pacer)?;
@@ -67,7 +67,7 @@ fn next_token(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) 
     for (example, span) in examples.iter().zip(cx.rows.spans()) {
         let Target::Tokens(mask) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
         for (t, _) in mask.iter().enumerate().skip(1).filter(|(_, learn)| **learn) {
-            pick.push((span.start + t - 1) as u32);
+            pick.push((span.token_rows().start + t - 1) as u32);
             targets.push(example.tokens[t]);
         }
     }
@@ -86,11 +86,12 @@ fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) 
 }
 
 fn word_labels(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Losses> {
-    let logits = only_group(base.transformer.token_head_logits(hidden, cx)?, examples.len())?; // [rows, labels]
-    let (mut pick, mut gold) = (Vec::new(), Vec::new());
+    let logits = only_group(base.transformer.token_head_logits(hidden, cx)?, examples.len())?; // [tokens, labels]
+    let (mut pick, mut gold, mut start) = (Vec::new(), Vec::new(), 0);
     for (example, span) in examples.iter().zip(cx.rows.spans()) {
         let Target::Tags(tags) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
-        pick.extend(tags.iter().map(|(at, _)| span.start as u32 + at));
+        pick.extend(tags.iter().map(|(at, _)| start + at));
+        start += span.token_rows().len() as u32;
         gold.extend(tags.iter().map(|(_, label)| *label));
     }
     let logits = logits.index_select(&Tensor::new(pick, logits.device())?, 0)?; // [words, labels]

@@ -19,7 +19,7 @@ use crate::{
         dataset::Dataset,
         encode::{Encoded, TextCodec, encode},
         issue::{Report, Severity},
-        spec::{BaseShape, TrainSpec},
+        spec::{self, BaseShape, Start, TrainSpec},
         validate::{LabelSet, check_train, check_validation},
     },
 };
@@ -69,7 +69,7 @@ pub struct Prepared {
 /// Every problem of the request and of its data.
 pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Result<Prepared, Vec<Violation>> {
     let params = inputs.params;
-    let mut problems = check_hyper(&params.hyper, base.max_positions);
+    let mut problems = Vec::new();
     if let Some(Validation::Fraction(f)) = params.validation
         && !(f > 0.0 && f <= 0.5)
     {
@@ -80,14 +80,20 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     check_train(&data, params.task, &labels, &mut report);
     let methods = with_defaults(&params.methods, params.task, base.shape);
     // while the data is bad, its labels are no ground to complain about the head
-    let spec = match TrainSpec::resolve(&methods, params.task, labels.names(), base.shape) {
+    let mut spec = match TrainSpec::resolve(&methods, params.task, labels.names(), base.shape) {
         Ok(spec) => Some(spec),
         Err(found) => {
             problems.extend(found.into_iter().filter(|v| report.is_ok() || !v.field.starts_with("labels")));
             None
         }
     };
-    let max_length = max_length(&params.hyper, params.task, base.max_positions);
+    // virtual tokens take positions of the context
+    let room = match &mut spec {
+        Some(spec) => place(spec, base.max_positions, codec, &mut problems),
+        None => base.max_positions,
+    };
+    problems.extend(check_hyper(&params.hyper, room, base.max_positions));
+    let max_length = max_length(&params.hyper, params.task, room);
     let fits = problems.iter().all(|p| p.field != "hyper.max_length");
     let mut train = if fits { encode(&data, codec, &labels, max_length, &mut report) } else { Vec::new() };
     problems.extend(report.violations("data"));
@@ -110,7 +116,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
     let resolved = chosen.resolve(&train);
     let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
-    let rows = (resolved.batch_size as usize * longest).min(MICRO_TOKENS.max(longest));
+    let longest_rows = longest + spec.positions.count();
+    let rows = (resolved.batch_size as usize * longest_rows).min(MICRO_TOKENS.max(longest_rows));
     let reply = PlanReply {
         trainable_parameters: spec.parameters(base.shape.sites),
         train_examples: train.len() as u64,
@@ -118,11 +125,39 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         train_tokens: train.iter().map(|e| e.rows() as u64).sum(),
         supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
         longest_example: longest as u32,
-        memory: spec.memory(base.shape, rows, longest),
+        memory: spec.memory(base.shape, rows, longest_rows),
         warnings,
         resolved,
     };
     Ok(Prepared { reply, spec, train: train.into(), validation: validation.into() })
+}
+
+/// Shortest examples that a base must have room for.
+const MIN_LENGTH: usize = 4;
+
+/// Positions that virtual tokens leave for examples. Texts that they start from become tokens.
+fn place(spec: &mut TrainSpec, max_positions: usize, codec: &TextCodec, problems: &mut Vec<Violation>) -> usize {
+    let count = spec.positions.count();
+    let Some(room) = max_positions.checked_sub(count).filter(|room| *room >= MIN_LENGTH) else {
+        let fields: Vec<&str> = spec.positions.iter().map(|p| p.field.as_str()).collect();
+        problems.push(violation(
+            &format!("{}.num_virtual_tokens", fields.join(", ")),
+            format!(
+                "{count} virtual tokens and an example of {MIN_LENGTH} tokens exceed the base's context of {max_positions}"
+            ),
+        ));
+        return max_positions;
+    };
+    for plan in spec.positions.iter_mut() {
+        if let (Start::Text(tokens), Some(text)) = (&mut plan.start, &plan.text) {
+            match (codec.encode)(text, true) {
+                Ok(ids) if !ids.is_empty() => *tokens = ids,
+                Ok(_) => problems.push(violation(&format!("{}.init_text", plan.field), "comes to no tokens")),
+                Err(e) => problems.push(violation(&format!("{}.init_text", plan.field), e)),
+            }
+        }
+    }
+    room
 }
 
 fn violation(field: &str, message: impl Into<String>) -> Violation {
@@ -145,7 +180,7 @@ fn warnings(field: &str, report: &Report) -> Vec<Violation> {
 
 /// Ranges of everything that is set. A learning rate is only asked to be a positive number: one that is too high makes
 /// the run diverge, which ends it.
-fn check_hyper(h: &HyperParams, max_positions: usize) -> Vec<Violation> {
+fn check_hyper(h: &HyperParams, room: usize, max_positions: usize) -> Vec<Violation> {
     let mut out = Vec::new();
     let mut real = |field: &str, value: Option<f64>, ok: fn(f64) -> bool, accepted: &str| {
         if let Some(v) = value
@@ -172,7 +207,15 @@ fn check_hyper(h: &HyperParams, max_positions: usize) -> Vec<Violation> {
     whole("max_steps", h.max_steps, 1, MAX_STEPS);
     whole("batch_size", h.batch_size, 1, 4096);
     whole("grad_accumulation", h.grad_accumulation, 1, 4096);
-    whole("max_length", h.max_length, 4, u32::try_from(max_positions).unwrap_or(u32::MAX));
+    if let Some(n) = h.max_length.map(|n| n as usize)
+        && !(MIN_LENGTH..=room).contains(&n)
+    {
+        let less = match max_positions - room {
+            0 => String::new(),
+            ahead => format!(" (the context of {max_positions} less {ahead} virtual tokens)"),
+        };
+        out.push(violation("hyper.max_length", format!("is {n}; accepted is {MIN_LENGTH} to {room}{less}")));
+    }
     out
 }
 
@@ -196,7 +239,10 @@ fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec
             })),
             ..p.clone()
         }),
-        other => other.clone(),
+        MethodPart::Prefix(p) => MethodPart::Prefix(spec::prefix_defaults(p)),
+        MethodPart::Prompt(p) => MethodPart::Prompt(spec::prompt_defaults(p)),
+        MethodPart::PTuning(p) => MethodPart::PTuning(spec::p_tuning_defaults(p)),
+        MethodPart::Bitfit(_) | MethodPart::Ia3(_) | MethodPart::Ln(_) | MethodPart::Tokens(_) => part.clone(),
     };
     methods.iter().map(part).collect()
 }
@@ -213,6 +259,10 @@ fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
         MethodPart::Adapter(_) if lm => 5e-4,
         MethodPart::Adapter(_) => 1e-3,
         MethodPart::Tokens(_) => 1e-2,
+        MethodPart::Prefix(p) if p.projection => 3e-4,
+        MethodPart::Prefix(_) => 5e-3,
+        MethodPart::Prompt(_) => 1e-2,
+        MethodPart::PTuning(_) => 1e-3,
     };
     methods.iter().map(of).fold(None, |least: Option<f64>, lr| Some(least.map_or(lr, |l| l.min(lr)))).unwrap_or(5e-3)
 }

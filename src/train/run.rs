@@ -26,6 +26,7 @@ use crate::{
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
         plan::{MICRO_TOKENS, Prepared},
         spec::TrainSpec,
+        start,
         trainable::{Snapshot, Trainable},
     },
 };
@@ -140,6 +141,8 @@ pub struct Run {
     metrics: TrainMetrics,
     input: RunInput,
     lens: Vec<usize>,
+    /// Virtual rows ahead of each example.
+    ahead: usize,
     trainable: Trainable,
     optimizer: AdamW,
     schedule: LrSchedule,
@@ -165,6 +168,7 @@ impl Run {
     pub fn new(base: Arc<Base>, pacer: Option<Arc<Pacer>>, input: RunInput) -> Result<Self> {
         let seed = input.resolved.seed;
         let trainable = Trainable::init_on(&input.spec, &base, seed)?;
+        start::from_base(&trainable, &input.spec, &base, &input.train, seed)?;
         Self::with_trainable(base, pacer, input, trainable)
     }
 
@@ -200,6 +204,7 @@ impl Run {
             unproven: None,
             started: Instant::now(),
             last_metrics: None,
+            ahead: trainable.ahead().rows,
             schedule,
             trainable,
             lens,
@@ -288,10 +293,15 @@ impl Run {
         let batch = self.batches.next_batch();
         // with packing, a batch counts packs; the token bound alone decides how they are cut
         let examples = if r.packing { usize::MAX } else { r.batch_size as usize };
-        let todo: VecDeque<_> = micro_batches(&batch, &self.lens, examples, MICRO_TOKENS).into();
+        let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.lens), examples, MICRO_TOKENS).into();
         let weight = batch.iter().map(|i| self.input.train[*i].weight()).sum::<usize>().max(1) as f64;
         let tokens = batch.iter().map(|i| self.lens[*i]).sum();
         Step { todo, weight, tokens, grads: vec![None; self.trainable.vars().len()], ..Step::default() }
+    }
+
+    /// Rows that examples of these lengths take.
+    fn rows(&self, lens: &[usize]) -> Vec<usize> {
+        lens.iter().map(|n| n + self.ahead).collect()
     }
 
     /// Adds a micro-batch's share of the step's loss and gradients: normalised by the whole step's losses, not a mean
@@ -397,7 +407,7 @@ impl Run {
         let lens: Vec<usize> = self.input.validation.iter().map(Encoded::rows).collect();
         let mut order: Vec<usize> = (0..lens.len()).collect();
         order.sort_by_key(|i| lens[*i]);
-        let todo = micro_batches(&order, &lens, 64, MICRO_TOKENS).into();
+        let todo = micro_batches(&order, &self.rows(&lens), 64, MICRO_TOKENS).into();
         let labels = if self.input.resolved.task.generates() { 0 } else { self.input.resolved.labels.len() };
         Phase::Eval { todo, tally: Tally::new(labels) }
     }

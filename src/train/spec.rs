@@ -6,12 +6,16 @@
 mod lora;
 mod parts;
 mod plans;
+mod positions;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use regex::{Regex, RegexBuilder};
 
 pub use plans::{AdapterPlan, LowRankPlan, PatchPlan, ScalingPlan};
+pub use positions::{
+    EncoderPlan, PositionPlan, PositionPlans, Start, p_tuning_defaults, prefix_defaults, prompt_defaults,
+};
 
 use crate::{
     admission::{
@@ -63,6 +67,8 @@ pub struct TrainSpec {
     pub head: Option<HeadPlan>,
     /// The base's vocabulary, which patches of the embedding are as wide as.
     pub vocab: usize,
+    /// More on the parts that add positions.
+    pub positions: PositionPlans,
 }
 
 /// What the specification needs to know of the base.
@@ -108,7 +114,13 @@ impl TrainSpec {
         labels: &[String],
         base: BaseShape<'_>,
     ) -> Result<Self, Vec<Violation>> {
-        let mut r = Resolver { base, task, problems: Vec::new(), patches: BTreeMap::new() };
+        let mut r = Resolver {
+            base,
+            task,
+            problems: Vec::new(),
+            patches: BTreeMap::new(),
+            positions: PositionPlans::default(),
+        };
         r.check_task(methods, task, labels);
         let mut kinds = BTreeSet::new();
         for (i, part) in methods.iter().enumerate() {
@@ -123,6 +135,9 @@ impl TrainSpec {
                 MethodPart::Ln(p) => r.ln(&field, p),
                 MethodPart::Adapter(p) => r.adapter(&field, p),
                 MethodPart::Tokens(p) => r.tokens(&format!("{field}.ids"), &p.ids),
+                MethodPart::Prefix(p) => r.prefix(&field, p),
+                MethodPart::Prompt(p) => r.prompt(&field, p),
+                MethodPart::PTuning(p) => r.p_tuning(&field, p),
             }
         }
         r.check_combination();
@@ -138,14 +153,14 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if classifies { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab })
+        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions })
     }
 
     /// Numbers that are trained.
     pub fn parameters(&self, sites: &SiteTable) -> u64 {
         let head = self.head.map_or(0, HeadPlan::parameters);
         let patch = |(site, plan): &(SiteId, PatchPlan)| sites.get(*site).map_or(0, |e| plan.parameters(e, self.vocab));
-        (head + self.patches.iter().map(patch).sum::<usize>()) as u64
+        (head + self.positions.encoder_parameters() + self.patches.iter().map(patch).sum::<usize>()) as u64
     }
 
     /// Bytes that a run needs beside the base: `rows` of a micro-batch, `longest` example in it. An estimate: every
@@ -168,6 +183,7 @@ struct Resolver<'a> {
     task: Task,
     problems: Vec<Violation>,
     patches: BTreeMap<SiteId, Vec<PatchPlan>>,
+    positions: PositionPlans,
 }
 
 impl Resolver<'_> {

@@ -4,15 +4,19 @@
 //! anything. Base weights never appear here. Evaluation and publishing get plain tensors ([`Trainable::detached`]).
 
 mod init;
+mod positions;
 
 use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{DType, Device, Result, Tensor, TensorId, Var};
 use rand::rngs::StdRng;
 
+use positions::{Encoder, Positions, Source, prefix_name};
+
 use crate::{
     delta::{Delta, DeltaSpec, Head, LowRank, Patch, SiteId, SiteTable},
     model::Base,
+    rows::Ahead,
     train::{batches::dropout_mask, spec::TrainSpec},
 };
 
@@ -20,7 +24,8 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct NamedVar {
     /// `<module>.<tensor>`, the tensor's name as in [`Patch::tensors`] (`lora_A`, `lora_B` (transposed, as in [`LowRank`]),
-    /// `bias`, ...); `head.weight`, `head.bias`, `head.0.weight`, `head.0.bias` (a layer before).
+    /// `bias`, ...); `head.weight`, `head.bias`, `head.0.weight`, `head.0.bias` (a layer before); `prompt`,
+    /// `prefix.<site>.k`, `prefix.<site>.v`, `prompt.encoder...`, `prefix.encoder...`.
     pub name: String,
     /// The variable, f32.
     pub var: Var,
@@ -41,6 +46,8 @@ enum Part {
         /// Subtracted while training: what the factors started from (PiSSA).
         start: Option<LowRank>,
     },
+    /// Virtual tokens.
+    Positions(Positions),
     /// Any other patch: its form, and the variables in the order of its tensors.
     Other { form: Patch, vars: Vec<usize> },
 }
@@ -55,6 +62,8 @@ pub struct Trainable {
     spec: DeltaSpec,
     vars: Vec<NamedVar>,
     parts: Vec<(SiteId, Part)>,
+    /// Networks that make virtual tokens.
+    encoders: Vec<Encoder>,
     /// The head's form, and its variables in the order of its tensors.
     head: Option<(Head, Vec<usize>)>,
     live: Option<Arc<Delta>>,
@@ -62,8 +71,9 @@ pub struct Trainable {
 
 impl Trainable {
     /// Fresh variables: LoRA's A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5) and B zero, biases zero, head weights
-    /// from N(0, 0.02); so before the first step the delta changes nothing but the head. Always f32, whatever the base's
-    /// type. For methods that need nothing of the base's weights; others: [`Self::init_on`].
+    /// from N(0, 0.02); so before the first step the delta changes nothing but the head. Virtual tokens are random here.
+    /// Always f32, whatever the base's type. For methods that need nothing of the base's weights; others:
+    /// [`Self::init_on`].
     ///
     /// # Errors
     /// The device, a site that the table does not have, a method that starts from the base's weights.
@@ -110,6 +120,15 @@ impl Trainable {
                     dropout: 0.0,
                     start: None,
                 },
+                Patch::Prompt(p) => {
+                    let rows = Source::Var(add("prompt".into(), &p.rows)?);
+                    Part::Positions(Positions::Prompt { rows, stage: p.stage })
+                }
+                Patch::Prefix(p) => {
+                    let k = Source::Var(add(prefix_name(*site, "k"), &p.k)?);
+                    let v = Source::Var(add(prefix_name(*site, "v"), &p.v)?);
+                    Part::Positions(Positions::Prefix { k, v, form: p.form })
+                }
                 other => {
                     let vars = other.tensors().into_iter().map(|(name, t)| add(format!("{module}.{name}"), t));
                     Part::Other { vars: vars.collect::<Result<_>>()?, form: other.clone() }
@@ -124,12 +143,17 @@ impl Trainable {
             }
             None => None,
         };
-        Self { spec: delta.spec.clone(), vars, parts, head, live: None }.with_live()
+        Self { spec: delta.spec.clone(), vars, parts, encoders: Vec::new(), head, live: None }.with_live()
     }
 
     /// The variables, in a fixed order.
     pub fn vars(&self) -> &[NamedVar] {
         &self.vars
+    }
+
+    /// What the delta puts ahead of the tokens.
+    pub fn ahead(&self) -> Ahead {
+        self.live.as_ref().map(|d| d.ahead()).unwrap_or_default()
     }
 
     /// Whether any part asks for dropout.
@@ -146,7 +170,8 @@ impl Trainable {
     /// The device.
     pub fn delta(&self, dropout: &mut StdRng) -> Result<Arc<Delta>> {
         match &self.live {
-            Some(delta) if !self.has_dropout() => Ok(Arc::clone(delta)),
+            // what a network makes changes with its variables
+            Some(delta) if !self.has_dropout() && self.encoders.is_empty() => Ok(Arc::clone(delta)),
             _ => Ok(Arc::new(self.build(|_, var| Ok(var.as_tensor().clone()), Some(dropout))?)),
         }
     }
@@ -216,6 +241,11 @@ impl Trainable {
 
     fn build(&self, tensor: impl Fn(usize, &Var) -> Result<Tensor>, mut dropout: Option<&mut StdRng>) -> Result<Delta> {
         let get = |i: usize| tensor(i, &self.vars[i].var);
+        let made: Vec<Tensor> = self.encoders.iter().map(|e| e.run(get)).collect::<Result<_>>()?;
+        let source = |s: Source| match s {
+            Source::Var(i) => get(i),
+            Source::Made { encoder, from, len } => made[encoder].narrow(1, from, len)?.contiguous(),
+        };
         let mut patches = Vec::with_capacity(self.parts.len());
         for (site, part) in &self.parts {
             match part {
@@ -229,6 +259,7 @@ impl Trainable {
                     patches.push((*site, Patch::LowRank(LowRank { a, b: get(*b)?, scale: *scale })));
                     patches.extend(start.iter().map(|s| (*site, Patch::LowRank(s.clone()))));
                 }
+                Part::Positions(positions) => patches.push((*site, positions.patch(source)?)),
                 Part::Other { form, vars } => {
                     let mut vars = vars.iter();
                     let patch = form.map(&mut |_, t| vars.next().map_or_else(|| Ok(t.clone()), |i| get(*i)))?;

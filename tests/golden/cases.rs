@@ -9,7 +9,7 @@ use deltaserve::{
     kv::KvCache,
     model::{Base, Input, Source},
     nn::{Cx, Memory},
-    rows::RowLayout,
+    rows::{Ahead, RowLayout, Span},
 };
 use serde_json::Value;
 
@@ -85,8 +85,8 @@ fn outputs(
 ) -> Step<f64> {
     let batch = Batch::read_output(want, base)?;
     let lens: Vec<usize> = batch.tokens.iter().map(Vec::len).collect();
-    let rows = RowLayout::packed(&lens);
     let per_span = vec![delta; lens.len()];
+    let rows = RowLayout::packed_for(&lens, &per_span);
     let deltas = DeltaBatch::new(&rows, &per_span, base.sites.len());
     let input = Batch::read(want, "input_ids", "attention_mask")?;
     let source = source(base, &input.tokens, &per_span).map_err(fail)?;
@@ -103,7 +103,7 @@ fn outputs(
         for (i, got) in got.iter().enumerate() {
             let own = expected.get(i).map_err(fail)?;
             let own = if own.rank() == 2 {
-                let places: Vec<u32> = batch.places(i).into_iter().map(|p| p as u32).collect();
+                let places = places(case, task, &rows.spans()[i], &batch.places(i));
                 own.index_select(&Tensor::new(places, own.device()).map_err(fail)?, 0).map_err(fail)?
             } else {
                 own
@@ -131,6 +131,14 @@ pub(crate) fn source(
     Source::encode(base, rows, &texts.concat(), deltas, None).map(Some)
 }
 
+/// Rows of a padded expected output. Where it includes virtual positions, they come first; a language model's are compared,
+/// too.
+pub(crate) fn places(case: &Value, task: &str, span: &Span, places: &[usize]) -> Vec<u32> {
+    let n = if case["logits_include_virtual"].as_bool() == Some(true) { span.virtual_len() } else { 0 };
+    let first = if task == "causal_lm" { 0..n } else { 0..0 };
+    first.chain(places.iter().map(|p| p + n)).map(|p| p as u32).collect()
+}
+
 /// An output of every sequence: `[len, x]` or `[x]`.
 fn rows_of(base: &Base, name: &str, task: &str, hidden: &Tensor, cx: &Cx<'_>) -> Step<Vec<Tensor>> {
     let t = &base.transformer;
@@ -154,7 +162,8 @@ fn rows_of(base: &Base, name: &str, task: &str, hidden: &Tensor, cx: &Cx<'_>) ->
             ("mean_pooled_unit", _) => spans
                 .iter()
                 .map(|s| {
-                    let mean = hidden.narrow(0, s.start, s.len)?.mean(0)?;
+                    let own = s.token_rows();
+                    let mean = hidden.narrow(0, own.start, own.len())?.mean(0)?;
                     let norm = mean.sqr()?.sum_all()?.sqrt()?;
                     mean.broadcast_div(&norm)
                 })
@@ -196,7 +205,9 @@ pub(crate) fn greedy(
     // an encoder-decoder reads the prompt with its encoder, and its output starts with a token of its own
     let heads: Vec<&[u32]> = prompts.iter().map(|p| start.as_deref().unwrap_or(p)).collect();
     let sources: Vec<usize> = prompts.iter().map(|p| start.as_ref().map_or(0, |_| p.len())).collect();
-    let longest = (0..prompts.len()).map(|i| sources[i] + heads[i].len()).max().unwrap_or(0) + steps;
+    let ahead: Vec<Ahead> = deltas.iter().map(|d| d.as_ref().map(|d| d.ahead()).unwrap_or_default()).collect();
+    let before = |i: usize| sources[i] + ahead[i].slots() + heads[i].len();
+    let longest = (0..prompts.len()).map(before).max().unwrap_or(0) + steps;
     let n = prompts.len();
     let cache = KvCache::new(base.arch.layers, n * longest, base.arch.kv_width(), base.dtype, &base.device)?;
     // interleaved slots: a sequence's positions are never neighbours
@@ -214,15 +225,15 @@ pub(crate) fn greedy(
         let mut rows = RowLayout::default();
         let mut tokens = Vec::new();
         for (i, head) in heads.iter().enumerate() {
-            let total = head.len() + out[i].len();
-            let own = slots(i, sources[i]..sources[i] + total);
+            let total = ahead[i].rows + head.len() + out[i].len();
+            let own = slots(i, sources[i]..sources[i] + ahead[i].keys + total);
             match out[i].last() {
                 None => {
-                    rows.push(head.len(), 0, own);
+                    rows.push_after(ahead[i], total, 0, own);
                     tokens.extend_from_slice(head);
                 }
                 Some(&last) => {
-                    rows.push(1, total - 1, own);
+                    rows.push_after(ahead[i], 1, total - 1, own);
                     tokens.push(last);
                 }
             }

@@ -80,13 +80,15 @@ impl Fixtures {
     }
 
     /// Loads a delta's folder. What this version says it does not support may be passed over only outside its scope:
-    /// methods that are row-wise must load.
+    /// methods that are row-wise, and prompts and prefixes of tier core, must load.
     pub(crate) fn delta(&self, base: &Base, case: &Value) -> Step<Option<Arc<Delta>>> {
         let Some(path) = case["delta"].as_str() else { return Ok(None) };
         let files = read_folder(&self.root.join(path))?;
         let kind = case["type"].as_str().unwrap_or("LORA");
-        let in_scope =
+        let rows =
             matches!(kind, "LORA" | "BITFIT" | "IA3" | "LN_TUNING" | "TRAINABLE_TOKENS" | "BOTTLENECK" | "COMPACTER");
+        let positions = matches!(kind, "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING");
+        let in_scope = rows || (positions && case["tier"].as_str().unwrap_or("core") == "core");
         let decoded = match interop::decode(&files, base) {
             // the server refuses pickles; the client's command makes them safetensors
             Err(InteropError::Pickle(_)) => {

@@ -12,7 +12,7 @@ use deltaserve::{
 use serde_json::Value;
 
 use crate::{
-    cases::{generated, source},
+    cases::{generated, places, source},
     fixtures::{Batch, Fixtures, Outcome, Step, fail, max_diff},
 };
 
@@ -35,7 +35,7 @@ fn logits(
     types: Option<&[Vec<u32>]>,
     deltas: &[Option<Arc<Delta>>],
 ) -> candle_core::Result<Vec<Option<Tensor>>> {
-    let rows = RowLayout::packed(&tokens.iter().map(Vec::len).collect::<Vec<_>>());
+    let rows = RowLayout::packed_for(&tokens.iter().map(Vec::len).collect::<Vec<_>>(), deltas);
     let batch = DeltaBatch::new(&rows, deltas, base.sites.len());
     let source = source(base, inputs, deltas)?;
     let memory = source.as_ref().map(Source::memory);
@@ -67,11 +67,8 @@ fn compare(got: &[Option<Tensor>], want: &[Tensor], atol: f64) -> Step<f64> {
     Ok(worst)
 }
 
-fn cut(t: &Tensor, places: &[usize]) -> candle_core::Result<Tensor> {
-    if t.rank() < 2 {
-        return Ok(t.clone());
-    }
-    t.index_select(&Tensor::new(places.iter().map(|&p| p as u32).collect::<Vec<_>>(), t.device())?, 0)
+fn cut(t: &Tensor, places: &[u32]) -> candle_core::Result<Tensor> {
+    if t.rank() < 2 { Ok(t.clone()) } else { t.index_select(&Tensor::new(places, t.device())?, 0) }
 }
 
 /// Rows are adapter names, with an expected file of the whole batch.
@@ -97,7 +94,7 @@ fn one_file(f: &Fixtures, case: &Value, expected: &str) -> Step<String> {
     let got = logits(&base, task, (&batch.tokens, &inputs.tokens), batch.types.as_deref(), &deltas).map_err(fail)?;
     let all = want.get("logits").ok_or_else(|| fail("no logits"))?;
     let rows: Vec<Tensor> = (0..batch.tokens.len())
-        .map(|i| cut(&all.get(i)?, &batch.places(i)))
+        .map(|i| cut(&all.get(i)?, &batch.places(i).iter().map(|&p| p as u32).collect::<Vec<_>>()))
         .collect::<candle_core::Result<_>>()
         .map_err(fail)?;
     let worst = compare(&got, &rows, atol)?;
@@ -133,7 +130,10 @@ fn by_case(f: &Fixtures, case: &Value) -> Step<String> {
         let input = Batch::read(&tensors, "input_ids", "attention_mask")?;
         let i = row["row"].as_u64().unwrap_or(0) as usize;
         let logits = tensors.get("logits").ok_or_else(|| fail("no logits"))?;
-        want.push(logits.get(i).and_then(|t| cut(&t, &batch.places(i))).map_err(fail)?);
+        let ahead = delta.as_ref().map(|d| d.ahead()).unwrap_or_default();
+        let span = RowLayout::packed_after([(batch.tokens[i].len(), ahead)]).spans()[0].clone();
+        let places = places(own, task, &span, &batch.places(i));
+        want.push(logits.get(i).and_then(|t| cut(&t, &places)).map_err(fail)?);
         tokens.push(batch.tokens[i].clone());
         inputs.push(input.tokens[i].clone());
         types.push(batch.types.as_ref().map_or_else(|| vec![0; batch.tokens[i].len()], |t| t[i].clone()));

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
     admission::train_params::Schedule,
-    delta::{Delta, DeltaBatch, Half, NormAt, Site},
+    delta::{Delta, DeltaBatch, Half, NormAt, Patch, PrefixForm, PromptStage, Site},
     model::{Base, Input, Source},
     nn::Cx,
     rows::RowLayout,
@@ -123,7 +123,7 @@ fn finals(f: &Fixtures, case: &Value, (base, delta): (&Base, &Delta), want: &Has
     let (atol, floor) = (f.tolerance("final_atol").max(noise), f.tolerance("grad_floor"));
     let n = vars.len();
     for v in vars {
-        let mut got = v.in_file(&v.var)?;
+        let mut got = v.in_file(&v.vars)?;
         // BitFit's file has whole biases, the variable is what was added
         if let Some(own) = v.bias_of.map(|site| base.bias(site)).transpose().map_err(fail)?.flatten() {
             got = got.iter().zip(flat(&own)?).map(|(a, b)| a + b).collect();
@@ -157,7 +157,7 @@ fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tens
     } else {
         (Batch::read(want, "input_ids", "attention_mask").map_err(bad)?, labels)
     };
-    let rows = RowLayout::packed(&batch.tokens.iter().map(Vec::len).collect::<Vec<_>>());
+    let rows = RowLayout::packed_after(batch.tokens.iter().map(|t| (t.len(), delta.ahead())));
     let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
     let per_span = vec![Some(Arc::clone(delta)); batch.tokens.len()];
     let source = source(base, &inputs.tokens, &per_span)?;
@@ -191,11 +191,12 @@ fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tens
             let labels = labels.to_vec2::<i64>()?;
             let (mut pick, mut targets) = (vec![], vec![]);
             for (i, span) in rows.spans().iter().enumerate() {
-                let places = batch.places(i);
-                for (j, next) in places.iter().skip(1).enumerate() {
-                    if labels[i][*next] >= 0 {
-                        pick.push((span.start + j) as u32);
-                        targets.push(labels[i][*next] as u32);
+                // the last virtual row predicts the first token
+                let first = usize::from(span.virtual_len() == 0);
+                for (t, place) in batch.places(i).into_iter().enumerate().skip(first) {
+                    if labels[i][place] >= 0 {
+                        pick.push((span.token_rows().start + t - 1) as u32);
+                        targets.push(labels[i][place] as u32);
                     }
                 }
             }
@@ -214,13 +215,13 @@ fn shifted(base: &Base, labels: &Tensor) -> candle_core::Result<(Batch, Tensor)>
     Ok((Batch { tokens, types: None, mask }, Tensor::new(rows, labels.device())?))
 }
 
-/// A variable, and how its file names it.
+/// Variables, and how their file names the tensor that has them side by side.
 struct Named {
     /// How the key ends.
     suffix: String,
     /// What it has before that; empty = anything.
     inside: Vec<String>,
-    var: Tensor,
+    vars: Vec<Tensor>,
     /// Kept transposed.
     transposed: bool,
     /// The bias that it is a difference to.
@@ -229,7 +230,7 @@ struct Named {
 
 impl Named {
     fn new(suffix: String, var: &Tensor) -> Self {
-        Self { suffix, inside: vec![], var: var.clone(), transposed: false, bias_of: None }
+        Self { suffix, inside: vec![], vars: vec![var.clone()], transposed: false, bias_of: None }
     }
 
     /// The key of this kind (`grad::`, `final::`).
@@ -242,16 +243,37 @@ impl Named {
     }
 
     /// Numbers in the file's order.
-    fn in_file(&self, t: &Tensor) -> Step<Vec<f32>> {
-        flat(&if self.transposed { t.t().map_err(fail)? } else { t.clone() })
+    fn in_file(&self, tensors: &[Tensor]) -> Step<Vec<f32>> {
+        match tensors {
+            [one] if self.transposed => flat(&one.t().map_err(fail)?),
+            [one] => flat(one),
+            many => flat(&Tensor::cat(many, 1).map_err(fail)?),
+        }
     }
 }
 
 /// A delta's variables under the names of its file.
 fn named(base: &Base, delta: &Delta, want: &HashMap<String, Tensor>) -> Vec<Named> {
     let mut out = Vec::new();
+    let mut prefix: Option<Named> = None; // one tensor for all layers
     for (site, patch) in delta.patches() {
         let Some(entry) = base.sites.get(*site) else { continue };
+        match patch {
+            Patch::Prompt(p) => {
+                let hub = p.stage == PromptStage::Hidden;
+                let name = if hub { "prompt_embedding.weight" } else { "prompt_embeddings" };
+                out.push(Named::new(name.into(), &p.rows));
+                continue;
+            }
+            Patch::Prefix(p) => {
+                let pinned = p.form == PrefixForm::Pinned;
+                let name = if pinned { "self_prefix.control_trans" } else { "prompt_embeddings" };
+                let all = prefix.get_or_insert_with(|| Named { vars: vec![], ..Named::new(name.into(), &p.k) });
+                all.vars.extend([p.k.clone(), p.v.clone()]);
+                continue;
+            }
+            _ => {}
+        }
         for (name, var) in patch.tensors() {
             let module = &entry.module;
             let mut v = Named::new(String::new(), var);
@@ -283,6 +305,7 @@ fn named(base: &Base, delta: &Delta, want: &HashMap<String, Tensor>) -> Vec<Name
             out.push(v);
         }
     }
+    out.extend(prefix);
     if let Some(head) = delta.head() {
         // AdapterHub's chain counts dropouts and activations, too: 1, 4, ...
         let chain = want.keys().any(|k| k.contains("heads."));
@@ -318,8 +341,10 @@ fn gradients(
     }
     for v in vars {
         let expected = flat(&want[v.key(want, "grad::")?])?;
-        let got = grads.get(&v.var).ok_or_else(|| fail(format!("no gradient of {}", v.suffix)))?;
-        for (a, b) in v.in_file(got)?.iter().zip(expected) {
+        let got: Vec<Tensor> = (v.vars.iter())
+            .map(|t| grads.get(t).cloned().ok_or_else(|| fail(format!("no gradient of {}", v.suffix))))
+            .collect::<Step<_>>()?;
+        for (a, b) in v.in_file(&got)?.iter().zip(expected) {
             let (a, b) = (f64::from(*a), f64::from(b));
             if !near(a, b, atol + rel * b.abs()) {
                 return Err(fail(format!("gradient of {}: {a} instead of {b}", v.suffix)));

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use clap::{Args, ValueEnum};
 
-use crate::grpc::proto;
+use crate::{cli::train_positions::PositionArgs, grpc::proto};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum MethodArg {
@@ -20,6 +20,12 @@ pub(super) enum MethodArg {
     Ln,
     /// Embedding rows of some tokens.
     Tokens,
+    /// Keys and values ahead of each layer's own.
+    Prefix,
+    /// Embeddings ahead of the tokens.
+    Prompt,
+    /// A prompt that a network makes while training.
+    PTuning,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -111,7 +117,10 @@ pub(super) struct MethodArgs {
 
 impl MethodArgs {
     /// A method with its options.
-    pub(super) fn part(&self, method: MethodArg) -> proto::MethodPart {
+    ///
+    /// # Errors
+    /// Options that the method does not take together.
+    pub(super) fn part(&self, method: MethodArg, positions: &PositionArgs) -> anyhow::Result<proto::MethodPart> {
         use proto::method_part::Part;
         let names = || proto::ModuleNames { names: self.targets.clone() };
         let part = match method {
@@ -124,8 +133,11 @@ impl MethodArgs {
             }),
             MethodArg::Ln => Part::Ln(proto::LnTuning { targets: self.targets.clone() }),
             MethodArg::Tokens => Part::Tokens(proto::Tokens { ids: self.tokens.clone() }),
+            MethodArg::Prefix => Part::Prefix(positions.prefix()?),
+            MethodArg::Prompt => Part::Prompt(positions.prompt()?),
+            MethodArg::PTuning => Part::PTuning(positions.p_tuning()),
         };
-        proto::MethodPart { part: Some(part) }
+        Ok(proto::MethodPart { part: Some(part) })
     }
 
     fn lora(&self) -> proto::Lora {

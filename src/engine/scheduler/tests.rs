@@ -9,6 +9,10 @@ fn delta(n: u8) -> Option<DeltaId> {
     (n > 0).then(|| DeltaId::from_bytes([n; 32]))
 }
 
+fn demand(total: usize, most: usize) -> Demand {
+    Demand { total, most, reserved: 0, source: 0 }
+}
+
 fn limits() -> Limits {
     Limits { max_batch_tokens: 64, max_sequences: 8, max_deltas: 4, prefill_chunk: 32, pages: Some(64) }
 }
@@ -21,12 +25,18 @@ struct Job {
     prompt: usize,
     new: usize,
     source: usize,
+    /// Cache slots ahead, as the delta has it.
+    reserved: usize,
 }
 
 fn jobs() -> impl Strategy<Value = Vec<Job>> {
     let source = prop_oneof![Just(0), 1usize..60];
     let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30, source);
-    let job = job.prop_map(|(at, delta, prompt, new, source)| Job { at, delta, prompt, new, source });
+    let job = job.prop_map(|(at, delta, prompt, new, source)| {
+        // some deltas have a prefix
+        let reserved = [0, 0, 3, 16, 0, 1][usize::from(delta)];
+        Job { at, delta, prompt, new, source, reserved }
+    });
     proptest::collection::vec(job, 1..25)
 }
 
@@ -58,7 +68,8 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
                 (job.new, job.source) = (0, 0);
             }
             let most = job.prompt + job.new.saturating_sub(1);
-            match scheduler.submit(next, delta(job.delta), job.source, (job.prompt, most)) {
+            let demand = Demand { total: job.prompt, most, reserved: job.reserved, source: job.source };
+            match scheduler.submit(next, delta(job.delta), demand) {
                 Ok(()) => drop(left.insert(next, (job, 0))),
                 Err(e) => prop_assert!(e.positions > e.limit),
             }
@@ -123,7 +134,8 @@ fn check_step(
                 prop_assert!(share.len <= l.prefill_chunk);
                 prop_assert_eq!(share.encode, if share.context == 0 { job.source } else { 0 }, "once per start");
                 prop_assert_eq!(s.memory_slots(share.id).len(), job.source);
-                prop_assert_eq!(s.slots(share.id, share.context + share.len).len(), share.context + share.len);
+                let slots = s.slots(share.id, share.context + share.len);
+                prop_assert_eq!(slots.len(), job.reserved + share.context + share.len);
             }
         }
     }
@@ -142,7 +154,7 @@ proptest! {
     fn no_delta_waits_longer_than_a_round(deltas in proptest::collection::vec(1u8..12, 2..12), cap in 1usize..5) {
         let mut s = Scheduler::new(Limits { max_deltas: cap, max_sequences: 64, pages: Some(640), ..limits() });
         for (id, d) in deltas.iter().enumerate() {
-            prop_assert!(s.submit(id as SeqId, delta(*d), 0, (4, 100)).is_ok());
+            prop_assert!(s.submit(id as SeqId, delta(*d), demand(4, 100)).is_ok());
         }
         let distinct = deltas.iter().collect::<HashSet<_>>().len();
         let mut last = vec![0; deltas.len()];
@@ -172,10 +184,10 @@ fn go(s: &mut Scheduler) -> StepPlan {
 #[test]
 fn decode_comes_first_then_chunks_then_newcomers() {
     let mut s = Scheduler::new(limits());
-    s.submit(1, None, 0, (4, 20)).expect("fits");
+    s.submit(1, None, demand(4, 20)).expect("fits");
     go(&mut s);
-    s.submit(2, None, 0, (100, 200)).expect("fits");
-    s.submit(3, None, 0, (50, 60)).expect("fits");
+    s.submit(2, None, demand(100, 200)).expect("fits");
+    s.submit(3, None, demand(50, 60)).expect("fits");
     let plan = go(&mut s);
     assert_eq!(plan.shares.iter().map(|s| (s.id, s.len)).collect::<Vec<_>>(), vec![(1, 1), (2, 32), (3, 31)]);
     let plan = go(&mut s);
@@ -188,10 +200,10 @@ fn decode_comes_first_then_chunks_then_newcomers() {
 #[test]
 fn the_youngest_gives_its_pages_and_comes_back_first() {
     let mut s = Scheduler::new(Limits { pages: Some(3), ..limits() });
-    s.submit(1, None, 0, (PAGE_SIZE, 3 * PAGE_SIZE)).expect("fits");
-    s.submit(2, None, 0, (PAGE_SIZE, 2 * PAGE_SIZE)).expect("fits");
+    s.submit(1, None, demand(PAGE_SIZE, 3 * PAGE_SIZE)).expect("fits");
+    s.submit(2, None, demand(PAGE_SIZE, 2 * PAGE_SIZE)).expect("fits");
     assert_eq!(ids(&go(&mut s)), vec![1, 2]);
-    s.submit(3, None, 0, (1, 2)).expect("fits");
+    s.submit(3, None, demand(1, 2)).expect("fits");
     // both grow over a page border: the older takes the last free page, then the younger's
     let plan = go(&mut s);
     assert_eq!((ids(&plan), plan.preempted), (vec![1], vec![]));
@@ -211,16 +223,16 @@ fn the_youngest_gives_its_pages_and_comes_back_first() {
 fn a_request_beyond_the_cache_is_refused_with_the_numbers() {
     let mut s = Scheduler::new(Limits { pages: Some(2), ..limits() });
     let limit = 2 * PAGE_SIZE;
-    assert_eq!(s.submit(1, None, 0, (1, limit + 1)), Err(NeverFits { positions: limit + 1, limit }));
-    assert_eq!(s.submit(1, None, 0, (1, limit)), Ok(()));
+    assert_eq!(s.submit(1, None, demand(1, limit + 1)), Err(NeverFits { positions: limit + 1, limit }));
+    assert_eq!(s.submit(1, None, demand(1, limit)), Ok(()));
 }
 
 #[test]
 fn an_encoder_request_over_the_budget_runs_alone() {
     let mut s = Scheduler::new(Limits { pages: None, ..limits() });
-    s.submit(1, None, 0, (10, 10)).expect("fits");
-    s.submit(2, None, 0, (500, 500)).expect("fits");
-    s.submit(3, None, 0, (10, 10)).expect("fits");
+    s.submit(1, None, demand(10, 10)).expect("fits");
+    s.submit(2, None, demand(500, 500)).expect("fits");
+    s.submit(3, None, demand(10, 10)).expect("fits");
     let mut step = || {
         let plan = s.plan();
         ids(&plan).into_iter().for_each(|id| s.remove(id));
@@ -233,9 +245,9 @@ fn an_encoder_request_over_the_budget_runs_alone() {
 fn one_delta_more_than_places_is_served_in_turn() {
     let mut s = Scheduler::new(Limits { max_deltas: 2, ..limits() });
     for id in 1..=3u8 {
-        s.submit(u64::from(id), delta(id), 0, (2, 50)).expect("fits");
+        s.submit(u64::from(id), delta(id), demand(2, 50)).expect("fits");
     }
-    s.submit(9, None, 0, (2, 50)).expect("fits");
+    s.submit(9, None, demand(2, 50)).expect("fits");
     assert_eq!(ids(&go(&mut s)), vec![1, 2, 9]);
     assert_eq!(ids(&go(&mut s)), vec![1, 9, 3], "the one that was passed over is first");
 }

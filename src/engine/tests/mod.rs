@@ -2,6 +2,7 @@
 
 mod generation;
 mod lifecycle;
+mod positions;
 mod prompt_only;
 mod source;
 

@@ -1,5 +1,7 @@
 //! Parts of a training request by method: protobuf to the domain's types and back.
 
+mod positions;
+
 use super::Problems;
 use crate::{
     admission::train_params::{
@@ -25,6 +27,9 @@ pub(super) fn from_wire(parts: Vec<proto::MethodPart>, problems: &mut Problems) 
             Some(Part::Ia3(m)) => out.push(MethodPart::Ia3(ia3(&at, m, problems))),
             Some(Part::Ln(m)) => out.push(MethodPart::Ln(LnPart { targets: m.targets })),
             Some(Part::Tokens(m)) => out.push(MethodPart::Tokens(TokensPart { ids: m.ids })),
+            Some(Part::Prefix(m)) => out.push(MethodPart::Prefix(positions::prefix(&at, m, problems))),
+            Some(Part::Prompt(m)) => out.push(MethodPart::Prompt(positions::prompt(&at, m, problems))),
+            Some(Part::PTuning(m)) => out.push(MethodPart::PTuning(positions::p_tuning(&m))),
             None => problems.push(at, "is empty; one kind is required"),
         }
     }
@@ -172,6 +177,9 @@ pub(super) fn to_wire(part: MethodPart) -> proto::MethodPart {
         MethodPart::Ln(m) => Part::Ln(proto::LnTuning { targets: m.targets }),
         MethodPart::Adapter(m) => Part::Adapter(adapter_to_wire(m)),
         MethodPart::Tokens(m) => Part::Tokens(proto::Tokens { ids: m.ids }),
+        MethodPart::Prefix(m) => Part::Prefix(positions::prefix_to_wire(m)),
+        MethodPart::Prompt(m) => Part::Prompt(positions::prompt_to_wire(m)),
+        MethodPart::PTuning(m) => Part::PTuning(positions::p_tuning_to_wire(&m)),
     };
     proto::MethodPart { part: Some(part) }
 }

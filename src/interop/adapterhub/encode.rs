@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// The adapter's name in the files.
-const NAME: &str = "delta";
+pub(in crate::interop) const NAME: &str = "delta";
 /// The form of the library that is written.
 const VERSION: &str = "adapters.1.3.0";
 
@@ -26,7 +26,14 @@ const VERSION: &str = "adapters.1.3.0";
 /// # Errors
 /// Adapters that no single configuration describes.
 pub(in crate::interop) fn encode(w: &Writer<'_>, patches: &Patches<'_>) -> Result<DeltaFiles, InteropError> {
-    let part = encode_part(w, patches)?;
+    folder(w, &encode_part(w, patches)?)
+}
+
+/// The folder of an adapter's configuration and tensors, with the delta's head and label names.
+///
+/// # Errors
+/// A head that no configuration describes.
+pub(in crate::interop) fn folder(w: &Writer<'_>, part: &Part) -> Result<DeltaFiles, InteropError> {
     let mut out = DeltaFiles::default();
     out.files.insert("adapter_config.json".into(), pretty(&part.config)?.into());
     out.files.insert(WEIGHTS.into(), serialize(&part.tensors, &w.info())?.into());
@@ -59,7 +66,7 @@ pub(in crate::interop) fn encode_part(w: &Writer<'_>, patches: &Patches<'_>) -> 
 }
 
 /// What every configuration file of the library says.
-fn about(base: &Base, config: Value) -> Value {
+pub(in crate::interop) fn about(base: &Base, config: Value) -> Value {
     json!({
         "config": config,
         "hidden_size": base.arch.hidden,

@@ -11,11 +11,11 @@ mod places;
 #[cfg(test)]
 mod tests;
 
-pub(super) use encode::{encode, encode_part};
+pub(super) use encode::{NAME, about, encode, encode_part, folder};
 
 use serde_json::Value;
 
-use super::{InteropError, Parts, json_file, tensors::TensorFile};
+use super::{InteropError, Parts, json_file, tensors::TensorFile, virtual_tokens};
 use crate::{
     delta::{DeltaFiles, Task},
     model::Base,
@@ -31,6 +31,11 @@ pub(super) const HEAD_WEIGHTS: &str = "model_head.safetensors";
 /// Whether a configuration is AdapterHub's.
 pub(super) fn is_config(config: &Value) -> bool {
     config.get("peft_type").is_none() && config.get("delta_type").is_none() && config.get("config").is_some()
+}
+
+/// Whether these are the files of an adapter alone: they say no task.
+pub(super) fn is_without_head(files: &DeltaFiles) -> bool {
+    files.files.contains_key(WEIGHTS) && !files.files.contains_key(HEAD_CONFIG)
 }
 
 /// The adapter of a configuration.
@@ -53,11 +58,13 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
             let old = config.get("version").is_none();
             bottleneck::decode(&config::BottleneckConfig::read(file, own, old, base)?, name, tensors, base)
         }
+        Some("prefix_tuning" | "prompt_tuning") => virtual_tokens::adapterhub(file, own, tensors, base),
         Some("lora") => lora::decode(&config::LoraConfig::read(file, own)?, name, tensors, base),
         Some(other) => Err(InteropError::invalid(
             file,
             format!(
-                "config.architecture {other:?} is not supported; supported are null (bottleneck adapters), \"lora\""
+                "config.architecture {other:?} is not supported; supported are null (bottleneck adapters), \"lora\", \
+                 \"prefix_tuning\", \"prompt_tuning\""
             ),
         )),
     }

@@ -236,7 +236,7 @@ impl Resolver<'_> {
         for (site, plans) in &self.patches {
             let module = self.base.sites.get(*site).map(|e| e.module.clone()).unwrap_or_default();
             let whole = count(plans, |p| matches!(p, PatchPlan::Affine | PatchPlan::Matrix));
-            if whole > 0 && plans.len() > 1 {
+            if whole > 0 && count(plans, |p| !p.adds_positions()) > 1 {
                 found.push(format!("{module} is trained whole and changed by another method, too"));
             }
             if count(plans, |p| matches!(p, PatchPlan::Bias)) > 1 {

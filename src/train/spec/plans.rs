@@ -68,9 +68,28 @@ pub enum PatchPlan {
     TokenRows(Vec<u32>),
     /// The whole matrix (and its bias).
     Matrix,
+    /// Rows ahead of the tokens.
+    Prompt {
+        /// How many.
+        n: usize,
+        /// Whether a network makes them.
+        made: bool,
+    },
+    /// Keys and values ahead of the layer's own.
+    Prefix {
+        /// How many.
+        n: usize,
+        /// Whether a network makes them.
+        made: bool,
+    },
 }
 
 impl PatchPlan {
+    /// Whether it adds positions instead of changing rows.
+    pub(super) fn adds_positions(&self) -> bool {
+        matches!(self, Self::Prompt { .. } | Self::Prefix { .. })
+    }
+
     /// Numbers that are trained; `vocab` for patches of the embedding.
     pub(super) fn parameters(&self, e: &SiteEntry, vocab: usize) -> usize {
         let inputs = if e.in_dim == 0 { vocab } else { e.in_dim };
@@ -82,6 +101,9 @@ impl PatchPlan {
             Self::Affine => e.out_dim * if e.has_bias { 2 } else { 1 },
             Self::Adapter(p) => p.parameters(e.out_dim),
             Self::TokenRows(ids) => ids.len() * e.out_dim,
+            Self::Prompt { made: true, .. } | Self::Prefix { made: true, .. } => 0, // counted with the network
+            Self::Prompt { n, .. } => n * e.out_dim,
+            Self::Prefix { n, .. } => 2 * n * e.out_dim,
             Self::Matrix => inputs * e.out_dim + if e.has_bias { e.out_dim } else { 0 },
         }
     }

@@ -1,6 +1,6 @@
 //! Initial values of every method.
 
-use candle_core::{DType, Device, Error, Result, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Tensor, Var, bail};
 use rand::{Rng, rngs::StdRng};
 
 use super::{NamedVar, Part, Trainable};
@@ -30,10 +30,17 @@ pub(super) fn build(
     device: &Device,
 ) -> Result<Trainable> {
     let mut b = Builder { vars: Vec::new(), rng: batches::rng(seed, Stream::Init), device, base };
+    let mut networks = b.networks(spec)?;
     let mut parts = Vec::with_capacity(spec.patches.len());
     for (site, plan) in &spec.patches {
         let entry = sites.get(*site).ok_or_else(|| Error::msg(format!("no site {site}")))?;
-        b.part(*site, entry, plan, &mut parts)?;
+        match plan {
+            PatchPlan::Prompt { .. } | PatchPlan::Prefix { .. } => {
+                let positions = b.positions(*site, plan, entry.out_dim, &mut networks)?;
+                parts.push((*site, Part::Positions(positions)));
+            }
+            _ => b.part(*site, entry, plan, &mut parts)?,
+        }
     }
     let head = spec.head.map(|h| b.head(h)).transpose()?;
     let delta_spec = DeltaSpec {
@@ -44,10 +51,10 @@ pub(super) fn build(
         parameters: b.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
         resident_bytes: 0,
     };
-    Trainable { spec: delta_spec, vars: b.vars, parts, head, live: None }.with_live()
+    Trainable { spec: delta_spec, vars: b.vars, parts, encoders: networks.encoders, head, live: None }.with_live()
 }
 
-struct Builder<'a> {
+pub(super) struct Builder<'a> {
     vars: Vec<NamedVar>,
     rng: StdRng,
     device: &'a Device,
@@ -80,6 +87,7 @@ impl<'a> Builder<'a> {
                 self.other(entry, Patch::Matrix(Matrix { weight, bias }))?
             }
             PatchPlan::TokenRows(ids) => return self.token_rows(site, entry, ids, out),
+            PatchPlan::Prompt { .. } | PatchPlan::Prefix { .. } => bail!("{plan:?} is made with its network"),
         };
         out.push((site, part));
         Ok(())
@@ -89,7 +97,7 @@ impl<'a> Builder<'a> {
         self.base.ok_or_else(|| Error::msg("this method starts from the base's weights, which are not at hand"))
     }
 
-    fn add(&mut self, name: String, t: &Tensor, decays: bool, rate: f64) -> Result<usize> {
+    pub(super) fn add(&mut self, name: String, t: &Tensor, decays: bool, rate: f64) -> Result<usize> {
         let var = Var::from_tensor(&t.to_dtype(DType::F32)?.contiguous()?.copy()?)?;
         self.vars.push(NamedVar { name, var, decays, rate });
         Ok(self.vars.len() - 1)
@@ -99,13 +107,13 @@ impl<'a> Builder<'a> {
         Tensor::full(value, shape, self.device)
     }
 
-    fn uniform(&mut self, shape: (usize, usize), bound: f32) -> Result<Tensor> {
+    pub(super) fn uniform(&mut self, shape: (usize, usize), bound: f32) -> Result<Tensor> {
         let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| self.rng.random_range(-bound..=bound)).collect();
         Tensor::from_vec(values, shape, self.device)
     }
 
-    fn gaussian(&mut self, shape: (usize, usize)) -> Result<Tensor> {
-        let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| STD * normal(&mut self.rng)).collect();
+    pub(super) fn gaussian(&mut self, shape: (usize, usize), std: f32) -> Result<Tensor> {
+        let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| std * normal(&mut self.rng)).collect();
         Tensor::from_vec(values, shape, self.device)
     }
 
@@ -123,8 +131,7 @@ impl<'a> Builder<'a> {
         if entry.site == Site::Embedding {
             // PEFT starts an embedding's pair the other way round: A zero, B normal
             let vocab = self.base()?.arch.vocab;
-            let values: Vec<f32> = (0..rank * entry.out_dim).map(|_| normal(&mut self.rng)).collect();
-            let b = Tensor::from_vec(values, (rank, entry.out_dim), self.device)?;
+            let b = self.gaussian((rank, entry.out_dim), 1.0)?;
             return Ok((self.filled(&[rank, vocab], 0.0)?, b));
         }
         let a = self.uniform((rank, entry.in_dim), 1.0 / (entry.in_dim.max(1) as f32).sqrt())?;
@@ -165,7 +172,7 @@ impl<'a> Builder<'a> {
             Ok(on.then_some(Affine { gain, bias, center: true, eps: NORM_EPS }))
         };
         Ok(Bottleneck {
-            down: self.gaussian((p.width, hidden))?,
+            down: self.gaussian((p.width, hidden), STD)?,
             down_bias: self.filled(&[p.width], 0.0)?,
             up: self.filled(&[p.width, hidden], 0.0)?,
             up_bias: self.filled(&[hidden], 0.0)?,
@@ -219,7 +226,7 @@ impl<'a> Builder<'a> {
 
     /// A head's layer: `[out, hidden]` and `[out]`.
     fn layer(&mut self, out: usize, plan: HeadPlan) -> Result<(Tensor, Option<Tensor>)> {
-        let weight = self.gaussian((out, plan.hidden))?;
+        let weight = self.gaussian((out, plan.hidden), STD)?;
         let bias = plan.bias.then(|| self.filled(&[out], 0.0)).transpose()?;
         Ok((weight, bias))
     }

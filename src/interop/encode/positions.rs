@@ -1,0 +1,109 @@
+//! Prompts and prefixes to the folder form of the library whose they are: PEFT's, or AdapterHub's where positions do not
+//! move.
+
+use candle_core::Tensor;
+use serde_json::{Value, json};
+
+use super::{Named, Part, Writer, plain};
+use crate::{
+    delta::{Delta, DeltaFiles, Patch, Prefix, PrefixForm, Prompt, PromptStage},
+    interop::{
+        InteropError,
+        adapterhub::{self, NAME},
+        keys,
+        virtual_tokens::EMBEDDINGS,
+    },
+};
+
+/// Whether the delta is nothing but one prompt or one prefix, with or without a head.
+pub(super) fn only(delta: &Delta) -> bool {
+    let prompt = |p: &Patch| matches!(p, Patch::Prompt(_));
+    let prefix = |p: &Patch| matches!(p, Patch::Prefix(_));
+    let patches = delta.patches();
+    !patches.is_empty() && (patches.iter().all(|(_, p)| prompt(p)) || patches.iter().all(|(_, p)| prefix(p)))
+}
+
+/// Writes such a delta.
+///
+/// # Errors
+/// A head that has no place in the library's form.
+pub(super) fn encode(w: &Writer<'_>) -> Result<DeltaFiles, InteropError> {
+    let mut parts = Vec::new();
+    let mut form = None;
+    for (_, patch) in w.delta.patches() {
+        match patch {
+            Patch::Prompt(Prompt { rows, stage }) => {
+                form = Some((false, *stage == PromptStage::Tokens));
+                parts.push(plain(rows)?);
+            }
+            Patch::Prefix(Prefix { k, v, form: f }) => {
+                form = Some((true, *f == PrefixForm::Context));
+                parts.extend([plain(k)?, plain(v)?]);
+            }
+            other => return Err(InteropError::Tensor(format!("{other:?} adds no positions"))),
+        }
+    }
+    let t = Tensor::cat(&parts, 1)?; // [n, hidden], or [n, layers * 2 * kv_width]
+    match form {
+        Some((prefix, true)) => peft(w, t, prefix),
+        Some((prefix, false)) => hub(w, t, prefix),
+        None => Err(InteropError::Tensor("no position is added".into())),
+    }
+}
+
+fn peft(w: &Writer<'_>, t: Tensor, prefix: bool) -> Result<DeltaFiles, InteropError> {
+    let arch = &w.base.arch;
+    let p_tuning = w.delta.spec.methods.iter().any(|m| m == "p_tuning");
+    let kind = match (prefix, p_tuning) {
+        (true, _) => "PREFIX_TUNING",
+        (false, true) => "P_TUNING",
+        (false, false) => "PROMPT_TUNING",
+    };
+    let mut config = w.config(kind);
+    let mut put = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
+    put("num_attention_heads", json!(if prefix { arch.heads.kv_heads } else { arch.heads.heads }));
+    put("num_layers", json!(arch.layers));
+    put("num_transformer_submodules", json!(1));
+    put("num_virtual_tokens", json!(t.dim(0)?));
+    put("revision", Value::Null);
+    put("token_dim", json!(if prefix { arch.kv_width() } else { arch.hidden }));
+    match (prefix, p_tuning) {
+        (true, _) => {
+            put("encoder_hidden_size", json!(arch.hidden));
+            // only what a network made is saved, which loads the same either way
+            put("prefix_projection", json!(false));
+        }
+        (false, true) => {
+            put("encoder_hidden_size", json!(arch.hidden));
+            put("encoder_num_layers", json!(2));
+            put("encoder_dropout", json!(0.0));
+            put("encoder_reparameterization_type", json!("MLP"));
+        }
+        (false, false) => {
+            put("prompt_tuning_init", json!("RANDOM"));
+            put("prompt_tuning_init_text", Value::Null);
+            put("tokenizer_name_or_path", Value::Null);
+        }
+    }
+    let mut tensors = w.head(keys::prompt_head_key)?;
+    tensors.insert(EMBEDDINGS.to_owned(), t);
+    w.folder(&Part { config: Value::Object(config), tensors })
+}
+
+fn hub(w: &Writer<'_>, t: Tensor, prefix: bool) -> Result<DeltaFiles, InteropError> {
+    let root = w.base.arch.names.prefix;
+    let (key, t, inner) = if prefix {
+        let key = format!("{root}prefix_tuning.prefix_tunings.{NAME}.self_prefix.control_trans");
+        let inner = json!({
+            "architecture": "prefix_tuning", "cross_prefix": true, "dropout": 0.0, "encoder_prefix": true, "flat": true,
+            "leave_out": [], "prefix_length": t.dim(0)?, "shared_gating": true, "use_gating": false,
+        });
+        (key, t.flatten_all()?, inner)
+    } else {
+        let key = format!("{root}prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight");
+        let inner = json!({ "architecture": "prompt_tuning", "combine": "prefix", "prompt_length": t.dim(0)? });
+        (key, t, inner)
+    };
+    let part = Part { config: adapterhub::about(w.base, inner), tensors: Named::from([(key, t)]) };
+    adapterhub::folder(w, &part)
+}

@@ -1,0 +1,379 @@
+//! Files of methods that add positions: PEFT's PREFIX_TUNING, PROMPT_TUNING and P_TUNING, AdapterHub's prefix and prompt
+//! tuning.
+//!
+//! PEFT saves one tensor, `prompt_embeddings`: of a prompt `[n, hidden]`, of a prefix `[n, layers * 2 * kv_width]`, for each
+//! layer its key and then its value. What made them while training (an MLP, an LSTM) is not saved. AdapterHub saves a
+//! prefix as it was trained: the values, or a table and an MLP with one hidden layer that the loader runs.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use serde_json::Value;
+
+use super::{
+    InteropError, Parts,
+    head::HeadTensors,
+    keys::{self, Owner},
+    tensors::TensorFile,
+};
+use crate::{
+    delta::{Patch, Prefix, PrefixForm, Prompt, PromptStage, Site, SiteId},
+    model::{Base, Positions},
+};
+
+/// The tensor that PEFT saves.
+pub(super) const EMBEDDINGS: &str = "prompt_embeddings";
+/// Most virtual positions.
+const MAX_VIRTUAL: usize = 65_536;
+
+/// Where in a file something is, for messages.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    file: &'a str,
+    base: &'a Base,
+}
+
+impl At<'_> {
+    fn bad(self, message: String) -> InteropError {
+        InteropError::invalid(self.file, message)
+    }
+
+    /// A width that is not the base's.
+    fn mismatch(self, what: &str, got: usize, want: usize) -> InteropError {
+        InteropError::BaseMismatch(format!(
+            "{what} is {got}, this server's base {} ({}) has {want}",
+            self.base.fingerprint.short(),
+            self.base.arch.model_type
+        ))
+    }
+
+    fn put(self, t: &Tensor) -> Result<Tensor, InteropError> {
+        Ok(t.contiguous()?.to_device(&self.base.device)?.to_dtype(self.base.dtype)?)
+    }
+
+    /// A prompt's patch of `[n, hidden]`.
+    fn prompt(self, rows: &Tensor, stage: PromptStage) -> Result<(SiteId, Patch), InteropError> {
+        two_stacks(self.base)?;
+        let site = self.base.sites.id(Site::Embedding);
+        let site = site
+            .ok_or_else(|| InteropError::BaseMismatch("the base has no embedding that a prompt could join".into()))?;
+        Ok((site, Patch::Prompt(Prompt { rows: self.put(rows)?, stage })))
+    }
+
+    /// A prefix's patches of `[n, layers * 2 * kv_width]`.
+    fn prefix(self, flat: &Tensor, what: &str, form: PrefixForm) -> Result<Vec<(SiteId, Patch)>, InteropError> {
+        let sites = prefix_sites(self.base)?;
+        let whole: usize = sites.iter().map(|(_, width)| 2 * width).sum();
+        if flat.dim(1)? != whole {
+            return Err(InteropError::BaseMismatch(format!(
+                "{what} has {} numbers for a virtual token, this server's base {} ({}) takes {whole}: keys and values of {} \
+                 layers, {} wide",
+                flat.dim(1)?,
+                self.base.fingerprint.short(),
+                self.base.arch.model_type,
+                sites.len(),
+                self.base.arch.kv_width()
+            )));
+        }
+        let mut at = 0;
+        let mut patches = Vec::with_capacity(sites.len());
+        for (site, width) in sites {
+            let (k, v) = (flat.narrow(1, at, width)?, flat.narrow(1, at + width, width)?); // [n, kv_width]
+            patches.push((site, Patch::Prefix(Prefix { k: self.put(&k)?, v: self.put(&v)?, form })));
+            at += 2 * width;
+        }
+        Ok(patches)
+    }
+}
+
+/// Refuses encoder-decoders: which of their two stacks the positions join is not settled.
+fn two_stacks(base: &Base) -> Result<(), InteropError> {
+    match base.arch.is_encoder_decoder() {
+        false => Ok(()),
+        true => Err(InteropError::BaseMismatch(format!(
+            "prompts and prefixes are not applied to encoder-decoders, and this server's base is {}",
+            base.arch.kind()
+        ))),
+    }
+}
+
+/// The sites of a prefix with their widths, in order of the layers.
+///
+/// # Errors
+/// A base whose layers keep no keys and values, or an encoder-decoder.
+pub(super) fn prefix_sites(base: &Base) -> Result<Vec<(SiteId, usize)>, InteropError> {
+    two_stacks(base)?;
+    let sites: Vec<_> = (base.sites.iter().filter(|(_, e)| matches!(e.site, Site::KeyValue { .. })))
+        .map(|(id, e)| (id, e.out_dim))
+        .collect();
+    if sites.is_empty() {
+        return Err(InteropError::BaseMismatch(format!(
+            "a prefix needs layers with keys and values; this server's base, a {}, has none",
+            base.arch.model_type
+        )));
+    }
+    Ok(sites)
+}
+
+/// PEFT's PREFIX_TUNING, PROMPT_TUNING or P_TUNING.
+pub(super) fn decode(
+    file: &str,
+    kind: &str,
+    config: &Value,
+    tensors: &TensorFile<'_>,
+    base: &Base,
+) -> Result<Parts, InteropError> {
+    let at = At { file, base };
+    check_numbers(at, kind, config)?;
+    let (embeddings, head) = collect(tensors, base)?;
+    let t = embeddings.ok_or_else(|| InteropError::invalid(super::WEIGHTS[0], format!("{EMBEDDINGS} is missing")))?;
+    let &[n, width] = t.dims() else {
+        return Err(InteropError::invalid(
+            super::WEIGHTS[0],
+            format!("{EMBEDDINGS} is {:?}; two dimensions are", t.dims()),
+        ));
+    };
+    check_count(at, "num_virtual_tokens", config, n)?;
+    let patches = if kind == "PREFIX_TUNING" {
+        at.prefix(&t, EMBEDDINGS, PrefixForm::Context)?
+    } else {
+        if width != base.arch.hidden {
+            return Err(at.mismatch(&format!("the width of {EMBEDDINGS}"), width, base.arch.hidden));
+        }
+        vec![at.prompt(&t, PromptStage::Tokens)?]
+    };
+    let method = match kind {
+        "PREFIX_TUNING" => "prefix",
+        "P_TUNING" => "p_tuning",
+        _ => "prompt",
+    };
+    Ok(Parts { patches, head, methods: vec![method.into()], ..Parts::default() })
+}
+
+/// The embeddings and the head of a PEFT file; any other tensor is an error.
+fn collect(
+    tensors: &TensorFile<'_>,
+    base: &Base,
+) -> Result<(Option<Tensor>, Option<crate::delta::Head>), InteropError> {
+    let (mut embeddings, mut head) = (None, HeadTensors::default());
+    let (mut left, mut applied) = (Vec::new(), 0);
+    for name in tensors.names() {
+        let (module, part) = keys::split(&name);
+        match (keys::owner(module, base), part) {
+            _ if name == EMBEDDINGS => embeddings = Some(tensors.get(&name)?),
+            (Some(Owner::Head(layer)), "weight" | "bias") => head.take(layer, part, tensors.get(&name)?),
+            _ => {
+                left.push(name);
+                continue;
+            }
+        }
+        applied += 1;
+    }
+    if !left.is_empty() {
+        return Err(keys::unapplied(left, applied, base));
+    }
+    Ok((embeddings, head.build(base)?))
+}
+
+/// What the config says of the base must be so; what it does not say is taken from the tensor.
+fn check_numbers(at: At<'_>, kind: &str, config: &Value) -> Result<(), InteropError> {
+    let arch = &at.base.arch;
+    let width = if kind == "PREFIX_TUNING" { arch.kv_width() } else { arch.hidden };
+    for (key, want) in [("token_dim", width), ("num_layers", arch.layers), ("num_transformer_submodules", 1)] {
+        if let Some(got) = count(at, config, key)?
+            && got != want
+        {
+            return Err(at.mismatch(key, got, want));
+        }
+    }
+    Ok(())
+}
+
+/// The number of virtual tokens that the config states, against that of the tensor.
+fn check_count(at: At<'_>, key: &str, config: &Value, n: usize) -> Result<(), InteropError> {
+    if n > MAX_VIRTUAL {
+        return Err(at.bad(format!("{n} virtual tokens; at most {MAX_VIRTUAL} are accepted")));
+    }
+    match count(at, config, key)? {
+        Some(said) if said != n => Err(at.bad(format!("{key} is {said}, the tensors have {n}"))),
+        _ => Ok(()),
+    }
+}
+
+fn count(at: At<'_>, config: &Value, key: &str) -> Result<Option<usize>, InteropError> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(v) => match v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0) {
+            Some(n) => Ok(Some(n)),
+            None => Err(at.bad(format!("{key} is {v}; a whole number from 1 is accepted"))),
+        },
+    }
+}
+
+/// An AdapterHub folder of the architecture `prefix_tuning` or `prompt_tuning`; `config` is the inner `config` of
+/// `adapter_config.json`.
+///
+/// # Errors
+/// Options that this server does not apply, tensors that are missing, left over or of another base.
+pub(super) fn adapterhub(
+    file: &str,
+    config: &Value,
+    tensors: &TensorFile<'_>,
+    base: &Base,
+) -> Result<Parts, InteropError> {
+    let at = At { file, base };
+    let all = (tensors.names().into_iter())
+        .map(|name| Ok((name.clone(), tensors.get(&name)?)))
+        .collect::<Result<BTreeMap<String, Tensor>, InteropError>>()?;
+    let (patches, method) = match config.get("architecture").and_then(Value::as_str) {
+        Some("prefix_tuning") => (hub_prefix(at, config, &all)?, "prefix"),
+        Some("prompt_tuning") => (hub_prompt(at, config, &all)?, "prompt"),
+        other => {
+            return Err(at.bad(format!(
+                "config.architecture {other:?} is not supported; supported are \"prefix_tuning\", \"prompt_tuning\""
+            )));
+        }
+    };
+    Ok(Parts { patches, methods: vec![method.into()], ..Parts::default() })
+}
+
+/// Tensors by what follows the adapter's name, e.g. `self_prefix.wte.weight`. The library may hold equal copies: one of
+/// each layer and one of the model; the shortest name counts.
+fn by_suffix<'a>(
+    at: At<'_>,
+    tensors: &'a BTreeMap<String, Tensor>,
+    infix: &str,
+    known: &[&str],
+) -> Result<BTreeMap<String, &'a Tensor>, InteropError> {
+    let mut found: BTreeMap<String, (&str, &Tensor)> = BTreeMap::new();
+    let mut left = Vec::new();
+    for (name, t) in tensors {
+        let suffix = name.split_once(infix).and_then(|(_, rest)| rest.split_once('.')).map(|(_, suffix)| suffix);
+        match suffix.filter(|s| known.contains(s)) {
+            Some(suffix) => match found.get(suffix) {
+                Some((_, other)) if other.dims() != t.dims() => {
+                    return Err(at.bad(format!("{name} is {:?}, its copies are {:?}", t.dims(), other.dims())));
+                }
+                Some((shorter, _)) if shorter.len() <= name.len() => {}
+                _ => drop(found.insert(suffix.to_owned(), (name.as_str(), t))),
+            },
+            None => left.push(name.clone()),
+        }
+    }
+    if left.is_empty() {
+        Ok(found.into_iter().map(|(k, (_, t))| (k, t)).collect())
+    } else {
+        Err(keys::unapplied(left, found.len(), at.base))
+    }
+}
+
+fn hub_prefix(
+    at: At<'_>,
+    config: &Value,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<Vec<(SiteId, Patch)>, InteropError> {
+    for key in ["use_gating", "leave_out"] {
+        let set = match config.get(key) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(_) => true,
+        };
+        if set {
+            return Err(at.bad(format!("{key} is set, which this server does not apply to prefixes")));
+        }
+    }
+    let layers = prefix_sites(at.base)?;
+    let whole: usize = layers.iter().map(|(_, width)| 2 * width).sum();
+    let found = by_suffix(at, tensors, "prefix_tunings.", PREFIX_SUFFIXES)?;
+    let get = |suffix: &str| {
+        let t = found.get(&format!("self_prefix.{suffix}")).copied();
+        t.ok_or_else(|| at.bad(format!("the tensor of self_prefix.{suffix} is missing")))
+    };
+    let flat = if found.contains_key("self_prefix.control_trans") {
+        let t = get("control_trans")?.flatten_all()?;
+        if t.elem_count() % whole != 0 {
+            return Err(at.mismatch("the count of control_trans by virtual tokens", t.elem_count(), whole));
+        }
+        t.reshape((t.elem_count() / whole, whole))?
+    } else {
+        let act = config.get("non_linearity").and_then(Value::as_str).unwrap_or("tanh");
+        projected(
+            at,
+            act,
+            get("wte.weight")?,
+            [
+                (get("control_trans.0.weight")?, get("control_trans.0.bias")?),
+                (get("control_trans.2.weight")?, get("control_trans.2.bias")?),
+            ],
+        )?
+    };
+    check_count(at, "prefix_length", config, flat.dim(0)?)?;
+    at.prefix(&flat, "the prefix", PrefixForm::Pinned)
+}
+
+const PREFIX_SUFFIXES: &[&str] = &[
+    "self_prefix.control_trans",
+    "self_prefix.wte.weight",
+    "self_prefix.control_trans.0.weight",
+    "self_prefix.control_trans.0.bias",
+    "self_prefix.control_trans.2.weight",
+    "self_prefix.control_trans.2.bias",
+];
+
+/// `W2 act(W1 E + b1) + b2` of `[n, d]`, `[h, d]`, `[out, h]`: `[n, out]`.
+fn projected(
+    at: At<'_>,
+    act: &str,
+    table: &Tensor,
+    [(w1, b1), (w2, b2)]: [(&Tensor, &Tensor); 2],
+) -> Result<Tensor, InteropError> {
+    let fits = match (table.dims(), w1.dims(), b1.dims(), w2.dims(), b2.dims()) {
+        (&[_, d], &[h, d1], &[h1], &[o, h2], &[o2]) => d == d1 && h == h1 && h == h2 && o == o2,
+        _ => false,
+    };
+    if !fits {
+        let dims = [table, w1, b1, w2, b2].map(|t| format!("{:?}", t.dims())).join(", ");
+        return Err(at.bad(format!("wte and control_trans do not fit each other: {dims}")));
+    }
+    let hidden = table.matmul(&w1.t()?.contiguous()?)?.broadcast_add(b1)?;
+    let hidden = match act {
+        "tanh" => hidden.tanh()?,
+        "relu" => hidden.relu()?,
+        "sigmoid" => candle_nn::ops::sigmoid(&hidden)?,
+        "swish" | "silu" => hidden.silu()?,
+        "gelu" => hidden.gelu_erf()?,
+        "gelu_new" => hidden.gelu()?,
+        other => {
+            return Err(at.bad(format!(
+                "non_linearity {other:?} is not supported; supported are tanh, relu, sigmoid, swish, silu, gelu, gelu_new"
+            )));
+        }
+    };
+    Ok(hidden.matmul(&w2.t()?.contiguous()?)?.broadcast_add(b2)?)
+}
+
+fn hub_prompt(
+    at: At<'_>,
+    config: &Value,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<Vec<(SiteId, Patch)>, InteropError> {
+    if let Some(combine) = config.get("combine").and_then(Value::as_str).filter(|c| *c != "prefix") {
+        return Err(at.bad(format!("combine {combine:?} is not supported; supported is \"prefix\"")));
+    }
+    const ROWS: &str = "prompt_embedding.weight";
+    let found = by_suffix(at, tensors, "prompt_tunings.", &[ROWS])?;
+    let rows = found.get(ROWS).ok_or_else(|| at.bad(format!("the tensor of {ROWS} is missing")))?;
+    let &[n, width] = rows.dims() else {
+        return Err(at.bad(format!("{ROWS} is {:?}; two dimensions are accepted", rows.dims())));
+    };
+    if width != at.base.arch.hidden {
+        return Err(at.mismatch(&format!("the width of {ROWS}"), width, at.base.arch.hidden));
+    }
+    check_count(at, "prompt_length", config, n)?;
+    // the library joins a prompt to the output of the embeddings: behind a position table's part
+    let stage = match at.base.arch.positions {
+        Positions::Learned { .. } => PromptStage::Hidden,
+        Positions::Rotary | Positions::Relative { .. } => PromptStage::Tokens,
+    };
+    Ok(vec![at.prompt(rows, stage)?])
+}
