@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{phi3, qwen3};
+use candle_transformers::models::{gemma2, phi3, qwen3};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -86,6 +86,21 @@ fn qwen3_agrees() {
     config["max_window_layers"] = json!(2);
     let (base, config, vb) = both::<qwen3::Config>(&config);
     let mut oracle = qwen3::ModelForCausalLM::new(&config, vb).unwrap();
+    compare(&base, |ids| {
+        oracle.clear_kv_cache();
+        oracle.forward(ids, 0)
+    });
+}
+
+#[test]
+fn gemma2_agrees_with_caps() {
+    let mut config = testing::tiny_gemma2();
+    config["attention_bias"] = json!(false);
+    // the oracle scales by the heads' width whatever the config says, and its windows count one position more
+    config["query_pre_attn_scalar"] = json!(12);
+    config["sliding_window"] = json!(64);
+    let (base, c, vb) = both::<gemma2::Config>(&config);
+    let mut oracle = gemma2::Model::new(false, &c, vb).unwrap();
     compare(&base, |ids| {
         oracle.clear_kv_cache();
         oracle.forward(ids, 0)
