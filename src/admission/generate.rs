@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{
     params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
-    service::{Input, Pieces, Service, ServiceParts, chat_error, text_error},
+    service::{Pieces, Service, ServiceParts, chat_error, text_error},
 };
 use crate::{
     delta::Task,

@@ -19,8 +19,8 @@ pub use batch::{DeltaBatch, Part};
 pub use head::{Head, HeadLayer, HeadPool};
 pub(crate) use patch::AdapterIo;
 pub use patch::{
-    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Prefix, PrefixForm, Prompt,
-    PromptStage, Scaling, TokenRows, Wiring,
+    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Prefix, PrefixForm,
+    Prompt, PromptStage, Scaling, TokenRows, Wiring,
 };
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 

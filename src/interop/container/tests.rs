@@ -67,7 +67,7 @@ fn prompts_and_prefixes_survive_encode_and_decode() {
         let base = random_base(&config, 3).unwrap();
         let task = if base.arch.is_causal() { Task::CausalLm } else { Task::Feature };
         let stages = [PromptStage::Tokens, PromptStage::Hidden];
-        let learned = matches!(base.arch.positions, crate::model::Positions::Learned);
+        let learned = matches!(base.arch.positions, crate::model::Positions::Learned { .. });
         for stage in stages.into_iter().filter(|s| *s == PromptStage::Tokens || learned) {
             for method in ["prompt", "p_tuning"].into_iter().take(if stage == PromptStage::Tokens { 2 } else { 1 }) {
                 let delta = Delta::new(spec(&[method], task), vec![prompt(&base, 5, stage)], None);
@@ -84,10 +84,8 @@ fn prompts_and_prefixes_survive_encode_and_decode() {
 }
 
 fn combination(base: &Base) -> Delta {
-    let head = Head {
-        weight: rand((3, base.arch.hidden)),
-        bias: Some(Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap()),
-    };
+    let bias = Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let head = Head::linear(rand((3, base.arch.hidden)), Some(bias));
     let patches =
         [vec![lora(base), prompt(base, 3, PromptStage::Tokens)], prefix(base, 2, PrefixForm::Context)].concat();
     let mut spec = spec(&["lora", "prompt", "prefix", "head"], Task::SeqCls);
