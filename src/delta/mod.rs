@@ -7,12 +7,17 @@ use candle_core::Tensor;
 
 mod batch;
 mod head;
-mod patch;
+pub(crate) mod patch;
 mod site;
 
+pub use crate::ops::Act;
 pub use batch::{DeltaBatch, Part};
 pub use head::{Head, HeadLayer, HeadPool};
-pub use patch::{LowRank, Patch};
+pub(crate) use patch::AdapterIo;
+pub use patch::{
+    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Scaling, TokenRows,
+    Wiring,
+};
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 
 /// What a delta was made for.
@@ -94,6 +99,17 @@ impl Delta {
     /// The head, if the delta brings one.
     pub fn head(&self) -> Option<&Head> {
         self.head.as_ref()
+    }
+
+    /// The same delta with each tensor of its patches ([`Patch::tensors`]) and of its head put through `f`.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn map(&self, f: &mut dyn FnMut(&str, &Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
+        let patches = self.patches.iter().map(|(site, p)| Ok((*site, p.map(&mut |name, t| f(name, t))?)));
+        let patches = patches.collect::<candle_core::Result<_>>()?;
+        let head = self.head.as_ref().map(|h| h.map(f)).transpose()?;
+        Ok(Self::new(self.spec.clone(), patches, head))
     }
 
     /// Bytes of all tensors.

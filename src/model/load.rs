@@ -10,8 +10,8 @@ use super::{
     weights::Checkpoint,
 };
 use crate::{
-    delta::{Head, HeadLayer, HeadPool, NormAt, Part, Proj, Site, SiteId, SiteTable, Task},
-    nn::{Attention, CrossAttention, Linear, Mlp, Norm, Rotary, Style},
+    delta::{Half, Head, HeadLayer, HeadPool, NormAt, Part, Proj, Site, SiteId, SiteTable, Task},
+    nn::{Attention, CrossAttention, Linear, Mlp, Norm, Rotary, Style, Sublayer},
     ops::{self, AttnMask, RelativeBias, Weight},
 };
 
@@ -44,6 +44,7 @@ impl Transformer {
             lm_transform: loader.lm_transform()?,
             head: loader.head()?,
             embed,
+            embed_site: loader.site(Site::Embedding)?,
             arch: arch.clone(),
             device: options.device.clone(),
         })
@@ -162,6 +163,7 @@ impl Loader<'_> {
                 layer_scale: if a.scale_by_layer { 1.0 / (at + 1) as f32 } else { 1.0 },
             },
             norm_attn_out: norm(n.norm_attn_out, NormAt::AttnOut, h)?,
+            attn_end: Sublayer { site: self.site(Site::Sublayer { layer, half: Half::Attn })? },
             cross: match norm(n.norm_cross, NormAt::Cross, h)? {
                 Some(norm) => {
                     let [q, k, v, o] = sites::cross(a, stack);
@@ -183,6 +185,7 @@ impl Loader<'_> {
                 gated: a.mlp == MlpKind::Gated,
             },
             norm_mlp_out: norm(n.norm_mlp_out, NormAt::MlpOut, h)?,
+            mlp_end: Sublayer { site: self.site(Site::Sublayer { layer, half: Half::Mlp })? },
         })
     }
 

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::{Architecture, Placement};
 use crate::{
     delta::{Head, SiteId},
-    nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, yield_point},
+    nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer, yield_point},
     ops::{self, Act, Weight},
 };
 
@@ -32,10 +32,12 @@ pub(super) struct Block {
     pub(super) norm_attn: Norm,
     pub(super) attn: Attention,
     pub(super) norm_attn_out: Option<Norm>,
+    pub(super) attn_end: Sublayer,
     pub(super) cross: Option<Cross>,
     pub(super) norm_mlp: Norm,
     pub(super) mlp: Mlp,
     pub(super) norm_mlp_out: Option<Norm>,
+    pub(super) mlp_end: Sublayer,
 }
 
 pub(super) struct Cross {
@@ -63,6 +65,7 @@ pub(super) struct LmTransform {
 pub struct Transformer {
     pub(super) arch: Architecture,
     pub(super) embed: Tensor,
+    pub(super) embed_site: SiteId,
     pub(super) position: Option<Tensor>,
     pub(super) token_type: Option<Tensor>,
     pub(super) embed_norm: Option<Norm>,
@@ -158,6 +161,7 @@ impl Transformer {
 
     fn embeddings(&self, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let mut x = self.embed.index_select(&Tensor::new(input.tokens, &self.device)?, 0)?; // [rows, hidden]
+        x = cx.deltas.embed(self.embed_site, input.tokens, x)?;
         if self.arch.embed_scale != 1.0 {
             x = (x * self.arch.embed_scale)?;
         }
@@ -191,17 +195,17 @@ impl Transformer {
         };
         match self.arch.placement {
             Placement::Pre => {
-                let y = b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?;
-                let mut x = (x + maybe(&b.norm_attn_out, y)?)?;
+                let h = b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?;
+                let mut x = b.attn_end.close(&x, maybe(&b.norm_attn_out, h)?, None, cx)?;
                 if let Some(cross) = &b.cross {
                     x = (&x + cross.attn.forward(&cross.norm.forward(&x, cx)?, pass)?)?;
                 }
-                let y = b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?;
-                x + maybe(&b.norm_mlp_out, y)?
+                let h = b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?;
+                b.mlp_end.close(&x, maybe(&b.norm_mlp_out, h)?, None, cx)
             }
             Placement::Post => {
-                let x = b.norm_attn.forward(&(&x + b.attn.forward(&x, pass)?)?, cx)?;
-                b.norm_mlp.forward(&(&x + b.mlp.forward(&x, cx)?)?, cx)
+                let x = b.attn_end.close(&x, b.attn.forward(&x, pass)?, Some(&b.norm_attn), cx)?;
+                b.mlp_end.close(&x, b.mlp.forward(&x, cx)?, Some(&b.norm_mlp), cx)
             }
         }
     }
@@ -280,6 +284,11 @@ impl Transformer {
             .flat_map(|l| l.parts.iter().map(move |p| (l, p)))
             .find(|(_, (s, _))| *s == site)
             .map(|(l, (_, columns))| (l, columns.clone()))
+    }
+
+    /// The embedding table, `[vocab, hidden]`.
+    pub(super) fn table(&self) -> &Tensor {
+        &self.embed
     }
 
     /// The norm at a site.

@@ -7,6 +7,7 @@ mod mlp;
 mod norm;
 mod pass;
 mod rotary;
+mod sublayer;
 
 pub use attention::Attention;
 pub use cross::CrossAttention;
@@ -15,6 +16,7 @@ pub use mlp::Mlp;
 pub use norm::Norm;
 pub use pass::{HeadShape, Pass, Style};
 pub use rotary::{RopeScaling, Rotary};
+pub use sublayer::Sublayer;
 
 use std::sync::Arc;
 
