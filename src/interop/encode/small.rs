@@ -70,8 +70,7 @@ pub(super) fn ln(w: &Writer<'_>, patches: &Patches<'_>) -> Result<Part, InteropE
             tensors.insert(format!("{key}.ln_tuning_layers.bias"), plain(b)?);
         }
     }
-    let is_norm =
-        |s: Site| matches!(s, Site::Norm { .. } | Site::EmbeddingNorm | Site::EncoderNorm | Site::FinalNorm);
+    let is_norm = |s: Site| matches!(s, Site::Norm { .. } | Site::EmbeddingNorm | Site::EncoderNorm | Site::FinalNorm);
     let mut config = w.config("LN_TUNING");
     config.insert("target_modules".into(), json!(w.endings(&paths(w, patches, |_| true)?, is_norm)?));
     Ok(Part { config: Value::Object(config), tensors })

@@ -6,8 +6,8 @@ use rand::{Rng, rngs::StdRng};
 use super::{NamedVar, Part, Trainable};
 use crate::{
     delta::{
-        Affine, Bottleneck, DeltaSpec, Dora, DoraBase, Head, HeadLayer, HeadPool, LowRank, Matrix, Patch, Scaling, Site, SiteEntry, SiteId,
-        SiteTable, TokenRows,
+        Affine, Bottleneck, DeltaSpec, Dora, DoraBase, Head, HeadLayer, HeadPool, LowRank, Matrix, Patch, Scaling,
+        Site, SiteEntry, SiteId, SiteTable, TokenRows,
     },
     model::Base,
     train::{
