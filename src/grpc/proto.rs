@@ -32,6 +32,9 @@ pub(crate) mod json {
         publish_mode: PublishMode, "PUBLISH_MODE_";
         task: Task, "TASK_";
         bias_subset: BiasSubset, "BIAS_SUBSET_";
+        lora_bias: LoraBias, "LORA_BIAS_";
+        lora_init: LoraInit, "LORA_INIT_";
+        adapter_variant: AdapterVariant, "ADAPTER_VARIANT_";
         prompt_init: PromptInit, "PROMPT_INIT_";
         prefix_init: PrefixInit, "PREFIX_INIT_";
         schedule: Schedule, "SCHEDULE_";

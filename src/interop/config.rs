@@ -15,7 +15,6 @@ const UNSUPPORTED: &[&str] = &[
     "megatron_config",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -35,8 +34,10 @@ const KNOWN: &[&str] = &[
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
+    "feedforward_modules",
     "fan_in_fan_out",
     "inference_mode",
+    "init_ia3_weights",
     "init_lora_weights",
     "init_weights",
     "layers_pattern",
@@ -53,6 +54,7 @@ const KNOWN: &[&str] = &[
     "num_layers",
     "num_transformer_submodules",
     "num_virtual_tokens",
+    "parts",
     "peft_type",
     "peft_version",
     "prefix_projection",
@@ -68,8 +70,10 @@ const KNOWN: &[&str] = &[
     "target_modules",
     "task_type",
     "token_dim",
+    "token_indices",
     "tokenizer_kwargs",
     "tokenizer_name_or_path",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 ];
@@ -83,15 +87,9 @@ fn off(v: &Value) -> bool {
     }
 }
 
-/// The kind of a folder that AdapterHub wrote: its `config` says more.
-pub(super) const ADAPTER_HUB: &str = "adapterhub";
-
 /// `peft_type` (or our `delta_type`), after a look at all keys.
 pub(super) fn kind(file: &str, config: &Value) -> Result<String, InteropError> {
     let map = config.as_object().ok_or_else(|| InteropError::invalid(file, "is not a JSON object"))?;
-    if map.get("config").is_some_and(Value::is_object) && !map.contains_key("peft_type") {
-        return Ok(ADAPTER_HUB.to_owned());
-    }
     for key in UNSUPPORTED {
         if map.get(*key).is_some_and(|v| !off(v)) {
             return Err(InteropError::invalid(file, format!("{key} is set, which this server does not apply")));

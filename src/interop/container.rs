@@ -9,9 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use super::{EncodeMeta, InteropError, MAX_CONFIG_BYTES};
+use super::{EncodeMeta, InteropError, MAX_CONFIG_BYTES, adapterhub};
 use crate::{
-    delta::{Delta, DeltaFiles, Patch, Site, SiteId, Task},
+    delta::{Delta, DeltaFiles, HeadPool, Patch, PrefixForm, PromptStage, Site, SiteId, Task},
     model::Base,
 };
 
@@ -50,11 +50,13 @@ pub(super) fn decode(
         return Err(InteropError::invalid(file, format!("belongs to no part; {INDEX} lists {}", names.join(", "))));
     }
     let mut deltas = Vec::with_capacity(names.len());
+    let mut says_task = Vec::with_capacity(names.len());
     for name in &names {
         let mut part = parts.remove(name.as_str()).unwrap_or_default();
         if part.files.is_empty() {
             return Err(InteropError::invalid(INDEX, format!("part {name:?} has no files")));
         }
+        says_task.push(!adapterhub::is_without_head(&part));
         let has_head = |d: &Delta| d.head().is_some();
         let mut delta = one(&part, base).map_err(|e| e.in_part(name))?;
         if let (true, Some(labels)) = (has_head(&delta), files.files.get(LABELS)) {
@@ -63,7 +65,7 @@ pub(super) fn decode(
         }
         deltas.push(delta);
     }
-    join(deltas, &names, base)
+    join(deltas, &names, &says_task, base)
 }
 
 fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
@@ -97,17 +99,17 @@ fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
     Ok(names)
 }
 
-/// Puts parts together, in order of application.
-fn join(parts: Vec<Delta>, names: &[String], base: &Base) -> Result<Delta, InteropError> {
+/// Puts parts together, in order of application. Parts whose files say no task take that of the others.
+fn join(parts: Vec<Delta>, names: &[String], says_task: &[bool], base: &Base) -> Result<Delta, InteropError> {
     let bad = |m: String| InteropError::invalid(INDEX, m);
     let headed: Vec<usize> = (0..parts.len()).filter(|&i| parts[i].head().is_some()).collect();
     if let [first, second, ..] = headed[..] {
         return Err(bad(format!("parts {} and {} both bring a head; one may", names[first], names[second])));
     }
-    let leading = headed.first().copied().unwrap_or(0);
+    let leading = headed.first().copied().or(says_task.iter().position(|s| *s)).unwrap_or(0);
     let Some(lead) = parts.get(leading) else { return Err(bad("has no parts".into())) };
     let (mut spec, head) = (lead.spec.clone(), lead.head().cloned());
-    if let Some(other) = (0..parts.len()).find(|&i| parts[i].spec.task != spec.task) {
+    if let Some(other) = (0..parts.len()).find(|&i| says_task[i] && parts[i].spec.task != spec.task) {
         let (a, b) = (spec.task.as_str(), parts[other].spec.task.as_str());
         return Err(bad(format!("part {} is for {a}, part {} for {b}", names[leading], names[other])));
     }
@@ -129,7 +131,7 @@ fn join(parts: Vec<Delta>, names: &[String], base: &Base) -> Result<Delta, Inter
 }
 
 /// One prompt and one prefix at most.
-fn check_positions(patches: &[(SiteId, Patch)], base: &Base) -> Result<(), String> {
+pub(super) fn check_positions(patches: &[(SiteId, Patch)], base: &Base) -> Result<(), String> {
     let mut seen = BTreeSet::new();
     for (site, patch) in patches.iter().filter(|(_, p)| p.adds_positions()) {
         if !seen.insert(*site) {
@@ -169,7 +171,7 @@ pub(super) fn encode(
 }
 
 /// A delta as parts that each have a folder form of their own: patches of rows, the prompt, the prefix; the head goes with
-/// the last. One part where it has one form.
+/// the last that can hold it. One part where it has one form.
 pub(super) fn split(delta: &Delta) -> Vec<Delta> {
     let group = |patch: &Patch| match patch {
         Patch::Prompt(_) => 1,
@@ -180,7 +182,18 @@ pub(super) fn split(delta: &Delta) -> Vec<Delta> {
     for (site, patch) in delta.patches() {
         groups.entry(group(patch)).or_default().push((*site, patch.clone()));
     }
-    let last = groups.keys().copied().max();
+    // heads of more than one linear, or of another row, have a form in AdapterHub's folders only
+    let hub = |patches: &[(SiteId, Patch)]| {
+        patches.iter().all(|(_, p)| match p {
+            Patch::Bottleneck(_) => true,
+            Patch::Prompt(p) => p.stage == PromptStage::Hidden,
+            Patch::Prefix(p) => p.form == PrefixForm::Pinned,
+            _ => false,
+        })
+    };
+    let plain = delta.head().is_none_or(|h| h.layers.is_empty() && h.pool == HeadPool::Base);
+    let holder = groups.iter().rev().find(|(_, patches)| plain || hub(patches)).or(groups.iter().next_back());
+    let holder = holder.map(|(of, _)| *of);
     let methods = |of: u8| -> Vec<String> {
         let kind = |m: &str| match m {
             "prompt" | "p_tuning" => 1,
@@ -190,7 +203,7 @@ pub(super) fn split(delta: &Delta) -> Vec<Delta> {
         delta.spec.methods.iter().filter(|m| kind(m) == of && *m != "head").cloned().collect()
     };
     let part = |(of, patches): (u8, Vec<(SiteId, Patch)>)| {
-        let head = delta.head().filter(|_| Some(of) == last).cloned();
+        let head = delta.head().filter(|_| Some(of) == holder).cloned();
         let mut spec = delta.spec.clone();
         spec.methods = methods(of);
         spec.methods.extend(head.iter().map(|_| "head".to_owned()));

@@ -133,7 +133,7 @@ pub(super) fn decode(
         "P_TUNING" => "p_tuning",
         _ => "prompt",
     };
-    Ok(Parts { patches, head, methods: vec![method.into()] })
+    Ok(Parts { patches, head, methods: vec![method.into()], ..Parts::default() })
 }
 
 /// The embeddings and the head of a PEFT file; any other tensor is an error.
@@ -221,7 +221,7 @@ pub(super) fn adapterhub(
             )));
         }
     };
-    Ok(Parts { patches, head: None, methods: vec![method.into()] })
+    Ok(Parts { patches, methods: vec![method.into()], ..Parts::default() })
 }
 
 /// Tensors by what follows the adapter's name, e.g. `self_prefix.wte.weight`. The library may hold equal copies: one of

@@ -80,15 +80,23 @@ impl Fixtures {
     }
 
     /// Loads a delta's folder. What this version says it does not support may be passed over only outside its scope:
-    /// PEFT's LoRA, prompts and prefixes, and BitFit, of tier core must load.
+    /// methods that are row-wise, and prompts and prefixes of tier core, must load.
     pub(crate) fn delta(&self, base: &Base, case: &Value) -> Step<Option<Arc<Delta>>> {
         let Some(path) = case["delta"].as_str() else { return Ok(None) };
         let files = read_folder(&self.root.join(path))?;
         let kind = case["type"].as_str().unwrap_or("LORA");
-        let in_scope = case["tier"].as_str().unwrap_or("core") == "core"
-            && case["format"].as_str().unwrap_or("peft") != "adapterhub"
-            && matches!(kind, "LORA" | "BITFIT" | "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING");
-        match interop::decode(&files, base) {
+        let rows =
+            matches!(kind, "LORA" | "BITFIT" | "IA3" | "LN_TUNING" | "TRAINABLE_TOKENS" | "BOTTLENECK" | "COMPACTER");
+        let positions = matches!(kind, "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING");
+        let in_scope = rows || (positions && case["tier"].as_str().unwrap_or("core") == "core");
+        let decoded = match interop::decode(&files, base) {
+            // the server refuses pickles; the client's command makes them safetensors
+            Err(InteropError::Pickle(_)) => {
+                interop::convert(&self.root.join(path)).and_then(|files| interop::decode(&files, base))
+            }
+            other => other,
+        };
+        match decoded {
             Ok(delta) => Ok(Some(Arc::new(delta))),
             Err(e @ (InteropError::Invalid { .. } | InteropError::Unapplied(_) | InteropError::Pickle(_)))
                 if !in_scope =>
@@ -104,24 +112,10 @@ impl Fixtures {
     }
 }
 
-/// The safetensors form of the pickles that AdapterHub writes by default (the server refuses those).
-fn unpickled(path: &Path) -> Step<(&'static str, Vec<u8>)> {
-    let head = path.file_name().is_some_and(|n| n.to_string_lossy().contains("head"));
-    let tensors = candle_core::pickle::read_all(path).map_err(fail)?;
-    let tensors: std::collections::BTreeMap<String, Tensor> = tensors.into_iter().collect();
-    let data = safetensors::serialize(&tensors, None).map_err(fail)?;
-    Ok((if head { "model_head.safetensors" } else { "adapter.safetensors" }, data))
-}
-
 pub(crate) fn read_folder(dir: &Path) -> Step<DeltaFiles> {
     let mut files = DeltaFiles::default();
     for entry in std::fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        if entry.path().extension().is_some_and(|e| e == "bin") {
-            let (name, data) = unpickled(&entry.path())?;
-            files.files.insert(name.into(), data.into());
-            continue;
-        }
         let data = std::fs::read(entry.path()).map_err(fail)?;
         files.files.insert(entry.file_name().to_string_lossy().into_owned(), data.into());
     }

@@ -84,10 +84,8 @@ fn prompts_and_prefixes_survive_encode_and_decode() {
 }
 
 fn combination(base: &Base) -> Delta {
-    let head = Head {
-        weight: rand((3, base.arch.hidden)),
-        bias: Some(Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap()),
-    };
+    let bias = Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let head = Head::linear(rand((3, base.arch.hidden)), Some(bias));
     let patches =
         [vec![lora(base), prompt(base, 3, PromptStage::Tokens)], prefix(base, 2, PrefixForm::Context)].concat();
     let mut spec = spec(&["lora", "prompt", "prefix", "head"], Task::SeqCls);
@@ -112,6 +110,21 @@ fn a_combination_survives_and_its_parts_load_alone() {
         let folder = DeltaFiles { files: files.files.iter().filter_map(own).collect() };
         decode(&folder, &base).unwrap();
     }
+}
+
+#[test]
+fn a_part_that_says_no_task_takes_that_of_the_others() {
+    let base = random_base(&tiny_bert(), 3).unwrap();
+    let patches = [vec![lora(&base)], prefix(&base, 2, PrefixForm::Pinned)].concat();
+    let bare = Delta::new(spec(&["lora", "prefix"], Task::SeqCls), patches.clone(), None);
+    let files = encode(&bare, &base, &EncodeMeta::default()).unwrap();
+    same(&decode(&files, &base).unwrap(), &bare);
+    let mut headed = spec(&["lora", "prefix", "head"], Task::SeqCls);
+    headed.labels = ["x", "y", "z"].map(str::to_owned).to_vec();
+    let headed = Delta::new(headed, patches, combination(&base).head().cloned());
+    let back = decode(&encode(&headed, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    same(&back, &headed);
+    assert_eq!(back.spec.labels, ["x", "y", "z"]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{Builder, Part, Trainable};
+use super::{Part, Trainable, init::Builder};
 use crate::{
     delta::{Patch, Prefix, PrefixForm, Prompt, PromptStage, SiteId},
     ops::{self, Act},
@@ -72,6 +72,16 @@ pub(super) struct Networks {
 }
 
 impl Builder<'_> {
+    fn uniform_var(&mut self, name: String, shape: (usize, usize), bound: f32) -> Result<usize> {
+        let t = self.uniform(shape, bound)?;
+        self.add(name, &t, true, 1.0)
+    }
+
+    fn normal_var(&mut self, name: String, shape: (usize, usize), std: f32) -> Result<usize> {
+        let t = self.gaussian(shape, std)?;
+        self.add(name, &t, true, 1.0)
+    }
+
     /// Variables of all networks.
     pub(super) fn networks(&mut self, spec: &TrainSpec) -> Result<Networks> {
         let mut out = Networks { encoders: Vec::new(), prompt: None, prefix: None, taken: 0 };
@@ -92,12 +102,12 @@ impl Builder<'_> {
     /// As torch makes it: the table from N(0, 1), linears uniform in +-1/sqrt(in).
     fn encoder(&mut self, name: &str, plan: &EncoderPlan) -> Result<Encoder> {
         let width = plan.widths.first().copied().unwrap_or(0);
-        let table = self.normal(format!("{name}.encoder.table"), (plan.n, width), 1.0)?;
+        let table = self.normal_var(format!("{name}.encoder.table"), (plan.n, width), 1.0)?;
         let mut linears = Vec::new();
         for (i, w) in plan.widths.windows(2).enumerate() {
             let bound = 1.0 / (w[0].max(1) as f32).sqrt();
-            let weight = self.uniform(format!("{name}.encoder.{i}.weight"), (w[1], w[0]), bound)?;
-            let row = self.uniform(format!("{name}.encoder.{i}.bias"), (1, w[1]), bound)?; // [1, out]
+            let weight = self.uniform_var(format!("{name}.encoder.{i}.weight"), (w[1], w[0]), bound)?;
+            let row = self.uniform_var(format!("{name}.encoder.{i}.bias"), (1, w[1]), bound)?; // [1, out]
             linears.push((weight, row));
         }
         Ok(Encoder { table, linears, act: plan.act })
@@ -113,25 +123,25 @@ impl Builder<'_> {
     ) -> Result<Positions> {
         const PREFIX_STD: f32 = 0.02;
         const PROMPT_BOUND: f32 = 0.5;
-        match (*plan, networks.prompt, networks.prefix) {
-            (PatchPlan::Prompt { made: true, .. }, Some(encoder), _) => {
+        match (plan, networks.prompt, networks.prefix) {
+            (&PatchPlan::Prompt { made: true, .. }, Some(encoder), _) => {
                 let rows = Source::Made { encoder, from: 0, len: width };
                 Ok(Positions::Prompt { rows, stage: PromptStage::Tokens })
             }
-            (PatchPlan::Prompt { n, made: false }, ..) => {
-                let rows = Source::Var(self.uniform("prompt".into(), (n, width), PROMPT_BOUND)?);
+            (&PatchPlan::Prompt { n, made: false }, ..) => {
+                let rows = Source::Var(self.uniform_var("prompt".into(), (n, width), PROMPT_BOUND)?);
                 Ok(Positions::Prompt { rows, stage: PromptStage::Tokens })
             }
-            (PatchPlan::Prefix { made: true, .. }, _, Some(encoder)) => {
+            (&PatchPlan::Prefix { made: true, .. }, _, Some(encoder)) => {
                 let from = networks.taken;
                 networks.taken += 2 * width;
                 let k = Source::Made { encoder, from, len: width };
                 let v = Source::Made { encoder, from: from + width, len: width };
                 Ok(Positions::Prefix { k, v, form: PrefixForm::Context })
             }
-            (PatchPlan::Prefix { n, made: false }, ..) => {
-                let k = Source::Var(self.normal(prefix_name(site, "k"), (n, width), PREFIX_STD)?);
-                let v = Source::Var(self.normal(prefix_name(site, "v"), (n, width), PREFIX_STD)?);
+            (&PatchPlan::Prefix { n, made: false }, ..) => {
+                let k = Source::Var(self.normal_var(prefix_name(site, "k"), (n, width), PREFIX_STD)?);
+                let v = Source::Var(self.normal_var(prefix_name(site, "v"), (n, width), PREFIX_STD)?);
                 Ok(Positions::Prefix { k, v, form: PrefixForm::Context })
             }
             _ => bail!("no network makes {plan:?}"),
