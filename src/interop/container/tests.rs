@@ -113,6 +113,21 @@ fn a_combination_survives_and_its_parts_load_alone() {
 }
 
 #[test]
+fn a_part_that_says_no_task_takes_that_of_the_others() {
+    let base = random_base(&tiny_bert(), 3).unwrap();
+    let patches = [vec![lora(&base)], prefix(&base, 2, PrefixForm::Pinned)].concat();
+    let bare = Delta::new(spec(&["lora", "prefix"], Task::SeqCls), patches.clone(), None);
+    let files = encode(&bare, &base, &EncodeMeta::default()).unwrap();
+    same(&decode(&files, &base).unwrap(), &bare);
+    let mut headed = spec(&["lora", "prefix", "head"], Task::SeqCls);
+    headed.labels = ["x", "y", "z"].map(str::to_owned).to_vec();
+    let headed = Delta::new(headed, patches, combination(&base).head().cloned());
+    let back = decode(&encode(&headed, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    same(&back, &headed);
+    assert_eq!(back.spec.labels, ["x", "y", "z"]);
+}
+
+#[test]
 fn contradictions_between_parts_are_refused() {
     let base = random_base(&tiny_bert(), 3).unwrap();
     let files = encode(&combination(&base), &base, &EncodeMeta::default()).unwrap();
