@@ -177,6 +177,7 @@ fn collect(
 
 /// What the config says of the base must be so; what it does not say is taken from the tensor.
 fn check_numbers(at: At<'_>, kind: &str, config: &Value) -> Result<(), InteropError> {
+    two_stacks(at.base)?;
     let arch = &at.base.arch;
     let width = if kind == "PREFIX_TUNING" { arch.kv_width() } else { arch.hidden };
     for (key, want) in [("token_dim", width), ("num_layers", arch.layers), ("num_transformer_submodules", 1)] {
