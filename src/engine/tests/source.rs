@@ -15,7 +15,7 @@ fn job(n: u64, len: usize, new: usize) -> Job {
 /// Greedy tokens by whole forwards without a cache.
 fn plainly(base: &Base, source: &[u32], delta: Option<Arc<Delta>>, new: usize) -> Vec<u32> {
     let rows = RowLayout::packed(&[source.len()]);
-    let read = Source::encode(base, rows, source, &[delta.clone()], None).expect("encodes");
+    let read = Source::encode(base, rows, source, std::slice::from_ref(&delta), None).expect("encodes");
     let memory = read.memory();
     let mut tokens = vec![0u32];
     for _ in 0..new {
