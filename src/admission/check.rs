@@ -3,7 +3,9 @@
 
 use super::{
     params::{ClassifyParams, EmbedParams, GenerateParams, Prompt, Sampling, ScoreParams, ServeError, Violation},
-    train_params::{HyperParams, LoraPart, MethodPart, TrainData, TrainParams, Validation},
+    train_params::{
+        AdapterPart, AdapterScaling, HyperParams, LoraPart, MethodPart, TrainData, TrainParams, Validation,
+    },
 };
 use crate::{delta::Task, ids::check_name};
 
@@ -18,6 +20,8 @@ const MAX_LOGPROBS: u32 = 20;
 const MAX_N: u32 = 16;
 const MAX_METHODS: usize = 8;
 const MAX_PATTERNS: usize = 1024;
+/// Most tokens with trained rows.
+const MAX_TOKENS: usize = 10_000;
 const MAX_LABELS: usize = 65_536;
 const MAX_KEY_BYTES: usize = 128;
 
@@ -250,6 +254,15 @@ impl TrainParams {
             kinds.push(method.kind());
             match method {
                 MethodPart::Lora(lora) => lora.check(&format!("{at}.lora"), problems),
+                MethodPart::Adapter(adapter) => adapter.check(&format!("{at}.adapter"), problems),
+                MethodPart::Ia3(p) => {
+                    if let Some(targets) = &p.targets {
+                        check_targets(targets, &format!("{at}.ia3"), problems);
+                    }
+                    names(p.feedforward.as_deref().unwrap_or(&[]), &format!("{at}.ia3.feedforward"), problems);
+                }
+                MethodPart::Ln(p) => names(&p.targets, &format!("{at}.ln.targets"), problems),
+                MethodPart::Tokens(p) => problems.count(&format!("{at}.tokens.ids"), p.ids.len(), 1, MAX_TOKENS),
                 MethodPart::Bitfit(_) => {}
             }
         }
@@ -291,13 +304,44 @@ impl LoraPart {
         for (name, alpha) in self.alpha_pattern.iter().take(MAX_PATTERNS) {
             problems.range(&field(&format!("alpha_pattern[{name:?}]")), *alpha, &ALPHA);
         }
-        if let super::train_params::Targets::Modules(names) = &self.targets {
-            problems.count(&field("modules.names"), names.len(), 1, MAX_PATTERNS);
-            for (i, name) in names.iter().enumerate().take(MAX_PATTERNS) {
-                problems
-                    .require(!name.is_empty(), &field(&format!("modules.names[{i}]")), || "must not be empty".into());
-            }
+        check_targets(&self.targets, at, problems);
+        names(&self.exclude, &field("exclude"), problems);
+        names(&self.save_modules, &field("save_modules"), problems);
+        problems.range(&field("plus_ratio"), self.plus_ratio.unwrap_or(1.0), &Range::above(0.0, 1000.0));
+        problems.count(&field("layers"), self.layers.len(), 0, MAX_PATTERNS);
+        problems.count(&field("tokens"), self.tokens.len(), 0, MAX_TOKENS);
+    }
+}
+
+impl AdapterPart {
+    fn check(&self, at: &str, problems: &mut Problems) {
+        const FACTOR: Range = Range::above(0.0, 65_536.0);
+        let field = |name: &str| format!("{at}.{name}");
+        problems.range(&field("reduction_factor"), self.reduction_factor.unwrap_or(1.0), &FACTOR);
+        problems.count(&field("reduction_by_layer"), self.reduction_by_layer.len(), 0, MAX_PATTERNS);
+        problems.count(&field("leave_out"), self.leave_out.len(), 0, MAX_PATTERNS);
+        for (layer, factor) in self.reduction_by_layer.iter().take(MAX_PATTERNS) {
+            problems.range(&field(&format!("reduction_by_layer[{layer}]")), *factor, &FACTOR);
         }
+        if let Some(AdapterScaling::Fixed(s)) = self.scaling {
+            problems.range(&field("scaling"), s, &Range::above(0.0, 1e6));
+        }
+    }
+}
+
+fn check_targets(targets: &super::train_params::Targets, at: &str, problems: &mut Problems) {
+    if let super::train_params::Targets::Modules(list) = targets {
+        let field = format!("{at}.modules.names");
+        problems.count(&field, list.len(), 1, MAX_PATTERNS);
+        names(list, &field, problems);
+    }
+}
+
+/// At most so many names, none of them empty.
+fn names(list: &[String], field: &str, problems: &mut Problems) {
+    problems.count(field, list.len(), 0, MAX_PATTERNS);
+    for (i, name) in list.iter().enumerate().take(MAX_PATTERNS) {
+        problems.require(!name.is_empty(), &format!("{field}[{i}]"), || "must not be empty".into());
     }
 }
 

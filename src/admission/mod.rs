@@ -10,6 +10,7 @@ mod encode;
 mod generate;
 mod info;
 pub mod jobs;
+pub mod method_parts;
 pub mod params;
 mod places;
 mod service;

@@ -12,6 +12,9 @@ pub use super::jobs::{
     CheckpointEvent, EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent,
     NoteEvent, StateEvent,
 };
+pub use super::method_parts::{
+    AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
+};
 use super::params::{PublishPolicy, Violation};
 use crate::delta::Task;
 
@@ -67,6 +70,14 @@ pub enum MethodPart {
     Lora(LoraPart),
     /// Bias terms (Ben Zaken et al. 2021).
     Bitfit(BitfitPart),
+    /// Scales of activations (Liu et al. 2022).
+    Ia3(Ia3Part),
+    /// Gains and biases of norms (Zhao et al. 2023).
+    Ln(LnPart),
+    /// Bottleneck adapters (Houlsby et al. 2019).
+    Adapter(AdapterPart),
+    /// Embedding rows of some tokens.
+    Tokens(TokensPart),
 }
 
 impl MethodPart {
@@ -75,12 +86,17 @@ impl MethodPart {
         match self {
             Self::Lora(_) => "lora",
             Self::Bitfit(_) => "bitfit",
+            Self::Ia3(_) => "ia3",
+            Self::Ln(_) => "ln",
+            Self::Adapter(_) => "adapter",
+            Self::Tokens(_) => "tokens",
         }
     }
 }
 
 /// LoRA: `out += scale * B(A(x))`, scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LoraPart {
     /// 1 to 1024; default 16.
     pub rank: Option<u32>,
@@ -96,6 +112,24 @@ pub struct LoraPart {
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Dropout on the input of A while training, in [0, 1); default 0.
     pub dropout: Option<f64>,
+    /// A learned magnitude per output beside the pair (DoRA; Liu et al. 2024).
+    pub dora: bool,
+    /// Biases that are trained, too.
+    pub bias: LoraBias,
+    /// A bias on every B (PEFT's `lora_bias`).
+    pub b_bias: bool,
+    /// Layers whose modules are targets; empty = all.
+    pub layers: Vec<u32>,
+    /// Modules that are no targets, named as `targets`.
+    pub exclude: Vec<String>,
+    /// Learning rate of B over that of A (LoRA+; Hayou et al. 2024, about 16); default 1.
+    pub plus_ratio: Option<f64>,
+    /// Initial values.
+    pub init: LoraInit,
+    /// Tokens whose embedding rows are trained, too.
+    pub tokens: Vec<u32>,
+    /// Modules that are trained whole (PEFT's `modules_to_save`), e.g. `lm_head`.
+    pub save_modules: Vec<String>,
 }
 
 /// Which linears of the base a LoRA changes.
@@ -111,9 +145,12 @@ pub enum Targets {
 
 /// BitFit: trains bias terms only.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct BitfitPart {
     /// Which biases.
     pub subset: BiasSubset,
+    /// Add zero biases to linears and norms that have none (Llama has none at all).
+    pub added: bool,
 }
 
 /// Which biases BitFit trains.

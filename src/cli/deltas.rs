@@ -10,11 +10,21 @@ use bytes::{Bytes, BytesMut};
 use clap::{Args, Subcommand};
 
 use super::{Common, client::Client, output};
-use crate::grpc::proto;
+use crate::{grpc::proto, interop};
 
 const CHUNK: usize = 256 * 1024;
-/// What a PEFT folder may bring; other files in it (checkpoints, logs) stay where they are.
-const FILES: [&str; 4] = ["adapter_config.json", "adapter_model.safetensors", "labels.json", "README.md"];
+/// What a delta's folder may bring; other files in it (checkpoints, logs) stay where they are.
+const FILES: [&str; 9] = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter.safetensors",
+    "head_config.json",
+    "model_head.safetensors",
+    "bitfit_config.json",
+    "bitfit.safetensors",
+    "labels.json",
+    "README.md",
+];
 
 /// Options of `deltas`.
 #[derive(Debug, Clone, Args)]
@@ -36,8 +46,15 @@ enum DeltasCommand {
         /// name, name@3 or name@DIGEST.
         delta: String,
     },
-    /// Publish the files of a PEFT folder.
+    /// Publish the files of a PEFT or AdapterHub folder.
     Upload(UploadArgs),
+    /// Write a folder whose weights are pickles (.bin) as safetensors; needs no server. Nothing in a pickle is run.
+    Convert {
+        /// The folder to read.
+        source: PathBuf,
+        /// The folder to write; made if missing.
+        target: PathBuf,
+    },
     /// Write a version's files into a folder.
     Download {
         /// name, name@3 or name@DIGEST.
@@ -77,7 +94,7 @@ enum DeltasCommand {
 struct UploadArgs {
     /// Name to publish under.
     name: String,
-    /// Folder with adapter_config.json and adapter_model.safetensors.
+    /// Folder with adapter_config.json and adapter_model.safetensors (PEFT) or adapter.safetensors (AdapterHub).
     folder: PathBuf,
     #[command(flatten)]
     publish: PublishArgs,
@@ -110,6 +127,9 @@ impl PublishArgs {
 
 /// Runs a `deltas` command.
 pub(super) async fn run(common: &Common, args: DeltasArgs) -> anyhow::Result<()> {
+    if let DeltasCommand::Convert { source, target } = &args.command {
+        return convert(common, source, target);
+    }
     let client = Client::connect(common).await?;
     let mut deltas = client.deltas();
     match args.command {
@@ -122,6 +142,7 @@ pub(super) async fn run(common: &Common, args: DeltasArgs) -> anyhow::Result<()>
             let reply = deltas.upload(futures::stream::iter(upload(&args)?)).await?.into_inner();
             print(common, reply.delta.as_slice())
         }
+        DeltasCommand::Convert { .. } => Ok(()), // done above, without a server
         DeltasCommand::Download { delta, folder } => download(common, &client, delta, &folder).await,
         DeltasCommand::Delete { name, expected_id } => {
             deltas.delete_delta(proto::DeleteDeltaRequest { name: name.clone(), expected_id }).await?;
@@ -178,6 +199,19 @@ fn print(common: &Common, deltas: &[proto::Delta]) -> anyhow::Result<()> {
     };
     let headings = ["DELTA", "ID", "METHODS", "TASK", "PARAMETERS", "RESIDENT", "IN USE", "STATE", "PUBLISHED"];
     output::table(&headings, &deltas.iter().map(row).collect::<Vec<_>>())
+}
+
+fn convert(common: &Common, source: &Path, target: &Path) -> anyhow::Result<()> {
+    let files = interop::convert(source)?;
+    fs::create_dir_all(target).with_context(|| format!("make {}", target.display()))?;
+    for (name, data) in &files.files {
+        fs::write(target.join(name), data).with_context(|| format!("write {name}"))?;
+    }
+    let names: Vec<&String> = files.files.keys().collect();
+    if common.json {
+        return output::json(&serde_json::json!({ "folder": target, "files": names }));
+    }
+    names.iter().try_for_each(|name| output::line(name))
 }
 
 fn upload(args: &UploadArgs) -> anyhow::Result<Vec<proto::UploadRequest>> {

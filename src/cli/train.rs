@@ -1,6 +1,8 @@
 //! `train`: upload the data, create the job, watch it with a progress bar (or plain lines, or JSON).
 
-use std::{collections::HashMap, fs, path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
+
+mod methods;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -10,6 +12,7 @@ use tonic::Code;
 
 use super::{Common, client::Client, deltas::PublishArgs, jobs::state_name, output};
 use crate::grpc::proto;
+use methods::{MethodArg, MethodArgs};
 
 const CHUNK: usize = 256 * 1024;
 /// A lost watch is taken up again this often in a row.
@@ -39,7 +42,7 @@ pub(super) struct TrainArgs {
     #[arg(long, default_value = "lora")]
     method: Vec<MethodArg>,
     #[command(flatten)]
-    lora: LoraArgs,
+    methods: MethodArgs,
     #[command(flatten)]
     hyper: HyperArgs,
     #[command(flatten)]
@@ -63,31 +66,6 @@ enum TaskArg {
     CausalLm,
     SeqCls,
     TokenCls,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum MethodArg {
-    Lora,
-    Bitfit,
-}
-
-#[derive(Debug, Clone, Args)]
-struct LoraArgs {
-    /// LoRA: rank.
-    #[arg(long)]
-    rank: Option<u32>,
-    /// LoRA: alpha.
-    #[arg(long)]
-    alpha: Option<f64>,
-    /// LoRA: scale by alpha / sqrt(rank).
-    #[arg(long)]
-    rslora: bool,
-    /// LoRA: linears, separated by commas; nothing = all.
-    #[arg(long, value_delimiter = ',')]
-    targets: Vec<String>,
-    /// LoRA: dropout.
-    #[arg(long)]
-    dropout: Option<f64>,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -199,31 +177,11 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> proto:
         validation: validation
             .map(|id| Validation::ValidationData(data(id)))
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
-        methods: args.method.iter().map(|m| method(*m, &args.lora)).collect(),
+        methods: args.method.iter().map(|m| args.methods.part(*m)).collect(),
         labels: args.labels.clone(),
         hyper: Some(hyper(&args.hyper)),
         publish: Some(args.publish.policy()),
     }
-}
-
-fn method(method: MethodArg, args: &LoraArgs) -> proto::MethodPart {
-    use proto::{lora::Targets, method_part::Part};
-    let part = match method {
-        MethodArg::Lora => Part::Lora(proto::Lora {
-            rank: args.rank,
-            alpha: args.alpha,
-            rslora: args.rslora,
-            targets: Some(match args.targets.as_slice() {
-                [] => Targets::AllLinear(true),
-                names => Targets::Modules(proto::ModuleNames { names: names.to_vec() }),
-            }),
-            rank_pattern: HashMap::new(),
-            alpha_pattern: HashMap::new(),
-            dropout: args.dropout,
-        }),
-        MethodArg::Bitfit => Part::Bitfit(proto::Bitfit::default()),
-    };
-    proto::MethodPart { part: Some(part) }
 }
 
 fn hyper(args: &HyperArgs) -> proto::HyperParameters {

@@ -6,7 +6,11 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
+
+mod embedding;
+mod input;
+mod sublayer;
 
 use super::{Delta, Head, Patch, SiteId};
 use crate::{
@@ -24,6 +28,19 @@ struct Slot {
     spans: Vec<usize>,
 }
 
+impl Slot {
+    /// Whether all rows of the step are its own.
+    fn covers(&self, rows: usize) -> bool {
+        self.rows.len() == 1 && self.rows[0] == (0..rows)
+    }
+
+    /// Its rows as an index tensor; `None` if it has none.
+    fn index(&self, device: &Device) -> Result<Option<Tensor>> {
+        let idx: Vec<u32> = self.rows.iter().flat_map(|r| r.clone().map(|i| i as u32)).collect();
+        if idx.is_empty() { Ok(None) } else { Tensor::new(idx, device).map(Some) }
+    }
+}
+
 /// The deltas of one step.
 #[derive(Debug, Clone, Default)]
 pub struct DeltaBatch {
@@ -33,6 +50,8 @@ pub struct DeltaBatch {
     rows: usize,
     spans: usize,
     tracked: bool,
+    /// Whether any delta scales a linear's input.
+    scales_inputs: bool,
 }
 
 /// A part of a site's output: which site, and which columns of the (possibly fused) matrix are its own.
@@ -83,8 +102,9 @@ impl DeltaBatch {
                 from = to;
             }
         }
-        let tracked = slots.iter().any(|s| s.delta.patches().iter().any(|(_, p)| p.tracked()));
-        Self { slots, plan, rows, spans, tracked }
+        let any = |f: fn(&Patch) -> bool| slots.iter().any(|s| s.delta.patches().iter().any(|(_, p)| f(p)));
+        let (tracked, scales_inputs) = (any(Patch::tracked), any(|p| matches!(p, Patch::InScale(_))));
+        Self { slots, plan, rows, spans, tracked, scales_inputs }
     }
 
     /// The same deltas for a matrix with one row per span (pooled rows).
@@ -131,7 +151,7 @@ impl DeltaBatch {
         (heads, rest.iter().enumerate().filter(|(_, r)| **r).map(|(i, _)| i).collect())
     }
 
-    /// Applies all patches of the given parts. `x` `[rows, in]` is the input of the sites (only low-rank patches read it),
+    /// Applies all patches of the given parts. `x` `[rows, in]` is the input of the sites,
     /// `out` `[rows, width]` their fresh output, which may be written in place.
     ///
     /// # Errors
@@ -140,7 +160,7 @@ impl DeltaBatch {
         if !parts.iter().any(|(site, _)| self.touches(*site)) {
             return Ok(out);
         }
-        if self.tracked || x.track_op() || out.track_op() || !ops::is_cpu_f32(&out) {
+        if !self.takes_kernels(&[x, &out]) || !self.has_kernels(parts) {
             return self.patch_reference(parts, x, &out);
         }
         let x = x.contiguous()?;
@@ -148,6 +168,16 @@ impl DeltaBatch {
             self.patch_fast(*site, columns, &x, &out)?;
         }
         Ok(out)
+    }
+
+    /// Whether rows may be changed in place: f32 on the CPU, no gradient wanted.
+    fn takes_kernels(&self, tensors: &[&Tensor]) -> bool {
+        !self.tracked && tensors.iter().all(|t| !t.track_op() && ops::is_cpu_f32(t))
+    }
+
+    fn has_kernels(&self, parts: &[Part]) -> bool {
+        let plans = parts.iter().filter_map(|(site, _)| self.plan.get(*site)).flatten();
+        plans.flat_map(|(slot, range)| &self.slots[*slot].delta.patches()[range.clone()]).all(|(_, p)| p.has_kernel())
     }
 
     fn patch_fast(&self, site: SiteId, columns: &Range<usize>, x: &Tensor, out: &Tensor) -> Result<()> {
@@ -159,19 +189,25 @@ impl DeltaBatch {
             let slot = &self.slots[*slot];
             let patches = &slot.delta.patches()[range.clone()];
             let long = slot.rows.iter().all(|r| r.len() >= GEMM_ROWS);
+            // a product added at the end must not be scaled by a later patch
+            let long = long && !patches.iter().skip(1).any(|(_, p)| !matches!(p, Patch::LowRank(_) | Patch::Bias(_)));
             let mut ops = Vec::with_capacity(patches.len());
             for (_, patch) in patches {
-                match patch {
-                    Patch::LowRank(l) if long => {
+                let low = match patch {
+                    Patch::LowRank(l) => Some(l),
+                    Patch::Dora(d) => d.folded().map(|f| &f.low),
+                    _ => None,
+                };
+                match low {
+                    Some(l) if long => {
                         for rows in &slot.rows {
                             let xs = x.narrow(0, rows.start, rows.len())?;
                             let low = (xs.matmul(&l.a.t()?)? * l.scale)?; // [rows, rank]
                             products.push((rows.clone(), low.matmul(&l.b)?)); // [rows, out]
                         }
+                        row_ops(patch, false, &mut ops);
                     }
-                    Patch::LowRank(l) => ops.push(PatchRows::LowRank { a: &l.a, b: &l.b, scale: l.scale as f32 }),
-                    Patch::Bias(b) => ops.push(PatchRows::Bias(b)),
-                    Patch::Scale(s) => ops.push(PatchRows::Scale(s)),
+                    _ => row_ops(patch, true, &mut ops),
                 }
             }
             if !ops.is_empty() {
@@ -207,19 +243,14 @@ impl DeltaBatch {
         for (slot, range) in plan {
             let slot = &self.slots[*slot];
             let patches = &slot.delta.patches()[range.clone()];
-            let covers_all = slot.rows.len() == 1 && slot.rows[0] == (0..self.rows);
-            if covers_all {
+            if slot.covers(self.rows) {
                 for (_, patch) in patches {
                     out = patch.apply(x, &out)?;
                 }
                 continue;
             }
-            let idx: Vec<u32> = slot.rows.iter().flat_map(|r| r.clone().map(|i| i as u32)).collect();
-            if idx.is_empty() {
-                continue;
-            }
-            let idx = Tensor::new(idx, out.device())?;
-            let needs_x = patches.iter().any(|(_, p)| matches!(p, Patch::LowRank(_)));
+            let Some(idx) = slot.index(out.device())? else { continue };
+            let needs_x = patches.iter().any(|(_, p)| p.reads_input());
             let own_x = if needs_x { x.contiguous()?.index_select(&idx, 0)? } else { x.clone() };
             let before = out.contiguous()?.index_select(&idx, 0)?;
             let mut own = before.clone();
@@ -232,11 +263,39 @@ impl DeltaBatch {
     }
 }
 
+/// A patch as operations of the row kernel; its low-rank product only if asked for.
+fn row_ops<'a>(patch: &'a Patch, product: bool, out: &mut Vec<PatchRows<'a>>) {
+    let low = match patch {
+        Patch::LowRank(l) => Some(l),
+        Patch::Dora(d) => d.folded().map(|f| {
+            out.push(PatchRows::Scale(&f.gain));
+            out.extend(f.keep.iter().map(PatchRows::Bias));
+            &f.low
+        }),
+        Patch::Bias(b) => {
+            out.push(PatchRows::Bias(b));
+            None
+        }
+        Patch::Scale(s) => {
+            out.push(PatchRows::Scale(s));
+            None
+        }
+        Patch::Affine(n) => {
+            out.push(PatchRows::Affine { gain: &n.gain, bias: n.bias.as_ref(), center: n.center, eps: n.eps as f32 });
+            None
+        }
+        // applied elsewhere: ahead of the matrix, at the sublayer; or by the reference
+        Patch::InScale(_) | Patch::Bottleneck(_) | Patch::TokenRows(_) | Patch::Matrix(_) => None,
+    };
+    if let (Some(l), true) = (low, product) {
+        out.push(PatchRows::LowRank { a: &l.a, b: &l.b, scale: l.scale as f32 });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::delta::{DeltaSpec, LowRank, Task};
-    use candle_core::Device;
     use proptest::prelude::*;
 
     fn delta(rank: usize, in_dim: usize, out_dim: usize, kinds: u8) -> Arc<Delta> {

@@ -6,11 +6,18 @@ use bytes::Bytes;
 use candle_core::Tensor;
 
 mod batch;
-mod patch;
+mod head;
+pub(crate) mod patch;
 mod site;
 
+pub use crate::ops::Act;
 pub use batch::{DeltaBatch, Part};
-pub use patch::{LowRank, Patch};
+pub use head::{Head, HeadLayer, HeadPool};
+pub(crate) use patch::AdapterIo;
+pub use patch::{
+    AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Scaling, TokenRows,
+    Wiring,
+};
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 
 /// What a delta was made for.
@@ -56,15 +63,6 @@ pub struct DeltaSpec {
     pub resident_bytes: u64,
 }
 
-/// A classification head that replaces the base's.
-#[derive(Debug, Clone)]
-pub struct Head {
-    /// `[labels, hidden]`.
-    pub weight: Tensor,
-    /// `[labels]`.
-    pub bias: Option<Tensor>,
-}
-
 /// One delta, ready to be applied. Its tensors never change once it is built; under training they are `Var`s, whose
 /// identity the clones here keep.
 #[derive(Debug, Clone)]
@@ -94,10 +92,21 @@ impl Delta {
         self.head.as_ref()
     }
 
+    /// The same delta with each tensor of its patches ([`Patch::tensors`]) and of its head put through `f`.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn map(&self, f: &mut dyn FnMut(&str, &Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
+        let patches = self.patches.iter().map(|(site, p)| Ok((*site, p.map(&mut |name, t| f(name, t))?)));
+        let patches = patches.collect::<candle_core::Result<_>>()?;
+        let head = self.head.as_ref().map(|h| h.map(f)).transpose()?;
+        Ok(Self::new(self.spec.clone(), patches, head))
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         let patches: usize = self.patches.iter().map(|(_, p)| p.bytes()).sum();
-        let head = self.head.iter().map(|h| bytes_of(&h.weight) + h.bias.as_ref().map_or(0, bytes_of)).sum::<usize>();
+        let head: usize = self.head.iter().flat_map(Head::tensors).map(|(_, t)| bytes_of(t)).sum();
         (patches + head) as u64
     }
 }

@@ -100,6 +100,17 @@ pub struct SiteEntry {
     pub has_bias: bool,
 }
 
+impl SiteEntry {
+    /// A name for people and variables: the module path, or the layer and half of a sublayer.
+    pub fn label(&self) -> String {
+        match self.site {
+            Site::Sublayer { layer, half: Half::Attn } => format!("layers.{layer}.attention_adapter"),
+            Site::Sublayer { layer, half: Half::Mlp } => format!("layers.{layer}.output_adapter"),
+            _ => self.module.clone(),
+        }
+    }
+}
+
 /// All sites of a base, in forward order.
 #[derive(Debug, Clone, Default)]
 pub struct SiteTable {

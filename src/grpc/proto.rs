@@ -32,6 +32,9 @@ pub(crate) mod json {
         publish_mode: PublishMode, "PUBLISH_MODE_";
         task: Task, "TASK_";
         bias_subset: BiasSubset, "BIAS_SUBSET_";
+        lora_bias: LoraBias, "LORA_BIAS_";
+        lora_init: LoraInit, "LORA_INIT_";
+        adapter_variant: AdapterVariant, "ADAPTER_VARIANT_";
         schedule: Schedule, "SCHEDULE_";
         job_state: JobState, "JOB_STATE_";
     }

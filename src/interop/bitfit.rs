@@ -88,5 +88,5 @@ pub(super) fn head(
         return Err(bad(format!("{name}.bias does not have {labels} numbers")));
     }
     let put = |t: Tensor| t.to_device(&base.device)?.to_dtype(base.dtype);
-    Ok(Some(Head { weight: put(weight)?, bias: bias.map(put).transpose()? }))
+    Ok(Some(Head::linear(put(weight)?, bias.map(put).transpose()?)))
 }

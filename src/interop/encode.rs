@@ -1,13 +1,16 @@
-//! A trained delta to files that PEFT loads (BitFit alone: our own form).
+//! A trained delta to files that PEFT or AdapterHub load (BitFit alone and combinations: our own forms).
 
-use std::collections::{BTreeMap, HashMap};
+mod lora;
+mod small;
+
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{InteropError, keys};
+use super::{InteropError, adapterhub, combined, keys};
 use crate::{
-    delta::{Delta, DeltaFiles, Patch, Site, SiteId, Task},
+    delta::{Delta, DeltaFiles, HeadPool, Patch, Site, SiteId, Task},
     model::Base,
 };
 
@@ -22,88 +25,239 @@ pub struct EncodeMeta {
     pub dropout: f64,
 }
 
-/// Low-rank patches as PEFT's numbers.
-struct LoraEntry {
-    path: String,
-    rank: usize,
-    alpha: f64,
+/// Tensors under their names in a file; sorted, so that the same delta always gives the same bytes.
+pub(super) type Named = BTreeMap<String, Tensor>;
+
+/// A configuration and its tensors.
+pub(super) struct Part {
+    pub(super) config: Value,
+    pub(super) tensors: Named,
 }
 
-/// Writes a delta as `adapter_config.json`, `adapter_model.safetensors` and, with a head, `labels.json`.
+/// What all writers need.
+pub(super) struct Writer<'a> {
+    pub(super) delta: &'a Delta,
+    pub(super) base: &'a Base,
+    pub(super) meta: &'a EncodeMeta,
+}
+
+/// Forms that a patch may be written in; one part of the file each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Lora,
+    Dora,
+    Bitfit,
+    Ia3,
+    Ln,
+    Tokens,
+    Adapter,
+}
+
+/// Patches of one form, by site.
+pub(super) type Patches<'a> = Vec<(SiteId, &'a Patch)>;
+
+/// Writes a delta as a version's files: `adapter_config.json`, the weights, and with a head `labels.json`.
 ///
 /// # Errors
-/// A patch that has no place in these formats.
+/// A patch, an order of patches or a head that has no place in these formats.
 pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
-    let bare = delta.spec.task == Task::Feature;
-    let mut tensors: HashMap<String, Tensor> = HashMap::new();
-    let mut low_rank = Vec::new();
-    let patched: Vec<SiteId> =
-        delta.patches().iter().filter(|(_, p)| matches!(p, Patch::LowRank(_))).map(|(s, _)| *s).collect();
-    let mut biases = false;
-    for (site, patch) in delta.patches() {
-        let entry = base.sites.get(*site).ok_or_else(|| InteropError::Tensor(format!("no site {site}")))?;
-        let path = keys::peft_path(&entry.module, base, bare);
-        let key = keys::key(&path);
-        match patch {
-            Patch::LowRank(l) => {
-                let rank = l.a.dims()[0];
-                tensors.insert(format!("{key}.lora_A.weight"), plain(&l.a)?);
-                tensors.insert(format!("{key}.lora_B.weight"), plain(&l.b.t()?)?);
-                let alpha = l.scale * if meta.rslora { (rank as f64).sqrt() } else { rank as f64 };
-                low_rank.push(LoraEntry { path, rank, alpha });
+    let w = Writer { delta, base, meta };
+    let groups = w.groups()?;
+    if let [(Kind::Adapter, patches)] = groups.as_slice() {
+        return adapterhub::encode(&w, patches);
+    }
+    if delta.head().is_some_and(|h| !h.layers.is_empty() || h.pool != HeadPool::Base) {
+        return Err(InteropError::Unapplied(vec!["the head, which only an adapter's folder can hold".into()]));
+    }
+    let mut parts = groups.iter().map(|(kind, patches)| w.part(*kind, patches)).collect::<Result<Vec<_>, _>>()?;
+    let mut whole = match parts.len() {
+        0 => small::bitfit(&w, &vec![])?,
+        1 => parts.swap_remove(0),
+        _ => w.combined(parts),
+    };
+    whole.tensors.extend(w.head()?);
+    let mut out = DeltaFiles::default();
+    out.files.insert("adapter_config.json".into(), pretty(&whole.config)?.into());
+    out.files.insert("adapter_model.safetensors".into(), serialize(&whole.tensors, &w.info())?.into());
+    w.labels(&mut out)?;
+    Ok(out)
+}
+
+impl<'a> Writer<'a> {
+    /// Patches by form, in an order of forms that is right at every site.
+    fn groups(&self) -> Result<Vec<(Kind, Patches<'a>)>, InteropError> {
+        let all = self.delta.patches();
+        let has = |f: fn(&Patch) -> bool| all.iter().any(|(_, p)| f(p));
+        let low = match (has(|p| matches!(p, Patch::LowRank(_))), has(|p| matches!(p, Patch::Dora(_)))) {
+            (true, _) => Some(Kind::Lora),
+            (false, true) => Some(Kind::Dora),
+            (false, false) => None,
+        };
+        let scales = has(|p| matches!(p, Patch::Scale(_)));
+        let tied = super::tokens::tied_head(self.base);
+        let mut by_site: BTreeMap<SiteId, Vec<Kind>> = BTreeMap::new();
+        let mut groups: Vec<(Kind, Patches<'a>)> = Vec::new();
+        for (site, patch) in all {
+            let kind = match patch {
+                Patch::LowRank(_) => Kind::Lora,
+                Patch::Dora(_) => Kind::Dora,
+                // a bias beside a scale must keep its place in the order
+                Patch::Bias(_) => low.filter(|_| !scales).unwrap_or(Kind::Bitfit),
+                Patch::Scale(_) | Patch::InScale(_) => Kind::Ia3,
+                Patch::Affine(_) => Kind::Ln,
+                Patch::TokenRows(_) if Some(*site) == tied => continue, // follows from the embedding's rows
+                Patch::TokenRows(_) => low.unwrap_or(Kind::Tokens),
+                Patch::Matrix(_) => {
+                    low.ok_or_else(|| self.unapplied(*site, "a whole matrix without LoRA beside it"))?
+                }
+                Patch::Bottleneck(_) => Kind::Adapter,
+            };
+            by_site.entry(*site).or_default().push(kind);
+            match groups.iter_mut().find(|(k, _)| *k == kind) {
+                Some((_, patches)) => patches.push((*site, patch)),
+                None => groups.push((kind, vec![(*site, patch)])),
             }
-            Patch::Bias(b) => {
-                biases = true;
-                let absolute = match base.bias(*site)? {
-                    Some(own) => (plain(b)? + plain(&own)?)?,
-                    None => plain(b)?,
-                };
-                let infix = if patched.contains(site) { ".base_layer" } else { "" };
-                tensors.insert(format!("{key}{infix}.bias"), absolute);
-            }
-            Patch::Scale(_) => return Err(InteropError::Unapplied(vec![format!("{path} (scale)")])),
+        }
+        // the site with the most forms says their order
+        let longest = by_site.values().max_by_key(|k| k.len()).cloned().unwrap_or_default();
+        groups.sort_by_key(|(kind, _)| longest.iter().position(|k| k == kind).unwrap_or(usize::MAX));
+        let place = |kind: &Kind| groups.iter().position(|(k, _)| k == kind);
+        match by_site.iter().find(|(_, kinds)| !kinds.is_sorted_by_key(place)) {
+            Some((site, kinds)) => Err(self.unapplied(*site, &format!("an order of patches ({kinds:?})"))),
+            None => Ok(groups),
         }
     }
-    if let Some(head) = delta.head() {
-        let key = keys::key(base.arch.names.cls_head);
-        tensors.insert(format!("{key}.weight"), plain(&head.weight)?);
-        if let Some(b) = &head.bias {
-            tensors.insert(format!("{key}.bias"), plain(b)?);
+
+    fn unapplied(&self, site: SiteId, what: &str) -> InteropError {
+        let module = self.base.sites.get(site).map(|e| e.module.clone()).unwrap_or_default();
+        InteropError::Unapplied(vec![format!("{module}: {what}")])
+    }
+
+    fn part(&self, kind: Kind, patches: &Patches<'_>) -> Result<Part, InteropError> {
+        match kind {
+            Kind::Lora | Kind::Dora => lora::lora(self, patches),
+            Kind::Bitfit => small::bitfit(self, patches),
+            Kind::Ia3 => small::ia3(self, patches),
+            Kind::Ln => small::ln(self, patches),
+            Kind::Tokens => small::tokens(self, patches),
+            Kind::Adapter => adapterhub::encode_part(self, patches),
         }
     }
-    let bitfit = low_rank.is_empty();
-    let config = if bitfit { bitfit_config(delta, meta) } else { lora_config(delta, base, meta, &low_rank, biases) };
-    files(delta, base, config, &tensors)
+
+    /// Our form of several parts.
+    fn combined(&self, parts: Vec<Part>) -> Part {
+        let mut tensors = Named::new();
+        let mut configs = Vec::with_capacity(parts.len());
+        for (i, part) in parts.into_iter().enumerate() {
+            let prefix = combined::prefix(i);
+            tensors.extend(part.tensors.into_iter().map(|(k, t)| (format!("{prefix}{k}"), t)));
+            configs.push(part.config);
+        }
+        let mut config = self.config(combined::KIND);
+        config.insert("parts".into(), Value::Array(configs));
+        Part { config: Value::Object(config), tensors }
+    }
+
+    /// The keys that all PEFT configurations have.
+    fn config(&self, kind: &str) -> Map<String, Value> {
+        let task = match self.delta.spec.task {
+            Task::CausalLm => "CAUSAL_LM",
+            Task::SeqCls => "SEQ_CLS",
+            Task::TokenCls => "TOKEN_CLS",
+            Task::Feature => "FEATURE_EXTRACTION",
+        };
+        let modules_to_save = match self.delta.spec.task {
+            Task::SeqCls | Task::TokenCls => json!(["classifier", "score"]),
+            _ => Value::Null,
+        };
+        let all = [
+            ("base_model_name_or_path", json!(self.meta.base_name)),
+            ("inference_mode", json!(true)),
+            ("modules_to_save", modules_to_save),
+            ("peft_type", json!(kind)),
+            ("task_type", json!(task)),
+        ];
+        all.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+    }
+
+    fn head(&self) -> Result<Named, InteropError> {
+        let mut out = Named::new();
+        if let Some(head) = self.delta.head() {
+            let key = keys::key(self.base.arch.names.cls_head);
+            out.insert(format!("{key}.weight"), plain(&head.weight)?);
+            if let Some(b) = &head.bias {
+                out.insert(format!("{key}.bias"), plain(b)?);
+            }
+        }
+        Ok(out)
+    }
+
+    /// `labels.json`, with a head.
+    pub(super) fn labels(&self, out: &mut DeltaFiles) -> Result<(), InteropError> {
+        if self.delta.head().is_some() {
+            let labels =
+                serde_json::to_vec(&self.delta.spec.labels).map_err(|e| InteropError::Tensor(e.to_string()))?;
+            out.files.insert("labels.json".into(), labels.into());
+        }
+        Ok(())
+    }
+
+    /// What the weights file says of itself.
+    pub(super) fn info(&self) -> [(String, String); 2] {
+        [("format".into(), "pt".into()), ("deltaserve.base_fingerprint".into(), self.base.fingerprint.to_string())]
+    }
+
+    /// A site's path as PEFT sees it.
+    pub(super) fn path(&self, site: SiteId) -> Result<String, InteropError> {
+        let entry = self.base.sites.get(site).ok_or_else(|| InteropError::Tensor(format!("no site {site}")))?;
+        Ok(keys::peft_path(&entry.module, self.base, self.delta.spec.task == Task::Feature))
+    }
+
+    /// The shortest list of path endings that names exactly these modules among `all`; full paths where none does.
+    fn endings(&self, wanted: &[String], among: impl Fn(Site) -> bool) -> Result<Vec<String>, InteropError> {
+        let sites = self.base.sites.iter().filter(|(_, e)| among(e.site)).map(|(id, _)| id);
+        let all = sites.map(|id| self.path(id)).collect::<Result<Vec<_>, _>>()?;
+        for parts in 1..=3 {
+            let ending = |path: &String| -> String {
+                let pieces: Vec<&str> = path.split('.').collect();
+                pieces[pieces.len().saturating_sub(parts)..].join(".")
+            };
+            let mut endings: Vec<String> = wanted.iter().map(ending).collect();
+            endings.sort_unstable();
+            endings.dedup();
+            let matches = |path: &String| endings.iter().any(|e| path == e || path.ends_with(&format!(".{e}")));
+            if all.iter().filter(|p| matches(p)).count() == wanted.len() {
+                return Ok(endings);
+            }
+        }
+        Ok(wanted.to_vec())
+    }
+}
+
+/// Modules with a matrix, which PEFT's LoRA and (IA)3 look among.
+fn is_matrix(site: Site) -> bool {
+    matches!(site, Site::Linear { .. } | Site::LmHead | Site::Pooler)
 }
 
 /// f32 on the CPU, contiguous, detached.
-fn plain(t: &Tensor) -> Result<Tensor, InteropError> {
+pub(super) fn plain(t: &Tensor) -> Result<Tensor, InteropError> {
     Ok(t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?)
 }
 
-fn files(
-    delta: &Delta,
-    base: &Base,
-    config: Value,
-    tensors: &HashMap<String, Tensor>,
-) -> Result<DeltaFiles, InteropError> {
-    let mut info: HashMap<String, String> = HashMap::new();
-    info.insert("format".into(), "pt".into());
-    info.insert("deltaserve.base_fingerprint".into(), base.fingerprint.to_string());
-    // sorted, so that the same delta always gives the same bytes
-    let sorted: BTreeMap<&String, &Tensor> = tensors.iter().collect();
-    let mut weights = safetensors::serialize(sorted, Some(info))
+/// JSON as PEFT writes it: indented, sorted keys.
+pub(super) fn pretty(config: &Value) -> Result<Vec<u8>, InteropError> {
+    let mut config = config.clone();
+    config.sort_all_objects();
+    serde_json::to_vec_pretty(&config).map_err(|e| InteropError::Tensor(e.to_string()))
+}
+
+/// A safetensors file with this metadata; the same input gives the same bytes.
+pub(super) fn serialize(tensors: &Named, info: &[(String, String)]) -> Result<Vec<u8>, InteropError> {
+    let info: std::collections::HashMap<String, String> = info.iter().cloned().collect();
+    let mut weights = safetensors::serialize(tensors, (!info.is_empty()).then_some(info))
         .map_err(|e| InteropError::Tensor(format!("cannot write safetensors: {e}")))?;
     sort_metadata(&mut weights)?;
-    let text = serde_json::to_vec_pretty(&config).map_err(|e| InteropError::Tensor(e.to_string()))?;
-    let mut out = DeltaFiles::default();
-    out.files.insert("adapter_config.json".into(), text.into());
-    out.files.insert("adapter_model.safetensors".into(), weights.into());
-    if delta.head().is_some() {
-        let labels = serde_json::to_vec(&delta.spec.labels).map_err(|e| InteropError::Tensor(e.to_string()))?;
-        out.files.insert("labels.json".into(), labels.into());
-    }
-    Ok(out)
+    Ok(weights)
 }
 
 /// Puts the header's metadata in order: the library writes it in a hash map's, and an id is a digest of the bytes.
@@ -122,99 +276,4 @@ fn sort_metadata(file: &mut [u8]) -> Result<(), InteropError> {
     text.resize(header.len(), b' '); // safetensors pads headers with spaces
     header.copy_from_slice(&text);
     Ok(())
-}
-
-fn task_type(task: Task) -> &'static str {
-    match task {
-        Task::CausalLm => "CAUSAL_LM",
-        Task::SeqCls => "SEQ_CLS",
-        Task::TokenCls => "TOKEN_CLS",
-        Task::Feature => "FEATURE_EXTRACTION",
-    }
-}
-
-fn bitfit_config(delta: &Delta, meta: &EncodeMeta) -> Value {
-    json!({
-        "base_model_name_or_path": meta.base_name,
-        "inference_mode": true,
-        "peft_type": "BITFIT",
-        "semantics": "replace",
-        "task_type": task_type(delta.spec.task),
-    })
-}
-
-fn lora_config(delta: &Delta, base: &Base, meta: &EncodeMeta, entries: &[LoraEntry], biases: bool) -> Value {
-    let (rank, alpha) = most_common(entries);
-    let pattern = |value: &dyn Fn(&LoraEntry) -> Option<Value>| -> Value {
-        Value::Object(entries.iter().filter_map(|e| Some((e.path.clone(), value(e)?))).collect::<Map<_, _>>())
-    };
-    let modules_to_save = match delta.spec.task {
-        Task::SeqCls | Task::TokenCls => json!(["classifier", "score"]),
-        _ => Value::Null,
-    };
-    json!({
-        "alpha_pattern": pattern(&|e| (e.alpha != alpha).then(|| number(e.alpha))),
-        "base_model_name_or_path": meta.base_name,
-        "bias": if biases { "all" } else { "none" },
-        "fan_in_fan_out": base.arch.conv1d,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "layers_pattern": null,
-        "layers_to_transform": null,
-        "lora_alpha": number(alpha),
-        "lora_bias": false,
-        "lora_dropout": meta.dropout,
-        "modules_to_save": modules_to_save,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": pattern(&|e| (e.rank != rank).then(|| json!(e.rank))),
-        "revision": null,
-        "target_modules": targets(base, entries, delta.spec.task == Task::Feature),
-        "task_type": task_type(delta.spec.task),
-        "use_dora": false,
-        "use_rslora": meta.rslora,
-    })
-}
-
-/// Whole numbers without a fraction, as PEFT writes them.
-fn number(v: f64) -> Value {
-    // scales were divided by the rank: undo rounding below f32's precision
-    let rounded = (v * 1e6).round() / 1e6;
-    if rounded.fract() == 0.0 { json!(rounded as i64) } else { json!(rounded) }
-}
-
-fn most_common(entries: &[LoraEntry]) -> (usize, f64) {
-    let mut counts: Vec<((usize, f64), usize)> = Vec::new();
-    for e in entries {
-        match counts.iter_mut().find(|(k, _)| *k == (e.rank, e.alpha)) {
-            Some((_, n)) => *n += 1,
-            None => counts.push(((e.rank, e.alpha), 1)),
-        }
-    }
-    counts.into_iter().max_by_key(|(_, n)| *n).map_or((8, 8.0), |(k, _)| k)
-}
-
-/// The shortest list of path endings that names exactly the patched modules; full paths where none does.
-fn targets(base: &Base, entries: &[LoraEntry], bare: bool) -> Vec<String> {
-    let all: Vec<String> = base
-        .sites
-        .iter()
-        .filter(|(_, e)| matches!(e.site, Site::Linear { .. } | Site::LmHead | Site::Pooler))
-        .map(|(_, e)| keys::peft_path(&e.module, base, bare))
-        .collect();
-    let wanted: Vec<&str> = entries.iter().map(|e| e.path.as_str()).collect();
-    for parts in 1..=3 {
-        let ending = |path: &str| -> String {
-            let pieces: Vec<&str> = path.split('.').collect();
-            pieces[pieces.len().saturating_sub(parts)..].join(".")
-        };
-        let mut endings: Vec<String> = wanted.iter().map(|p| ending(p)).collect();
-        endings.sort_unstable();
-        endings.dedup();
-        let matches = |path: &String| endings.iter().any(|e| path == e || path.ends_with(&format!(".{e}")));
-        if all.iter().filter(|p| matches(p)).count() == wanted.len() {
-            return endings;
-        }
-    }
-    wanted.into_iter().map(str::to_owned).collect()
 }

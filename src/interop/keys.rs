@@ -41,6 +41,9 @@ pub(super) fn split(key: &str) -> (&str, &str) {
     key.rsplit_once('.').unwrap_or((key, ""))
 }
 
+/// Head tensors among others: (weight, bias) as they were found.
+pub(super) type HeadParts = (Option<candle_core::Tensor>, Option<candle_core::Tensor>);
+
 /// An error for keys that found no owner: another family if none at all did.
 pub(super) fn unapplied(left: Vec<String>, applied: usize, base: &Base) -> super::InteropError {
     match left.first() {

@@ -8,11 +8,12 @@ use serde_json::Value;
 use super::{
     InteropError, Parts,
     config::LoraConfig,
-    keys::{self, Owner},
+    keys::{self, HeadParts, Owner},
     tensors::TensorFile,
+    tokens,
 };
 use crate::{
-    delta::{Head, LowRank, Patch, SiteId},
+    delta::{Dora, DoraBase, Head, LowRank, Matrix, Patch, Site, SiteId},
     model::Base,
 };
 
@@ -25,17 +26,36 @@ struct Module {
     b_bias: Option<Tensor>,
     magnitude: Option<Tensor>,
     bias: Option<Tensor>,
+    /// The module's own matrix, saved whole.
+    weight: Option<Tensor>,
+    /// Replaced rows, for embeddings.
+    rows: Option<Tensor>,
 }
 
-const SUFFIXES: &[&str] =
-    &[".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".base_layer.bias"];
+const SUFFIXES: &[&str] = &[
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".lora_magnitude_vector",
+    ".base_layer.bias",
+    ".base_layer.weight",
+    ".token_adapter.trainable_tokens_delta",
+];
 
 pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, InteropError> {
+    let indices = config.get("trainable_token_indices");
     let config = LoraConfig::read(file, config)?;
     let (modules, head) = collect(tensors, base)?;
     let mut parts = Parts { head, ..Parts::default() };
-    let (mut dora, mut biased, mut low_rank) = (false, false, false);
-    for (site, module) in modules {
+    let (mut dora, mut biased, mut low_rank, mut replaced) = (false, false, false, false);
+    for (site, mut module) in modules {
+        if let Some(rows) = module.rows.take() {
+            let ids = tokens::indices(file, "trainable_token_indices", indices, &module.path, base)?;
+            parts.patches.extend(tokens::patches(file, site, &module.path, ids, rows, base)?);
+            replaced = true;
+        }
         dora |= module.magnitude.is_some();
         biased |= module.bias.is_some();
         low_rank |= module.a.is_some();
@@ -57,12 +77,15 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
     if biased {
         parts.methods.push("bias".into());
     }
+    if replaced {
+        parts.methods.push("tokens".into());
+    }
     Ok(parts)
 }
 
 fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Module>, Option<Head>), InteropError> {
     let mut modules: BTreeMap<SiteId, Module> = BTreeMap::new();
-    let mut head: (Option<Tensor>, Option<Tensor>) = (None, None);
+    let mut head: HeadParts = (None, None);
     let (mut left, mut applied) = (Vec::new(), 0);
     for name in tensors.names() {
         let suffix = SUFFIXES.iter().find(|s| name.ends_with(**s)).copied();
@@ -73,14 +96,18 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
         match (keys::owner(path, base), kind) {
             (Some(Owner::Head), "weight") => head.0 = Some(tensors.get(&name)?),
             (Some(Owner::Head), "bias") => head.1 = Some(tensors.get(&name)?),
-            (Some(Owner::Site(site, path)), _) if suffix.is_some() || kind == "bias" => {
+            (Some(Owner::Site(site, path)), _)
+                if suffix.is_some() || kind == "bias" || (kind == "weight" && has_matrix(site, base)) =>
+            {
                 let module = modules.entry(site).or_default();
                 module.path = path;
                 let place = match kind {
-                    ".lora_A.weight" => &mut module.a,
-                    ".lora_B.weight" => &mut module.b,
+                    ".lora_A.weight" | ".lora_embedding_A" => &mut module.a,
+                    ".lora_B.weight" | ".lora_embedding_B" => &mut module.b,
                     ".lora_B.bias" => &mut module.b_bias,
                     ".lora_magnitude_vector" => &mut module.magnitude,
+                    ".base_layer.weight" | "weight" => &mut module.weight,
+                    ".token_adapter.trainable_tokens_delta" => &mut module.rows,
                     _ => &mut module.bias,
                 };
                 *place = Some(tensors.get(&name)?);
@@ -98,8 +125,68 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
     Ok((modules, super::bitfit::head(head, base)?))
 }
 
+/// Whether a module's matrix may be saved whole: a linear, or the embedding.
+fn has_matrix(site: SiteId, base: &Base) -> bool {
+    let kind = base.sites.get(site).map(|e| e.site);
+    matches!(kind, Some(Site::Embedding | Site::Linear { .. } | Site::Pooler | Site::LmHead))
+}
+
 /// The patches of one module, in order of application.
 fn module_patches(
+    config: &LoraConfig,
+    site: SiteId,
+    mut module: Module,
+    base: &Base,
+    out: &mut Vec<(SiteId, Patch)>,
+) -> Result<(), InteropError> {
+    let path = module.path.clone();
+    if let Some(matrix) = own_matrix(site, &mut module, base)? {
+        out.push((site, Patch::Matrix(matrix)));
+    }
+    let bias = module.bias.take();
+    if module.a.is_some() || module.b.is_some() || module.b_bias.is_some() || module.magnitude.is_some() {
+        low_rank(config, site, module, base, out)?;
+    }
+    // after DoRA's gain, which the library puts to the frozen weight only
+    if let Some(bias) = bias {
+        out.push((site, super::bitfit::bias_patch(site, &path, &bias, base)?));
+    }
+    Ok(())
+}
+
+/// A matrix saved whole; `None` if there is none or it is the base's own. Takes the bias that was saved with it.
+fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<Matrix>, InteropError> {
+    let Some(weight) = module.weight.take() else { return Ok(None) };
+    let (own, bias) = match base.linear(site)? {
+        Some((w, b)) => (w, b),
+        None => (base.table().clone(), None),
+    };
+    let embedding = base.linear(site)?.is_none();
+    let weight = if embedding || base.arch.conv1d { weight } else { weight.t()?.contiguous()? };
+    if weight.dims() != own.dims() {
+        return Err(InteropError::BaseMismatch(format!(
+            "{}.weight holds {:?} numbers, this server's base {} has {:?} there",
+            module.path,
+            weight.dims(),
+            base.fingerprint.short(),
+            own.dims()
+        )));
+    }
+    if tokens::same(&weight, &own)? {
+        return Ok(None);
+    }
+    let put = |t: &Tensor| t.to_device(&base.device)?.to_dtype(base.dtype);
+    let bias = match module.bias.take() {
+        Some(b) if b.elem_count() == own.dim(1)? => Some(put(&b)?),
+        Some(b) => {
+            return Err(InteropError::BaseMismatch(format!("{}.bias has {} numbers", module.path, b.elem_count())));
+        }
+        None => bias,
+    };
+    Ok(Some(Matrix { weight: put(&weight)?, bias }))
+}
+
+fn low_rank(
     config: &LoraConfig,
     site: SiteId,
     module: Module,
@@ -111,47 +198,35 @@ fn module_patches(
     let put = |t: Tensor| -> Result<Tensor, InteropError> {
         Ok(t.contiguous()?.to_device(&base.device)?.to_dtype(base.dtype)?)
     };
-    if let Some(bias) = &module.bias {
-        out.push((site, super::bitfit::bias_patch(site, path, bias, base)?));
-    }
     let (a, b) = match (module.a, module.b) {
         (Some(a), Some(b)) => (a, b),
-        (None, None) if module.b_bias.is_none() && module.magnitude.is_none() => return Ok(()),
         (Some(_), None) => return Err(bad(format!("{path} has lora_A but no lora_B"))),
         _ => return Err(bad(format!("{path} has lora_B or its companions but no lora_A"))),
     };
     let entry = base.sites.get(site).ok_or_else(|| bad(format!("{path} has no site")))?;
-    let rank = check_factors(path, &a, &b, (entry.in_dim, entry.out_dim), base)?;
+    let in_dim = if entry.site == Site::Embedding { base.arch.vocab } else { entry.in_dim };
+    let rank = check_factors(path, &a, &b, (in_dim, entry.out_dim), base)?;
     if let Some(want) = config.rank(path).filter(|&r| r != rank) {
         return Err(bad(format!("{path}: the config says rank {want}, the tensors have rank {rank}")));
     }
     let scale = config.scale(path, rank);
-    let mut b_t = b.t()?.contiguous()?; // [rank, out]
-    let mut b_bias = module.b_bias;
-    if let Some(magnitude) = module.magnitude {
-        let gain = dora_gain(site, path, (&a, &b_t, scale), &magnitude, base)?;
-        if let Some(bias) = base.bias(site)? {
-            // out = bias + g (W x + ...): the part of the bias that the scaling below takes away
-            let bias = bias.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?;
-            let keep = (&bias - (&bias * &gain)?)?;
-            out.push((site, Patch::Scale(put(gain.clone())?)));
-            out.push((site, Patch::Bias(put(keep)?)));
-        } else {
-            out.push((site, Patch::Scale(put(gain.clone())?)));
-        }
-        b_t = b_t.broadcast_mul(&gain)?;
-        b_bias = b_bias.map(|b| b * &gain).transpose()?;
+    let low = LowRank { a: put(a)?, b: put(b.t()?)?, scale }; // b: [rank, out]
+    let mut b_bias = module.b_bias.map(put).transpose()?;
+    if let Some(b) = b_bias.as_ref().filter(|b| b.dims() != [entry.out_dim]) {
+        return Err(bad(format!("{path}: lora_B.bias is {:?}, the module has {} outputs", b.dims(), entry.out_dim)));
     }
-    out.push((site, Patch::LowRank(LowRank { a: put(a)?, b: put(b_t)?, scale })));
-    if let Some(b) = b_bias {
-        if b.dims() != [entry.out_dim] {
-            return Err(bad(format!(
-                "{path}: lora_B.bias is {:?}, the module has {} outputs",
-                b.dims(),
-                entry.out_dim
-            )));
+    match module.magnitude {
+        Some(magnitude) => {
+            let dora = dora(site, path, low, put(magnitude)?, base)?;
+            if let (Some(b), Some(folded)) = (&b_bias, dora.folded()) {
+                b_bias = Some((b * &folded.gain)?);
+            }
+            out.push((site, Patch::Dora(Box::new(dora))));
         }
-        out.push((site, Patch::Bias(put((b * scale)?)?)));
+        None => out.push((site, Patch::LowRank(low))),
+    }
+    if let Some(b) = b_bias {
+        out.push((site, Patch::Bias((b * scale)?)));
     }
     Ok(())
 }
@@ -184,24 +259,16 @@ fn check_factors(
     Ok(rank)
 }
 
-/// DoRA's gain per output: `m / ||W + s B A||`, the norm over each output's inputs.
-fn dora_gain(
-    site: SiteId,
-    path: &str,
-    (a, b_t, scale): (&Tensor, &Tensor, f64),
-    magnitude: &Tensor,
-    base: &Base,
-) -> Result<Tensor, InteropError> {
+/// DoRA's update over this base's matrix.
+fn dora(site: SiteId, path: &str, low: LowRank, magnitude: Tensor, base: &Base) -> Result<Dora, InteropError> {
     let bad = |m: String| InteropError::invalid(super::WEIGHTS[0], m);
-    let Some((w, _)) = base.linear(site)? else { return Err(bad(format!("{path} is not a linear"))) };
-    let w = w.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?; // [in, out]
+    let Some((w, bias)) = base.linear(site)? else { return Err(bad(format!("{path} is not a linear"))) };
     if magnitude.elem_count() != w.dim(1)? {
         return Err(bad(format!("{path}: magnitude vector of {} for {} outputs", magnitude.elem_count(), w.dim(1)?)));
     }
-    let merged = (w + (a.t()?.contiguous()?.matmul(b_t)? * scale)?)?;
-    let norm = merged.sqr()?.sum(0)?.sqrt()?; // [out]
-    if norm.to_vec1::<f32>()?.contains(&0.0) {
+    let dora = Dora::new(low, magnitude.flatten_all()?, DoraBase::new(w, bias)?)?;
+    if dora.norm()?.to_vec1::<f32>()?.iter().any(|n| *n < 1e-12) {
         return Err(bad(format!("{path}: a merged weight row is zero, DoRA's direction is undefined")));
     }
-    Ok((magnitude.flatten_all()? / norm)?)
+    Ok(dora)
 }

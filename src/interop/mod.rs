@@ -1,15 +1,23 @@
-//! Interop: a version's files to a [`Delta`] and back. PEFT's LoRA folders (with heads and biases) and our BitFit form.
+//! Interop: a version's files to a [`Delta`] and back: PEFT's and AdapterHub's folders, our BitFit form, and our form of
+//! combinations that no library has.
 //!
 //! Files come from strangers: headers are checked before anything is allocated, pickles are refused, and every tensor is
 //! either applied or named in an error; nothing is ignored silently.
 
+mod adapterhub;
 mod bitfit;
+mod combined;
 mod config;
+mod convert;
 mod encode;
+mod ia3;
 mod keys;
+mod ln_tuning;
 mod lora;
 mod tensors;
+mod tokens;
 
+pub use convert::convert;
 pub use encode::{EncodeMeta, encode};
 
 use serde_json::Value;
@@ -25,7 +33,7 @@ use tensors::TensorFile;
 /// Names of the configuration file, in the order tried.
 const CONFIGS: &[&str] = &["adapter_config.json", "bitfit_config.json"];
 /// Names of the weights file, in the order tried.
-const WEIGHTS: &[&str] = &["adapter_model.safetensors", "bitfit.safetensors"];
+const WEIGHTS: &[&str] = &["adapter_model.safetensors", "bitfit.safetensors", adapterhub::WEIGHTS];
 /// Extensions of files that hold pickles.
 const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".ckpt"];
 /// Largest accepted configuration.
@@ -49,8 +57,8 @@ pub enum InteropError {
     BaseMismatch(String),
     /// A pickle.
     #[error(
-        "{0} is a pickle, which runs code when it is read; save the delta as safetensors (PEFT: \
-         save_pretrained(safe_serialization=True))"
+        "{0} is a pickle, which runs code when it is read; `deltaserve deltas convert` writes the folder as safetensors \
+         (or save it so: PEFT save_pretrained(safe_serialization=True), AdapterHub save_adapter(use_safetensors=True))"
     )]
     Pickle(String),
     /// Tensors that this server would not apply.
@@ -92,6 +100,10 @@ struct Parts {
     patches: Vec<(SiteId, Patch)>,
     head: Option<Head>,
     methods: Vec<String>,
+    /// Label names that came with the head.
+    labels: Option<Vec<String>>,
+    /// Numbers of further files.
+    more_elements: u64,
 }
 
 /// Reads a version's files into a delta for this base.
@@ -103,30 +115,53 @@ pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let (weights_name, weights) = find(files, WEIGHTS).ok_or_else(|| missing_weights(files))?;
     let tensors = TensorFile::read(weights_name, weights)?;
     check_fingerprint(&tensors, base)?;
-    let kind = config::kind(config_name, &config)?;
-    let task = config::task(config_name, &config, base)?;
-    let parts = match kind.as_str() {
-        "LORA" => lora::decode(config_name, &config, &tensors, base)?,
-        "BITFIT" => bitfit::decode(&tensors, base)?,
-        other => {
-            return Err(InteropError::invalid(
-                config_name,
-                format!("peft_type {other:?} is not supported; supported are LORA, BITFIT"),
-            ));
-        }
-    };
-    let task = match (task, &parts.head) {
+    let (mut parts, task) = decode_parts(config_name, &config, &tensors, base)?;
+    let head_task = adapterhub::decode_head(files, &mut parts, base)?;
+    let task = match (task.or(head_task), &parts.head) {
         (Some(task), _) => task,
         (None, Some(_)) => Task::SeqCls,
         (None, None) if base.arch.is_causal() => Task::CausalLm,
         (None, None) => Task::Feature,
     };
-    let labels = labels(files, &tensors, parts.head.as_ref(), base, task)?;
+    let labels = labels(files, &tensors, &parts, base, task)?;
+    let parameters = tensors.elements() + parts.more_elements;
     let mut methods = parts.methods;
     methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
-    let spec =
-        DeltaSpec { methods, task, labels, num_virtual_tokens: 0, parameters: tensors.elements(), resident_bytes: 0 };
+    let spec = DeltaSpec { methods, task, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
     Ok(Delta::new(spec, parts.patches, parts.head))
+}
+
+/// The patches (and head) of one configuration and its tensors, and the task that the configuration names.
+fn decode_parts(
+    file: &str,
+    config: &Value,
+    tensors: &TensorFile<'_>,
+    base: &Base,
+) -> Result<(Parts, Option<Task>), InteropError> {
+    if adapterhub::is_config(config) {
+        return Ok((adapterhub::decode(file, config, tensors, base)?, None));
+    }
+    let kind = config::kind(file, config)?;
+    let task = config::task(file, config, base)?;
+    let parts = match kind.as_str() {
+        "LORA" => lora::decode(file, config, tensors, base)?,
+        "BITFIT" => bitfit::decode(tensors, base)?,
+        "IA3" => ia3::decode(tensors, base)?,
+        "LN_TUNING" => ln_tuning::decode(tensors, base)?,
+        "TRAINABLE_TOKENS" => tokens::decode(file, config, tensors, base)?,
+        combined::KIND => combined::decode(file, config, tensors, base)?,
+        other => {
+            return Err(InteropError::invalid(
+                file,
+                format!(
+                    "peft_type {other:?} is not supported; supported are LORA, IA3, LN_TUNING, TRAINABLE_TOKENS, \
+                     BITFIT, {}",
+                    combined::KIND
+                ),
+            ));
+        }
+    };
+    Ok((parts, task))
 }
 
 /// The first of these names that is among the files.
@@ -138,17 +173,27 @@ fn config_of(files: &DeltaFiles) -> Result<(&'static str, Value), InteropError> 
     let Some((name, data)) = find(files, CONFIGS) else {
         return Err(InteropError::invalid(CONFIGS[0], "is missing"));
     };
+    Ok((name, json_file(name, data)?))
+}
+
+/// A JSON object of bounded size.
+fn json_file(name: &str, data: &[u8]) -> Result<Value, InteropError> {
     if data.len() > MAX_CONFIG_BYTES {
         return Err(InteropError::invalid(name, format!("is {} bytes; at most {MAX_CONFIG_BYTES}", data.len())));
     }
     let value: Value = serde_json::from_slice(data).map_err(|e| InteropError::invalid(name, e.to_string()))?;
-    if value.is_object() { Ok((name, value)) } else { Err(InteropError::invalid(name, "is not a JSON object")) }
+    if value.is_object() { Ok(value) } else { Err(InteropError::invalid(name, "is not a JSON object")) }
 }
 
 fn missing_weights(files: &DeltaFiles) -> InteropError {
+    missing(files, WEIGHTS[0])
+}
+
+/// A file that is not there: because it was pickled, perhaps.
+fn missing(files: &DeltaFiles, wanted: &str) -> InteropError {
     match files.files.keys().find(|name| PICKLES.iter().any(|p| name.ends_with(p))) {
         Some(pickle) => InteropError::Pickle(pickle.clone()),
-        None => InteropError::invalid(WEIGHTS[0], "is missing"),
+        None => InteropError::invalid(wanted, "is missing"),
     }
 }
 
@@ -170,11 +215,11 @@ fn check_fingerprint(tensors: &TensorFile<'_>, base: &Base) -> Result<(), Intero
 fn labels(
     files: &DeltaFiles,
     tensors: &TensorFile<'_>,
-    head: Option<&Head>,
+    parts: &Parts,
     base: &Base,
     task: Task,
 ) -> Result<Vec<String>, InteropError> {
-    let Some(head) = head else {
+    let Some(head) = &parts.head else {
         let own = base.arch.head.as_ref().filter(|h| h.task == task && base.transformer.has_head());
         return Ok(own.map(|h| h.labels.clone()).unwrap_or_default());
     };
@@ -197,6 +242,9 @@ fn labels(
     }
     if let Some(text) = tensors.metadata("deltaserve.labels") {
         return parse(WEIGHTS[0], text.as_bytes());
+    }
+    if let Some(names) = &parts.labels {
+        return Ok(names.clone());
     }
     match &base.arch.head {
         Some(own) if own.labels.len() == n => Ok(own.labels.clone()),

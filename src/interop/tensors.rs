@@ -1,5 +1,7 @@
 //! A safetensors file of a stranger: its header is checked before any tensor is made.
 
+use std::{collections::HashMap, sync::Arc};
+
 use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
@@ -11,11 +13,13 @@ const MAX_HEADER_BYTES: u64 = 16 << 20;
 /// Most tensors in one file.
 const MAX_TENSORS: usize = 50_000;
 
-/// A checked file.
+/// A checked file, or the part of it whose names begin with a prefix.
+#[derive(Clone)]
 pub(super) struct TensorFile<'a> {
     name: &'a str,
-    inner: SafeTensors<'a>,
-    metadata: std::collections::HashMap<String, String>,
+    inner: Arc<SafeTensors<'a>>,
+    metadata: Arc<HashMap<String, String>>,
+    prefix: String,
 }
 
 impl<'a> TensorFile<'a> {
@@ -40,7 +44,17 @@ impl<'a> TensorFile<'a> {
         if inner.is_empty() {
             return Err(bad("has no tensors".into()));
         }
-        Ok(Self { name, inner, metadata })
+        Ok(Self { name, inner: Arc::new(inner), metadata: Arc::new(metadata), prefix: String::new() })
+    }
+
+    /// The tensors whose names begin with `prefix`, without it.
+    pub(super) fn part(&self, prefix: &str) -> Self {
+        Self { prefix: format!("{}{prefix}", self.prefix), ..self.clone() }
+    }
+
+    /// The file's name.
+    pub(super) fn file(&self) -> &'a str {
+        self.name
     }
 
     pub(super) fn metadata(&self, key: &str) -> Option<&str> {
@@ -49,7 +63,8 @@ impl<'a> TensorFile<'a> {
 
     /// Names, sorted.
     pub(super) fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.inner.names().into_iter().map(str::to_owned).collect();
+        let own = self.inner.names().into_iter().filter_map(|n| n.strip_prefix(self.prefix.as_str()));
+        let mut names: Vec<String> = own.map(str::to_owned).collect();
         names.sort_unstable();
         names
     }
@@ -62,7 +77,7 @@ impl<'a> TensorFile<'a> {
     /// One tensor as f32 on the CPU; every number must be finite.
     pub(super) fn get(&self, key: &str) -> Result<Tensor, InteropError> {
         let bad = |m: String| InteropError::invalid(self.name, m);
-        let view = self.inner.tensor(key).map_err(|e| bad(format!("{key}: {e}")))?;
+        let view = self.inner.tensor(&format!("{}{key}", self.prefix)).map_err(|e| bad(format!("{key}: {e}")))?;
         let dtype = match view.dtype() {
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,

@@ -133,10 +133,10 @@ fn a_delta_survives_encode_and_decode() {
                 patches.push((id, Patch::LowRank(LowRank { a, b, scale: 16.0 / r as f64 })));
             }
         }
-        let head = Head {
-            weight: Tensor::randn(0f32, 1.0, (3, 32), &Device::Cpu).unwrap(),
-            bias: (!causal).then(|| Tensor::randn(0f32, 1.0, 3, &Device::Cpu).unwrap()),
-        };
+        let head = Head::linear(
+            Tensor::randn(0f32, 1.0, (3, 32), &Device::Cpu).unwrap(),
+            (!causal).then(|| Tensor::randn(0f32, 1.0, 3, &Device::Cpu).unwrap()),
+        );
         let spec = DeltaSpec {
             methods: vec!["lora".into(), "head".into()],
             task: Task::SeqCls,

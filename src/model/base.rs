@@ -119,4 +119,14 @@ impl Base {
         }
         Ok(self.transformer.norm_at(site).and_then(|n| n.norm.bias.clone()))
     }
+
+    /// The frozen norm of a norm site.
+    pub fn norm(&self, site: SiteId) -> Option<&crate::ops::Norm> {
+        self.transformer.norm_at(site).map(|n| &n.norm)
+    }
+
+    /// The embedding table, `[vocab, hidden]`.
+    pub fn table(&self) -> &Tensor {
+        self.transformer.table()
+    }
 }

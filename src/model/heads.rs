@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::Transformer;
 use crate::{
-    delta::{Head, Task},
+    delta::{Head, HeadPool, Task},
     nn::Cx,
     ops::{self, Act},
 };
@@ -16,19 +16,6 @@ pub struct HeadLogits {
     pub spans: Vec<usize>,
     /// `[spans, labels]` f32; for token classification `[rows of all these spans, labels]`.
     pub logits: Tensor,
-}
-
-impl Head {
-    /// `[n, hidden]` -> `[n, labels]` f32; differentiable.
-    fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let w = self.weight.to_dtype(x.dtype())?;
-        let y = x.matmul(&w.t()?)?;
-        let y = match &self.bias {
-            Some(b) => y.broadcast_add(&b.to_dtype(x.dtype())?)?,
-            None => y,
-        };
-        y.to_dtype(candle_core::DType::F32)
-    }
 }
 
 impl Transformer {
@@ -52,6 +39,12 @@ impl Transformer {
         }
     }
 
+    /// The first row of every span, as it is. `[spans, hidden]`.
+    fn firsts(&self, hidden: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
+        let pick: Vec<u32> = cx.rows.spans().iter().map(|s| s.start as u32).collect();
+        hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)
+    }
+
     /// Sequence classification, grouped by head; spans without any head are absent. Differentiable.
     ///
     /// # Errors
@@ -61,15 +54,19 @@ impl Transformer {
         if groups.is_empty() {
             return Ok(vec![]);
         }
-        let pooled = self.pooled(hidden, cx)?;
         let all = cx.rows.spans().len() - rest.len();
+        let (mut pooled, mut firsts) = (None, None); // each made when the first head asks
         let mut out = Vec::with_capacity(groups.len());
         for (spans, head) in groups {
+            let rows = match head.pool {
+                HeadPool::Base => kept(&mut pooled, || self.pooled(hidden, cx))?,
+                HeadPool::First => kept(&mut firsts, || self.firsts(hidden, cx))?,
+            }; // [spans, hidden]
             let x = if spans.len() == all && rest.is_empty() && spans.windows(2).all(|w| w[0] < w[1]) {
-                pooled.clone()
+                rows
             } else {
                 let idx: Vec<u32> = spans.iter().map(|&s| s as u32).collect();
-                pooled.index_select(&Tensor::new(idx, &self.device)?, 0)?
+                rows.index_select(&Tensor::new(idx, &self.device)?, 0)?
             };
             out.push(HeadLogits { logits: head.logits(&x)?, spans });
         }
@@ -133,5 +130,12 @@ impl Transformer {
             }
             _ => (groups, rest),
         }
+    }
+}
+
+fn kept(place: &mut Option<Tensor>, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    match place {
+        Some(t) => Ok(t.clone()),
+        None => Ok(place.insert(make()?).clone()),
     }
 }

@@ -8,8 +8,8 @@ use super::{
     Architecture, LoadOptions, MlpKind, ModelError, NormKind, Placement, Positions, sites, weights::Checkpoint,
 };
 use crate::{
-    delta::{Head, NormAt, Part, Proj, Site, SiteId, SiteTable},
-    nn::{Attention, Cx, Linear, Mlp, Norm, Pass, Rotary, yield_point},
+    delta::{Half, Head, NormAt, Part, Proj, Site, SiteId, SiteTable},
+    nn::{Attention, Cx, Linear, Mlp, Norm, Pass, Rotary, Sublayer, yield_point},
     ops::{self, Weight},
 };
 
@@ -32,14 +32,17 @@ impl<'a> Input<'a> {
 struct Block {
     norm_attn: Norm,
     attn: Attention,
+    attn_end: Sublayer,
     norm_mlp: Norm,
     mlp: Mlp,
+    mlp_end: Sublayer,
 }
 
 /// A frozen transformer.
 pub struct Transformer {
     pub(super) arch: Architecture,
     embed: Tensor,
+    embed_site: SiteId,
     position: Option<Tensor>,
     token_type: Option<Tensor>,
     embed_norm: Option<Norm>,
@@ -82,6 +85,7 @@ impl Transformer {
             },
             blocks,
             embed,
+            embed_site: loader.site(Site::Embedding)?,
             arch: arch.clone(),
             device: options.device.clone(),
         })
@@ -121,6 +125,7 @@ impl Transformer {
         let positions = cx.rows.positions();
         self.check(input, cx, &positions)?;
         let mut x = self.embed.index_select(&Tensor::new(input.tokens, &self.device)?, 0)?; // [rows, hidden]
+        x = cx.deltas.embed(self.embed_site, input.tokens, x)?;
         if let Some(table) = &self.position {
             x = (x + table.index_select(&Tensor::new(&positions[..], &self.device)?, 0)?)?;
         }
@@ -154,12 +159,14 @@ impl Transformer {
         let cx = &pass.cx;
         match self.arch.placement {
             Placement::Pre => {
-                let x = (&x + b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?)?;
-                &x + b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?
+                let h = b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?;
+                let x = b.attn_end.close(&x, h, None, cx)?;
+                let h = b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?;
+                b.mlp_end.close(&x, h, None, cx)
             }
             Placement::Post => {
-                let x = b.norm_attn.forward(&(&x + b.attn.forward(&x, pass)?)?, cx)?;
-                b.norm_mlp.forward(&(&x + b.mlp.forward(&x, cx)?)?, cx)
+                let x = b.attn_end.close(&x, b.attn.forward(&x, pass)?, Some(&b.norm_attn), cx)?;
+                b.mlp_end.close(&x, b.mlp.forward(&x, cx)?, Some(&b.norm_mlp), cx)
             }
         }
     }
@@ -228,6 +235,11 @@ impl Transformer {
         all.flat_map(|l| l.parts.iter().map(move |p| (l, p)))
             .find(|(_, (s, _))| *s == site)
             .map(|(l, (_, columns))| (l, columns.clone()))
+    }
+
+    /// The embedding table, `[vocab, hidden]`.
+    pub(super) fn table(&self) -> &Tensor {
+        &self.embed
     }
 
     /// The norm at a site.
@@ -309,6 +321,8 @@ impl Loader<'_> {
                 layer,
                 layer_scale: if a.scale_by_layer { 1.0 / (layer + 1) as f32 } else { 1.0 },
             },
+            attn_end: Sublayer { site: self.site(Site::Sublayer { layer, half: Half::Attn })? },
+            mlp_end: Sublayer { site: self.site(Site::Sublayer { layer, half: Half::Mlp })? },
             norm_mlp: self.norm(&mlp_norm, Site::Norm { layer, at: NormAt::Mlp })?,
             mlp: Mlp {
                 up: self.linear(&named(sites::up(a)), layer)?,
@@ -337,9 +351,7 @@ impl Loader<'_> {
     fn head(&self) -> std::result::Result<Option<Head>, ModelError> {
         let name = self.arch.names.cls_head;
         let (Some(_), Some(labels)) = (&self.arch.head, self.ckpt.rows(name, "weight")) else { return Ok(None) };
-        Ok(Some(Head {
-            weight: self.ckpt.get(name, "weight", &[labels, self.arch.hidden])?,
-            bias: self.ckpt.find(name, "bias", &[labels])?,
-        }))
+        let weight = self.ckpt.get(name, "weight", &[labels, self.arch.hidden])?;
+        Ok(Some(Head::linear(weight, self.ckpt.find(name, "bias", &[labels])?)))
     }
 }

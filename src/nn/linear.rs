@@ -25,7 +25,34 @@ impl Linear {
     /// # Errors
     /// Those of candle.
     pub fn forward(&self, x: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
+        if cx.deltas.scales_input(&self.parts) {
+            return self.forward_scaled(x, cx);
+        }
         let y = ops::linear(x, &self.weight, self.bias.as_ref())?;
         cx.deltas.patch(&self.parts, x, y)
+    }
+
+    /// Input scales first. Fused projections see different inputs then, so each part is computed from its own.
+    fn forward_scaled(&self, x: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
+        let mut pieces = Vec::with_capacity(self.parts.len());
+        let mut plain: Option<Tensor> = None; // the whole output of the input as it is
+        for part in &self.parts {
+            let (site, columns) = part;
+            let scaled = cx.deltas.scales_input(std::slice::from_ref(part));
+            let own_x = if scaled { cx.deltas.scaled_input(*site, x)? } else { x.clone() };
+            let whole = match &plain {
+                Some(y) if !scaled => y.clone(),
+                _ => ops::linear(&own_x, &self.weight, self.bias.as_ref())?,
+            };
+            if self.parts.len() == 1 {
+                return cx.deltas.patch(&self.parts, &own_x, whole);
+            }
+            let y = whole.narrow(1, columns.start, columns.len())?.contiguous()?;
+            if !scaled {
+                plain = Some(whole);
+            }
+            pieces.push(cx.deltas.patch(&[(*site, 0..columns.len())], &own_x, y)?);
+        }
+        Tensor::cat(&pieces, 1)
     }
 }

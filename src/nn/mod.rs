@@ -5,12 +5,14 @@ mod linear;
 mod mlp;
 mod norm;
 mod rotary;
+mod sublayer;
 
 pub use attention::Attention;
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use rotary::{RopeScaling, Rotary};
+pub use sublayer::Sublayer;
 
 use std::sync::Arc;
 

@@ -17,7 +17,22 @@ pub enum Act {
     Relu,
     /// `tanh(x)` (BERT's pooler).
     Tanh,
+    /// `x` where positive, else `0.01 x`.
+    LeakyRelu,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `min(max(x, 0), 6)`.
+    Relu6,
+    /// `max(x, 0)^2`.
+    Relu2,
+    /// `x`.
+    Identity,
 }
+
+const LEAK: f32 = 0.01;
+const QUICK: f32 = 1.702;
 
 impl Act {
     /// Reads a Hugging Face activation name.
@@ -28,9 +43,36 @@ impl Act {
             "gelu" | "gelu_python" => Self::Gelu,
             "relu" => Self::Relu,
             "tanh" => Self::Tanh,
+            "leakyrelu" | "leaky_relu" => Self::LeakyRelu,
+            "sigmoid" => Self::Sigmoid,
+            "quick_gelu" => Self::QuickGelu,
+            "relu6" => Self::Relu6,
+            "relu2" => Self::Relu2,
+            "linear" => Self::Identity,
             _ => return None,
         })
     }
+
+    /// Its name in Hugging Face configurations.
+    pub fn hf_name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::GeluTanh => "gelu_new",
+            Self::Gelu => "gelu",
+            Self::Relu => "relu",
+            Self::Tanh => "tanh",
+            Self::LeakyRelu => "leaky_relu",
+            Self::Sigmoid => "sigmoid",
+            Self::QuickGelu => "quick_gelu",
+            Self::Relu6 => "relu6",
+            Self::Relu2 => "relu2",
+            Self::Identity => "linear",
+        }
+    }
+
+    /// The names that [`Self::from_hf`] knows.
+    pub const NAMES: [&str; 11] =
+        ["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu", "sigmoid", "quick_gelu", "relu6", "relu2"];
 
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         match self {
@@ -39,10 +81,17 @@ impl Act {
             Self::Gelu => x.gelu_erf(),
             Self::Relu => x.relu(),
             Self::Tanh => x.tanh(),
+            Self::LeakyRelu => x.relu()? - (x.neg()?.relu()? * f64::from(LEAK))?,
+            Self::Sigmoid => (x.neg()?.exp()? + 1.0)?.recip(),
+            Self::QuickGelu => x * ((x * -f64::from(QUICK))?.exp()? + 1.0)?.recip()?,
+            Self::Relu6 => x.relu()? - (x - 6.0)?.relu()?,
+            Self::Relu2 => x.relu()?.sqr(),
+            Self::Identity => Ok(x.clone()),
         }
     }
 
-    fn map(self, x: &[f32], out: &mut [f32]) {
+    /// `out = f(x)`.
+    pub(super) fn map(self, x: &[f32], out: &mut [f32]) {
         #[inline(always)]
         fn go(x: &[f32], out: &mut [f32], f: impl Fn(f32) -> f32) {
             vectorized(
@@ -60,6 +109,12 @@ impl Act {
             Self::Gelu => go(x, out, math::gelu_erf),
             Self::Relu => go(x, out, |v| v.max(0.0)),
             Self::Tanh => go(x, out, math::tanh),
+            Self::LeakyRelu => go(x, out, |v| if v > 0.0 { v } else { LEAK * v }),
+            Self::Sigmoid => go(x, out, math::sigmoid),
+            Self::QuickGelu => go(x, out, |v| v * math::sigmoid(QUICK * v)),
+            Self::Relu6 => go(x, out, |v| v.clamp(0.0, 6.0)),
+            Self::Relu2 => go(x, out, |v| v.max(0.0) * v.max(0.0)),
+            Self::Identity => go(x, out, |v| v),
         }
     }
 
@@ -85,6 +140,18 @@ impl Act {
                 let t = math::tanh(v);
                 1.0 - t * t
             }),
+            Self::LeakyRelu => go(x, out, |v| if v > 0.0 { 1.0 } else { LEAK }),
+            Self::Sigmoid => go(x, out, |v| {
+                let s = math::sigmoid(v);
+                s * (1.0 - s)
+            }),
+            Self::QuickGelu => go(x, out, |v| {
+                let s = math::sigmoid(QUICK * v);
+                s * (QUICK * v).mul_add(1.0 - s, 1.0)
+            }),
+            Self::Relu6 => go(x, out, |v| f32::from(v > 0.0 && v < 6.0)),
+            Self::Relu2 => go(x, out, |v| 2.0 * v.max(0.0)),
+            Self::Identity => {}
         }
     }
 }
@@ -213,7 +280,8 @@ mod tests {
 
     #[test]
     fn fast_and_reference_agree_forward_and_backward() {
-        for act in [Act::Silu, Act::GeluTanh, Act::Gelu, Act::Relu, Act::Tanh] {
+        for act in Act::NAMES.map(|n| Act::from_hf(n).unwrap()).into_iter().chain([Act::Identity]) {
+            assert_eq!(Act::from_hf(act.hf_name()), Some(act));
             let x = Var::randn(0f32, 2.0, (7, 38), &Device::Cpu).unwrap();
             let w = Tensor::randn(0f32, 1.0, (7, 38), &Device::Cpu).unwrap();
             let grad = |y: Tensor, w: &Tensor| {
@@ -222,7 +290,7 @@ mod tests {
             };
             let fast = activate(&x, act).unwrap();
             let slow = act.reference(&x).unwrap();
-            close(&fast, &slow, 2e-6);
+            close(&fast, &slow, 3e-6);
             close(&grad(fast, &w), &grad(slow, &w), 3e-5);
 
             let w = w.narrow(1, 0, 19).unwrap();
@@ -230,7 +298,7 @@ mod tests {
             let slow = (act.reference(&x.narrow(1, 0, 19).unwrap().contiguous().unwrap()).unwrap()
                 * x.narrow(1, 19, 19).unwrap())
             .unwrap();
-            close(&fast, &slow, 4e-6);
+            close(&fast, &slow, 2e-5);
             close(&grad(fast, &w), &grad(slow, &w), 5e-5);
         }
     }

@@ -8,6 +8,7 @@
 //! (huggingface/candle issues 2168, 3011, 3569), and its matmul computes gradients of frozen weights (PR 3773).
 
 mod activation;
+mod adapter;
 mod attention;
 mod attention_cpu;
 mod linear;
@@ -22,6 +23,7 @@ mod skinny;
 mod tiled;
 
 pub use activation::{Act, activate, gate};
+pub use adapter::{AdapterRows, RowScale, adapt_in_place};
 pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, attention};
 pub use linear::{Weight, linear};
 pub use nll::head_nll;

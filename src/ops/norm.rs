@@ -41,6 +41,24 @@ fn stats(x: &[f32], center: bool, eps: f32) -> (f32, f32) {
     (mean, 1.0 / (var + eps).sqrt())
 }
 
+/// One row: `(x - mean) / deviation * gain + bias`.
+#[inline(always)]
+pub(super) fn norm_row(row: &[f32], gain: &[f32], bias: Option<&[f32]>, center: bool, eps: f32, out: &mut [f32]) {
+    let (mean, inv) = stats(row, center, eps);
+    match bias {
+        Some(b) => {
+            for (((o, x), g), b) in out.iter_mut().zip(row).zip(gain).zip(b) {
+                *o = ((x - mean) * inv).mul_add(*g, *b);
+            }
+        }
+        None => {
+            for ((o, x), g) in out.iter_mut().zip(row).zip(gain) {
+                *o = (x - mean) * inv * g;
+            }
+        }
+    }
+}
+
 /// Sum of `f(x)` in 16 lanes: strict left-to-right float addition would not become vector code.
 #[inline(always)]
 fn lanes(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
@@ -75,19 +93,7 @@ impl CustomOp1 for NormOp {
                         || {
                             for (i, o) in out.chunks_mut(width).enumerate() {
                                 let row = &x[(first + i) * width..(first + i + 1) * width];
-                                let (mean, inv) = stats(row, norm.center, norm.eps as f32);
-                                match bias {
-                                    Some(b) => {
-                                        for (((o, x), g), b) in o.iter_mut().zip(row).zip(gain).zip(b) {
-                                            *o = ((x - mean) * inv).mul_add(*g, *b);
-                                        }
-                                    }
-                                    None => {
-                                        for ((o, x), g) in o.iter_mut().zip(row).zip(gain) {
-                                            *o = (x - mean) * inv * g;
-                                        }
-                                    }
-                                }
+                                norm_row(row, gain, bias, norm.center, norm.eps as f32, o);
                             }
                         },
                     );

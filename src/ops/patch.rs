@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{f32_slice, vectorized};
+use super::{f32_slice, norm::norm_row, vectorized};
 
 /// One operation on the rows of one delta.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +25,17 @@ pub enum PatchRows<'a> {
     Bias(&'a Tensor),
     /// `out *= s`, `[out]`.
     Scale(&'a Tensor),
+    /// `out = normalised(x) * gain + bias`: a norm's affine map replaced.
+    Affine {
+        /// `[hidden]`.
+        gain: &'a Tensor,
+        /// `[hidden]`.
+        bias: Option<&'a Tensor>,
+        /// Whether the mean is subtracted.
+        center: bool,
+        /// Added to the variance.
+        eps: f32,
+    },
 }
 
 impl<'a> PatchRows<'a> {
@@ -32,6 +43,7 @@ impl<'a> PatchRows<'a> {
         match *self {
             Self::LowRank { a, b, .. } => [Some(a), Some(b)],
             Self::Bias(t) | Self::Scale(t) => [Some(t), None],
+            Self::Affine { gain, bias, .. } => [Some(gain), bias],
         }
     }
 }
@@ -50,6 +62,7 @@ enum Op<'a> {
     LowRank { a: &'a [f32], b: &'a [f32], scale: f32, rank: usize },
     Bias(&'a [f32]),
     Scale(&'a [f32]),
+    Affine { gain: &'a [f32], bias: Option<&'a [f32]>, center: bool, eps: f32 },
 }
 
 struct PatchInPlace<'a> {
@@ -100,6 +113,14 @@ impl InplaceOp2 for PatchInPlace<'_> {
                     }
                     PatchRows::Bias(_) => Op::Bias(checked(next()?, n)?),
                     PatchRows::Scale(_) => Op::Scale(checked(next()?, n)?),
+                    PatchRows::Affine { bias, center, eps, .. } => {
+                        let gain = checked(next()?, n)?;
+                        let bias = bias.map(|_| checked(next()?, n)).transpose()?;
+                        if in_dim != n {
+                            bail!("patch: a norm maps {in_dim} -> {n}");
+                        }
+                        Op::Affine { gain, bias, center, eps }
+                    }
                 });
             }
             groups.push(ops);
@@ -148,6 +169,7 @@ impl Op<'_> {
         match self {
             Self::LowRank { rank, .. } => rank * (in_dim + n),
             Self::Bias(_) | Self::Scale(_) => n,
+            Self::Affine { .. } => 3 * n,
         }
     }
 
@@ -195,13 +217,14 @@ impl Op<'_> {
                     *o *= s;
                 }
             }
+            Self::Affine { gain, bias, center, eps } => norm_row(x, gain, *bias, *center, *eps, out),
         }
     }
 }
 
 /// `a . b` in 32 lanes.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut acc = [0f32; 32];
     let (ac, bc) = (a.chunks_exact(32), b.chunks_exact(32));
     let rest: f32 = ac.remainder().iter().zip(bc.remainder()).map(|(x, y)| x * y).sum();

@@ -40,7 +40,7 @@ pub(super) fn shape(base: &Base) -> BaseShape<'_> {
 }
 
 /// Texts that count upwards from a start, of different lengths; labels and tags follow from the start.
-fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
+pub(super) fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
     let one = |i: usize| {
         let tokens: Vec<u32> = (0..4 + i % 5).map(|j| (3 + (i * 13) % 40 + j) as u32).collect();
         let target = match task {
@@ -53,7 +53,7 @@ fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
     (0..n).map(one).collect()
 }
 
-fn hyper(total_steps: u32) -> ResolvedTraining {
+pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
     ResolvedTraining {
         task: Task::CausalLm,
         methods: vec![],
@@ -238,10 +238,8 @@ fn the_same_seed_gives_the_same_delta_and_another_seed_another() {
     let run = |seed| {
         let methods = [MethodPart::Lora(LoraPart { rank: Some(2), dropout: Some(0.2), ..LoraPart::default() })];
         let end = train(&base, input(&base, Task::SeqCls, &methods, ResolvedTraining { seed, ..hyper(6) }));
-        let deltas = end.delta.patches().iter().flat_map(|(_, p)| match p {
-            crate::delta::Patch::LowRank(l) => [flat(&l.a), flat(&l.b)].concat(),
-            crate::delta::Patch::Bias(t) | crate::delta::Patch::Scale(t) => flat(t),
-        });
+        let tensors = |p: &crate::delta::Patch| p.tensors().iter().flat_map(|(_, t)| flat(t)).collect::<Vec<f32>>();
+        let deltas = end.delta.patches().iter().flat_map(|(_, p)| tensors(p));
         deltas.chain(flat(&end.delta.head().unwrap().weight)).collect::<Vec<f32>>()
     };
     let first = run(1);

@@ -18,6 +18,8 @@ pub mod issue;
 pub mod joblog;
 #[cfg(test)]
 mod laws;
+#[cfg(test)]
+mod method_laws;
 pub mod metrics;
 pub mod objective;
 pub mod optim;
@@ -27,6 +29,7 @@ pub mod spec;
 mod supervisor;
 #[cfg(test)]
 mod supervisor_tests;
+mod svd;
 pub mod trainable;
 pub mod validate;
 mod worker;

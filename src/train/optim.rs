@@ -24,6 +24,7 @@ pub struct AdamParams {
 struct Slot {
     var: Var,
     decays: bool,
+    rate: f64,
     m: Tensor,
     v: Tensor,
 }
@@ -44,9 +45,16 @@ impl AdamW {
     pub fn new(params: AdamParams, vars: impl IntoIterator<Item = (Var, bool)>) -> Result<Self> {
         let slot = |(var, decays): (Var, bool)| {
             let zero = Tensor::zeros(var.shape(), DType::F32, var.device())?;
-            Ok(Slot { decays, m: zero.clone(), v: zero, var })
+            Ok(Slot { decays, rate: 1.0, m: zero.clone(), v: zero, var })
         };
         Ok(Self { params, step: 0, slots: vars.into_iter().map(slot).collect::<Result<_>>()? })
+    }
+
+    /// The same with a factor on the learning rate of each variable, in order (LoRA+).
+    #[must_use]
+    pub fn with_rates(mut self, rates: impl IntoIterator<Item = f64>) -> Self {
+        self.slots.iter_mut().zip(rates).for_each(|(slot, rate)| slot.rate = rate);
+        self
     }
 
     /// One update. `grads` in the order of the variables, multiplied by `scale` first (clipping).
@@ -60,6 +68,7 @@ impl AdamW {
         let correct2 = (1.0 - beta2.powi(self.step)).sqrt();
         for (slot, grad) in self.slots.iter_mut().zip(grads) {
             let grad = grad.to_dtype(DType::F32)?.detach();
+            let lr = lr * slot.rate;
             let grad = if scale == 1.0 { grad } else { (grad * scale)? };
             slot.m = ((&slot.m * beta1)? + (&grad * (1.0 - beta1))?)?;
             slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;

@@ -9,7 +9,8 @@ use crate::{
     admission::{
         params::Violation,
         train_params::{
-            HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule, TrainParams, Validation,
+            AdapterPart, AdapterVariant, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
+            TrainParams, Validation,
         },
     },
     delta::Task,
@@ -188,7 +189,14 @@ fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec
                 ..p.clone()
             })
         }
-        MethodPart::Bitfit(p) => MethodPart::Bitfit(p.clone()),
+        MethodPart::Adapter(p) => MethodPart::Adapter(AdapterPart {
+            reduction_factor: p.reduction_factor.or(Some(match p.variant {
+                AdapterVariant::Houlsby | AdapterVariant::Pfeiffer => 16.0,
+                AdapterVariant::Parallel => 2.0,
+            })),
+            ..p.clone()
+        }),
+        other => other.clone(),
     };
     methods.iter().map(part).collect()
 }
@@ -200,6 +208,11 @@ fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
         MethodPart::Lora(_) if lm => (5e-4 * (2000.0 / hidden as f64).sqrt()).clamp(1e-4, 3e-3),
         MethodPart::Lora(_) => 1e-3,
         MethodPart::Bitfit(_) => 2e-3,
+        MethodPart::Ia3(_) => 5e-3,
+        MethodPart::Ln(_) => 2e-3,
+        MethodPart::Adapter(_) if lm => 5e-4,
+        MethodPart::Adapter(_) => 1e-3,
+        MethodPart::Tokens(_) => 1e-2,
     };
     methods.iter().map(of).fold(None, |least: Option<f64>, lr| Some(least.map_or(lr, |l| l.min(lr)))).unwrap_or(5e-3)
 }

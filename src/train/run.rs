@@ -164,7 +164,7 @@ impl Run {
     /// The device.
     pub fn new(base: Arc<Base>, pacer: Option<Arc<Pacer>>, input: RunInput) -> Result<Self> {
         let seed = input.resolved.seed;
-        let trainable = Trainable::init(&input.spec, &base.sites, seed, &base.device)?;
+        let trainable = Trainable::init_on(&input.spec, &base, seed)?;
         Self::with_trainable(base, pacer, input, trainable)
     }
 
@@ -185,8 +185,10 @@ impl Run {
         let adam = AdamParams { beta1: r.beta1, beta2: r.beta2, eps: r.eps, weight_decay: r.weight_decay };
         let schedule =
             LrSchedule { peak: r.learning_rate, kind: r.schedule, warmup: r.warmup_steps, total: r.total_steps };
+        let vars = trainable.vars();
         Ok(Self {
-            optimizer: AdamW::new(adam, trainable.vars().iter().map(|v| (v.var.clone(), v.decays)))?,
+            optimizer: AdamW::new(adam, vars.iter().map(|v| (v.var.clone(), v.decays)))?
+                .with_rates(vars.iter().map(|v| v.rate)),
             batches: Batches::new(&lens, size, pack_to, r.seed),
             dropout: batches::rng(r.seed, Stream::Dropout),
             good: Some((0, trainable.snapshot()?)),

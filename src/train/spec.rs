@@ -3,14 +3,20 @@
 //! Everything contradictory, unknown or out of range is an error that names the field and what is accepted; nothing is
 //! ignored. No tensors: the result is a list of sites with their patch shapes.
 
+mod lora;
+mod parts;
+mod plans;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use regex::{Regex, RegexBuilder};
 
+pub use plans::{AdapterPlan, LowRankPlan, PatchPlan, ScalingPlan};
+
 use crate::{
     admission::{
         params::Violation,
-        train_params::{BiasSubset, BitfitPart, LoraPart, MemoryEstimate, MethodPart, Targets},
+        train_params::{BiasSubset, BitfitPart, MemoryEstimate, MethodPart, Targets},
     },
     delta::{Proj, Site, SiteEntry, SiteId, SiteTable, Task},
     train::validate::{MAX_LABELS, some_of},
@@ -18,24 +24,6 @@ use crate::{
 
 /// Largest accepted rank.
 pub const MAX_RANK: u32 = 1024;
-
-/// What is trained at one site.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum PatchPlan {
-    /// A low-rank pair.
-    LowRank {
-        /// Rank.
-        rank: usize,
-        /// Multiplies `B A x`.
-        scale: f64,
-        /// Alpha that the scale was made of, for the exported config.
-        alpha: f64,
-        /// Dropout on the input while training.
-        dropout: f64,
-    },
-    /// A difference to the bias.
-    Bias,
-}
 
 /// The head that is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +49,8 @@ pub struct TrainSpec {
     pub patches: Vec<(SiteId, PatchPlan)>,
     /// The head, for classification.
     pub head: Option<HeadPlan>,
+    /// The base's vocabulary, which patches of the embedding are as wide as.
+    pub vocab: usize,
 }
 
 /// What the specification needs to know of the base.
@@ -98,8 +88,13 @@ impl TrainSpec {
             match part {
                 MethodPart::Lora(p) => r.lora(&field, p),
                 MethodPart::Bitfit(p) => r.bitfit(&field, p),
+                MethodPart::Ia3(p) => r.ia3(&field, p),
+                MethodPart::Ln(p) => r.ln(&field, p),
+                MethodPart::Adapter(p) => r.adapter(&field, p),
+                MethodPart::Tokens(p) => r.tokens(&format!("{field}.ids"), &p.ids),
             }
         }
+        r.check_combination();
         if !r.problems.is_empty() {
             return Err(r.problems);
         }
@@ -110,18 +105,13 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if classifies { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head })
+        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab })
     }
 
     /// Numbers that are trained.
     pub fn parameters(&self, sites: &SiteTable) -> u64 {
-        let head = self.head.map_or(0, |h| h.labels * h.hidden + if h.bias { h.labels } else { 0 });
-        let patch = |(site, plan): &(SiteId, PatchPlan)| {
-            sites.get(*site).map_or(0, |e| match plan {
-                PatchPlan::LowRank { rank, .. } => rank * (e.in_dim + e.out_dim),
-                PatchPlan::Bias => e.out_dim,
-            })
-        };
+        let head = self.head.map_or(0, |h| h.parameters());
+        let patch = |(site, plan): &(SiteId, PatchPlan)| sites.get(*site).map_or(0, |e| plan.parameters(e, self.vocab));
         (head + self.patches.iter().map(patch).sum::<usize>()) as u64
     }
 
@@ -181,48 +171,10 @@ impl Resolver<'_> {
         }
     }
 
-    fn lora(&mut self, field: &str, part: &LoraPart) {
-        let rank = part.rank.unwrap_or(16);
-        let alpha = part.alpha.unwrap_or(2.0 * f64::from(rank));
-        let dropout = part.dropout.unwrap_or(0.0);
-        self.check_rank(&format!("{field}.rank"), rank);
-        self.check_alpha(&format!("{field}.alpha"), alpha);
-        if !(0.0..1.0).contains(&dropout) {
-            self.problem(&format!("{field}.dropout"), format!("is {dropout}; accepted is [0, 1)"));
-        }
-        let sites = self.targets(&format!("{field}.targets"), &part.targets);
-        let ranks = self.patterns(&format!("{field}.rank_pattern"), &part.rank_pattern, &sites);
-        let alphas = self.patterns(&format!("{field}.alpha_pattern"), &part.alpha_pattern, &sites);
-        for (key, rank) in &part.rank_pattern {
-            self.check_rank(&format!("{field}.rank_pattern[{key:?}]"), *rank);
-        }
-        for (key, alpha) in &part.alpha_pattern {
-            self.check_alpha(&format!("{field}.alpha_pattern[{key:?}]"), *alpha);
-        }
-        for site in sites {
-            let rank = ranks.get(&site).copied().unwrap_or(rank).max(1);
-            let alpha = alphas.get(&site).copied().unwrap_or(alpha);
-            let scale = alpha / if part.rslora { f64::from(rank).sqrt() } else { f64::from(rank) };
-            let plan = PatchPlan::LowRank { rank: rank as usize, scale, alpha, dropout };
-            self.patches.entry(site).or_default().push(plan);
-        }
-    }
-
-    fn check_rank(&mut self, field: &str, rank: u32) {
-        if !(1..=MAX_RANK).contains(&rank) {
-            self.problem(field, format!("is {rank}; accepted is 1 to {MAX_RANK}"));
-        }
-    }
-
-    fn check_alpha(&mut self, field: &str, alpha: f64) {
-        if !(alpha.is_finite() && alpha > 0.0 && alpha <= 1e6) {
-            self.problem(field, format!("is {alpha}; accepted is (0, 1000000]"));
-        }
-    }
-
-    /// Sites that a LoRA may change: everything that multiplies by a matrix.
+    /// Sites that a LoRA may change: everything that multiplies by a matrix, and the embedding table.
     fn matrices(&self) -> Vec<(SiteId, &SiteEntry)> {
-        let matrix = |e: &SiteEntry| matches!(e.site, Site::Linear { .. } | Site::Pooler | Site::LmHead);
+        let matrix =
+            |e: &SiteEntry| matches!(e.site, Site::Linear { .. } | Site::Pooler | Site::LmHead | Site::Embedding);
         self.base.sites.iter().filter(|(_, e)| matrix(e) && self.reached(e.site)).collect()
     }
 
@@ -289,39 +241,6 @@ impl Resolver<'_> {
         }
         out
     }
-
-    fn bitfit(&mut self, field: &str, part: &BitfitPart) {
-        let chosen = |site: Site| match (part.subset, site) {
-            (BiasSubset::All, _) => true,
-            (BiasSubset::Attention, Site::Linear { proj, .. }) => {
-                matches!(proj, Proj::Q | Proj::K | Proj::V | Proj::Qkv | Proj::O)
-            }
-            (BiasSubset::Mlp, Site::Linear { proj, .. }) => matches!(proj, Proj::Gate | Proj::Up | Proj::Down),
-            (BiasSubset::QueryAndMlpUp, Site::Linear { proj, .. }) => matches!(proj, Proj::Q | Proj::Qkv | Proj::Up),
-            (BiasSubset::Norm, Site::Norm { .. } | Site::EmbeddingNorm | Site::FinalNorm) => true,
-            _ => false,
-        };
-        let sites: Vec<_> = self
-            .base
-            .sites
-            .iter()
-            .filter(|(_, e)| e.has_bias && chosen(e.site) && self.reached(e.site))
-            .map(|(id, _)| id)
-            .collect();
-        if sites.is_empty() {
-            let with: BTreeSet<&str> = (self.base.sites.iter().filter(|(_, e)| e.has_bias))
-                .map(|(_, e)| e.module.rsplit('.').next().unwrap_or_default())
-                .collect();
-            let have = if with.is_empty() { "none".to_owned() } else { some_of(&with.into_iter().collect::<Vec<_>>()) };
-            self.problem(
-                &format!("{field}.subset"),
-                format!("selects no bias of this base; modules with a bias: {have}"),
-            );
-        }
-        for site in sites {
-            self.patches.entry(site).or_default().push(PatchPlan::Bias);
-        }
-    }
 }
 
 /// PEFT's rule for pattern keys: a regular expression for the end of the module's path.
@@ -339,7 +258,7 @@ fn module_matches(module: &str, key: &str, pattern: Option<&Regex>) -> bool {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::delta::NormAt;
+    use crate::{admission::train_params::LoraPart, delta::NormAt};
 
     pub(crate) fn table(biases: bool) -> SiteTable {
         let mut t = SiteTable::default();
@@ -399,9 +318,10 @@ pub(crate) mod tests {
         part.rank_pattern.insert("layers.0.self_attn.q_proj".into(), 16);
         part.alpha_pattern.insert("v_proj".into(), 2.0);
         let spec = TrainSpec::resolve(&lora(part.clone()), Task::CausalLm, &[], base(&sites)).unwrap();
-        let scale = |m: &str| match spec.patches.iter().find(|(id, _)| sites.get(*id).unwrap().module == m).unwrap().1 {
-            PatchPlan::LowRank { rank, scale, .. } => (rank, scale),
-            PatchPlan::Bias => panic!("bias"),
+        let scale = |m: &str| match &spec.patches.iter().find(|(id, _)| sites.get(*id).unwrap().module == m).unwrap().1
+        {
+            PatchPlan::LowRank(LowRankPlan { rank, scale, .. }) => (*rank, *scale),
+            other => panic!("{other:?}"),
         };
         assert_eq!(scale("layers.0.self_attn.q_proj"), (16, 2.0));
         assert_eq!(scale("layers.1.self_attn.q_proj"), (4, 4.0));
@@ -415,7 +335,7 @@ pub(crate) mod tests {
     fn bitfit_takes_the_biases_that_exist() {
         let (with, without) = (table(true), table(false));
         let spec = |subset, sites| {
-            let methods = [MethodPart::Bitfit(BitfitPart { subset })];
+            let methods = [MethodPart::Bitfit(BitfitPart { subset, ..BitfitPart::default() })];
             TrainSpec::resolve(&methods, Task::CausalLm, &[], base(sites)).map(|s| s.patches.len())
         };
         assert_eq!(spec(BiasSubset::All, &with), Ok(10));

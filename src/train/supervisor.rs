@@ -398,7 +398,7 @@ fn publish_info(input: &RunInput) -> PublishInfo {
     use crate::admission::train_params::MethodPart;
     let lora = input.resolved.methods.iter().find_map(|m| match m {
         MethodPart::Lora(p) => Some(p),
-        MethodPart::Bitfit(_) => None,
+        _ => None,
     });
     lora.map_or(PublishInfo::default(), |p| PublishInfo { rslora: p.rslora, dropout: p.dropout.unwrap_or(0.0) })
 }

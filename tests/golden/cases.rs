@@ -4,7 +4,8 @@ use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{Tensor, Var};
 use deltaserve::{
-    delta::{Delta, DeltaBatch, Head, LowRank, Patch},
+    delta::{Delta, DeltaBatch},
+    interop::{self, EncodeMeta, InteropError},
     kv::KvCache,
     model::{Base, Input},
     nn::Cx,
@@ -37,6 +38,15 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
             .map_err(|o| relabel(o, "with gradients tracked: "))?;
     }
     let mut what = format!("max |diff| {worst:.1e} (atol {atol:.1e})");
+    if let Some(delta) = &delta {
+        match written(&base, delta)? {
+            Some(again) => {
+                outputs(&base, Some(again), task, &want, atol, case)
+                    .map_err(|o| relabel(o, "written and read again: "))?;
+            }
+            None => what += ", not written by this version",
+        }
+    }
     if want.contains_key("generated") {
         let batch = Batch::read(&want, "gen_input_ids", "gen_attention_mask")?;
         let deltas = vec![delta; batch.tokens.len()];
@@ -55,23 +65,17 @@ fn relabel(o: Outcome, prefix: &str) -> Outcome {
 
 /// The same delta with variables for tensors, so that every op takes its differentiable path.
 pub(crate) fn tracked(delta: &Delta) -> Step<Arc<Delta>> {
-    let var = |t: &Tensor| -> Step<Tensor> { Ok(Var::from_tensor(t).map_err(fail)?.as_tensor().clone()) };
-    let mut patches = Vec::new();
-    for (site, patch) in delta.patches() {
-        patches.push((
-            *site,
-            match patch {
-                Patch::LowRank(l) => Patch::LowRank(LowRank { a: var(&l.a)?, b: var(&l.b)?, scale: l.scale }),
-                Patch::Bias(b) => Patch::Bias(var(b)?),
-                Patch::Scale(s) => Patch::Scale(var(s)?),
-            },
-        ));
+    let var = |_: &str, t: &Tensor| Ok(Var::from_tensor(t)?.as_tensor().clone());
+    delta.map(&mut { var }).map(Arc::new).map_err(fail)
+}
+
+/// The same delta written and read again; `None` where no format holds it.
+fn written(base: &Base, delta: &Delta) -> Step<Option<Arc<Delta>>> {
+    match interop::encode(delta, base, &EncodeMeta::default()) {
+        Ok(files) => interop::decode(&files, base).map(|d| Some(Arc::new(d))).map_err(fail),
+        Err(InteropError::Unapplied(_)) => Ok(None),
+        Err(e) => Err(fail(e)),
     }
-    let head = match delta.head() {
-        Some(h) => Some(Head { weight: var(&h.weight)?, bias: h.bias.as_ref().map(&var).transpose()? }),
-        None => None,
-    };
-    Ok(Arc::new(Delta::new(delta.spec.clone(), patches, head)))
 }
 
 fn outputs(

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
     admission::train_params::Schedule,
-    delta::{Delta, DeltaBatch, Patch},
+    delta::{Delta, DeltaBatch, Half, NormAt, Site},
     model::{Base, Input},
     nn::Cx,
     rows::RowLayout,
@@ -32,9 +32,6 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     let own = f.list("cases").iter().find(|c| c["delta"] == path);
     let own = own.ok_or_else(|| fail(format!("no case for {path}")))?;
     let delta = f.delta(&base, own)?.ok_or_else(|| fail("no delta"))?;
-    if delta.patches().iter().any(|(_, p)| matches!(p, Patch::Scale(_))) {
-        return Err(Outcome::Unsupported("training of this method".into()));
-    }
     let trainable = Trainable::from_delta(&delta, &base.sites).map_err(fail)?;
     let delta = trainable.delta(&mut rng(0, Stream::Dropout)).map_err(fail)?;
     let want = f.tensors(case["expected"].as_str().unwrap_or_default())?;
@@ -121,30 +118,25 @@ fn finals(f: &Fixtures, case: &Value, (base, delta): (&Base, &Delta), want: &Has
     let vars = named(base, delta);
     let noise = 20.0 * case["noise_f64"]["final"].as_f64().unwrap_or(0.0);
     let (atol, floor) = (f.tolerance("final_atol").max(noise), f.tolerance("grad_floor"));
-    let flat = |t: &Tensor| t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>()).map_err(fail);
     let n = vars.len();
-    for (name, var, transposed) in vars {
-        let find = |kind: &str| {
-            let hit = |k: &&String| {
-                k.starts_with(kind) && (k.ends_with(&format!(".{name}")) || k.ends_with(&format!("::{name}")))
-            };
-            want.keys().find(hit).map(|k| &want[k]).ok_or_else(|| fail(format!("no {kind} of {name}")))
-        };
-        let got = if transposed { var.t().map_err(fail)? } else { var.clone() };
+    for v in vars {
+        let mut got = v.in_file(&v.var)?;
         // BitFit's file has whole biases, the variable is what was added
-        let bias = name.strip_suffix(".bias").and_then(|m| base.sites.by_module(m));
-        let got = match bias.map(|site| base.bias(site)).transpose().map_err(fail)?.flatten() {
-            Some(own) => (got + own).map_err(fail)?,
-            None => got,
-        };
-        let (got, end, first) = (flat(&got)?, flat(find("final::")?)?, flat(find("grad::")?)?);
+        if let Some(own) = v.bias_of.map(|site| base.bias(site)).transpose().map_err(fail)?.flatten() {
+            got = got.iter().zip(flat(&own)?).map(|(a, b)| a + b).collect();
+        }
+        let (end, first) = (flat(&want[v.key(want, "final::")?])?, flat(&want[v.key(want, "grad::")?])?);
         for ((a, b), g) in got.iter().zip(end).zip(first) {
             if f64::from(g.abs()) >= floor && !near(f64::from(*a), f64::from(b), atol) {
-                return Err(fail(format!("{name} ends at {a} instead of {b}")));
+                return Err(fail(format!("{} ends at {a} instead of {b}", v.suffix)));
             }
         }
     }
     Ok(n)
+}
+
+fn flat(t: &Tensor) -> Step<Vec<f32>> {
+    t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>()).map_err(fail)
 }
 
 /// Whether two figures agree; NaN agrees with nothing.
@@ -201,23 +193,85 @@ fn loss(base: &Base, delta: &Arc<Delta>, task: &str, want: &HashMap<String, Tens
     }
 }
 
-/// A delta's variables under the names of its file, in the file's layout.
-fn named(base: &Base, delta: &Delta) -> Vec<(String, Tensor, bool)> {
+/// A variable, and how its file names it.
+struct Named {
+    /// How the key ends.
+    suffix: String,
+    /// What it has before that; empty = anything.
+    inside: Vec<String>,
+    var: Tensor,
+    /// Kept transposed.
+    transposed: bool,
+    /// The bias that it is a difference to.
+    bias_of: Option<usize>,
+}
+
+impl Named {
+    fn new(suffix: String, var: &Tensor) -> Self {
+        Self { suffix, inside: vec![], var: var.clone(), transposed: false, bias_of: None }
+    }
+
+    /// The key of this kind (`grad::`, `final::`).
+    fn key<'a>(&self, want: &'a HashMap<String, Tensor>, kind: &str) -> Step<&'a String> {
+        let hit = |k: &&String| {
+            let named = k.ends_with(&format!(".{}", self.suffix)) || k.ends_with(&format!("::{}", self.suffix));
+            k.starts_with(kind) && named && (self.inside.is_empty() || self.inside.iter().any(|i| k.contains(i)))
+        };
+        want.keys().find(hit).ok_or_else(|| fail(format!("no {kind} of {} in {:?}", self.suffix, self.inside)))
+    }
+
+    /// Numbers in the file's order.
+    fn in_file(&self, t: &Tensor) -> Step<Vec<f32>> {
+        flat(&if self.transposed { t.t().map_err(fail)? } else { t.clone() })
+    }
+}
+
+/// A delta's variables under the names of its file.
+fn named(base: &Base, delta: &Delta) -> Vec<Named> {
     let mut out = Vec::new();
     for (site, patch) in delta.patches() {
-        let module = base.sites.get(*site).map(|e| e.module.clone()).unwrap_or_default();
-        if let Patch::LowRank(l) = patch {
-            out.push((format!("{module}.lora_A.weight"), l.a.clone(), false));
-            out.push((format!("{module}.lora_B.weight"), l.b.clone(), true)); // kept transposed
-        }
-        if let Patch::Bias(b) = patch {
-            out.push((format!("{module}.bias"), b.clone(), false)); // kept as the difference to the base's
+        let Some(entry) = base.sites.get(*site) else { continue };
+        for (name, var) in patch.tensors() {
+            let module = &entry.module;
+            let mut v = Named::new(String::new(), var);
+            v.suffix = match (name, entry.site) {
+                (name, Site::Sublayer { layer, half }) => {
+                    // beside the norm of the same half block
+                    let at = if half == Half::Attn { NormAt::Attn } else { NormAt::Mlp };
+                    let norm = base.sites.id(Site::Norm { layer, at }).and_then(|id| base.sites.get(id));
+                    let parent = norm.and_then(|n| n.module.rsplit_once('.')).map_or("", |(p, _)| p);
+                    let own = if half == Half::Attn { "attention_adapters" } else { "output_adapters" };
+                    v.inside = vec![format!("{parent}.adapters."), format!("{parent}.{own}.")];
+                    v.transposed = name == "adapter_up.weight";
+                    name.replace("adapter_down.", "adapter_down.0.")
+                }
+                ("lora_A", _) => format!("{module}.lora_A.weight"),
+                ("lora_B", _) => {
+                    v.transposed = true;
+                    format!("{module}.lora_B.weight")
+                }
+                ("magnitude", _) => format!("{module}.lora_magnitude_vector"),
+                ("scale" | "in_scale", _) => format!("{module}.ia3_l"),
+                ("ln_gain", _) => format!("{module}.ln_tuning_layers.weight"),
+                ("ln_bias", _) => format!("{module}.ln_tuning_layers.bias"),
+                (name, _) => {
+                    v.bias_of = (name == "bias").then_some(*site);
+                    format!("{module}.{name}")
+                }
+            };
+            out.push(v);
         }
     }
     if let Some(head) = delta.head() {
-        let name = base.arch.names.cls_head;
-        out.push((format!("{name}.weight"), head.weight.clone(), false));
-        out.extend(head.bias.iter().map(|b| (format!("{name}.bias"), b.clone(), false)));
+        // AdapterHub's chain counts dropouts and activations, too: 1, 4, ...
+        let last = head.layers.len();
+        for (name, var) in head.tensors() {
+            let kind = name.rsplit('.').next().unwrap_or_default();
+            let index = name.split('.').nth(1).and_then(|i| i.parse::<usize>().ok()).unwrap_or(last);
+            let chain = Named::new(format!("{}.{kind}", 3 * index + 1), var);
+            let plain = Named::new(format!("{}.{kind}", base.arch.names.cls_head), var);
+            out.push(if last > 0 { Named { inside: vec!["heads.".into()], ..chain } } else { plain });
+        }
     }
     out
 }
@@ -231,22 +285,19 @@ fn gradients(
 ) -> Step<usize> {
     let (atol, rel) = (f.tolerance("grad_atol"), f.tolerance("grad_rel"));
     let vars = named(base, delta);
-    let keys: Vec<&String> = want.keys().filter(|k| k.starts_with("grad::")).collect();
-    if keys.len() != vars.len() {
-        return Err(fail(format!("{} gradients expected, {} variables", keys.len(), vars.len())));
+    let keys = want.keys().filter(|k| k.starts_with("grad::")).count();
+    if keys != vars.len() {
+        return Err(fail(format!("{keys} gradients expected, {} variables", vars.len())));
     }
-    for (name, var, transposed) in vars {
-        let key = keys.iter().find(|k| k.ends_with(&format!(".{name}")) || k.ends_with(&format!("::{name}")));
-        let expected = &want[*key.ok_or_else(|| fail(format!("no expected gradient of {name}")))?];
-        let got = grads.get(&var).ok_or_else(|| fail(format!("no gradient of {name}")))?;
-        let got = if transposed { got.t().map_err(fail)? } else { got.clone() };
-        let flat = |t: &Tensor| t.contiguous().and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>());
-        for (a, b) in flat(&got).map_err(fail)?.iter().zip(flat(expected).map_err(fail)?) {
+    for v in vars {
+        let expected = flat(&want[v.key(want, "grad::")?])?;
+        let got = grads.get(&v.var).ok_or_else(|| fail(format!("no gradient of {}", v.suffix)))?;
+        for (a, b) in v.in_file(got)?.iter().zip(expected) {
             let (a, b) = (f64::from(*a), f64::from(b));
             if !near(a, b, atol + rel * b.abs()) {
-                return Err(fail(format!("gradient of {name}: {a} instead of {b}")));
+                return Err(fail(format!("gradient of {}: {a} instead of {b}", v.suffix)));
             }
         }
     }
-    Ok(keys.len())
+    Ok(keys)
 }

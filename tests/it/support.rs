@@ -151,7 +151,7 @@ impl World {
     pub(crate) fn classifier(&self, seed: u64, labels: &[&str]) -> DeltaFiles {
         let mut rng = Rng(seed ^ 0x5eed);
         let weight = random(&mut rng, (labels.len(), self.base.arch.hidden), 1.0);
-        let mut delta = self.random_delta(seed, Task::SeqCls, Some(Head { weight, bias: None }));
+        let mut delta = self.random_delta(seed, Task::SeqCls, Some(Head::linear(weight, None)));
         delta.spec.labels = labels.iter().map(|&l| l.to_owned()).collect();
         self.encode(&delta)
     }

@@ -201,9 +201,9 @@ fn delta(base: &Base, n: u8, labels: usize) -> Option<(DeltaId, Arc<Delta>)> {
         })
         .collect();
     let hidden = base.arch.hidden;
-    let head = (labels > 0).then(|| Head {
-        weight: tensor(&mut rng, &[labels, hidden], 0.5),
-        bias: Some(tensor(&mut rng, &[labels], 0.5)),
+    let head = (labels > 0).then(|| {
+        let weight = tensor(&mut rng, &[labels, hidden], 0.5);
+        Head::linear(weight, Some(tensor(&mut rng, &[labels], 0.5)))
     });
     let task = if labels > 0 { Task::SeqCls } else { Task::CausalLm };
     Some((DeltaId::from_bytes([n; 32]), Arc::new(Delta::new(spec(task), patches, head))))

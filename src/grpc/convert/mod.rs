@@ -4,6 +4,7 @@
 mod deltas;
 mod inference;
 mod jobs;
+mod methods;
 mod server;
 mod training;
 

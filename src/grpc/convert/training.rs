@@ -7,8 +7,8 @@ use crate::{
         check::Problems,
         params::{ServeError, Violation},
         train_params::{
-            BiasSubset, BitfitPart, DatasetInfo, HyperParams, JobState, LoraPart, MemoryEstimate, MethodPart,
-            PlanReply, ResolvedTraining, Schedule, Targets, TrainData, TrainParams, Validation,
+            DatasetInfo, HyperParams, JobState, MemoryEstimate, PlanReply, ResolvedTraining, Schedule, TrainData,
+            TrainParams, Validation,
         },
     },
     grpc::proto,
@@ -26,7 +26,7 @@ pub(in crate::grpc) fn train(
         task: super::task("spec.task", spec.task, &mut problems),
         data: data("spec.data", spec.data, &mut problems),
         validation: spec.validation.map(|v| validation(v, &mut problems)),
-        methods: methods(spec.methods, &mut problems),
+        methods: super::methods::from_wire(spec.methods, &mut problems),
         labels: spec.labels,
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
@@ -80,60 +80,6 @@ fn json_lines(at: &str, examples: Vec<proto::Example>, problems: &mut Problems) 
         out.push('\n');
     }
     out
-}
-
-fn methods(parts: Vec<proto::MethodPart>, problems: &mut Problems) -> Vec<MethodPart> {
-    use proto::method_part::Part;
-    if parts.is_empty() {
-        return vec![MethodPart::Lora(LoraPart::default())];
-    }
-    let mut out = Vec::with_capacity(parts.len());
-    for (i, part) in parts.into_iter().enumerate() {
-        let at = format!("spec.methods[{i}]");
-        match part.part {
-            Some(Part::Lora(m)) => out.push(MethodPart::Lora(lora(&at, m, problems))),
-            Some(Part::Bitfit(m)) => out.push(MethodPart::Bitfit(bitfit(&at, m, problems))),
-            None => problems.push(at, "is empty; one kind is required"),
-        }
-    }
-    out
-}
-
-fn lora(at: &str, m: proto::Lora, problems: &mut Problems) -> LoraPart {
-    use proto::lora::Targets as Wire;
-    let targets = match m.targets {
-        None | Some(Wire::AllLinear(true)) => Targets::AllLinear,
-        Some(Wire::Modules(names)) => Targets::Modules(names.names),
-        Some(Wire::AllLinear(false)) => {
-            problems.push(format!("{at}.lora.all_linear"), "is false; leave it out or name modules");
-            Targets::AllLinear
-        }
-    };
-    LoraPart {
-        rank: m.rank,
-        alpha: m.alpha,
-        rslora: m.rslora,
-        targets,
-        rank_pattern: m.rank_pattern.into_iter().collect(),
-        alpha_pattern: m.alpha_pattern.into_iter().collect(),
-        dropout: m.dropout,
-    }
-}
-
-fn bitfit(at: &str, m: proto::Bitfit, problems: &mut Problems) -> BitfitPart {
-    use proto::BiasSubset as Wire;
-    let subset = match Wire::try_from(m.subset) {
-        Ok(Wire::Unspecified | Wire::All) => BiasSubset::All,
-        Ok(Wire::Attention) => BiasSubset::Attention,
-        Ok(Wire::Mlp) => BiasSubset::Mlp,
-        Ok(Wire::QueryAndMlpUp) => BiasSubset::QueryAndMlpUp,
-        Ok(Wire::Norm) => BiasSubset::Norm,
-        Err(unknown) => {
-            problems.push(format!("{at}.bitfit.subset"), unknown.to_string());
-            BiasSubset::All
-        }
-    };
-    BitfitPart { subset }
 }
 
 fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
@@ -213,7 +159,7 @@ fn issue(v: Violation) -> proto::Issue {
 pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
     proto::ResolvedTraining {
         task: super::task_to_wire(r.task),
-        methods: r.methods.into_iter().map(method_to_wire).collect(),
+        methods: r.methods.into_iter().map(super::methods::to_wire).collect(),
         labels: r.labels,
         epochs: r.epochs,
         total_steps: r.total_steps,
@@ -239,35 +185,6 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
     }
 }
 
-fn method_to_wire(part: MethodPart) -> proto::MethodPart {
-    use proto::{lora::Targets as WireTargets, method_part::Part};
-    let part = match part {
-        MethodPart::Lora(m) => Part::Lora(proto::Lora {
-            rank: m.rank,
-            alpha: m.alpha,
-            rslora: m.rslora,
-            targets: Some(match m.targets {
-                Targets::AllLinear => WireTargets::AllLinear(true),
-                Targets::Modules(names) => WireTargets::Modules(proto::ModuleNames { names }),
-            }),
-            rank_pattern: m.rank_pattern.into_iter().collect(),
-            alpha_pattern: m.alpha_pattern.into_iter().collect(),
-            dropout: m.dropout,
-        }),
-        MethodPart::Bitfit(m) => {
-            let subset = match m.subset {
-                BiasSubset::All => proto::BiasSubset::All,
-                BiasSubset::Attention => proto::BiasSubset::Attention,
-                BiasSubset::Mlp => proto::BiasSubset::Mlp,
-                BiasSubset::QueryAndMlpUp => proto::BiasSubset::QueryAndMlpUp,
-                BiasSubset::Norm => proto::BiasSubset::Norm,
-            };
-            Part::Bitfit(proto::Bitfit { subset: subset.into() })
-        }
-    };
-    proto::MethodPart { part: Some(part) }
-}
-
 /// A job's state to the wire.
 pub(super) fn state_to_wire(state: JobState) -> i32 {
     use proto::JobState as Wire;
@@ -286,7 +203,10 @@ pub(super) fn state_to_wire(state: JobState) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admission::params::PublishPolicy;
+    use crate::admission::{
+        params::PublishPolicy,
+        train_params::{LoraPart, MethodPart},
+    };
 
     fn fields(error: ServeError) -> Vec<String> {
         match error {

@@ -1,0 +1,65 @@
+//! Input scales of linears: (IA)3 on feed-forward modules.
+
+use candle_core::{Result, Tensor};
+
+use super::{DeltaBatch, Part};
+use crate::{
+    delta::{Patch, SiteId},
+    ops::{self, PatchRows, SitePatches},
+};
+
+impl DeltaBatch {
+    /// Whether any delta of the step scales the input of one of these parts.
+    pub(crate) fn scales_input(&self, parts: &[Part]) -> bool {
+        self.scales_inputs && parts.iter().any(|(site, _)| !self.input_scales(*site).is_empty())
+    }
+
+    /// (slot, scale) of a site, in order.
+    fn input_scales(&self, site: SiteId) -> Vec<(usize, &Tensor)> {
+        let plan = self.plan.get(site).map_or(&[][..], Vec::as_slice);
+        let of = |(slot, range): &(usize, std::ops::Range<usize>)| {
+            let slot = *slot;
+            let patches = &self.slots[slot].delta.patches()[range.clone()];
+            patches.iter().filter_map(move |(_, p)| if let Patch::InScale(s) = p { Some((slot, s)) } else { None })
+        };
+        plan.iter().flat_map(of).collect()
+    }
+
+    /// The input of a site as its linear sees it: `x` `[rows, in]`, each delta's rows times its scale.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub(crate) fn scaled_input(&self, site: SiteId, x: &Tensor) -> Result<Tensor> {
+        let scales = self.input_scales(site);
+        if scales.is_empty() {
+            return Ok(x.clone());
+        }
+        if !self.takes_kernels(&[x]) {
+            return self.scaled_input_reference(&scales, x);
+        }
+        let y = x.contiguous()?.copy()?;
+        let groups: Vec<_> = scales
+            .iter()
+            .map(|(slot, s)| SitePatches { rows: &self.slots[*slot].rows, ops: vec![PatchRows::Scale(s)] })
+            .collect();
+        ops::patch_in_place(&y, 0..y.dim(1)?, &y.copy()?, &groups)?;
+        Ok(y)
+    }
+
+    /// Differentiable, any device.
+    fn scaled_input_reference(&self, scales: &[(usize, &Tensor)], x: &Tensor) -> Result<Tensor> {
+        let mut y = x.clone();
+        for (slot, s) in scales {
+            let s = s.to_dtype(x.dtype())?;
+            let slot = &self.slots[*slot];
+            if slot.covers(self.rows) {
+                y = y.broadcast_mul(&s)?;
+                continue;
+            }
+            let Some(idx) = slot.index(x.device())? else { continue };
+            let own = y.contiguous()?.index_select(&idx, 0)?;
+            y = y.contiguous()?.index_add(&idx, &(own.broadcast_mul(&s)? - own)?, 0)?;
+        }
+        Ok(y)
+    }
+}

@@ -1,0 +1,188 @@
+//! AdapterHub's options, one by one: what is applied, and what is refused by name.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use crate::{
+    delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Task},
+    interop::{EncodeMeta, InteropError, decode, encode},
+    model::{
+        Base,
+        testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama},
+    },
+};
+
+fn rand(shape: &[usize]) -> Tensor {
+    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+}
+
+/// A base, and how its sublayers' adapters are called before the layer's own name.
+fn places(base: &Base, layer: usize) -> [String; 2] {
+    match base.arch.model_type.as_str() {
+        "bert" => ["attention.output", "output"].map(|h| format!("bert.encoder.layer.{layer}.{h}.adapters.my-name")),
+        "gpt2" => ["attention", "output"].map(|h| format!("transformer.h.{layer}.{h}_adapters.adapters.my-name")),
+        _ => ["attention", "output"].map(|h| format!("model.layers.{layer}.{h}_adapters.adapters.my-name")),
+    }
+}
+
+fn config(base: &Base, own: Value) -> Value {
+    json!({
+        "config": own, "name": "my-name", "hidden_size": base.arch.hidden, "model_type": base.arch.model_type,
+        "version": "adapters.1.3.0",
+    })
+}
+
+fn weights(base: &Base, halves: &[usize], width: usize) -> HashMap<String, Tensor> {
+    let h = base.arch.hidden;
+    let mut out = HashMap::new();
+    for layer in 0..base.arch.layers {
+        for half in halves {
+            let at = &places(base, layer)[*half];
+            out.insert(format!("{at}.adapter_down.0.weight"), rand(&[width, h]));
+            out.insert(format!("{at}.adapter_down.0.bias"), rand(&[width]));
+            out.insert(format!("{at}.adapter_up.weight"), rand(&[h, width]));
+            out.insert(format!("{at}.adapter_up.bias"), rand(&[h]));
+        }
+    }
+    out
+}
+
+fn pack(config: &Value, tensors: &HashMap<String, Tensor>) -> DeltaFiles {
+    let mut files = DeltaFiles::default();
+    files.files.insert("adapter_config.json".into(), config.to_string().into());
+    files.files.insert("adapter.safetensors".into(), safetensors::serialize(tensors, None).unwrap().into());
+    files
+}
+
+fn first(delta: &Delta) -> &crate::delta::Bottleneck {
+    match &delta.patches()[0].1 {
+        Patch::Bottleneck(b) => b,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn places_and_wirings_follow_the_configuration() {
+    for base in [tiny_bert(), tiny_gpt2(), tiny_llama()].map(|c| random_base(&c, 1).unwrap()) {
+        let both = config(
+            &base,
+            json!({"mh_adapter": true, "output_adapter": true, "reduction_factor": 4,
+            "non_linearity": "swish", "original_ln_before": false}),
+        );
+        let delta = decode(&pack(&both, &weights(&base, &[0, 1], 8)), &base).unwrap();
+        assert_eq!((delta.patches().len(), delta.spec.methods.as_slice()), (4, ["adapter".to_owned()].as_slice()));
+        let b = first(&delta);
+        assert_eq!((b.act, b.wiring.input, b.wiring.closes), (Act::Silu, AdapterInput::Output, true));
+        let parallel = config(
+            &base,
+            json!({"output_adapter": true, "reduction_factor": {"default": 4, "1": 4.0},
+            "is_parallel": true, "scaling": "learned", "non_linearity": "relu"}),
+        );
+        let mut tensors = weights(&base, &[1], 8);
+        for layer in 0..2 {
+            tensors.insert(format!("{}.scaling", places(&base, layer)[1]), rand(&[1]));
+        }
+        let delta = decode(&pack(&parallel, &tensors), &base).unwrap();
+        assert_eq!(first(&delta).wiring.input, AdapterInput::Residual);
+        // written again, it is the same adapter
+        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        for ((s1, p1), (s2, p2)) in delta.patches().iter().zip(again.patches()) {
+            assert_eq!(s1, s2);
+            for ((n1, t1), (n2, t2)) in p1.tensors().into_iter().zip(p2.tensors()) {
+                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!((n1, flat(t1)), (n2, flat(t2)));
+            }
+        }
+        assert_eq!(first(&again).wiring, first(&delta).wiring);
+    }
+}
+
+#[test]
+fn old_configurations_and_other_residuals() {
+    let base = random_base(&tiny_bert(), 1).unwrap();
+    let own = json!({"output_adapter": true, "reduction_factor": 4, "non_linearity": "gelu", "original_ln_before": true,
+        "residual_before_ln": "post_add"});
+    let mut old = config(&base, own);
+    let tensors = weights(&base, &[1], 8);
+    let new = decode(&pack(&old, &tensors), &base).unwrap();
+    assert_eq!((first(&new).act, first(&new).wiring.residual), (Act::Gelu, AdapterResidual::Sum));
+    old.as_object_mut().unwrap().remove("version");
+    assert_eq!(first(&decode(&pack(&old, &tensors), &base).unwrap()).act, Act::GeluTanh);
+    old["config"]["residual_before_ln"] = json!(false);
+    assert_eq!(first(&decode(&pack(&old, &tensors), &base).unwrap()).wiring.residual, AdapterResidual::Input);
+}
+
+#[test]
+fn folders_that_would_be_applied_wrongly_are_refused_by_name() {
+    let base = random_base(&tiny_bert(), 1).unwrap();
+    let good = weights(&base, &[1], 8);
+    let own = json!({"output_adapter": true, "mh_adapter": false, "reduction_factor": 4, "non_linearity": "relu"});
+    let refuse = |change: Value, tensors: &HashMap<String, Tensor>, needle: &str| {
+        let mut own = own.clone();
+        own.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let e = decode(&pack(&config(&base, own), tensors), &base).unwrap_err();
+        assert!(e.to_string().contains(needle), "{e} lacks {needle:?}");
+    };
+    assert!(decode(&pack(&config(&base, own.clone()), &good), &base).is_ok());
+    refuse(json!({"use_gating": true}), &good, "use_gating");
+    refuse(json!({"inv_adapter": "nice"}), &good, "inv_adapter");
+    refuse(json!({"non_linearity": "prelu"}), &good, "\"prelu\"");
+    refuse(json!({"reduction_factor": 16}), &good, "reduction_factor asks for a bottleneck of 2");
+    refuse(json!({"scaling": "huge"}), &good, "scaling");
+    refuse(json!({"scaling": "learned"}), &good, "scaling is missing");
+    refuse(json!({"mh_adapter": true}), &good, "encoder.layer.0.attention.output.adapters");
+    refuse(json!({"leave_out": [1]}), &good, "puts no adapter at encoder.layer.1.output.adapters");
+    refuse(json!({"residual_before_ln": "post_add"}), &good, "residual_before_ln");
+    refuse(json!({"architecture": "reft"}), &good, "\"reft\"");
+    let mut odd = good.clone();
+    odd.insert(format!("{}.gate.weight", places(&base, 0)[1]), rand(&[1, 32]));
+    refuse(json!({}), &odd, "gate.weight");
+    let mut torn = good.clone();
+    torn.remove(&format!("{}.adapter_up.bias", places(&base, 1)[1]));
+    refuse(json!({}), &torn, "adapter_up.bias is missing");
+    let mut other = config(&base, own.clone());
+    other["hidden_size"] = json!(768);
+    assert!(matches!(decode(&pack(&other, &good), &base), Err(InteropError::BaseMismatch(_))));
+    let mut renamed = config(&base, own);
+    renamed["name"] = json!("other");
+    assert!(decode(&pack(&renamed, &good), &base).is_err());
+    let mut pickle = pack(&config(&base, json!({})), &good);
+    pickle.files.remove("adapter.safetensors");
+    pickle.files.insert("pytorch_adapter.bin".into(), bytes::Bytes::from_static(b"PK"));
+    let e = decode(&pickle, &base).unwrap_err();
+    assert!(matches!(e, InteropError::Pickle(_)) && e.to_string().contains("deltas convert"), "{e}");
+}
+
+#[test]
+fn heads_bring_their_layers_and_labels() {
+    let base = random_base(&tiny_bert(), 1).unwrap();
+    let own = json!({"output_adapter": true, "reduction_factor": 4, "non_linearity": "relu"});
+    let mut files = pack(&config(&base, own), &weights(&base, &[1], 8));
+    let head = json!({"head_type": "classification", "layers": 2, "activation_function": "tanh", "num_labels": 3,
+        "label2id": {"b": 1, "a": 0, "c": 2}, "use_pooler": false});
+    let tensors: HashMap<String, Tensor> = [
+        ("heads.my-name.1.weight", rand(&[32, 32])),
+        ("heads.my-name.1.bias", rand(&[32])),
+        ("heads.my-name.4.weight", rand(&[3, 32])),
+        ("heads.my-name.4.bias", rand(&[3])),
+    ]
+    .into_iter()
+    .map(|(k, t)| (k.to_owned(), t))
+    .collect();
+    files.files.insert("head_config.json".into(), config(&base, head.clone()).to_string().into());
+    assert!(decode(&files, &base).unwrap_err().to_string().contains("model_head.safetensors"));
+    files.files.insert("model_head.safetensors".into(), safetensors::serialize(&tensors, None).unwrap().into());
+    let delta = decode(&files, &base).unwrap();
+    assert_eq!((delta.spec.task, delta.spec.labels.join("")), (Task::SeqCls, "abc".to_owned()));
+    let h = delta.head().unwrap();
+    assert_eq!((h.layers.len(), h.pool, h.layers[0].act), (1, HeadPool::First, Some(Act::Tanh)));
+    let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    assert_eq!((again.spec.labels.join(""), again.head().unwrap().layers.len()), ("abc".to_owned(), 1));
+    let mut regression = head;
+    regression["head_type"] = json!("multiple_choice");
+    files.files.insert("head_config.json".into(), config(&base, regression).to_string().into());
+    assert!(decode(&files, &base).unwrap_err().to_string().contains("multiple_choice"));
+    assert_eq!(h.weight.dtype(), DType::F32);
+}
