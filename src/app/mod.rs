@@ -274,14 +274,14 @@ async fn register_samples(service: &Service, dir: &Path) -> anyhow::Result<()> {
             continue;
         }
         let name = entry.file_name().to_string_lossy().into_owned();
-        let mut files = std::collections::BTreeMap::new();
-        let mut folder = tokio::fs::read_dir(entry.path()).await?;
-        while let Some(file) = folder.next_entry().await? {
-            let file_name = file.file_name().to_string_lossy().into_owned();
-            if file.file_type().await?.is_file() {
-                files.insert(file_name, tokio::fs::read(file.path()).await?.into());
+        let path = entry.path();
+        let files = match tokio::task::spawn_blocking(move || interop::read_folder(&path)).await? {
+            Ok(folder) => folder.files,
+            Err(error) => {
+                tracing::warn!(delta = name, %error, "sample delta was passed over");
+                continue;
             }
-        }
+        };
         let params = UploadParams { name: name.clone(), policy: PublishPolicy::Create, labels: vec![], files };
         match service.publish(&tenant, params, Origin::Sample).await {
             Ok(delta) => tracing::info!(delta = name, number = delta.number, "registered a sample delta"),

@@ -5,26 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, bail};
-use bytes::{Bytes, BytesMut};
+use anyhow::Context as _;
+use bytes::BytesMut;
 use clap::{Args, Subcommand};
 
 use super::{Common, client::Client, output};
 use crate::{grpc::proto, interop};
 
 const CHUNK: usize = 256 * 1024;
-/// What a delta's folder may bring; other files in it (checkpoints, logs) stay where they are.
-const FILES: [&str; 9] = [
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter.safetensors",
-    "head_config.json",
-    "model_head.safetensors",
-    "bitfit_config.json",
-    "bitfit.safetensors",
-    "labels.json",
-    "README.md",
-];
 
 /// Options of `deltas`.
 #[derive(Debug, Clone, Args)]
@@ -46,7 +34,7 @@ enum DeltasCommand {
         /// name, name@3 or name@DIGEST.
         delta: String,
     },
-    /// Publish the files of a PEFT or AdapterHub folder.
+    /// Publish the files of a PEFT or AdapterHub folder, or of a combination.
     Upload(UploadArgs),
     /// Write a folder whose weights are pickles (.bin) as safetensors; needs no server. Nothing in a pickle is run.
     Convert {
@@ -94,7 +82,8 @@ enum DeltasCommand {
 struct UploadArgs {
     /// Name to publish under.
     name: String,
-    /// Folder with adapter_config.json and adapter_model.safetensors (PEFT) or adapter.safetensors (AdapterHub).
+    /// Folder with adapter_config.json and adapter_model.safetensors (PEFT) or adapter.safetensors (AdapterHub), or with
+    /// delta.json and its parts' files (PART.adapter_config.json ...) or folders. Other files in it are not sent.
     folder: PathBuf,
     #[command(flatten)]
     publish: PublishArgs,
@@ -221,20 +210,11 @@ fn upload(args: &UploadArgs) -> anyhow::Result<Vec<proto::UploadRequest>> {
         policy: Some(args.publish.policy()),
         labels: args.labels.clone(),
     })];
-    for name in FILES {
-        let path = args.folder.join(name);
-        let data = match fs::read(&path) {
-            Ok(data) => Bytes::from(data),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
-        };
+    for (name, data) in interop::read_folder(&args.folder)?.files {
         for i in 0..data.len().div_ceil(CHUNK).max(1) {
             let piece = data.slice(i * CHUNK..data.len().min((i + 1) * CHUNK));
-            messages.push(Message::Chunk(proto::FileChunk { file: name.to_owned(), data: piece }));
+            messages.push(Message::Chunk(proto::FileChunk { file: name.clone(), data: piece }));
         }
-    }
-    if messages.len() == 1 {
-        bail!("{} has none of {}", args.folder.display(), FILES.join(", "));
     }
     Ok(messages.into_iter().map(|m| proto::UploadRequest { message: Some(m) }).collect())
 }

@@ -139,8 +139,10 @@ pub(crate) fn bytes_of(t: &Tensor) -> usize {
     t.elem_count() * t.dtype().size_in_bytes()
 }
 
-/// A version's files, as stored and exchanged: a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`,
-/// optionally `labels.json`).
+/// A version's files, as stored and exchanged: a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`), an
+/// AdapterHub folder (`adapter_config.json`, `adapter.safetensors`, with a head `head_config.json` and
+/// `model_head.safetensors`), our BitFit form (`bitfit_config.json`, `bitfit.safetensors`), each with `labels.json` and
+/// `README.md` if there are any; or a combination: `delta.json`, and the parts' files as `<part>.<file>`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeltaFiles {
     /// File name -> bytes.

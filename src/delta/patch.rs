@@ -3,6 +3,7 @@
 mod affine;
 mod bottleneck;
 mod dora;
+mod fits;
 mod tokens;
 
 use candle_core::{Result, Tensor, bail};

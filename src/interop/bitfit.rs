@@ -21,9 +21,10 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
     for name in tensors.names() {
         let (module, kind) = keys::split(&name);
         match (keys::owner(module, base), kind) {
-            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, kind, tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, &name, tensors.get(&name)?)?,
             (Some(Owner::Site(site, path)), "bias") => {
-                parts.patches.push((site, bias_patch(site, &path, &tensors.get(&name)?, base)?));
+                let patch = bias_patch(site, &path, &tensors.get(&name)?, base)?;
+                parts.add(site, patch, &name, tensors)?;
             }
             _ => {
                 left.push(name);
@@ -45,13 +46,7 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
 /// An absolute bias as a difference to the base's (which counts as zero where it has none).
 pub(super) fn bias_patch(site: SiteId, path: &str, value: &Tensor, base: &Base) -> Result<Patch, InteropError> {
     let out_dim = base.sites.get(site).map_or(0, |e| e.out_dim);
-    if value.dims() != [out_dim] {
-        return Err(InteropError::BaseMismatch(format!(
-            "{path}.bias has shape {:?}, this server's base {} has {out_dim} outputs there",
-            value.dims(),
-            base.fingerprint.short()
-        )));
-    }
+    keys::vector(&format!("{path}.bias"), value, out_dim, base)?;
     let difference = match base.bias(site)? {
         Some(own) => (value - own.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)?,
         None => value.clone(),

@@ -54,7 +54,6 @@ const KNOWN: &[&str] = &[
     "num_layers",
     "num_transformer_submodules",
     "num_virtual_tokens",
-    "parts",
     "peft_type",
     "peft_version",
     "prefix_projection",

@@ -9,16 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use super::{EncodeMeta, InteropError, MAX_CONFIG_BYTES, adapterhub};
+use super::{InteropError, LABELS, MAX_CONFIG_BYTES, adapterhub, folder, label_names};
 use crate::{
-    delta::{Delta, DeltaFiles, HeadPool, Patch, PrefixForm, PromptStage, Site, SiteId, Task},
+    delta::{Delta, DeltaFiles, Patch, Site, SiteId},
     model::Base,
 };
 
 /// Lists the parts.
 pub(super) const INDEX: &str = "delta.json";
 const FORMAT: &str = "deltaserve.combination";
-const LABELS: &str = "labels.json";
 /// Most parts.
 const MAX_PARTS: usize = 16;
 
@@ -42,7 +41,7 @@ pub(super) fn decode(
                     part.files.insert(name.to_owned(), data.clone());
                 }
             }
-            None if matches!(file.as_str(), INDEX | LABELS) || file.ends_with(".md") => {}
+            None if matches!(file.as_str(), INDEX | LABELS | folder::README) => {}
             _ => strangers.push(file.clone()),
         }
     }
@@ -52,23 +51,25 @@ pub(super) fn decode(
     let mut deltas = Vec::with_capacity(names.len());
     let mut says_task = Vec::with_capacity(names.len());
     for name in &names {
-        let mut part = parts.remove(name.as_str()).unwrap_or_default();
+        let part = parts.remove(name.as_str()).unwrap_or_default();
         if part.files.is_empty() {
             return Err(InteropError::invalid(INDEX, format!("part {name:?} has no files")));
         }
         says_task.push(!adapterhub::is_without_head(&part));
-        let has_head = |d: &Delta| d.head().is_some();
         let mut delta = one(&part, base).map_err(|e| e.in_part(name))?;
-        if let (true, Some(labels)) = (has_head(&delta), files.files.get(LABELS)) {
-            part.files.insert(LABELS.to_owned(), labels.clone());
-            delta = one(&part, base).map_err(|e| e.in_part(name))?;
+        if let (Some(head), Some(data)) = (delta.head(), files.files.get(LABELS)) {
+            delta.spec.labels = label_names(LABELS, data, head.weight.dims()[0])?;
         }
         deltas.push(delta);
     }
     join(deltas, &names, &says_task, base)
 }
 
-fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
+/// The names of the parts, in order.
+///
+/// # Errors
+/// An index that is missing, malformed, or whose names could be taken for another file's.
+pub(super) fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
     let bad = |m: String| InteropError::invalid(INDEX, m);
     let data = files.files.get(INDEX).ok_or_else(|| bad("is missing".into()))?;
     if data.len() > MAX_CONFIG_BYTES {
@@ -131,7 +132,7 @@ fn join(parts: Vec<Delta>, names: &[String], says_task: &[bool], base: &Base) ->
 }
 
 /// One prompt and one prefix at most.
-pub(super) fn check_positions(patches: &[(SiteId, Patch)], base: &Base) -> Result<(), String> {
+fn check_positions(patches: &[(SiteId, Patch)], base: &Base) -> Result<(), String> {
     let mut seen = BTreeSet::new();
     for (site, patch) in patches.iter().filter(|(_, p)| p.adds_positions()) {
         if !seen.insert(*site) {
@@ -147,20 +148,18 @@ pub(super) fn check_positions(patches: &[(SiteId, Patch)], base: &Base) -> Resul
     Ok(())
 }
 
-/// Writes a delta of several kinds of patches: `split` gives its parts, `one` writes a part.
+/// Puts the folders of parts together, in order of application.
 ///
 /// # Errors
-/// Those of the parts.
-pub(super) fn encode(
-    parts: &[Delta],
-    base: &Base,
-    meta: &EncodeMeta,
-    one: impl Fn(&Delta, &Base, &EncodeMeta) -> Result<DeltaFiles, InteropError>,
-) -> Result<DeltaFiles, InteropError> {
+/// More parts than are read again.
+pub(super) fn encode(parts: Vec<DeltaFiles>) -> Result<DeltaFiles, InteropError> {
+    if parts.len() > MAX_PARTS {
+        return Err(InteropError::Unapplied(vec![format!("a combination of {} parts", parts.len())]));
+    }
     let mut out = DeltaFiles::default();
     let names: Vec<String> = (0..parts.len()).map(|i| format!("part{i}")).collect();
-    for (part, name) in parts.iter().zip(&names) {
-        for (file, data) in one(part, base, meta)?.files {
+    for (part, name) in parts.into_iter().zip(&names) {
+        for (file, data) in part.files {
             out.files.insert(format!("{name}.{file}"), data);
         }
     }
@@ -168,51 +167,6 @@ pub(super) fn encode(
     let text = serde_json::to_vec_pretty(&index).map_err(|e| InteropError::Tensor(e.to_string()))?;
     out.files.insert(INDEX.to_owned(), text.into());
     Ok(out)
-}
-
-/// A delta as parts that each have a folder form of their own: patches of rows, the prompt, the prefix; the head goes with
-/// the last that can hold it. One part where it has one form.
-pub(super) fn split(delta: &Delta) -> Vec<Delta> {
-    let group = |patch: &Patch| match patch {
-        Patch::Prompt(_) => 1,
-        Patch::Prefix(_) => 2,
-        _ => 0,
-    };
-    let mut groups: BTreeMap<u8, Vec<(SiteId, Patch)>> = BTreeMap::new();
-    for (site, patch) in delta.patches() {
-        groups.entry(group(patch)).or_default().push((*site, patch.clone()));
-    }
-    // heads of more than one linear, or of another row, have a form in AdapterHub's folders only
-    let hub = |patches: &[(SiteId, Patch)]| {
-        patches.iter().all(|(_, p)| match p {
-            Patch::Bottleneck(_) => true,
-            Patch::Prompt(p) => p.stage == PromptStage::Hidden,
-            Patch::Prefix(p) => p.form == PrefixForm::Pinned,
-            _ => false,
-        })
-    };
-    let plain = delta.head().is_none_or(|h| h.layers.is_empty() && h.pool == HeadPool::Base);
-    let holder = groups.iter().rev().find(|(_, patches)| plain || hub(patches)).or(groups.iter().next_back());
-    let holder = holder.map(|(of, _)| *of);
-    let methods = |of: u8| -> Vec<String> {
-        let kind = |m: &str| match m {
-            "prompt" | "p_tuning" => 1,
-            "prefix" => 2,
-            _ => 0,
-        };
-        delta.spec.methods.iter().filter(|m| kind(m) == of && *m != "head").cloned().collect()
-    };
-    let part = |(of, patches): (u8, Vec<(SiteId, Patch)>)| {
-        let head = delta.head().filter(|_| Some(of) == holder).cloned();
-        let mut spec = delta.spec.clone();
-        spec.methods = methods(of);
-        spec.methods.extend(head.iter().map(|_| "head".to_owned()));
-        if head.is_none() && !matches!(spec.task, Task::CausalLm | Task::Feature) {
-            spec.labels.clear();
-        }
-        Delta::new(spec, patches, head)
-    };
-    groups.into_iter().map(part).collect()
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use candle_core::{DType, Tensor, pickle};
 
-use super::{InteropError, encode::serialize};
+use super::{InteropError, encode::serialize, folder};
 use crate::delta::DeltaFiles;
 
 /// Pickles that libraries write, and what the same tensors are called as safetensors.
@@ -13,33 +13,23 @@ const RENAMES: &[(&str, &str)] = &[
     ("pytorch_adapter.bin", "adapter.safetensors"),
     ("pytorch_model_head.bin", "model_head.safetensors"),
 ];
-/// Files that a delta's folder may bring and that are taken as they are.
-const KEPT: &[&str] = &[
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter.safetensors",
-    "bitfit.safetensors",
-    "bitfit_config.json",
-    "head_config.json",
-    "labels.json",
-    "model_head.safetensors",
-];
-
-/// Reads a folder of PEFT or AdapterHub; tensors in pickles come out as safetensors files, under the names that
-/// `decode` and the libraries know.
+/// Reads a folder of PEFT or AdapterHub, or a combination of them; tensors in pickles come out as safetensors files, under
+/// the names that `decode` and the libraries know.
 ///
 /// # Errors
 /// A file that cannot be read, or whose pickle is more than a map of tensors; a folder without anything to convert.
 pub fn convert(folder: &Path) -> Result<DeltaFiles, InteropError> {
     let mut out = DeltaFiles::default();
-    let read = |name: &str| std::fs::read(folder.join(name)).map_err(|e| InteropError::invalid(name, e.to_string()));
-    for name in KEPT.iter().filter(|n| folder.join(n).is_file()) {
-        out.files.insert((*name).to_owned(), read(name)?.into());
+    for (name, path) in folder::files_of(folder)? {
+        let data = folder::read(&path, &name)?;
+        out.files.insert(name, data.into());
     }
-    for (from, to) in RENAMES {
-        let path = folder.join(from);
-        if path.is_file() && !out.files.contains_key(*to) {
-            out.files.insert((*to).to_owned(), tensors(from, &path)?.into());
+    for place in folder::places(folder)? {
+        for (from, to) in RENAMES {
+            let (path, to) = (place.path(from), format!("{}{to}", place.sent));
+            if path.is_file() && !out.files.contains_key(&to) {
+                out.files.insert(to, tensors(from, &path)?.into());
+            }
         }
     }
     if out.files.keys().any(|n| n.ends_with(".safetensors")) {

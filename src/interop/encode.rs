@@ -3,17 +3,19 @@
 mod lora;
 mod positions;
 mod small;
+mod split;
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{InteropError, adapterhub, combined, container, keys};
+use super::{InteropError, adapterhub, container, keys};
 use crate::{
     delta::{Delta, DeltaFiles, HeadPool, Patch, Site, SiteId, Task},
     model::Base,
 };
+use split::Kind;
 
 /// What the tensors do not say.
 #[derive(Debug, Clone, Default)]
@@ -42,18 +44,6 @@ pub(super) struct Writer<'a> {
     pub(super) meta: &'a EncodeMeta,
 }
 
-/// Forms that a patch may be written in; one part of the file each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Lora,
-    Dora,
-    Bitfit,
-    Ia3,
-    Ln,
-    Tokens,
-    Adapter,
-}
-
 /// Patches of one form, by site.
 pub(super) type Patches<'a> = Vec<(SiteId, &'a Patch)>;
 
@@ -63,106 +53,38 @@ pub(super) type Patches<'a> = Vec<(SiteId, &'a Patch)>;
 /// # Errors
 /// A patch, an order of patches or a head that has no place in these formats.
 pub fn encode(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
-    match container::split(delta).as_slice() {
-        [] | [_] => single(delta, base, meta),
-        parts => container::encode(parts, base, meta, single),
+    let of = |delta| Writer { delta, base, meta };
+    let mut parts = split::parts(&of(delta))?;
+    if parts.len() > 1 {
+        let folders = parts.iter().map(|(kind, part)| of(part).write(*kind)).collect::<Result<_, _>>()?;
+        return container::encode(folders);
+    }
+    match parts.pop() {
+        Some((kind, part)) => of(&part).write(kind),
+        None => of(delta).write(Kind::Bitfit), // a head alone
     }
 }
 
-/// Writes a delta that has a folder form of its own.
-fn single(delta: &Delta, base: &Base, meta: &EncodeMeta) -> Result<DeltaFiles, InteropError> {
-    let w = Writer { delta, base, meta };
-    if positions::only(delta) {
-        return positions::encode(&w);
-    }
-    let groups = w.groups()?;
-    if let [(Kind::Adapter, patches)] = groups.as_slice() {
-        return adapterhub::encode(&w, patches);
-    }
-    let mut parts = groups.iter().map(|(kind, patches)| w.part(*kind, patches)).collect::<Result<Vec<_>, _>>()?;
-    let mut whole = match parts.len() {
-        0 => small::bitfit(&w, &vec![])?,
-        1 => parts.swap_remove(0),
-        _ => w.combined(parts),
-    };
-    whole.tensors.extend(w.head(keys::key)?);
-    w.folder(&whole)
-}
-
-impl<'a> Writer<'a> {
-    /// Patches by form, in an order of forms that is right at every site.
-    fn groups(&self) -> Result<Vec<(Kind, Patches<'a>)>, InteropError> {
-        let all = self.delta.patches();
-        let has = |f: fn(&Patch) -> bool| all.iter().any(|(_, p)| f(p));
-        let low = match (has(|p| matches!(p, Patch::LowRank(_))), has(|p| matches!(p, Patch::Dora(_)))) {
-            (true, _) => Some(Kind::Lora),
-            (false, true) => Some(Kind::Dora),
-            (false, false) => None,
+impl Writer<'_> {
+    /// Writes a delta whose patches are all of one form.
+    fn write(&self, kind: Kind) -> Result<DeltaFiles, InteropError> {
+        let patches: Patches<'_> = self.delta.patches().iter().map(|(site, p)| (*site, p)).collect();
+        let mut part = match kind {
+            Kind::Prompt | Kind::Prefix => return positions::encode(self),
+            Kind::Adapter => return adapterhub::encode(self, &patches),
+            Kind::Lora | Kind::Dora => lora::lora(self, &patches)?,
+            Kind::Bitfit => small::bitfit(self, &patches)?,
+            Kind::Ia3 => small::ia3(self, &patches)?,
+            Kind::Ln => small::ln(self, &patches)?,
+            Kind::Tokens => small::tokens(self, &patches)?,
         };
-        let scales = has(|p| matches!(p, Patch::Scale(_)));
-        let tied = super::tokens::tied_head(self.base);
-        let mut by_site: BTreeMap<SiteId, Vec<Kind>> = BTreeMap::new();
-        let mut groups: Vec<(Kind, Patches<'a>)> = Vec::new();
-        for (site, patch) in all {
-            let kind = match patch {
-                Patch::LowRank(_) => Kind::Lora,
-                Patch::Dora(_) => Kind::Dora,
-                // a bias beside a scale must keep its place in the order
-                Patch::Bias(_) => low.filter(|_| !scales).unwrap_or(Kind::Bitfit),
-                Patch::Scale(_) | Patch::InScale(_) => Kind::Ia3,
-                Patch::Affine(_) => Kind::Ln,
-                Patch::TokenRows(_) if Some(*site) == tied => continue, // follows from the embedding's rows
-                Patch::TokenRows(_) => low.unwrap_or(Kind::Tokens),
-                Patch::Matrix(_) => {
-                    low.ok_or_else(|| self.unapplied(*site, "a whole matrix without LoRA beside it"))?
-                }
-                Patch::Bottleneck(_) => Kind::Adapter,
-                Patch::Prompt(_) | Patch::Prefix(_) => return Err(self.unapplied(*site, "positions beside rows")),
-            };
-            by_site.entry(*site).or_default().push(kind);
-            match groups.iter_mut().find(|(k, _)| *k == kind) {
-                Some((_, patches)) => patches.push((*site, patch)),
-                None => groups.push((kind, vec![(*site, patch)])),
-            }
-        }
-        // the site with the most forms says their order
-        let longest = by_site.values().max_by_key(|k| k.len()).cloned().unwrap_or_default();
-        groups.sort_by_key(|(kind, _)| longest.iter().position(|k| k == kind).unwrap_or(usize::MAX));
-        let place = |kind: &Kind| groups.iter().position(|(k, _)| k == kind);
-        match by_site.iter().find(|(_, kinds)| !kinds.is_sorted_by_key(place)) {
-            Some((site, kinds)) => Err(self.unapplied(*site, &format!("an order of patches ({kinds:?})"))),
-            None => Ok(groups),
-        }
+        part.tensors.extend(self.head(keys::key)?);
+        self.folder(&part)
     }
 
     fn unapplied(&self, site: SiteId, what: &str) -> InteropError {
-        let module = self.base.sites.get(site).map(|e| e.module.clone()).unwrap_or_default();
+        let module = self.base.sites.get(site).map(|e| e.label()).unwrap_or_default();
         InteropError::Unapplied(vec![format!("{module}: {what}")])
-    }
-
-    fn part(&self, kind: Kind, patches: &Patches<'_>) -> Result<Part, InteropError> {
-        match kind {
-            Kind::Lora | Kind::Dora => lora::lora(self, patches),
-            Kind::Bitfit => small::bitfit(self, patches),
-            Kind::Ia3 => small::ia3(self, patches),
-            Kind::Ln => small::ln(self, patches),
-            Kind::Tokens => small::tokens(self, patches),
-            Kind::Adapter => adapterhub::encode_part(self, patches),
-        }
-    }
-
-    /// Our form of several parts.
-    fn combined(&self, parts: Vec<Part>) -> Part {
-        let mut tensors = Named::new();
-        let mut configs = Vec::with_capacity(parts.len());
-        for (i, part) in parts.into_iter().enumerate() {
-            let prefix = combined::prefix(i);
-            tensors.extend(part.tensors.into_iter().map(|(k, t)| (format!("{prefix}{k}"), t)));
-            configs.push(part.config);
-        }
-        let mut config = self.config(combined::KIND);
-        config.insert("parts".into(), Value::Array(configs));
-        Part { config: Value::Object(config), tensors }
     }
 
     /// The keys that all PEFT configurations have.

@@ -20,17 +20,25 @@ struct Layer {
 pub(super) struct HeadTensors {
     inner: Layer,
     out: Layer,
+    /// Which name the last layer had.
+    named: Option<HeadPart>,
 }
 
 impl HeadTensors {
-    /// Takes a tensor: `weight` or `bias` of a layer.
-    pub(super) fn take(&mut self, part: HeadPart, kind: &str, tensor: Tensor) {
-        let layer = match part {
-            HeadPart::Inner => &mut self.inner,
-            HeadPart::Out => &mut self.out,
-        };
-        let place = if kind == "weight" { &mut layer.weight } else { &mut layer.bias };
-        *place = Some(tensor);
+    /// Takes the tensor called `name`: `weight` or `bias` of a layer.
+    ///
+    /// # Errors
+    /// A tensor that the head has already, or of another head than the one that it began with.
+    pub(super) fn take(&mut self, part: HeadPart, name: &str, tensor: Tensor) -> Result<(), InteropError> {
+        let layer = if part == HeadPart::Inner { &mut self.inner } else { &mut self.out };
+        if part != HeadPart::Inner && self.named.replace(part).is_some_and(|before| before != part) {
+            return Err(bad(format!("{name} is of a second head; one is accepted")));
+        }
+        let place = if name.ends_with("weight") { &mut layer.weight } else { &mut layer.bias };
+        match place.replace(tensor) {
+            Some(_) => Err(bad(format!("{name}: the head has this tensor under another name, too"))),
+            None => Ok(()),
+        }
     }
 
     /// Checks it against the base.
@@ -39,13 +47,19 @@ impl HeadTensors {
         let mut width = base.arch.hidden;
         let mut out_name = names.cls_head;
         let (mut layers, mut pool) = (Vec::new(), HeadPool::Base);
+        let second = self.named == Some(HeadPart::Out);
         if let Some(known) = names.cls_inner
             && let Some((weight, bias)) = self.inner.checked(known.dense, width, base)?
         {
+            if self.named == Some(HeadPart::Only) && known.out != names.cls_head {
+                return Err(bad(format!("{}.weight is beside {}, which {} follows", out_name, known.dense, known.out)));
+            }
             width = weight.dims().first().copied().unwrap_or(0);
             out_name = known.out;
             layers.push(HeadLayer { weight, bias, act: Some(known.act) });
             pool = HeadPool::First;
+        } else if let (Some(known), true) = (names.cls_inner, second) {
+            return Err(bad(format!("{}.weight is missing, which is ahead of {}", known.dense, known.out)));
         }
         let Some((weight, bias)) = self.out.checked(out_name, width, base)? else {
             return match layers.is_empty() {

@@ -20,9 +20,10 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
     for name in tensors.names() {
         let (module, kind) = keys::split(&name);
         match (keys::owner(module, base), kind) {
-            (Some(Owner::Head(part)), kind @ ("weight" | "bias")) => head.take(part, kind, tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, &name, tensors.get(&name)?)?,
             (Some(Owner::Site(site, path)), "ia3_l") if base.linear(site)?.is_some() => {
-                parts.patches.push((site, scale(site, &path, &tensors.get(&name)?, base)?));
+                let patch = scale(site, &path, &tensors.get(&name)?, base)?;
+                parts.add(site, patch, &name, tensors)?;
             }
             _ => {
                 left.push(name);

@@ -1,5 +1,8 @@
 //! Tensor names in delta files: `base_model.model.` + module path + suffix.
 
+use candle_core::Tensor;
+
+use super::InteropError;
 use crate::{delta::SiteId, model::Base};
 
 const PEFT_PREFIX: &str = "base_model.model.";
@@ -20,8 +23,10 @@ pub(super) enum Owner {
 pub(super) enum HeadPart {
     /// The first of two.
     Inner,
-    /// The one that gives the labels.
+    /// The second of two.
     Out,
+    /// The one that gives the labels, under the name that it has alone (DistilBERT: also behind another).
+    Only,
 }
 
 /// Finds a module by its path with or without PEFT's and the family's prefix.
@@ -29,11 +34,13 @@ pub(super) fn owner(module: &str, base: &Base) -> Option<Owner> {
     let names = &base.arch.names;
     let path = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
     let head = path.strip_prefix(PEFT_PROMPT_PREFIX).unwrap_or(path);
-    if head == names.cls_head || names.cls_inner.is_some_and(|i| head == i.out) {
-        return Some(Owner::Head(HeadPart::Out));
+    if !head.is_empty() && head == names.cls_head {
+        return Some(Owner::Head(HeadPart::Only));
     }
-    if names.cls_inner.is_some_and(|i| head == i.dense) {
-        return Some(Owner::Head(HeadPart::Inner));
+    match names.cls_inner {
+        Some(inner) if head == inner.dense => return Some(Owner::Head(HeadPart::Inner)),
+        Some(inner) if head == inner.out => return Some(Owner::Head(HeadPart::Out)),
+        _ => {}
     }
     let bare = path.strip_prefix(names.prefix).unwrap_or(path);
     base.sites.by_module(bare).map(|site| Owner::Site(site, path.to_owned()))
@@ -61,10 +68,36 @@ pub(super) fn split(key: &str) -> (&str, &str) {
     key.rsplit_once('.').unwrap_or((key, ""))
 }
 
+/// Puts a tensor into its place.
+///
+/// # Errors
+/// A place that another name filled: one of the two would be lost.
+pub(super) fn once(place: &mut Option<Tensor>, tensor: Tensor, name: &str, file: &str) -> Result<(), InteropError> {
+    match place.replace(tensor) {
+        Some(_) => Err(InteropError::invalid(file, format!("{name} is there under another name, too"))),
+        None => Ok(()),
+    }
+}
+
+/// Checks that a tensor is `[n]`, nothing that only counts right.
+///
+/// # Errors
+/// Another rank is malformed, another length another base's.
+pub(super) fn vector(name: &str, t: &Tensor, n: usize, base: &Base) -> Result<(), InteropError> {
+    match *t.dims() {
+        [own] if own == n => Ok(()),
+        [own] => Err(InteropError::BaseMismatch(format!(
+            "{name} has {own} numbers, this server's base {} has {n} outputs there",
+            base.fingerprint.short()
+        ))),
+        _ => Err(InteropError::invalid(super::WEIGHTS[0], format!("{name} is {:?}; [{n}] is accepted", t.dims()))),
+    }
+}
+
 /// An error for keys that found no owner: another family if none at all did.
-pub(super) fn unapplied(left: Vec<String>, applied: usize, base: &Base) -> super::InteropError {
+pub(super) fn unapplied(left: Vec<String>, applied: usize, base: &Base) -> InteropError {
     match left.first() {
-        Some(first) if applied == 0 => super::InteropError::BaseMismatch(format!(
+        Some(first) if applied == 0 => InteropError::BaseMismatch(format!(
             "none of its tensors (e.g. {first}) is a module of this server's base, a {} of {} layers, hidden size {} \
              (fingerprint {})",
             base.arch.model_type,
@@ -72,6 +105,6 @@ pub(super) fn unapplied(left: Vec<String>, applied: usize, base: &Base) -> super
             base.arch.hidden,
             base.fingerprint.short()
         )),
-        _ => super::InteropError::Unapplied(left),
+        _ => InteropError::Unapplied(left),
     }
 }

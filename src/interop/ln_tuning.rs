@@ -35,12 +35,12 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
             None => (path, false),
         };
         match (keys::owner(module, base), kind, infix) {
-            (Some(Owner::Head(part)), kind @ ("weight" | "bias"), false) => head.take(part, kind, tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias", false) => head.take(part, &name, tensors.get(&name)?)?,
             (Some(Owner::Site(site, path)), "weight" | "bias", true) if base.norm(site).is_some() => {
                 let found = norms.entry(site).or_default();
                 found.path = path;
                 let place = if kind == "weight" { &mut found.gain } else { &mut found.bias };
-                *place = Some(tensors.get(&name)?);
+                keys::once(place, tensors.get(&name)?, &name, tensors.file())?;
             }
             _ => {
                 left.push(name);

@@ -95,7 +95,7 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
             None => keys::split(&name),
         };
         match (keys::owner(path, base), kind) {
-            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, kind, tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, &name, tensors.get(&name)?)?,
             (Some(Owner::Site(site, path)), _)
                 if suffix.is_some() || kind == "bias" || (kind == "weight" && has_matrix(site, base)) =>
             {
@@ -110,7 +110,7 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
                     ".token_adapter.trainable_tokens_delta" => &mut module.rows,
                     _ => &mut module.bias,
                 };
-                *place = Some(tensors.get(&name)?);
+                keys::once(place, tensors.get(&name)?, &name, tensors.file())?;
             }
             _ => {
                 left.push(name);
@@ -162,6 +162,12 @@ fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<M
         None => (base.table().clone(), None),
     };
     let embedding = base.linear(site)?.is_none();
+    if weight.rank() != 2 {
+        return Err(InteropError::invalid(
+            super::WEIGHTS[0],
+            format!("{}.weight is {:?}; two dimensions are accepted", module.path, weight.dims()),
+        ));
+    }
     let weight = if embedding || base.arch.conv1d { weight } else { weight.t()?.contiguous()? };
     if weight.dims() != own.dims() {
         return Err(InteropError::BaseMismatch(format!(
@@ -177,9 +183,10 @@ fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<M
     }
     let put = |t: &Tensor| t.to_device(&base.device)?.to_dtype(base.dtype);
     let bias = match module.bias.take() {
-        Some(b) if b.elem_count() == own.dim(1)? => Some(put(&b)?),
+        Some(_) if embedding => return Err(InteropError::Unapplied(vec![format!("{}.bias", module.path)])),
         Some(b) => {
-            return Err(InteropError::BaseMismatch(format!("{}.bias has {} numbers", module.path, b.elem_count())));
+            keys::vector(&format!("{}.bias", module.path), &b, own.dim(1)?, base)?;
+            Some(put(&b)?)
         }
         None => bias,
     };
@@ -263,10 +270,10 @@ fn check_factors(
 fn dora(site: SiteId, path: &str, low: LowRank, magnitude: Tensor, base: &Base) -> Result<Dora, InteropError> {
     let bad = |m: String| InteropError::invalid(super::WEIGHTS[0], m);
     let Some((w, bias)) = base.linear(site)? else { return Err(bad(format!("{path} is not a linear"))) };
-    if magnitude.elem_count() != w.dim(1)? {
-        return Err(bad(format!("{path}: magnitude vector of {} for {} outputs", magnitude.elem_count(), w.dim(1)?)));
+    if magnitude.dims() != [w.dim(1)?] {
+        return Err(bad(format!("{path}: magnitude vector of {:?} for {} outputs", magnitude.dims(), w.dim(1)?)));
     }
-    let dora = Dora::new(low, magnitude.flatten_all()?, DoraBase::new(w, bias)?)?;
+    let dora = Dora::new(low, magnitude, DoraBase::new(w, bias)?)?;
     if dora.norm()?.to_vec1::<f32>()?.iter().any(|n| *n < 1e-12) {
         return Err(bad(format!("{path}: a merged weight row is zero, DoRA's direction is undefined")));
     }

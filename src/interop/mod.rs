@@ -1,16 +1,17 @@
-//! Interop: a version's files to a [`Delta`] and back: PEFT's and AdapterHub's folders, our BitFit form, and our forms of
-//! combinations that no library has.
+//! Interop: a version's files to a [`Delta`] and back: PEFT's and AdapterHub's folders, our BitFit form, and our form of
+//! combinations, which no library has (`container`).
 //!
 //! Files come from strangers: headers are checked before anything is allocated, pickles are refused, and every tensor is
 //! either applied or named in an error; nothing is ignored silently.
 
 mod adapterhub;
 mod bitfit;
-mod combined;
+mod check;
 mod config;
 mod container;
 mod convert;
 mod encode;
+mod folder;
 mod head;
 mod ia3;
 mod keys;
@@ -22,6 +23,7 @@ mod virtual_tokens;
 
 pub use convert::convert;
 pub use encode::{EncodeMeta, encode};
+pub use folder::read_folder;
 
 use serde_json::Value;
 
@@ -37,6 +39,8 @@ use tensors::TensorFile;
 const CONFIGS: &[&str] = &["adapter_config.json", "bitfit_config.json"];
 /// Names of the weights file, in the order tried.
 const WEIGHTS: &[&str] = &["adapter_model.safetensors", "bitfit.safetensors", adapterhub::WEIGHTS];
+/// Label names of a head, in index order.
+const LABELS: &str = "labels.json";
 /// Extensions of files that hold pickles.
 const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".ckpt"];
 /// Largest accepted configuration.
@@ -120,25 +124,42 @@ struct Parts {
     more_elements: u64,
 }
 
+impl Parts {
+    /// Adds the patch that the tensor `name` gives, where there is none of another name.
+    fn add(&mut self, site: SiteId, patch: Patch, name: &str, file: &TensorFile<'_>) -> Result<(), InteropError> {
+        if self.patches.iter().any(|(s, _)| *s == site) {
+            return Err(InteropError::invalid(file.file(), format!("{name} is there under another name, too")));
+        }
+        self.patches.push((site, patch));
+        Ok(())
+    }
+}
+
 /// Reads a version's files into a delta for this base.
 ///
 /// # Errors
 /// [`InteropError`] names the file, field or tensor.
 pub fn decode(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
-    if files.files.contains_key(container::INDEX) {
-        container::decode(files, base, single)
+    let delta = if files.files.contains_key(container::INDEX) {
+        container::decode(files, base, single)?
     } else {
-        single(files, base)
-    }
+        single(files, base)?
+    };
+    check::order(&delta, base)?;
+    Ok(delta)
 }
 
 /// Reads one folder.
 fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
+    folder::check(files)?;
     let (config_name, config) = config_of(files)?;
-    let (weights_name, weights) = find(files, WEIGHTS).ok_or_else(|| missing_weights(files))?;
+    let (weights_name, weights) = find(files, WEIGHTS).ok_or_else(|| missing(files, WEIGHTS[0]))?;
     let tensors = TensorFile::read(weights_name, weights)?;
     check_fingerprint(&tensors, base)?;
     let (mut parts, task) = decode_parts(config_name, &config, &tensors, base)?;
+    if let Some(head) = &parts.head {
+        check::head_layers(weights_name, head, task, base)?;
+    }
     let head_task = adapterhub::decode_head(files, &mut parts, base)?;
     let task = match (task.or(head_task), &parts.head) {
         (Some(task), _) => task,
@@ -152,7 +173,9 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let mut methods = parts.methods;
     methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
     let spec = DeltaSpec { methods, task, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
-    Ok(Delta::new(spec, parts.patches, parts.head))
+    let delta = Delta::new(spec, parts.patches, parts.head);
+    check::applicable(&delta, base)?;
+    Ok(delta)
 }
 
 /// The patches (and head) of one configuration and its tensors, and the task that the configuration names.
@@ -174,14 +197,12 @@ fn decode_parts(
         "LN_TUNING" => ln_tuning::decode(tensors, base)?,
         "TRAINABLE_TOKENS" => tokens::decode(file, config, tensors, base)?,
         "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING" => virtual_tokens::decode(file, &kind, config, tensors, base)?,
-        combined::KIND => combined::decode(file, config, tensors, base)?,
         other => {
             return Err(InteropError::invalid(
                 file,
                 format!(
                     "peft_type {other:?} is not supported; supported are LORA, IA3, LN_TUNING, TRAINABLE_TOKENS, \
-                     PREFIX_TUNING, PROMPT_TUNING, P_TUNING, BITFIT, {}",
-                    combined::KIND
+                     PREFIX_TUNING, PROMPT_TUNING, P_TUNING, BITFIT"
                 ),
             ));
         }
@@ -208,10 +229,6 @@ fn json_file(name: &str, data: &[u8]) -> Result<Value, InteropError> {
     }
     let value: Value = serde_json::from_slice(data).map_err(|e| InteropError::invalid(name, e.to_string()))?;
     if value.is_object() { Ok(value) } else { Err(InteropError::invalid(name, "is not a JSON object")) }
-}
-
-fn missing_weights(files: &DeltaFiles) -> InteropError {
-    missing(files, WEIGHTS[0])
 }
 
 /// A file that is not there: because it was pickled, perhaps.
@@ -249,24 +266,11 @@ fn labels(
         return Ok(own.map(|h| h.labels.clone()).unwrap_or_default());
     };
     let n = head.weight.dims()[0];
-    let parse = |file: &str, data: &[u8]| -> Result<Vec<String>, InteropError> {
-        let names: Vec<String> = serde_json::from_slice(data)
-            .map_err(|e| InteropError::invalid(file, format!("not a list of names: {e}")))?;
-        if names.len() != n {
-            return Err(InteropError::invalid(file, format!("{} names for a head of {n} labels", names.len())));
-        }
-        let mut sorted: Vec<&String> = names.iter().collect();
-        sorted.sort();
-        match sorted.windows(2).find(|w| w[0] == w[1]) {
-            Some(twice) => Err(InteropError::invalid(file, format!("label {:?} appears twice", twice[0]))),
-            None => Ok(names),
-        }
-    };
-    if let Some(data) = files.files.get("labels.json") {
-        return parse("labels.json", data);
+    if let Some(data) = files.files.get(LABELS) {
+        return label_names(LABELS, data, n);
     }
     if let Some(text) = tensors.metadata("deltaserve.labels") {
-        return parse(WEIGHTS[0], text.as_bytes());
+        return label_names(WEIGHTS[0], text.as_bytes(), n);
     }
     if let Some(names) = &parts.labels {
         return Ok(names.clone());
@@ -274,6 +278,21 @@ fn labels(
     match &base.arch.head {
         Some(own) if own.labels.len() == n => Ok(own.labels.clone()),
         _ => Ok((0..n).map(|i| format!("LABEL_{i}")).collect()),
+    }
+}
+
+/// A JSON list of `n` distinct names.
+fn label_names(file: &str, data: &[u8], n: usize) -> Result<Vec<String>, InteropError> {
+    let names: Vec<String> =
+        serde_json::from_slice(data).map_err(|e| InteropError::invalid(file, format!("not a list of names: {e}")))?;
+    if names.len() != n {
+        return Err(InteropError::invalid(file, format!("{} names for a head of {n} labels", names.len())));
+    }
+    let mut sorted: Vec<&String> = names.iter().collect();
+    sorted.sort();
+    match sorted.windows(2).find(|w| w[0] == w[1]) {
+        Some(twice) => Err(InteropError::invalid(file, format!("label {:?} appears twice", twice[0]))),
+        None => Ok(names),
     }
 }
 

@@ -1,6 +1,6 @@
 //! A safetensors file of a stranger: its header is checked before any tensor is made.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
@@ -13,13 +13,11 @@ const MAX_HEADER_BYTES: u64 = 16 << 20;
 /// Most tensors in one file.
 const MAX_TENSORS: usize = 50_000;
 
-/// A checked file, or the part of it whose names begin with a prefix.
-#[derive(Clone)]
+/// A checked file.
 pub(super) struct TensorFile<'a> {
     name: &'a str,
-    inner: Arc<SafeTensors<'a>>,
-    metadata: Arc<HashMap<String, String>>,
-    prefix: String,
+    inner: SafeTensors<'a>,
+    metadata: HashMap<String, String>,
 }
 
 impl<'a> TensorFile<'a> {
@@ -44,12 +42,7 @@ impl<'a> TensorFile<'a> {
         if inner.is_empty() {
             return Err(bad("has no tensors".into()));
         }
-        Ok(Self { name, inner: Arc::new(inner), metadata: Arc::new(metadata), prefix: String::new() })
-    }
-
-    /// The tensors whose names begin with `prefix`, without it.
-    pub(super) fn part(&self, prefix: &str) -> Self {
-        Self { prefix: format!("{}{prefix}", self.prefix), ..self.clone() }
+        Ok(Self { name, inner, metadata })
     }
 
     /// The file's name.
@@ -63,8 +56,7 @@ impl<'a> TensorFile<'a> {
 
     /// Names, sorted.
     pub(super) fn names(&self) -> Vec<String> {
-        let own = self.inner.names().into_iter().filter_map(|n| n.strip_prefix(self.prefix.as_str()));
-        let mut names: Vec<String> = own.map(str::to_owned).collect();
+        let mut names: Vec<String> = self.inner.names().into_iter().map(str::to_owned).collect();
         names.sort_unstable();
         names
     }
@@ -77,7 +69,7 @@ impl<'a> TensorFile<'a> {
     /// One tensor as f32 on the CPU; every number must be finite.
     pub(super) fn get(&self, key: &str) -> Result<Tensor, InteropError> {
         let bad = |m: String| InteropError::invalid(self.name, m);
-        let view = self.inner.tensor(&format!("{}{key}", self.prefix)).map_err(|e| bad(format!("{key}: {e}")))?;
+        let view = self.inner.tensor(key).map_err(|e| bad(format!("{key}: {e}")))?;
         let dtype = match view.dtype() {
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,

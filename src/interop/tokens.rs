@@ -1,5 +1,7 @@
 //! Trainable tokens: replaced rows of the embedding (PEFT's TRAINABLE_TOKENS, and `trainable_token_indices` of LoRA).
 
+use std::collections::HashSet;
+
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
@@ -14,6 +16,9 @@ use crate::{
     model::Base,
 };
 
+/// Most tokens with rows of their own.
+const MAX_TOKENS: usize = 10_000;
+
 pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, InteropError> {
     let mut parts = Parts::default();
     let mut head = HeadTensors::default();
@@ -21,10 +26,12 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
     for name in tensors.names() {
         let (path, kind) = keys::split(&name);
         match (keys::owner(path, base), kind) {
-            (Some(Owner::Head(part)), kind @ ("weight" | "bias")) => head.take(part, kind, tensors.get(&name)?),
+            (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, &name, tensors.get(&name)?)?,
             (Some(Owner::Site(site, path)), "trainable_tokens_delta") => {
                 let ids = indices(file, "token_indices", config.get("token_indices"), &path, base)?;
-                parts.patches.extend(patches(file, site, &path, ids, tensors.get(&name)?, base)?);
+                for (site, patch) in patches(file, site, &path, ids, tensors.get(&name)?, base)? {
+                    parts.add(site, patch, &name, tensors)?;
+                }
             }
             _ => {
                 left.push(name);
@@ -61,11 +68,15 @@ pub(super) fn indices(
             .ok_or_else(|| bad(format!("{key} has no list for {path}")))?,
         _ => return Err(bad(format!("{key} is missing or not a list, and {path} has trained rows"))),
     };
+    if !(1..=MAX_TOKENS).contains(&list.len()) {
+        return Err(bad(format!("{key} has {} tokens; 1 to {MAX_TOKENS} are accepted", list.len())));
+    }
     let mut ids = Vec::with_capacity(list.len());
+    let mut seen = HashSet::with_capacity(list.len());
     for v in list {
         let id = v.as_u64().filter(|id| (*id as usize) < base.arch.vocab);
         let id = id.ok_or_else(|| bad(format!("{key}: {v} is no token of a vocabulary of {}", base.arch.vocab)))?;
-        if ids.contains(&(id as u32)) {
+        if !seen.insert(id) {
             return Err(bad(format!("{key}: token {id} is there twice")));
         }
         ids.push(id as u32);

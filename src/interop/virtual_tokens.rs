@@ -25,6 +25,8 @@ use crate::{
 pub(super) const EMBEDDINGS: &str = "prompt_embeddings";
 /// Most virtual positions.
 const MAX_VIRTUAL: usize = 65_536;
+/// Most numbers of a product that a prefix's network makes: 1 GiB.
+const MAX_PRODUCT: usize = 1 << 28;
 
 /// Where in a file something is, for messages.
 #[derive(Clone, Copy)]
@@ -161,7 +163,7 @@ fn collect(
         let (module, part) = keys::split(&name);
         match (keys::owner(module, base), part) {
             _ if name == EMBEDDINGS => embeddings = Some(tensors.get(&name)?),
-            (Some(Owner::Head(layer)), "weight" | "bias") => head.take(layer, part, tensors.get(&name)?),
+            (Some(Owner::Head(layer)), "weight" | "bias") => head.take(layer, &name, tensors.get(&name)?)?,
             _ => {
                 left.push(name);
                 continue;
@@ -301,6 +303,7 @@ fn hub_prefix(
         projected(
             at,
             act,
+            whole,
             get("wte.weight")?,
             [
                 (get("control_trans.0.weight")?, get("control_trans.0.bias")?),
@@ -321,10 +324,12 @@ const PREFIX_SUFFIXES: &[&str] = &[
     "self_prefix.control_trans.2.bias",
 ];
 
-/// `W2 act(W1 E + b1) + b2` of `[n, d]`, `[h, d]`, `[out, h]`: `[n, out]`.
+/// `W2 act(W1 E + b1) + b2` of `[n, d]`, `[h, d]`, `[out, h]`: `[n, out]`. Small factors make large products: sizes are
+/// checked before anything is multiplied.
 fn projected(
     at: At<'_>,
     act: &str,
+    whole: usize,
     table: &Tensor,
     [(w1, b1), (w2, b2)]: [(&Tensor, &Tensor); 2],
 ) -> Result<Tensor, InteropError> {
@@ -335,6 +340,16 @@ fn projected(
     if !fits {
         let dims = [table, w1, b1, w2, b2].map(|t| format!("{:?}", t.dims())).join(", ");
         return Err(at.bad(format!("wte and control_trans do not fit each other: {dims}")));
+    }
+    let (n, inner, out) = (table.dim(0)?, w1.dim(0)?, w2.dim(0)?);
+    if out != whole {
+        return Err(at.mismatch("the output of control_trans", out, whole));
+    }
+    if n > MAX_VIRTUAL || n.saturating_mul(inner.max(out)) > MAX_PRODUCT {
+        return Err(at.bad(format!(
+            "{n} virtual tokens of {inner} and {out} numbers; at most {MAX_VIRTUAL} tokens and {MAX_PRODUCT} numbers are \
+             accepted"
+        )));
     }
     let hidden = table.matmul(&w1.t()?.contiguous()?)?.broadcast_add(b1)?;
     let hidden = match act {

@@ -36,7 +36,7 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     }
     let mut what = format!("max |diff| {worst:.1e} (atol {atol:.1e})");
     if let Some(delta) = &delta {
-        match written(&base, delta)? {
+        match written(&base, delta, case)? {
             Some(again) => {
                 outputs(&base, Some(again), task, &want, atol, case)
                     .map_err(|o| relabel(o, "written and read again: "))?;
@@ -66,12 +66,18 @@ pub(crate) fn tracked(delta: &Delta) -> Step<Arc<Delta>> {
     delta.map(&mut { var }).map(Arc::new).map_err(fail)
 }
 
-/// The same delta written and read again; `None` where no format holds it.
-fn written(base: &Base, delta: &Delta) -> Step<Option<Arc<Delta>>> {
-    match interop::encode(delta, base, &EncodeMeta::default()) {
-        Ok(files) => interop::decode(&files, base).map(|d| Some(Arc::new(d))).map_err(fail),
-        Err(InteropError::Unapplied(_)) => Ok(None),
-        Err(e) => Err(fail(e)),
+/// Deltas that are read and never written, since no training makes them; with the reason that the writer gives.
+const NOT_WRITTEN: &[(&str, &str)] = &[];
+
+/// The same delta written and read again; `None` for those that are never written.
+fn written(base: &Base, delta: &Delta, case: &Value) -> Step<Option<Arc<Delta>>> {
+    let id = case["id"].as_str().unwrap_or_default();
+    let excused = NOT_WRITTEN.iter().find(|(known, _)| id.ends_with(known));
+    match (interop::encode(delta, base, &EncodeMeta::default()), excused) {
+        (Ok(files), None) => interop::decode(&files, base).map(|d| Some(Arc::new(d))).map_err(fail),
+        (Ok(_), Some(_)) => Err(fail("is written now: take it out of NOT_WRITTEN")),
+        (Err(InteropError::Unapplied(all)), Some((_, why))) if all.iter().all(|what| what.contains(why)) => Ok(None),
+        (Err(e), _) => Err(fail(format!("it cannot be written: {e}"))),
     }
 }
 

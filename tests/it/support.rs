@@ -135,8 +135,8 @@ impl World {
             .spawn()
             .expect("the binary starts");
         let address = format!("http://127.0.0.1:{port}");
-        let channel = Channel::from_shared(address).expect("an address").connect_lazy();
-        let mut spawned = Spawned { child, client: Client { channel, tenant: "default".into() } };
+        let channel = Channel::from_shared(address.clone()).expect("an address").connect_lazy();
+        let mut spawned = Spawned { child, address, client: Client { channel, tenant: "default".into() } };
         eventually("the binary answers", async || spawned.client.info().await.is_ok()).await;
         assert!(spawned.child.try_wait().expect("its state").is_none(), "the binary ended");
         spawned
@@ -156,7 +156,7 @@ impl World {
         self.encode(&delta)
     }
 
-    fn random_delta(&self, seed: u64, task: Task, head: Option<Head>) -> Delta {
+    pub(crate) fn random_delta(&self, seed: u64, task: Task, head: Option<Head>) -> Delta {
         let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let patches = self.base.sites.linears().map(|(id, site)| {
             let a = random(&mut rng, (4, site.in_dim), 0.4);
@@ -174,7 +174,7 @@ impl World {
         Delta::new(spec, patches.collect(), head)
     }
 
-    fn encode(&self, delta: &Delta) -> DeltaFiles {
+    pub(crate) fn encode(&self, delta: &Delta) -> DeltaFiles {
         interop::encode(delta, &self.base, &EncodeMeta::default()).expect("a delta is encoded")
     }
 
@@ -184,7 +184,7 @@ impl World {
     }
 }
 
-fn random(rng: &mut Rng, shape: (usize, usize), spread: f32) -> Tensor {
+pub(crate) fn random(rng: &mut Rng, shape: (usize, usize), spread: f32) -> Tensor {
     let data: Vec<f32> = (0..shape.0 * shape.1).map(|_| spread * rng.normal()).collect();
     Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
 }
@@ -205,6 +205,7 @@ impl Running {
 /// A server of its own; killed when dropped.
 pub(crate) struct Spawned {
     pub(crate) child: Child,
+    pub(crate) address: String,
     pub(crate) client: Client,
 }
 

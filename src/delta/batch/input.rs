@@ -15,7 +15,7 @@ impl DeltaBatch {
     }
 
     /// (slot, scale) of a site, in order.
-    fn input_scales(&self, site: SiteId) -> Vec<(usize, &Tensor)> {
+    pub(super) fn input_scales(&self, site: SiteId) -> Vec<(usize, &Tensor)> {
         let plan = self.plan.get(site).map_or(&[][..], Vec::as_slice);
         let of = |(slot, range): &(usize, std::ops::Range<usize>)| {
             let slot = *slot;
@@ -47,7 +47,7 @@ impl DeltaBatch {
     }
 
     /// Differentiable, any device.
-    fn scaled_input_reference(&self, scales: &[(usize, &Tensor)], x: &Tensor) -> Result<Tensor> {
+    pub(super) fn scaled_input_reference(&self, scales: &[(usize, &Tensor)], x: &Tensor) -> Result<Tensor> {
         let mut y = x.clone();
         for (slot, s) in scales {
             let s = s.to_dtype(x.dtype())?;

@@ -1,6 +1,6 @@
 //! Bottleneck adapters: AdapterHub's tensors to patches of sublayers.
 
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
 use candle_core::Tensor;
 
@@ -18,6 +18,9 @@ use crate::{
 /// Epsilon of the library's own norms (torch's default).
 const NORM_EPS: f64 = 1e-5;
 
+/// Most numbers that the factors of a file may be multiplied out to: 1 GiB.
+const MAX_MADE: usize = 1 << 28;
+
 /// Tensors of one adapter by what follows the adapter's name.
 type Found = BTreeMap<String, Tensor>;
 
@@ -28,13 +31,14 @@ pub(super) fn decode(
     base: &Base,
 ) -> Result<Parts, InteropError> {
     let (mut sites, rule) = collect(config, name, tensors, base)?;
+    let made = Cell::new(0);
     let mut parts = Parts::default();
     for (site, layer, half, path) in places::all(base) {
         let wanted = if half == Half::Attn { config.attention } else { config.output };
         let wanted = wanted && !config.leave_out.contains(&layer);
         match (sites.remove(&site), wanted) {
             (Some(found), true) => {
-                let one = One { config, path: &path, layer, tensors, base, rule: rule.as_ref() };
+                let one = One { config, path: &path, layer, tensors, base, rule: rule.as_ref(), made: &made };
                 parts.patches.push((site, Patch::Bottleneck(Box::new(one.build(found)?))));
             }
             (None, true) => {
@@ -75,9 +79,14 @@ fn collect(
         let shared = bare.strip_prefix("shared_parameters.").and_then(|r| r.strip_prefix(name));
         match (place, shared) {
             (Some((site, suffix)), _) => {
-                sites.entry(site).or_default().insert(suffix.to_owned(), tensors.get(&key)?);
+                if sites.entry(site).or_default().insert(suffix.to_owned(), tensors.get(&key)?).is_some() {
+                    return Err(InteropError::invalid(
+                        tensors.file(),
+                        format!("{key} is there under another name, too"),
+                    ));
+                }
             }
-            (None, Some(".phm_rule")) if config.phm => rule = Some(PhmRule::new(tensors.get(&key)?)),
+            (None, Some(".phm_rule")) if config.phm => rule = Some(phm_rule(tensors.get(&key)?, tensors.file())?),
             _ => {
                 left.push(key);
                 continue;
@@ -91,6 +100,10 @@ fn collect(
     Ok((sites, rule))
 }
 
+fn phm_rule(rule: Tensor, file: &str) -> Result<PhmRule, InteropError> {
+    PhmRule::new(rule).map_err(|m| InteropError::invalid(file, m))
+}
+
 /// One adapter under construction.
 struct One<'a> {
     config: &'a BottleneckConfig,
@@ -99,6 +112,8 @@ struct One<'a> {
     tensors: &'a TensorFile<'a>,
     base: &'a Base,
     rule: Option<&'a PhmRule>,
+    /// Numbers that factors of this file were multiplied out to so far.
+    made: &'a Cell<usize>,
 }
 
 impl One<'_> {
@@ -124,7 +139,7 @@ impl One<'_> {
         if let Some(extra) = found.keys().next() {
             return Err(InteropError::Unapplied(vec![format!("{}: {extra}", self.path)]));
         }
-        let width = down_bias.elem_count();
+        let width = down_weight.dims().first().copied().unwrap_or(0);
         if let Some(want) = c.width(self.layer, hidden).filter(|w| *w != width) {
             return Err(InteropError::invalid(
                 &c.file,
@@ -132,7 +147,13 @@ impl One<'_> {
             ));
         }
         let fits = |t: &Tensor, dims: [usize; 2]| t.dims() == dims;
-        if !fits(&down_weight, [width, hidden]) || !fits(&up_weight, [hidden, width]) || up_bias.dims() != [hidden] {
+        for (key, bias, n) in [(down.as_str(), &down_bias, width), ("adapter_up", &up_bias, hidden)] {
+            if bias.dims() != [n] {
+                let message = format!("{}: the bias of {key} is {:?}; [{n}] is accepted", self.path, bias.dims());
+                return Err(InteropError::invalid(self.tensors.file(), message));
+            }
+        }
+        if !fits(&down_weight, [width, hidden]) || !fits(&up_weight, [hidden, width]) {
             return Err(InteropError::BaseMismatch(format!(
                 "{}: the adapter maps {:?} and {:?}, this server's base {} has hidden size {hidden}",
                 self.path,
@@ -179,14 +200,25 @@ impl One<'_> {
         if !self.config.phm {
             return Ok((self.any(found, &format!("{key}.weight"))?, self.any(found, &format!("{key}.bias"))?));
         }
-        let own = found.remove(&format!("{key}.phm_rule")).map(PhmRule::new);
+        let own = found.remove(&format!("{key}.phm_rule")).map(|t| phm_rule(t, self.tensors.file())).transpose()?;
         let rule = own.as_ref().or(self.rule);
         let rule = rule.ok_or_else(|| InteropError::invalid(self.tensors.file(), "phm_rule is missing"))?;
         let left = self.any(found, &format!("{key}.W_left"))?;
         let right = self.any(found, &format!("{key}.W_right"))?;
-        let weight = rule.matrix(&left, &right).map_err(|e| {
-            InteropError::invalid(self.tensors.file(), format!("{}: {key} does not fit its phm_rule: {e}", self.path))
-        })?; // [in, out]
+        let bad = |m: String| InteropError::invalid(self.tensors.file(), format!("{}: {key} {m}", self.path));
+        let (input, out) = rule.shape(&left, &right).map_err(bad)?;
+        let hidden = self.base.arch.hidden;
+        let (own, width) = if key == "adapter_up" { (out, input) } else { (input, out) };
+        let made = self.made.get().saturating_add(input.saturating_mul(out));
+        if own != hidden || width > super::config::MAX_WIDTH || made > MAX_MADE {
+            return Err(bad(format!(
+                "makes a matrix of {input} x {out} and {made} numbers in all; hidden size {hidden}, widths to {} and \
+                 {MAX_MADE} numbers are accepted",
+                super::config::MAX_WIDTH
+            )));
+        }
+        self.made.set(made);
+        let weight = rule.matrix(&left, &right)?; // [in, out]
         let bias = match found.remove(&format!("{key}.b")) {
             Some(b) => b,
             None => Tensor::zeros(weight.dim(1)?, weight.dtype(), weight.device())?,

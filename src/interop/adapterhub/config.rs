@@ -22,6 +22,11 @@ const UNSUPPORTED: &[&str] = &[
     "vera_d",
 ];
 
+/// Widest bottleneck.
+pub(super) const MAX_WIDTH: usize = 65_536;
+/// Largest reduction factor.
+const MAX_FACTOR: f64 = 65_536.0;
+
 /// Access to the object with errors that name the field.
 struct Fields<'a> {
     file: &'a str,
@@ -120,7 +125,7 @@ impl BottleneckConfig {
             attention: f.flag("mh_adapter", false)?,
             output: f.flag("output_adapter", true)?,
             leave_out: f.layers("leave_out")?,
-            reduction: reduction(&f)?,
+            reduction: reduction(&f, base.arch.hidden)?,
             act: Act::from_hf(act)
                 .ok_or_else(|| f.bad("non_linearity", format!("is {act:?}; accepted are {}", Act::NAMES.join(", "))))?,
             scaling: scaling(&f)?,
@@ -139,9 +144,17 @@ impl BottleneckConfig {
     }
 }
 
-fn reduction(f: &Fields<'_>) -> Result<BTreeMap<Option<usize>, f64>, InteropError> {
-    let number = |v: &Value| v.as_f64().filter(|n| n.is_finite() && *n > 0.0);
-    let bad = || f.bad("reduction_factor", "is not a positive number, nor an object of them by layer");
+fn reduction(f: &Fields<'_>, hidden: usize) -> Result<BTreeMap<Option<usize>, f64>, InteropError> {
+    // the library takes factors below 1 (a layer wider than its input); the width is bounded instead
+    let fits = |n: &f64| *n > 0.0 && *n <= MAX_FACTOR && hidden as f64 / n <= MAX_WIDTH as f64;
+    let number = |v: &Value| v.as_f64().filter(fits);
+    let bad = || {
+        let text = format!(
+            "is not a number, nor an object of them by layer, above 0 and at most {MAX_FACTOR} that gives a width of at \
+             most {MAX_WIDTH}"
+        );
+        f.bad("reduction_factor", text)
+    };
     let mut out = BTreeMap::new();
     match f.get("reduction_factor") {
         None => {}

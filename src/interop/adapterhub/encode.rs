@@ -50,7 +50,7 @@ pub(in crate::interop) fn folder(w: &Writer<'_>, part: &Part) -> Result<DeltaFil
 ///
 /// # Errors
 /// Adapters that no single configuration describes.
-pub(in crate::interop) fn encode_part(w: &Writer<'_>, patches: &Patches<'_>) -> Result<Part, InteropError> {
+fn encode_part(w: &Writer<'_>, patches: &Patches<'_>) -> Result<Part, InteropError> {
     let places: BTreeMap<_, _> = places::all(w.base).into_iter().map(|(id, l, h, path)| (id, (l, h, path))).collect();
     let mut tensors = Named::new();
     let mut found: Vec<(usize, Half, &Bottleneck)> = Vec::new();

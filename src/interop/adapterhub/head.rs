@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::{
-    super::{InteropError, Parts, tensors::TensorFile},
+    super::{InteropError, Parts, keys, tensors::TensorFile},
     HEAD_CONFIG,
 };
 use crate::{
@@ -25,6 +25,9 @@ pub(super) fn decode(
     base: &Base,
 ) -> Result<Task, InteropError> {
     let bad = |m: String| InteropError::invalid(HEAD_CONFIG, m);
+    if parts.head.is_some() {
+        return Err(bad("brings a second head: the weights beside it have one already".into()));
+    }
     let own = config.get("config").filter(|c| c.is_object()).ok_or_else(|| bad("config is not an object".into()))?;
     let text = |key: &str| own.get(key).and_then(Value::as_str);
     let task = match text("head_type") {
@@ -70,11 +73,15 @@ fn collect(name: &str, tensors: &TensorFile<'_>) -> Result<Vec<Linear>, InteropE
     for key in tensors.names() {
         let place = key.strip_prefix(&prefix).and_then(|r| r.split_once('.'));
         let place = place.and_then(|(i, kind)| Some((i.parse::<usize>().ok()?, kind)));
-        match place {
-            Some((i, "weight")) => linears.entry(i).or_default().0 = Some(tensors.get(&key)?),
-            Some((i, "bias")) => linears.entry(i).or_default().1 = Some(tensors.get(&key)?),
-            _ => left.push(key),
-        }
+        let place = match place {
+            Some((i, "weight")) => &mut linears.entry(i).or_default().0,
+            Some((i, "bias")) => &mut linears.entry(i).or_default().1,
+            _ => {
+                left.push(key);
+                continue;
+            }
+        };
+        keys::once(place, tensors.get(&key)?, &key, tensors.file())?;
     }
     if left.is_empty() { Ok(linears.into_values().collect()) } else { Err(InteropError::Unapplied(left)) }
 }

@@ -46,7 +46,7 @@ pub(super) fn decode(
         let found = modules.entry(site).or_default();
         found.path = path;
         let place = if kind == "lora_A" { &mut found.a } else { &mut found.b };
-        *place = Some(tensors.get(&key)?);
+        keys::once(place, tensors.get(&key)?, &key, tensors.file())?;
         applied += 1;
     }
     if !left.is_empty() {
@@ -109,10 +109,10 @@ fn scale(config: &LoraConfig, site: SiteId, found: Found, base: &Base) -> Result
     };
     let (starts, width) = thirds(config, site, base);
     let out_dim = base.sites.get(site).map_or(0, |e| e.out_dim);
-    if b.elem_count() != starts.len() * width {
+    if b.dims() != [starts.len() * width, 1] {
         return Err(InteropError::BaseMismatch(format!(
-            "{path}: lora_B has {} numbers for {} outputs",
-            b.elem_count(),
+            "{path}: lora_B is {:?}; [{}, 1] is accepted",
+            b.dims(),
             starts.len() * width
         )));
     }

@@ -11,7 +11,7 @@ mod places;
 #[cfg(test)]
 mod tests;
 
-pub(super) use encode::{NAME, about, encode, encode_part, folder};
+pub(super) use encode::{NAME, about, encode, folder};
 
 use serde_json::Value;
 

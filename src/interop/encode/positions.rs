@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Named, Part, Writer, plain};
 use crate::{
-    delta::{Delta, DeltaFiles, Patch, Prefix, PrefixForm, Prompt, PromptStage},
+    delta::{DeltaFiles, Patch, Prefix, PrefixForm, Prompt, PromptStage},
     interop::{
         InteropError,
         adapterhub::{self, NAME},
@@ -15,15 +15,7 @@ use crate::{
     },
 };
 
-/// Whether the delta is nothing but one prompt or one prefix, with or without a head.
-pub(super) fn only(delta: &Delta) -> bool {
-    let prompt = |p: &Patch| matches!(p, Patch::Prompt(_));
-    let prefix = |p: &Patch| matches!(p, Patch::Prefix(_));
-    let patches = delta.patches();
-    !patches.is_empty() && (patches.iter().all(|(_, p)| prompt(p)) || patches.iter().all(|(_, p)| prefix(p)))
-}
-
-/// Writes such a delta.
+/// Writes a delta that is one prompt or one prefix, with or without a head.
 ///
 /// # Errors
 /// A head that has no place in the library's form.

@@ -91,8 +91,11 @@ impl Resolver<'_> {
     fn check_site(&mut self, field: &str, part: &LoraPart, site: SiteId, plan: &LowRankPlan) {
         let Some(e) = self.base.sites.get(site) else { return };
         let (embedding, least, module) = (e.site == Site::Embedding, e.in_dim.min(e.out_dim), e.module.clone());
-        if embedding && (part.dora || plan.pissa || plan.dropout > 0.0) {
-            self.problem(field, format!("{module} is the embedding, which takes plain LoRA without dropout only"));
+        if embedding && (part.dora || plan.pissa || plan.dropout > 0.0 || part.b_bias) {
+            self.problem(
+                field,
+                format!("{module} is the embedding, which takes plain LoRA without dropout and biases only"),
+            );
         }
         if plan.pissa && !embedding && plan.rank > least {
             self.problem(field, format!("rank {} of {module}: PiSSA's is at most {least} there", plan.rank));

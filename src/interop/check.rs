@@ -1,0 +1,74 @@
+//! What holds for every delta that was read, whichever form its files have: the forward can apply all of it.
+
+use super::InteropError;
+use crate::{
+    delta::{Delta, Head, Patch, SiteId, Task},
+    model::Base,
+};
+
+fn module(site: SiteId, base: &Base) -> String {
+    base.sites.get(site).map_or_else(|| format!("site {site}"), |e| e.label())
+}
+
+/// Every patch is of a kind that its site takes, and of the right shape.
+///
+/// # Errors
+/// [`InteropError::Unapplied`] names the modules.
+pub(super) fn applicable(delta: &Delta, base: &Base) -> Result<(), InteropError> {
+    let problem = |(site, patch): &(SiteId, Patch)| {
+        let why = match base.sites.get(*site) {
+            Some(entry) => patch.misfit(entry, base.arch.vocab)?,
+            None => "no site of this base".to_owned(),
+        };
+        Some(format!("{}: {why}", module(*site, base)))
+    };
+    let problems: Vec<String> = delta.patches().iter().filter_map(problem).collect();
+    if problems.is_empty() { Ok(()) } else { Err(InteropError::Unapplied(problems)) }
+}
+
+/// No patch undoes another: what replaces the base's own (a norm's gain and bias, a whole matrix) comes first at its site,
+/// and nothing that was made from the base's matrix follows another one.
+///
+/// # Errors
+/// [`InteropError::Unapplied`] names the module and both kinds.
+pub(super) fn order(delta: &Delta, base: &Base) -> Result<(), InteropError> {
+    let mut rest = delta.patches();
+    while let Some((site, _)) = rest.first() {
+        let n = rest.iter().take_while(|(s, _)| s == site).count();
+        let (here, after) = rest.split_at(n);
+        rest = after;
+        // an input's scale is ahead of the matrix, whichever that is
+        let rows = here.iter().map(|(_, p)| p).filter(|p| !p.adds_positions() && !matches!(p, Patch::InScale(_)));
+        let rows: Vec<&Patch> = rows.collect();
+        for pair in rows.windows(2) {
+            if pair[1].replaces() {
+                let (before, after) = (pair[0].kind(), pair[1].kind());
+                let what = format!("{}: a {before}, which a {after} behind it would replace", module(*site, base));
+                return Err(InteropError::Unapplied(vec![what]));
+            }
+        }
+        let own = |p: &&&Patch| matches!(p, Patch::TokenRows(_) | Patch::Dora(_));
+        if let (Some(Patch::Matrix(_)), Some(other)) = (rows.first(), rows.iter().find(own)) {
+            let what =
+                format!("{}: a {} of the base's matrix beside a whole matrix", module(*site, base), other.kind());
+            return Err(InteropError::Unapplied(vec![what]));
+        }
+    }
+    Ok(())
+}
+
+/// A head from a weights file has all the layers that the family classifies texts with.
+///
+/// # Errors
+/// The name of the layer that is missing.
+pub(super) fn head_layers(file: &str, head: &Head, task: Option<Task>, base: &Base) -> Result<(), InteropError> {
+    let Some(inner) = base.arch.names.cls_inner else { return Ok(()) };
+    if task.unwrap_or(Task::SeqCls) != Task::SeqCls || !head.layers.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "{}.weight is missing: a {} classifies texts by {} and {}; one layer is accepted with task_type TOKEN_CLS",
+        inner.dense, base.arch.model_type, inner.dense, inner.out
+    );
+    Err(InteropError::invalid(file, message))
+}
