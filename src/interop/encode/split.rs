@@ -66,9 +66,10 @@ fn is_hub(group: &Group) -> bool {
     })
 }
 
-/// Whether one folder of this form has one place for both.
-fn collide(kind: Kind, a: &Patch, b: &Patch) -> bool {
-    kind == Kind::Ia3 || std::mem::discriminant(a) == std::mem::discriminant(b)
+/// Whether a folder has one place for both: one of a kind, and one of (IA)3's two scales.
+fn collide(a: &Patch, b: &Patch) -> bool {
+    let scale = |p: &Patch| matches!(p, Patch::Scale(_) | Patch::InScale(_));
+    (scale(a) && scale(b)) || std::mem::discriminant(a) == std::mem::discriminant(b)
 }
 
 /// By site: the groups of its patches, in order.
@@ -101,7 +102,7 @@ fn groups(w: &Writer<'_>) -> Result<(Vec<Group>, Places), InteropError> {
             Patch::Prefix(_) => Kind::Prefix,
         };
         let before = all[..at].iter().rev().take_while(|(s, _)| s == site);
-        let nth = before.filter(|(_, p)| collide(kind, p, patch) && in_form(kind, p)).count();
+        let nth = before.filter(|(_, p)| collide(p, patch)).count();
         let group = groups.iter().position(|g| (g.kind, g.nth) == (kind, nth)).unwrap_or_else(|| {
             groups.push(Group { kind, nth, patches: Vec::new() });
             groups.len() - 1
@@ -110,11 +111,6 @@ fn groups(w: &Writer<'_>) -> Result<(Vec<Group>, Places), InteropError> {
         places.entry(*site).or_default().push(group);
     }
     Ok((groups, places))
-}
-
-/// Whether a patch would be written in this form; matters to (IA)3 alone, whose two kinds share one place.
-fn in_form(kind: Kind, patch: &Patch) -> bool {
-    kind != Kind::Ia3 || matches!(patch, Patch::Scale(_) | Patch::InScale(_))
 }
 
 /// An order of the groups that is right at every site: first what nothing else must be ahead of.
