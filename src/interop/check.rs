@@ -72,3 +72,6 @@ pub(super) fn head_layers(file: &str, head: &Head, task: Option<Task>, base: &Ba
     );
     Err(InteropError::invalid(file, message))
 }
+
+#[cfg(test)]
+mod tests;
