@@ -38,10 +38,18 @@ impl DeltaBatch {
             return self.scaled_input_reference(&scales, x);
         }
         let y = x.contiguous()?.copy()?;
-        let groups: Vec<_> = scales
-            .iter()
-            .map(|(slot, s)| SitePatches { rows: &self.slots[*slot].rows, ops: vec![PatchRows::Scale(s)] })
-            .collect();
+        // the row kernel has one group per row: all scales of a delta are in it
+        let mut groups: Vec<(usize, SitePatches<'_>)> = Vec::new();
+        for (slot, s) in scales {
+            match groups.last_mut().filter(|(last, _)| *last == slot) {
+                Some((_, group)) => group.ops.push(PatchRows::Scale(s)),
+                None => {
+                    let group = SitePatches { rows: &self.slots[slot].rows, ops: vec![PatchRows::Scale(s)] };
+                    groups.push((slot, group));
+                }
+            }
+        }
+        let groups: Vec<_> = groups.into_iter().map(|(_, group)| group).collect();
         ops::patch_in_place(&y, 0..y.dim(1)?, &y.copy()?, &groups)?;
         Ok(y)
     }
