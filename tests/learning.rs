@@ -62,12 +62,15 @@ fn a_classifier_learns() {
             ..HyperParams::default()
         },
         publish: PublishPolicy::Upsert,
+        from_delta: None,
+        ewc: None,
         idempotency_key: None,
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));
     let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
-    let prepared = prepare(Inputs { params: &params, train: &train, validation: Some(&test) }, info, &codec)
-        .unwrap_or_else(|problems| panic!("{problems:#?}"));
+    let prepared =
+        prepare(Inputs { params: &params, train: &train, validation: Some(&test), start: None }, info, &codec)
+            .unwrap_or_else(|problems| panic!("{problems:#?}"));
     println!("{} parameters, {:?}", prepared.reply.trainable_parameters, prepared.reply.memory);
     let start = Instant::now();
     let mut run = Run::new(base, None, RunInput::from(&prepared)).unwrap();

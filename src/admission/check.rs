@@ -235,6 +235,7 @@ impl TrainParams {
             }
         }
         self.check_methods(&mut problems);
+        self.check_ewc(&mut problems);
         self.check_labels(&mut problems);
         self.hyper.check("spec.hyper", &mut problems);
         if let Some(key) = &self.idempotency_key {
@@ -246,7 +247,9 @@ impl TrainParams {
     }
 
     fn check_methods(&self, problems: &mut Problems) {
-        problems.count("spec.methods", self.methods.len(), 1, MAX_METHODS);
+        // a delta to start from says what it is made of
+        let least = usize::from(self.from_delta.is_none());
+        problems.count("spec.methods", self.methods.len(), least, MAX_METHODS);
         let mut kinds: Vec<&str> = Vec::new();
         for (i, method) in self.methods.iter().enumerate().take(MAX_METHODS) {
             let at = format!("spec.methods[{i}]");
@@ -269,6 +272,16 @@ impl TrainParams {
                 MethodPart::PTuning(part) => part.check(&format!("{at}.p_tuning"), problems),
             }
         }
+    }
+
+    fn check_ewc(&self, problems: &mut Problems) {
+        let Some(ewc) = &self.ewc else { return };
+        problems.require(self.from_delta.is_some(), "spec.ewc", || {
+            "is given without from_delta: there is nothing to hold on to".into()
+        });
+        ewc.data.check("spec.ewc.data", problems);
+        problems.range("spec.ewc.lambda", ewc.lambda, &Range::above(0.0, 1e9));
+        problems.integer("spec.ewc.max_examples", ewc.max_examples.unwrap_or(1), 1, 100_000);
     }
 
     fn check_labels(&self, problems: &mut Problems) {

@@ -172,6 +172,9 @@ pub struct MetricsEvent {
     pub step_ms: f64,
     /// Those of them given to serving.
     pub yielded_ms: f64,
+    /// EWC's penalty on the values that the step began with; not part of `loss`.
+    #[serde(default)]
+    pub ewc_penalty: f64,
 }
 
 /// Metrics of an evaluation on the validation examples.

@@ -30,7 +30,7 @@ pub struct TrainParams {
     pub data: TrainData,
     /// The examples for evaluation; `None` = no evaluation.
     pub validation: Option<Validation>,
-    /// What is trained beside the head; at least one part. Kinds do not repeat.
+    /// What is trained beside the head; at least one part unless `from_delta` says it. Kinds do not repeat.
     pub methods: Vec<MethodPart>,
     /// Label names in index order; empty = sorted names found in the data.
     pub labels: Vec<String>,
@@ -38,8 +38,45 @@ pub struct TrainParams {
     pub hyper: HyperParams,
     /// What the publish may do to an existing name.
     pub publish: PublishPolicy,
+    /// Start at the values of this delta (`name` or `name@version`).
+    #[serde(default)]
+    pub from_delta: Option<String>,
+    /// Hold on to what that delta knows.
+    #[serde(default)]
+    pub ewc: Option<EwcParams>,
     /// Two creates with one key are one job; the same key with another request is an error.
     pub idempotency_key: Option<String>,
+}
+
+/// Elastic weight consolidation (Kirkpatrick et al. 2017); FORMATS 5.6.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EwcParams {
+    /// Examples of the old task.
+    pub data: TrainData,
+    /// Strength, in (0, 1e9].
+    pub lambda: f64,
+    /// At most this many examples, spread evenly; 1 to 100000, default 512.
+    pub max_examples: Option<u32>,
+}
+
+/// The version that a job starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedFrom {
+    /// `name@number`.
+    pub name: String,
+    /// Version digest, 64 hexadecimal digits.
+    pub id: String,
+    /// Whether its head is taken, too.
+    pub head: bool,
+}
+
+/// EWC as used.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ResolvedEwc {
+    /// Strength.
+    pub lambda: f64,
+    /// Examples that the Fisher information is taken from.
+    pub examples: u32,
 }
 
 /// Where examples come from. Examples given as messages are turned into JSON lines at the edge, so that there is one
@@ -271,6 +308,12 @@ pub struct ResolvedTraining {
     pub eval_every: u32,
     /// Packing.
     pub packing: bool,
+    /// Where the values start; `None` = fresh.
+    #[serde(default)]
+    pub started_from: Option<StartedFrom>,
+    /// EWC.
+    #[serde(default)]
+    pub ewc: Option<ResolvedEwc>,
 }
 
 /// What a job would do: the reply of `Plan`.
@@ -303,7 +346,7 @@ pub struct MemoryEstimate {
     pub parameters: u64,
     /// Their gradients.
     pub gradients: u64,
-    /// AdamW's moments.
+    /// AdamW's moments, and EWC's two tensors.
     pub optimizer: u64,
     /// Kept activations of one micro-batch and the largest temporary.
     pub activations: u64,
@@ -377,6 +420,8 @@ mod tests {
             labels: vec!["no".into(), "yes".into()],
             hyper: HyperParams { learning_rate: Some(3e-4), ..HyperParams::default() },
             publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
+            from_delta: Some("old@2".into()),
+            ewc: Some(EwcParams { data: TrainData::Dataset("d0".into()), lambda: 2.0, max_examples: None }),
             idempotency_key: None,
         };
         let stored = serde_json::to_string(&params)?;

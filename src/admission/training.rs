@@ -16,8 +16,17 @@ use super::{
 };
 use crate::{
     ids::TenantId,
+    interop::{self, EncodeMeta},
+    registry::DeltaLease,
     store::{DatasetRecord, NewDataset},
-    train::{BaseInfo, Inputs, Prepared, TrainError, dataset::Dataset, joblog::LogError, prepare, spec::BaseShape},
+    train::{
+        BaseInfo, Inputs, Prepared, TrainError,
+        dataset::Dataset,
+        joblog::LogError,
+        prepare,
+        spec::BaseShape,
+        transfer::{Continue, StartingDelta},
+    },
 };
 
 fn dataset_info(d: &DatasetRecord) -> DatasetInfo {
@@ -116,13 +125,38 @@ impl Service {
             Some(Validation::Data(data)) => Some(self.data(tenant, data).await?),
             _ => None,
         };
+        let from = self.starting_delta(tenant, &params).await?;
+        let old = match &params.ewc {
+            Some(ewc) => Some(self.data(tenant, &ewc.data).await?),
+            None => None,
+        };
         self.blocking(move |parts| {
             let base = &parts.base;
+            if let Some((_, lease)) = &from {
+                // found out now, not when the job is done: what cannot be written cannot be published
+                interop::encode(lease.delta(), base, &EncodeMeta::default())
+                    .map_err(|e| ServeError::field("spec.from_delta", format!("cannot be trained further: {e}")))?;
+            }
+            let start = from.as_ref().map(|(from, _)| Continue { from, old: old.as_deref() });
             let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
-            let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref() };
+            let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref(), start };
             prepare(inputs, info, &parts.codec).map_err(|found| ServeError::Invalid(in_request(found)))
         })
         .await
+    }
+
+    /// The delta that a job starts from, leased until the job has copied its values.
+    async fn starting_delta(
+        &self,
+        tenant: &TenantId,
+        params: &TrainParams,
+    ) -> Result<Option<(StartingDelta, DeltaLease)>, ServeError> {
+        let reference = params.from_delta.as_deref().unwrap_or_default();
+        let Some(lease) = self.lease(tenant, reference).await? else { return Ok(None) };
+        let version = lease.version();
+        let name = format!("{}@{}", version.name, version.number);
+        let start = StartingDelta::new(name, lease.id(), Arc::clone(lease.delta()), lease.clone());
+        Ok(Some((start, lease)))
     }
 
     /// The bytes of a request's data.

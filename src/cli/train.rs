@@ -38,9 +38,11 @@ pub(super) struct TrainArgs {
     /// What the delta is for.
     #[arg(long, default_value = "causal-lm")]
     task: TaskArg,
-    /// What is trained; may be repeated.
-    #[arg(long, default_value = "lora")]
+    /// What is trained; may be repeated. Default: lora, or what --from-delta is made of.
+    #[arg(long)]
     method: Vec<MethodArg>,
+    #[command(flatten)]
+    start: StartArgs,
     #[command(flatten)]
     methods: MethodArgs,
     #[command(flatten)]
@@ -68,6 +70,31 @@ enum TaskArg {
     CausalLm,
     SeqCls,
     TokenCls,
+}
+
+#[derive(Debug, Clone, Args)]
+struct StartArgs {
+    /// Start at the values of this delta: name or name@version.
+    #[arg(long, value_name = "DELTA")]
+    from_delta: Option<String>,
+    /// Hold on to what that delta knows (EWC): JSON Lines file with examples of its task.
+    #[arg(long, value_name = "FILE", requires = "from_delta", requires = "ewc_lambda")]
+    ewc_file: Option<std::path::PathBuf>,
+    /// How strongly.
+    #[arg(long, value_name = "LAMBDA", requires = "ewc_file")]
+    ewc_lambda: Option<f64>,
+    /// At most this many of its examples are used.
+    #[arg(long, value_name = "N", requires = "ewc_file")]
+    ewc_examples: Option<u32>,
+}
+
+impl StartArgs {
+    async fn ewc(&self, common: &Common, client: &Client) -> anyhow::Result<Option<proto::Ewc>> {
+        let (Some(file), Some(lambda)) = (&self.ewc_file, self.ewc_lambda) else { return Ok(None) };
+        let id = upload(common, client, file).await?;
+        let data = Some(proto::TrainingData { source: Some(proto::training_data::Source::DatasetId(id)) });
+        Ok(Some(proto::Ewc { data, lambda, max_examples: self.ewc_examples }))
+    }
 }
 
 #[derive(Debug, Clone, Args)]
@@ -132,7 +159,8 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
         Some(file) => Some(upload(common, &client, file).await?),
         None => None,
     };
-    let spec = spec(&args, dataset, validation)?;
+    let ewc = args.start.ewc(common, &client).await?;
+    let spec = proto::TrainingSpec { ewc, ..spec(&args, dataset, validation)? };
     if args.plan {
         return plan(common, &client, spec).await;
     }
@@ -172,6 +200,10 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         TaskArg::SeqCls => proto::Task::SeqCls,
         TaskArg::TokenCls => proto::Task::TokenCls,
     };
+    let methods = match (args.method.as_slice(), &args.start.from_delta) {
+        ([], None) => &[MethodArg::Lora],
+        (given, _) => given,
+    };
     Ok(proto::TrainingSpec {
         output_name: args.name.clone(),
         task: task.into(),
@@ -179,10 +211,12 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         validation: validation
             .map(|id| Validation::ValidationData(data(id)))
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
-        methods: args.method.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
+        methods: methods.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
         hyper: Some(hyper(&args.hyper)),
         publish: Some(args.publish.policy()),
+        from_delta: args.start.from_delta.clone().unwrap_or_default(),
+        ewc: None,
     })
 }
 

@@ -87,6 +87,8 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         seed: 11,
         eval_every: 0,
         packing: false,
+        started_from: None,
+        ewc: None,
     }
 }
 
@@ -94,7 +96,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
     let labels: Vec<String> = if task.generates() { vec![] } else { vec!["a".into(), "b".into()] };
     let spec = TrainSpec::resolve(methods, task, &labels, shape(base)).unwrap();
     let resolved = ResolvedTraining { task, labels, methods: methods.to_vec(), ..resolved };
-    RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]) }
+    RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]), start: None }
 }
 
 fn lora() -> Vec<MethodPart> {
@@ -385,6 +387,7 @@ fn a_prepared_request_runs() {
         spec,
         train: examples(Task::CausalLm, 5),
         validation: Arc::from([]),
+        start: None,
     };
     assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());
 }

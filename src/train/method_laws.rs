@@ -41,7 +41,7 @@ fn modules(names: &[&str]) -> Targets {
 }
 
 /// Methods that every base takes, with their names for messages; all start without an effect.
-fn all() -> Vec<(&'static str, Vec<MethodPart>)> {
+pub(super) fn all() -> Vec<(&'static str, Vec<MethodPart>)> {
     let tokens = MethodPart::Tokens(TokensPart { ids: vec![3, 9, 40] });
     let one = |m: MethodPart| vec![m];
     vec![

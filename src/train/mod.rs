@@ -13,6 +13,7 @@ pub mod batches;
 pub mod dataset;
 pub mod encode;
 pub mod eval;
+pub mod ewc;
 mod handle;
 pub mod issue;
 pub mod joblog;
@@ -32,6 +33,9 @@ mod supervisor;
 mod supervisor_tests;
 mod svd;
 pub mod trainable;
+pub mod transfer;
+#[cfg(test)]
+mod transfer_laws;
 pub mod validate;
 mod worker;
 

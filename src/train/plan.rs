@@ -20,6 +20,7 @@ use crate::{
         encode::{Encoded, TextCodec, encode},
         issue::{Report, Severity},
         spec::{self, BaseShape, Start, TrainSpec},
+        transfer::{self, Continue, Continued},
         validate::{LabelSet, check_train, check_validation},
     },
 };
@@ -39,6 +40,8 @@ pub struct Inputs<'a> {
     pub train: &'a [u8],
     /// JSON lines of the validation examples, if the request has separate ones.
     pub validation: Option<&'a [u8]>,
+    /// The delta to continue.
+    pub start: Option<Continue<'a>>,
 }
 
 /// What planning needs to know of the base.
@@ -61,6 +64,8 @@ pub struct Prepared {
     pub train: Arc<[Encoded]>,
     /// Validation examples; may be empty.
     pub validation: Arc<[Encoded]>,
+    /// The delta to continue.
+    pub start: Option<Continued>,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -78,9 +83,14 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let (data, mut report) = Dataset::parse(inputs.train);
     let labels = LabelSet::resolve(&params.labels, &data, &mut report);
     check_train(&data, params.task, &labels, &mut report);
-    let methods = with_defaults(&params.methods, params.task, base.shape);
+    let (methods, clashes) = match inputs.start {
+        Some(start) => transfer::methods(params, start, base.shape),
+        None => (params.methods.clone(), Vec::new()),
+    };
+    problems.extend(clashes);
+    let methods = with_defaults(&methods, params.task, base.shape);
     // while the data is bad, its labels are no ground to complain about the head
-    let mut spec = match TrainSpec::resolve(&methods, params.task, labels.names(), base.shape) {
+    let mut spec = match transfer::resolve(params, &methods, labels.names(), base.shape, inputs.start) {
         Ok(spec) => Some(spec),
         Err(found) => {
             problems.extend(found.into_iter().filter(|v| report.is_ok() || !v.field.starts_with("labels")));
@@ -106,6 +116,17 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
     }
+    let continued = inputs.start.filter(|_| fits).map(|start| {
+        let context = transfer::Context { params, labels: labels.names(), codec, max_length, data: &data };
+        transfer::continued(start, &context)
+    });
+    let start = match continued.transpose() {
+        Ok(start) => start,
+        Err(found) => {
+            problems.extend(found);
+            None
+        }
+    };
     let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
     let seed = params.hyper.seed.unwrap_or(0);
     if let Some(Validation::Fraction(f)) = params.validation {
@@ -114,22 +135,27 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
-    let resolved = chosen.resolve(&train);
+    let resolved = chosen.resolve(&train, start.as_ref());
     let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
     let longest_rows = longest + spec.positions.count();
     let rows = (resolved.batch_size as usize * longest_rows).min(MICRO_TOKENS.max(longest_rows));
+    let parameters = spec.parameters(base.shape.sites);
+    let mut memory = spec.memory(base.shape, rows, longest_rows);
+    if resolved.ewc.is_some() {
+        memory.optimizer += 2 * memory.parameters;
+    }
     let reply = PlanReply {
-        trainable_parameters: spec.parameters(base.shape.sites),
+        trainable_parameters: start.as_ref().map_or(parameters, |s| s.parameters(&spec, parameters)),
         train_examples: train.len() as u64,
         validation_examples: validation.len() as u64,
         train_tokens: train.iter().map(|e| e.rows() as u64).sum(),
         supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
         longest_example: longest as u32,
-        memory: spec.memory(base.shape, rows, longest_rows),
+        memory,
         warnings,
         resolved,
     };
-    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into() })
+    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), start })
 }
 
 /// Shortest examples that a base must have room for.
@@ -282,7 +308,7 @@ struct Chosen<'a> {
 }
 
 impl Chosen<'_> {
-    fn resolve(&self, train: &[Encoded]) -> ResolvedTraining {
+    fn resolve(&self, train: &[Encoded], start: Option<&Continued>) -> ResolvedTraining {
         let Self { params, methods, labels, max_length, base } = *self;
         let h = &params.hyper;
         let lm = params.task.generates();
@@ -322,6 +348,8 @@ impl Chosen<'_> {
             seed,
             eval_every: h.eval_every.unwrap_or(0),
             packing,
+            started_from: start.map(Continued::record),
+            ewc: start.and_then(Continued::ewc_record),
         }
     }
 }
@@ -344,6 +372,8 @@ pub(crate) mod tests {
             labels: vec![],
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
+            from_delta: None,
+            ewc: None,
             idempotency_key: None,
         }
     }
@@ -356,7 +386,7 @@ pub(crate) mod tests {
         let sites = table(true);
         let causal = params.task == Task::CausalLm;
         let shape = BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None };
-        let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes) };
+        let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes), start: None };
         prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
     }
 

@@ -3,6 +3,8 @@
 //! [`Run::advance`] does at most one forward and backward, so that whoever calls it can interleave jobs, cancel within a
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
+mod outcome;
+
 use std::{
     collections::VecDeque,
     sync::Arc,
@@ -12,15 +14,17 @@ use std::{
 use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
 
+pub use outcome::{Advance, Failed, Outcome, RunEvents, Trained};
+
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, MetricsEvent, ResolvedTraining},
-    delta::Delta,
     model::Base,
     pacing::Pacer,
     train::{
         batches::{self, Batches, Stream, micro_batches},
         encode::Encoded,
         eval::{Tally, better},
+        ewc::{Fisher, Penalty},
         metrics::TrainMetrics,
         objective::{Losses, losses},
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
@@ -28,6 +32,7 @@ use crate::{
         spec::TrainSpec,
         start,
         trainable::{Snapshot, Trainable},
+        transfer::{Continued, Ewc},
     },
 };
 
@@ -40,51 +45,6 @@ const METRICS_EVERY: Duration = Duration::from_millis(100);
 /// Steps between good checkpoints that a failure falls back to.
 const KEEP_EVERY: u32 = 10;
 
-/// What a run reports beside its end.
-pub type RunEvents = Vec<JobEventBody>;
-
-/// How a run goes on.
-#[derive(Debug)]
-pub enum Advance {
-    /// There is more to do.
-    More(RunEvents),
-    /// It is over.
-    Done(RunEvents, Box<Outcome>),
-}
-
-/// How a run ended.
-#[derive(Debug)]
-pub enum Outcome {
-    /// All steps are done.
-    Trained(Box<Trained>),
-    /// It cannot go on.
-    Failed(Failed),
-}
-
-/// A trained delta.
-#[derive(Debug)]
-pub struct Trained {
-    /// The best checkpoint (the last, without evaluation); plain f32 tensors.
-    pub delta: Delta,
-    /// Loss of the last step.
-    pub final_loss: f64,
-    /// The evaluation of the published checkpoint.
-    pub best_eval: Option<EvalEvent>,
-    /// The same weights as safetensors bytes: kept when publishing fails, so that no training is lost.
-    pub checkpoint: Vec<u8>,
-}
-
-/// Why a run stopped.
-#[derive(Debug)]
-pub struct Failed {
-    /// Stable code.
-    pub code: &'static str,
-    /// What happened, with the step.
-    pub message: String,
-    /// The last good checkpoint: its step and safetensors bytes.
-    pub checkpoint: Option<(u32, Vec<u8>)>,
-}
-
 /// The data and choices of a run.
 #[derive(Debug, Clone)]
 pub struct RunInput {
@@ -96,6 +56,8 @@ pub struct RunInput {
     pub train: Arc<[Encoded]>,
     /// Validation examples.
     pub validation: Arc<[Encoded]>,
+    /// The delta to continue; taken by the run when it has copied its values.
+    pub start: Option<Continued>,
 }
 
 impl From<&Prepared> for RunInput {
@@ -105,6 +67,7 @@ impl From<&Prepared> for RunInput {
             spec: p.spec.clone(),
             train: Arc::clone(&p.train),
             validation: Arc::clone(&p.validation),
+            start: p.start.clone(),
         }
     }
 }
@@ -119,6 +82,7 @@ struct Step {
     grads: Vec<Option<Tensor>>,
     busy: Duration,
     yielded: Duration,
+    penalty: f64,
 }
 
 #[derive(Debug)]
@@ -144,6 +108,9 @@ pub struct Run {
     /// Virtual rows ahead of each example.
     ahead: usize,
     trainable: Trainable,
+    /// EWC's information, until it is complete.
+    fisher: Option<Fisher>,
+    penalty: Option<Penalty>,
     optimizer: AdamW,
     schedule: LrSchedule,
     batches: Batches,
@@ -165,8 +132,14 @@ impl Run {
     ///
     /// # Errors
     /// The device.
-    pub fn new(base: Arc<Base>, pacer: Option<Arc<Pacer>>, input: RunInput) -> Result<Self> {
+    pub fn new(base: Arc<Base>, pacer: Option<Arc<Pacer>>, mut input: RunInput) -> Result<Self> {
         let seed = input.resolved.seed;
+        if let Some(start) = input.start.take() {
+            let trainable = start.trainable(&input.spec, &base, seed)?;
+            let mut run = Self::with_trainable(base, pacer, input, trainable)?;
+            start.ewc.map(|ewc| run.hold_on_to(ewc)).transpose()?;
+            return Ok(run);
+        }
         let trainable = Trainable::init_on(&input.spec, &base, seed)?;
         start::from_base(&trainable, &input.spec, &base, &input.train, seed)?;
         Self::with_trainable(base, pacer, input, trainable)
@@ -205,6 +178,8 @@ impl Run {
             started: Instant::now(),
             last_metrics: None,
             ahead: trainable.ahead().rows,
+            fisher: None,
+            penalty: None,
             schedule,
             trainable,
             lens,
@@ -212,6 +187,15 @@ impl Run {
             pacer,
             base,
         })
+    }
+
+    /// Takes the old task's Fisher information before the first step, and the penalty into every step.
+    ///
+    /// # Errors
+    /// The device.
+    pub(crate) fn hold_on_to(&mut self, ewc: Ewc) -> Result<()> {
+        self.fisher = Some(Fisher::new(ewc, &self.base)?);
+        Ok(())
     }
 
     /// Shows this run's loss in a slot of the loss metric.
@@ -251,6 +235,13 @@ impl Run {
     }
 
     fn try_advance(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
+        if let Some(mut fisher) = self.fisher.take() {
+            match fisher.advance(&self.base, self.pacer.as_ref())? {
+                true => self.fisher = Some(fisher),
+                false => self.penalty = Some(fisher.penalty(self.trainable.vars())?),
+            }
+            return Ok(None);
+        }
         if let Phase::Eval { todo, .. } = &mut self.phase {
             return match todo.pop_front() {
                 Some(batch) => self.eval_micro(&batch).map(|()| None),
@@ -328,15 +319,18 @@ impl Run {
         Ok(loss)
     }
 
-    fn finish_step(&mut self, step: Step, events: &mut RunEvents) -> Result<Option<Outcome>> {
+    fn finish_step(&mut self, mut step: Step, events: &mut RunEvents) -> Result<Option<Outcome>> {
         let start = Instant::now();
         if let Some(proven) = self.unproven.take() {
             self.good = Some(proven);
         }
         let vars = self.trainable.vars();
-        let grads: Vec<Tensor> = (step.grads.into_iter().zip(vars))
+        let mut grads: Vec<Tensor> = (std::mem::take(&mut step.grads).into_iter().zip(vars))
             .map(|(grad, v)| grad.map_or_else(|| v.var.zeros_like().map(|z| z.detach()), Ok))
             .collect::<Result<_>>()?;
+        if let Some(penalty) = &self.penalty {
+            step.penalty = penalty.add_to(vars, &mut grads)?;
+        }
         let norm = global_norm(&grads)?;
         if !norm.is_finite() {
             let message = format!("the gradient of step {} is not finite (loss {})", self.step + 1, step.loss);
@@ -356,7 +350,7 @@ impl Run {
             self.unproven = Some((self.step, self.trainable.snapshot()?));
         }
         let busy = step.busy + start.elapsed();
-        let event = self.metrics_event(&step.tokens, (lr, norm), busy, step.yielded);
+        let event = self.metrics_event(&step, (lr, norm), busy);
         self.metrics.step(&event, step.tokens);
         if let Some(event) = self.due(event) {
             events.push(JobEventBody::Metrics(event));
@@ -365,7 +359,7 @@ impl Run {
         Ok(None)
     }
 
-    fn metrics_event(&self, tokens: &usize, (lr, norm): (f64, f64), busy: Duration, yielded: Duration) -> MetricsEvent {
+    fn metrics_event(&self, step: &Step, (lr, norm): (f64, f64), busy: Duration) -> MetricsEvent {
         let r = &self.input.resolved;
         let left = f64::from(r.total_steps.saturating_sub(self.step));
         MetricsEvent {
@@ -375,10 +369,11 @@ impl Run {
             loss: self.last_loss,
             learning_rate: lr,
             grad_norm: norm,
-            tokens_per_second: *tokens as f64 / busy.as_secs_f64().max(1e-9),
+            tokens_per_second: step.tokens as f64 / busy.as_secs_f64().max(1e-9),
             eta_seconds: self.started.elapsed().as_secs_f64() / f64::from(self.step.max(1)) * left,
             step_ms: busy.as_secs_f64() * 1e3,
-            yielded_ms: yielded.as_secs_f64() * 1e3,
+            yielded_ms: step.yielded.as_secs_f64() * 1e3,
+            ewc_penalty: step.penalty,
         }
     }
 

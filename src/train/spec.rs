@@ -3,6 +3,7 @@
 //! Everything contradictory, unknown or out of range is an error that names the field and what is accepted; nothing is
 //! ignored. No tensors: the result is a list of sites with their patch shapes.
 
+mod continued;
 mod lora;
 mod parts;
 mod plans;
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use regex::{Regex, RegexBuilder};
 
+pub use continued::{adopt, parts_of};
 pub use plans::{AdapterPlan, LowRankPlan, PatchPlan, ScalingPlan};
 pub use positions::{
     EncoderPlan, PositionPlan, PositionPlans, Start, p_tuning_defaults, prefix_defaults, prompt_defaults,
@@ -144,15 +146,12 @@ impl TrainSpec {
         if !r.problems.is_empty() {
             return Err(r.problems);
         }
-        let classifies = matches!(task, Task::SeqCls | Task::TokenCls);
-        let inner = base.inner.filter(|_| task == Task::SeqCls);
-        let plan = HeadPlan { labels: labels.len(), hidden: base.hidden, bias: !base.causal, inner };
-        let head = classifies.then_some(plan);
+        let head = head_plan(task, labels, base);
         let mut methods: Vec<String> = methods.iter().map(|m| m.kind().to_owned()).collect();
         methods.extend(head.map(|_| "head".to_owned()));
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
-        let labels = if classifies { labels.to_vec() } else { Vec::new() };
+        let labels = if head.is_some() { labels.to_vec() } else { Vec::new() };
         Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions })
     }
 
@@ -176,6 +175,13 @@ impl TrainSpec {
         let activations = (rows * widths + rows * longest * heads * layers + logits) * F32;
         MemoryEstimate { parameters, gradients: parameters, optimizer: 2 * parameters, activations: activations as u64 }
     }
+}
+
+/// The head that a task wants.
+fn head_plan(task: Task, labels: &[String], base: BaseShape<'_>) -> Option<HeadPlan> {
+    let classifies = matches!(task, Task::SeqCls | Task::TokenCls);
+    let inner = base.inner.filter(|_| task == Task::SeqCls);
+    classifies.then_some(HeadPlan { labels: labels.len(), hidden: base.hidden, bias: !base.causal, inner })
 }
 
 struct Resolver<'a> {

@@ -17,7 +17,10 @@ use crate::{
     delta::{Delta, DeltaSpec, Head, LowRank, Patch, SiteId, SiteTable},
     model::Base,
     rows::Ahead,
-    train::{batches::dropout_mask, spec::TrainSpec},
+    train::{
+        batches::dropout_mask,
+        spec::{PatchPlan, TrainSpec},
+    },
 };
 
 /// A trained tensor.
@@ -144,6 +147,48 @@ impl Trainable {
             None => None,
         };
         Self { spec: delta.spec.clone(), vars, parts, encoders: Vec::new(), head, live: None }.with_live()
+    }
+
+    /// As [`Self::from_delta`], for a job: with the specification's dropout and learning rates, and a fresh head where the
+    /// delta has none and the task wants one.
+    ///
+    /// # Errors
+    /// As [`Self::from_delta`].
+    pub fn continuing(delta: &Delta, spec: &TrainSpec, sites: &SiteTable, seed: u64, device: &Device) -> Result<Self> {
+        let mut own = Self::from_delta(delta, sites)?;
+        for (site, plan) in &spec.patches {
+            let (PatchPlan::LowRank(p) | PatchPlan::Dora(p)) = plan else { continue };
+            for (_, part) in own.parts.iter_mut().filter(|(s, _)| s == site) {
+                match part {
+                    Part::LowRank { b, dropout, .. } => {
+                        *dropout = p.dropout;
+                        own.vars[*b].rate = p.b_rate;
+                    }
+                    Part::Other { form: Patch::Dora(_), vars } => {
+                        for i in vars.iter() {
+                            if own.vars[*i].name.ends_with(".lora_B") {
+                                own.vars[*i].rate = p.b_rate;
+                            }
+                        }
+                    }
+                    Part::Positions(_) | Part::Other { .. } => {}
+                }
+            }
+        }
+        if let (None, Some(plan)) = (&own.head, spec.head) {
+            let (head, vars) = init::fresh_head(plan, seed, device)?;
+            let first = own.vars.len();
+            own.head = Some((head, (first..first + vars.len()).collect()));
+            own.vars.extend(vars);
+        }
+        own.spec = DeltaSpec {
+            methods: spec.methods.clone(),
+            task: spec.task,
+            labels: spec.labels.clone(),
+            parameters: own.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
+            ..own.spec
+        };
+        own.with_live()
     }
 
     /// The variables, in a fixed order.

@@ -16,3 +16,4 @@ mod isolation;
 mod restart;
 mod support;
 mod train;
+mod transfer;

@@ -164,6 +164,8 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
                 ..HyperParams::default()
             },
             publish: PublishPolicy::Upsert,
+            from_delta: None,
+            ewc: None,
             idempotency_key: None,
         };
         let id = tenant(t.name)?;

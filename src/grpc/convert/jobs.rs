@@ -99,6 +99,7 @@ fn metrics(m: MetricsEvent) -> proto::Metrics {
         eta_seconds: m.eta_seconds,
         step_ms: m.step_ms,
         yielded_ms: m.yielded_ms,
+        ewc_penalty: m.ewc_penalty,
     }
 }
 

@@ -11,10 +11,10 @@ use crate::{
     grpc::proto,
 };
 
-/// Method parts; none = LoRA with its defaults.
-pub(super) fn from_wire(parts: Vec<proto::MethodPart>, problems: &mut Problems) -> Vec<MethodPart> {
+/// Method parts; none = LoRA with its defaults, if there are to be defaults.
+pub(super) fn from_wire(parts: Vec<proto::MethodPart>, defaults: bool, problems: &mut Problems) -> Vec<MethodPart> {
     use proto::method_part::Part;
-    if parts.is_empty() {
+    if parts.is_empty() && defaults {
         return vec![MethodPart::Lora(LoraPart::default())];
     }
     let mut out = Vec::with_capacity(parts.len());
@@ -271,7 +271,7 @@ mod tests {
             MethodPart::Tokens(TokensPart { ids: vec![1, 2] }),
         ];
         let mut problems = Problems::default();
-        assert_eq!(from_wire(parts.clone().into_iter().map(to_wire).collect(), &mut problems), parts);
+        assert_eq!(from_wire(parts.clone().into_iter().map(to_wire).collect(), true, &mut problems), parts);
         problems.finish().expect("nothing is wrong");
         let mut problems = Problems::default();
         let bad = proto::Adapter {

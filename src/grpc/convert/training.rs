@@ -7,8 +7,8 @@ use crate::{
         check::Problems,
         params::{ServeError, Violation},
         train_params::{
-            DatasetInfo, HyperParams, JobState, MemoryEstimate, PlanReply, ResolvedTraining, Schedule, TrainData,
-            TrainParams, Validation,
+            DatasetInfo, EwcParams, HyperParams, JobState, MemoryEstimate, PlanReply, ResolvedTraining, Schedule,
+            TrainData, TrainParams, Validation,
         },
     },
     grpc::proto,
@@ -26,10 +26,16 @@ pub(in crate::grpc) fn train(
         task: super::task("spec.task", spec.task, &mut problems),
         data: data("spec.data", spec.data, &mut problems),
         validation: spec.validation.map(|v| validation(v, &mut problems)),
-        methods: super::methods::from_wire(spec.methods, &mut problems),
+        methods: super::methods::from_wire(spec.methods, spec.from_delta.is_empty(), &mut problems),
         labels: spec.labels,
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
+        ewc: spec.ewc.map(|e| EwcParams {
+            data: data("spec.ewc.data", e.data, &mut problems),
+            lambda: e.lambda,
+            max_examples: e.max_examples,
+        }),
+        from_delta: (!spec.from_delta.is_empty()).then_some(spec.from_delta),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
     };
     problems.finish()?;
@@ -182,6 +188,9 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         seed: r.seed,
         eval_every: r.eval_every,
         packing: r.packing,
+        started_from: r.started_from.map(|s| proto::StartedFrom { name: s.name, id: s.id, head: s.head }),
+        ewc_lambda: r.ewc.map_or(0.0, |e| e.lambda),
+        ewc_examples: r.ewc.map_or(0, |e| e.examples),
     }
 }
 

@@ -85,6 +85,23 @@ pub enum PatchPlan {
 }
 
 impl PatchPlan {
+    /// What it is called in messages.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::LowRank(_) => "a low-rank pair",
+            Self::Dora(_) => "a low-rank pair with a magnitude (DoRA)",
+            Self::Bias => "a bias",
+            Self::Scale => "a scale of the output",
+            Self::InScale => "a scale of the input",
+            Self::Affine => "a norm",
+            Self::Adapter(_) => "a bottleneck adapter",
+            Self::TokenRows(_) => "token rows",
+            Self::Matrix => "a whole matrix",
+            Self::Prompt { .. } => "a prompt",
+            Self::Prefix { .. } => "a prefix",
+        }
+    }
+
     /// Whether it adds positions instead of changing rows.
     pub(super) fn adds_positions(&self) -> bool {
         matches!(self, Self::Prompt { .. } | Self::Prefix { .. })

@@ -54,6 +54,13 @@ pub(super) fn build(
     Trainable { spec: delta_spec, vars: b.vars, parts, encoders: networks.encoders, head, live: None }.with_live()
 }
 
+/// A head with fresh variables, in the order of its tensors.
+pub(super) fn fresh_head(plan: HeadPlan, seed: u64, device: &Device) -> Result<(Head, Vec<NamedVar>)> {
+    let mut b = Builder { vars: Vec::new(), rng: batches::rng(seed, Stream::Init), device, base: None };
+    let (head, _) = b.head(plan)?;
+    Ok((head, b.vars))
+}
+
 pub(super) struct Builder<'a> {
     vars: Vec<NamedVar>,
     rng: StdRng,

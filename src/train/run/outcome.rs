@@ -1,0 +1,51 @@
+//! How a run goes on and how it ends.
+
+use crate::{
+    admission::train_params::{EvalEvent, JobEventBody},
+    delta::Delta,
+};
+
+/// What a run reports beside its end.
+pub type RunEvents = Vec<JobEventBody>;
+
+/// How a run goes on.
+#[derive(Debug)]
+pub enum Advance {
+    /// There is more to do.
+    More(RunEvents),
+    /// It is over.
+    Done(RunEvents, Box<Outcome>),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// All steps are done.
+    Trained(Box<Trained>),
+    /// It cannot go on.
+    Failed(Failed),
+}
+
+/// A trained delta.
+#[derive(Debug)]
+pub struct Trained {
+    /// The best checkpoint (the last, without evaluation); plain f32 tensors.
+    pub delta: Delta,
+    /// Loss of the last step.
+    pub final_loss: f64,
+    /// The evaluation of the published checkpoint.
+    pub best_eval: Option<EvalEvent>,
+    /// The same weights as safetensors bytes: kept when publishing fails, so that no training is lost.
+    pub checkpoint: Vec<u8>,
+}
+
+/// Why a run stopped.
+#[derive(Debug)]
+pub struct Failed {
+    /// Stable code.
+    pub code: &'static str,
+    /// What happened, with the step.
+    pub message: String,
+    /// The last good checkpoint: its step and safetensors bytes.
+    pub checkpoint: Option<(u32, Vec<u8>)>,
+}

@@ -1,0 +1,216 @@
+//! Starting from an existing delta: which values a job takes from it, and what it holds on to (EWC).
+
+use std::{any::Any, collections::BTreeSet, sync::Arc};
+
+use candle_core::Tensor;
+
+use crate::{
+    admission::{
+        params::Violation,
+        train_params::{MethodPart, ResolvedEwc, StartedFrom, TrainParams},
+    },
+    delta::{Delta, Head, Task},
+    ids::DeltaId,
+    model::Base,
+    train::{
+        dataset::Dataset,
+        encode::{Encoded, TextCodec, encode},
+        issue::Report,
+        spec::{self, BaseShape, TrainSpec},
+        trainable::Trainable,
+        validate::{LabelSet, check_validation},
+    },
+};
+
+/// Examples that the Fisher information is taken from by default.
+const FISHER_EXAMPLES: u32 = 512;
+
+/// The delta that a request names, kept resident until the job has copied its values.
+#[derive(Clone)]
+pub struct StartingDelta {
+    name: String,
+    id: DeltaId,
+    delta: Arc<Delta>,
+    _lease: Arc<dyn Any + Send + Sync>,
+}
+
+impl StartingDelta {
+    /// `name` is `name@number`; `lease` keeps the delta in memory.
+    pub fn new(name: String, id: DeltaId, delta: Arc<Delta>, lease: impl Any + Send + Sync) -> Self {
+        Self { name, id, delta, _lease: Arc::new(lease) }
+    }
+}
+
+impl std::fmt::Debug for StartingDelta {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StartingDelta({}, {})", self.name, self.id)
+    }
+}
+
+/// A delta to continue and, for EWC, the old examples as JSON lines.
+#[derive(Debug, Clone, Copy)]
+pub struct Continue<'a> {
+    /// The delta.
+    pub from: &'a StartingDelta,
+    /// The old task's examples.
+    pub old: Option<&'a [u8]>,
+}
+
+/// What a job starts from.
+#[derive(Debug, Clone)]
+pub struct Continued {
+    /// Patches and, where it is taken, the head, its rows in the order of the job's labels.
+    pub delta: Arc<Delta>,
+    /// What it holds on to.
+    pub ewc: Option<Ewc>,
+    /// Where it comes from, with the lease.
+    from: StartingDelta,
+}
+
+/// EWC's side of a job.
+#[derive(Debug, Clone)]
+pub struct Ewc {
+    /// Strength.
+    pub lambda: f64,
+    /// The delta that was good at the old task, with its head.
+    pub delta: Arc<Delta>,
+    /// Whether the job goes on with that head; a fresh one is free.
+    pub head: bool,
+    /// Examples of the old task.
+    pub examples: Arc<[Encoded]>,
+}
+
+impl Continued {
+    /// What the job's record says.
+    pub(super) fn record(&self) -> StartedFrom {
+        StartedFrom { name: self.from.name.clone(), id: self.from.id.to_string(), head: self.delta.head().is_some() }
+    }
+
+    /// What the job's record says of EWC.
+    pub(super) fn ewc_record(&self) -> Option<ResolvedEwc> {
+        self.ewc.as_ref().map(|e| ResolvedEwc { lambda: e.lambda, examples: e.examples.len() as u32 })
+    }
+
+    /// Numbers of its head in place of a planned one's.
+    pub(super) fn parameters(&self, spec: &TrainSpec, planned: u64) -> u64 {
+        let (Some(own), Some(plan)) = (self.delta.head(), spec.head) else { return planned };
+        let own: usize = own.tensors().iter().map(|(_, t)| t.elem_count()).sum();
+        planned - plan.parameters() as u64 + own as u64
+    }
+
+    /// The job's variables.
+    ///
+    /// # Errors
+    /// The device.
+    pub(super) fn trainable(&self, spec: &TrainSpec, base: &Base, seed: u64) -> candle_core::Result<Trainable> {
+        Trainable::continuing(&self.delta, spec, &base.sites, seed, &base.device)
+    }
+}
+
+/// The request's parts with what they leave open taken from the delta; without parts, the delta's.
+pub(super) fn methods(params: &TrainParams, start: Continue<'_>, base: BaseShape<'_>) -> Adopted {
+    match params.methods.as_slice() {
+        [] => (spec::parts_of(&start.from.delta, base.sites), Vec::new()),
+        given => spec::adopt(given, &start.from.delta, base.hidden),
+    }
+}
+
+/// Parts, and what is wrong with them.
+pub(super) type Adopted = (Vec<MethodPart>, Vec<Violation>);
+
+/// The sites of a request that may continue a delta.
+pub(super) fn resolve(
+    params: &TrainParams,
+    methods: &[MethodPart],
+    labels: &[String],
+    base: BaseShape<'_>,
+    start: Option<Continue<'_>>,
+) -> Result<TrainSpec, Vec<Violation>> {
+    match start {
+        Some(start) if params.methods.is_empty() => TrainSpec::of_delta(&start.from.delta, params.task, labels, base),
+        Some(start) => {
+            let spec = TrainSpec::resolve(methods, params.task, labels, base)?;
+            spec.check_continues(&start.from.delta, base.sites).map_err(|v| vec![v])?;
+            Ok(spec)
+        }
+        None => TrainSpec::resolve(methods, params.task, labels, base),
+    }
+}
+
+/// What is needed beside the delta to continue it.
+pub(super) struct Context<'a> {
+    pub(super) params: &'a TrainParams,
+    pub(super) labels: &'a [String],
+    pub(super) codec: &'a TextCodec,
+    pub(super) max_length: usize,
+    /// The job's own examples.
+    pub(super) data: &'a Dataset,
+}
+
+/// The values and, for EWC, the old examples.
+///
+/// # Errors
+/// Every problem of the old examples.
+pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<Continued, Vec<Violation>> {
+    let old = &start.from.delta;
+    let bare = || Delta::new(old.spec.clone(), old.patches().to_vec(), None);
+    let head = (cx.params.task == old.spec.task).then(|| ordered_head(old, cx.labels)).flatten();
+    let delta = match head {
+        Some(Ok(head)) => Delta::new(old.spec.clone(), old.patches().to_vec(), Some(head)),
+        Some(Err(e)) => return Err(vec![violation("from_delta", e.to_string())]),
+        None => bare(),
+    };
+    let delta = Arc::new(delta);
+    let ewc = match (&cx.params.ewc, start.old) {
+        (Some(ewc), Some(bytes)) => {
+            // the old head speaks of its own labels, in the order that its rows have
+            let (good, labels) = match delta.head() {
+                Some(_) => (Arc::clone(&delta), cx.labels.to_vec()),
+                None => (Arc::clone(old), old.spec.labels.clone()),
+            };
+            let examples = old_examples(bytes, old.spec.task, &LabelSet::new(labels), cx)?;
+            let most = ewc.max_examples.unwrap_or(FISHER_EXAMPLES) as usize;
+            let head = delta.head().is_some();
+            Some(Ewc { lambda: ewc.lambda, delta: good, head, examples: spread(&examples, most).into() })
+        }
+        _ => None,
+    };
+    Ok(Continued { delta, ewc, from: start.from.clone() })
+}
+
+/// The head with its rows in the order of these labels; `None` if it has other labels, or there is none.
+fn ordered_head(delta: &Delta, labels: &[String]) -> Option<candle_core::Result<Head>> {
+    let head = delta.head()?;
+    let set = |names: &[String]| names.iter().cloned().collect::<BTreeSet<_>>();
+    if labels.len() != delta.spec.labels.len() || set(labels) != set(&delta.spec.labels) {
+        return None;
+    }
+    let rows: Option<Vec<u32>> =
+        labels.iter().map(|l| delta.spec.labels.iter().position(|o| o == l).map(|i| i as u32)).collect();
+    let rows = rows?;
+    let last = |name: &str| name == "head.weight" || name == "head.bias";
+    Some(head.map(&mut |name, t| match last(name) {
+        true => t.index_select(&Tensor::new(rows.as_slice(), t.device())?, 0),
+        false => Ok(t.clone()),
+    }))
+}
+
+fn old_examples(bytes: &[u8], task: Task, labels: &LabelSet, cx: &Context<'_>) -> Result<Vec<Encoded>, Vec<Violation>> {
+    let (data, mut report): (Dataset, Report) = Dataset::parse(bytes);
+    check_validation(&data, cx.data, task, labels, &mut report);
+    let examples = encode(&data, cx.codec, labels, cx.max_length, &mut report);
+    match report.is_ok() {
+        true => Ok(examples),
+        false => Err(report.violations("ewc.data")),
+    }
+}
+
+/// At most `most` of them, evenly spread.
+fn spread(all: &[Encoded], most: usize) -> Vec<Encoded> {
+    let n = all.len().min(most);
+    (0..n).map(|i| all[i * all.len() / n].clone()).collect()
+}
+
+fn violation(field: &str, message: String) -> Violation {
+    Violation { field: field.into(), code: String::new(), message }
+}

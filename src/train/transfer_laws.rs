@@ -1,0 +1,183 @@
+//! Laws of continuing a delta: it starts where the delta ended, a request that says otherwise is told how, and EWC holds on.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::{
+    batches::{Stream, rng},
+    encode::{Encoded, Target},
+    ewc::Fisher,
+    laws::{examples, hyper, input, shape, tiny},
+    method_laws::all,
+    objective::losses,
+    run::{Advance, Outcome, Run, RunInput, Trained},
+    spec::{TrainSpec, adopt, parts_of},
+    trainable::Trainable,
+    transfer::Ewc,
+};
+use crate::{
+    admission::train_params::{LoraPart, MethodPart, PromptPart, ResolvedTraining},
+    delta::{Delta, Task},
+    model::Base,
+};
+
+fn lora(rank: Option<u32>) -> Vec<MethodPart> {
+    vec![MethodPart::Lora(LoraPart { rank, ..LoraPart::default() })]
+}
+
+fn train(base: &Arc<Base>, input: RunInput) -> Trained {
+    finish(Run::new(Arc::clone(base), None, input).unwrap())
+}
+
+fn finish(mut run: Run) -> Trained {
+    loop {
+        match run.advance() {
+            Advance::More(_) => {}
+            Advance::Done(_, outcome) => match *outcome {
+                Outcome::Trained(trained) => return *trained,
+                Outcome::Failed(failed) => panic!("{failed:?}"),
+            },
+        }
+    }
+}
+
+fn loss(base: &Base, delta: &Arc<Delta>, examples: &[Encoded]) -> f32 {
+    let all: Vec<&Encoded> = examples.iter().collect();
+    losses(base, Arc::clone(delta), &all, None).unwrap().each.mean_all().unwrap().to_scalar().unwrap()
+}
+
+fn labels(task: Task) -> Vec<String> {
+    if task.generates() { vec![] } else { vec!["a".into(), "b".into()] }
+}
+
+#[test]
+fn every_method_goes_on_from_where_its_delta_ended() {
+    for (family, task) in [("llama", Task::CausalLm), ("bert", Task::SeqCls)] {
+        let base = tiny(family);
+        for (name, methods) in all() {
+            let old = Arc::new(train(&base, input(&base, task, &methods, hyper(3))).delta);
+            let data = examples(task, 12);
+            let spec = TrainSpec::of_delta(&old, task, &labels(task), shape(&base))
+                .unwrap_or_else(|e| panic!("{family} {name}: {e:?}"));
+            let own = Trainable::continuing(&old, &spec, &base.sites, 5, &base.device).unwrap();
+            let start = own.delta(&mut rng(0, Stream::Dropout)).unwrap();
+            let (was, is) = (loss(&base, &old, &data), loss(&base, &start, &data));
+            assert!((was - is).abs() < 1e-5, "{family} {name}: {was} and {is}");
+            let end = finish(
+                Run::with_trainable(Arc::clone(&base), None, input(&base, task, &methods, hyper(3)), own).unwrap(),
+            );
+            assert_eq!(end.delta.patches().len(), old.patches().len(), "{family} {name}");
+            assert!(!parts_of(&old, &base.sites).is_empty(), "{family} {name}");
+        }
+    }
+}
+
+#[test]
+fn a_request_continues_what_is_the_same_and_is_told_what_differs() {
+    let base = tiny("llama");
+    let old = train(&base, input(&base, Task::CausalLm, &lora(Some(4)), hyper(1))).delta;
+    let check = |parts: &[MethodPart]| {
+        let (parts, clashes) = adopt(parts, &old, base.arch.hidden);
+        assert!(clashes.is_empty());
+        let spec = TrainSpec::resolve(&parts, Task::CausalLm, &[], shape(&base)).unwrap();
+        spec.check_continues(&old, &base.sites).map_err(|v| v.message)
+    };
+    assert_eq!(check(&lora(None)), Ok(()), "an unset rank and alpha are the delta's");
+    assert_eq!(check(&lora(Some(4))), Ok(()));
+    let message = check(&lora(Some(8))).unwrap_err();
+    assert!(message.contains("rank is 8 and the delta's is 4") && message.contains("q_proj"), "{message}");
+    let alpha = LoraPart { rank: Some(4), alpha: Some(4.0), ..LoraPart::default() };
+    let message = check(&[MethodPart::Lora(alpha)]).unwrap_err();
+    assert!(message.contains("scale (alpha over rank) is 1 and the delta's is 2"), "{message}");
+    let message = check(&[MethodPart::Prompt(PromptPart::default())]).unwrap_err();
+    assert!(message.contains("the delta has a low-rank pair"), "{message}");
+    let pissa = LoraPart { init: crate::admission::train_params::LoraInit::Pissa, ..LoraPart::default() };
+    let (_, clashes) = adopt(&[MethodPart::Lora(pissa)], &old, base.arch.hidden);
+    assert_eq!(clashes[0].field, "methods[0].init");
+}
+
+/// Texts of a task of its own: other starts, counting downwards.
+fn other(n: usize) -> Arc<[Encoded]> {
+    let one = |i: usize| {
+        let tokens: Vec<u32> = (0..5 + i % 3).map(|j| (60 + (i * 7) % 30 - j) as u32).collect();
+        let target = Target::Tokens((0..tokens.len()).map(|t| t > 0).collect());
+        Encoded::new(tokens, target)
+    };
+    (0..n).map(one).collect()
+}
+
+#[test]
+fn the_penalty_and_its_gradient_are_the_formulas() {
+    let base = tiny("llama");
+    let old = Arc::new(train(&base, input(&base, Task::CausalLm, &lora(Some(2)), hyper(4))).delta);
+    let data = examples(Task::CausalLm, 3);
+    let ewc = Ewc { lambda: 3.0, delta: Arc::clone(&old), head: false, examples: Arc::clone(&data) };
+    let own = Trainable::from_delta(&old, &base.sites).unwrap();
+    let mut fisher = Fisher::new(ewc, &base).unwrap();
+    let mut rounds = 0;
+    while fisher.advance(&base, None).unwrap() {
+        rounds += 1;
+    }
+    assert_eq!(rounds, 3);
+    let penalty = fisher.penalty(own.vars()).unwrap();
+    // F by hand: the mean of squared gradients of each example's own mean loss
+    let live = own.delta(&mut rng(0, Stream::Dropout)).unwrap();
+    let grads: Vec<_> = (data.iter())
+        .map(|e| losses(&base, Arc::clone(&live), &[e], None).unwrap().each.mean_all().unwrap().backward().unwrap())
+        .collect();
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let away = 0.25f32;
+    let mut want = 0.0f64;
+    let mut pulls = Vec::new();
+    for v in own.vars() {
+        let squares: Vec<Vec<f32>> = grads.iter().map(|g| flat(g.get(v.var.as_tensor()).unwrap())).collect();
+        let f: Vec<f32> =
+            (0..squares[0].len()).map(|i| squares.iter().map(|s| s[i] * s[i]).sum::<f32>() / 3.0).collect();
+        want += f.iter().map(|f| 0.5 * 3.0 * f64::from(f * away * away)).sum::<f64>();
+        pulls.push(f.iter().map(|f| 3.0 * f * away).collect::<Vec<f32>>());
+    }
+    let zeros = || -> Vec<Tensor> { own.vars().iter().map(|v| v.var.zeros_like().unwrap().detach()).collect() };
+    let mut none = zeros();
+    assert_eq!(penalty.add_to(own.vars(), &mut none).unwrap(), 0.0, "it costs nothing at the start");
+    for v in own.vars() {
+        v.var.set(&(v.var.as_detached_tensor() + f64::from(away)).unwrap()).unwrap();
+    }
+    let mut got = zeros();
+    let value = penalty.add_to(own.vars(), &mut got).unwrap();
+    assert!(want > 0.0 && (value - want).abs() < 1e-4 * want, "{value} and {want}");
+    for (got, want) in got.iter().zip(&pulls) {
+        let largest = want.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+        assert!(flat(got).iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-4 * largest + 1e-9));
+    }
+}
+
+#[test]
+fn ewc_keeps_more_of_the_old_task() {
+    let base = tiny("llama");
+    let (old_data, new_data) = (examples(Task::CausalLm, 24), other(24));
+    let resolved = |steps, lr| ResolvedTraining { learning_rate: lr, ..hyper(steps) };
+    let first =
+        RunInput { train: Arc::clone(&old_data), ..input(&base, Task::CausalLm, &lora(Some(4)), resolved(60, 1e-2)) };
+    let old = Arc::new(train(&base, first).delta);
+    let continued = |lambda: Option<f64>| {
+        let next = RunInput {
+            train: Arc::clone(&new_data),
+            ..input(&base, Task::CausalLm, &lora(Some(4)), resolved(30, 5e-3))
+        };
+        let own = Trainable::from_delta(&old, &base.sites).unwrap();
+        let mut run = Run::with_trainable(Arc::clone(&base), None, next, own).unwrap();
+        if let Some(lambda) = lambda {
+            run.hold_on_to(Ewc { lambda, delta: Arc::clone(&old), head: false, examples: Arc::clone(&old_data) })
+                .unwrap();
+        }
+        Arc::new(finish(run).delta)
+    };
+    let (free, held) = (continued(None), continued(Some(3e3)));
+    let before = loss(&base, &old, &old_data);
+    let (forgot, kept) = (loss(&base, &free, &old_data), loss(&base, &held, &old_data));
+    assert!(forgot > before + 0.05, "there is something to forget: {before}, then {forgot}");
+    assert!(kept - before < 0.7 * (forgot - before), "{before}: {forgot} without and {kept} with");
+    let (start, learnt) = (loss(&base, &old, &new_data), loss(&base, &held, &new_data));
+    assert!(learnt < start, "it still learns the new task: {start}, then {learnt}");
+}
