@@ -91,7 +91,7 @@ fn a_request_continues_what_is_the_same_and_is_told_what_differs() {
     let message = check(&[MethodPart::Lora(alpha)]).unwrap_err();
     assert!(message.contains("scale (alpha over rank) is 1 and the delta's is 2"), "{message}");
     let message = check(&[MethodPart::Prompt(PromptPart::default())]).unwrap_err();
-    assert!(message.contains("the delta has a low-rank pair"), "{message}");
+    assert!(message.contains("trains a prompt and the delta has nothing"), "{message}");
     let pissa = LoraPart { init: crate::admission::train_params::LoraInit::Pissa, ..LoraPart::default() };
     let (_, clashes) = adopt(&[MethodPart::Lora(pissa)], &old, base.arch.hidden);
     assert_eq!(clashes[0].field, "methods[0].init");
