@@ -266,7 +266,7 @@ impl TrainParams {
                 }
                 MethodPart::Ln(p) => names(&p.targets, &format!("{at}.ln.targets"), problems),
                 MethodPart::Tokens(p) => problems.count(&format!("{at}.tokens.ids"), p.ids.len(), 1, MAX_TOKENS),
-                MethodPart::Bitfit(_) => {}
+                MethodPart::Bitfit(_) | MethodPart::Full => {}
                 MethodPart::Prefix(prefix) => prefix.check(&format!("{at}.prefix"), problems),
                 MethodPart::Prompt(prompt) => prompt.check(&format!("{at}.prompt"), problems),
                 MethodPart::PTuning(part) => part.check(&format!("{at}.p_tuning"), problems),

@@ -65,14 +65,28 @@ impl JobState {
 pub struct JobResult {
     /// Name.
     pub name: String,
-    /// Version number under that name.
+    /// Version number under that name; 0 for a model.
     pub number: u64,
-    /// Version digest, 64 hexadecimal digits.
+    /// Version digest, 64 hexadecimal digits; empty for a model.
     pub id: String,
     /// Training loss of the last step.
     pub final_loss: f64,
     /// The best evaluation: the one whose checkpoint was published.
     pub best_eval: Option<EvalEvent>,
+    /// What full fine-tuning made in place of a version.
+    #[serde(default)]
+    pub model: Option<ModelResult>,
+}
+
+/// A whole model in the data directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelResult {
+    /// Its folder below the data directory.
+    pub path: String,
+    /// What a server that serves it as its base reports as the base's fingerprint, 64 hexadecimal digits.
+    pub fingerprint: String,
+    /// Bytes of its files.
+    pub bytes: u64,
 }
 
 /// Why a job failed.

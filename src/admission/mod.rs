@@ -11,6 +11,7 @@ mod generate;
 mod info;
 pub mod jobs;
 pub mod method_parts;
+mod models;
 pub mod params;
 mod places;
 pub mod position_params;
@@ -18,4 +19,5 @@ mod service;
 pub mod train_params;
 mod training;
 
+pub use models::FilePiece;
 pub use service::{BasePooling, Pieces, Service, ServiceLimits, ServiceParts};

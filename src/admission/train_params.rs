@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::jobs::{
     CheckpointEvent, EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent,
-    NoteEvent, StateEvent,
+    ModelResult, NoteEvent, StateEvent,
 };
 pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
@@ -122,6 +122,8 @@ pub enum MethodPart {
     Prompt(PromptPart),
     /// A prompt that a network makes while training (Liu et al. 2021).
     PTuning(PTuningPart),
+    /// Every weight of a private copy of the base; the job makes a model instead of a delta.
+    Full,
 }
 
 impl MethodPart {
@@ -137,6 +139,7 @@ impl MethodPart {
             Self::Prefix(_) => "prefix",
             Self::Prompt(_) => "prompt",
             Self::PTuning(_) => "p_tuning",
+            Self::Full => "full",
         }
     }
 }

@@ -7,6 +7,7 @@ use futures::{StreamExt as _, stream};
 
 use super::{
     catalog_params::{Page, PageRequest},
+    models::free_memory,
     params::{ServeError, Violation},
     service::{Pieces, Service},
     train_params::{
@@ -138,7 +139,8 @@ impl Service {
                     .map_err(|e| ServeError::field("spec.from_delta", format!("cannot be trained further: {e}")))?;
             }
             let start = from.as_ref().map(|(from, _)| Continue { from, old: old.as_deref() });
-            let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
+            let memory = parts.limits.max_train_bytes.or_else(|| free_memory(base.device.is_cpu()));
+            let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions, memory };
             let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref(), start };
             prepare(inputs, info, &parts.codec).map_err(|found| ServeError::Invalid(in_request(found)))
         })

@@ -1,6 +1,7 @@
 //! The composition root: the only file that names every subsystem. Starts them, waits for a signal, drains.
 
 mod base;
+mod publish;
 
 use std::{net::SocketAddr, path::Path, sync::Arc, thread, time::Duration};
 
@@ -16,18 +17,16 @@ use crate::{
     config::Config,
     engine::{self, EngineConfig, EngineHandle},
     grpc, http,
-    ids::{DeltaName, TenantId},
-    interop::{self, EncodeMeta, InteropError},
+    ids::TenantId,
+    interop::{self, InteropError},
     kv::PAGE_SIZE,
     model::Base,
     pacing::Pacer,
-    registry::{LoadError, Loader, Publication, Registry, RegistryConfig},
+    registry::{LoadError, Loader, Registry, RegistryConfig},
     shutdown::{self, Drain},
     store::{Origin, Store},
     telemetry,
-    train::{
-        PublishFailure, PublishJob, Published, Publisher, TrainerConfig, TrainerHandle, TrainerParts, joblog::JobLog,
-    },
+    train::{TrainerConfig, TrainerHandle, TrainerParts, joblog::JobLog},
 };
 
 /// The tenant that sample deltas belong to.
@@ -128,7 +127,8 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let pacer = Arc::new(Pacer::new(config.train.max_yield));
     let engine_config = engine_config(&config, &base);
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
-    let publisher = publisher(&base, &parts.name, &registry);
+    publish::sweep(&config.data_dir).context("remove half-written models")?;
+    let publisher = publish::publisher(&base, &parts.name, &registry, &config.data_dir);
     let trainer_parts = TrainerParts { base: Arc::clone(&base), pacer, log: JobLog::new(store.clone()), publisher };
     let trainer_config = TrainerConfig { max_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
@@ -141,6 +141,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         max_batch_tokens: engine_config.max_batch_tokens,
         kv_positions: engine_config.kv_pages * PAGE_SIZE,
         max_train_jobs: config.train.max_jobs,
+        max_train_bytes: config.train.max_bytes,
     };
     let service = Service::new(ServiceParts {
         base,
@@ -154,6 +155,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         engine: engine.clone(),
         trainer: trainer.clone(),
         limits,
+        models: config.data_dir.join(publish::MODELS),
     });
     if let Some(dir) = &config.adapters_dir {
         register_samples(&service, dir).await?;
@@ -232,34 +234,6 @@ fn loader(base: &Arc<Base>) -> Loader {
             InteropError::BaseMismatch(m) => LoadError::BaseMismatch(m),
             InteropError::Tensor(m) => LoadError::Failed(m),
             other => LoadError::Invalid(other.to_string()),
-        })
-    })
-}
-
-/// Turns a finished delta into files and publishes them.
-fn publisher(base: &Arc<Base>, base_name: &str, registry: &Registry) -> Publisher {
-    let (base, base_name, registry) = (Arc::clone(base), base_name.to_owned(), registry.clone());
-    Arc::new(move |job: PublishJob| {
-        let (base, base_name, registry) = (Arc::clone(&base), base_name.clone(), registry.clone());
-        Box::pin(async move {
-            let failure = |code: &str, message: String| PublishFailure { code: code.into(), message };
-            let PublishJob { job, tenant, name, policy, delta, input } = job;
-            let meta = EncodeMeta { base_name, rslora: input.rslora, dropout: input.dropout };
-            // what is served later is what these files say: they are read back before anybody sees them
-            let encode = move || {
-                let files = interop::encode(&delta, &base, &meta)?;
-                let spec = interop::decode(&files, &base)?.spec;
-                Ok::<_, InteropError>((files, spec))
-            };
-            let encoded = tokio::task::spawn_blocking(encode).await.map_err(|e| failure("INTERNAL", e.to_string()))?;
-            let (files, spec) = encoded.map_err(|e| failure("INTERNAL", e.to_string()))?;
-            let name = DeltaName::new(&name).map_err(|e| failure("INVALID_REQUEST", format!("name {e}")))?;
-            let publication = Publication { name, files, spec, policy, origin: Origin::Job(job) };
-            let version = registry.publish(&tenant, publication).await.map_err(|e| {
-                let e = ServeError::from(e);
-                failure(e.reason(), e.to_string())
-            })?;
-            Ok(Published { number: version.number, id: version.id })
         })
     })
 }

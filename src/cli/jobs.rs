@@ -33,6 +33,13 @@ enum JobsCommand {
         #[arg(long, default_value_t = 0)]
         from: u64,
     },
+    /// Fetch the model that full fine-tuning made into a folder, which `serve --base` takes.
+    Download {
+        /// The job's id.
+        id: String,
+        /// The folder; made if it is not there.
+        folder: std::path::PathBuf,
+    },
     /// Ask a job to end.
     Cancel {
         /// The job's id.
@@ -89,6 +96,7 @@ pub(super) async fn jobs(common: &Common, args: JobsArgs) -> anyhow::Result<()> 
             print_jobs(common, training.get_job(proto::GetJobRequest { id }).await?.into_inner().job.as_slice())
         }
         JobsCommand::Watch { id, from } => train::watch(common, &client, &id, from).await,
+        JobsCommand::Download { id, folder } => super::models::download(common, &client, id, &folder).await,
         JobsCommand::Cancel { id } => {
             let reply = training.cancel_job(proto::CancelJobRequest { id }).await?.into_inner();
             print_jobs(common, reply.job.as_slice())
@@ -108,6 +116,9 @@ fn print_jobs(common: &Common, jobs: &[proto::Job]) -> anyhow::Result<()> {
     let row = |job: &proto::Job| {
         let total = job.resolved.as_ref().map_or(0, |r| r.total_steps);
         let outcome = match (&job.result, &job.failure) {
+            (Some(proto::JobResult { model: Some(m), final_loss, .. }), _) => {
+                format!("{} ({}), loss {final_loss:.4}", m.path, output::bytes(m.bytes))
+            }
             (Some(r), _) => format!("{}@{}, loss {:.4}", r.name, r.number, r.final_loss),
             (None, Some(f)) => format!("{}: {}", f.code, f.message),
             (None, None) => String::new(),

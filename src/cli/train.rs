@@ -361,13 +361,11 @@ impl View {
         Ok(Some(match change.state() {
             State::Succeeded => {
                 let r = change.result.clone().unwrap_or_default();
-                self.say(&format!(
-                    "published {}@{} ({}), loss {:.4}",
-                    r.name,
-                    r.number,
-                    output::short(&r.id),
-                    r.final_loss
-                ))?;
+                let made = match &r.model {
+                    Some(m) => format!("made the model {} ({})", m.path, output::short(&m.fingerprint)),
+                    None => format!("published {}@{} ({})", r.name, r.number, output::short(&r.id)),
+                };
+                self.say(&format!("{made}, loss {:.4}", r.final_loss))?;
                 self.finish();
                 Ok(())
             }

@@ -114,6 +114,22 @@ impl TrainingService for Training {
         Ok(Response::new(events.map_ok(convert::job_event).map_err(Status::from).boxed()))
     }
 
+    type DownloadModelStream = BoxStream<'static, Result<proto::DownloadModelResponse, Status>>;
+
+    async fn download_model(
+        &self,
+        request: Request<proto::DownloadModelRequest>,
+    ) -> Result<Response<Self::DownloadModelStream>, Status> {
+        use proto::download_model_response::Message;
+        let tenant = tenant(request.metadata())?;
+        let id = convert::required("id", request.into_inner().id)?;
+        let (model, files) = self.service.download_model(&tenant, &id).await?;
+        let reply = |message| proto::DownloadModelResponse { message: Some(message) };
+        let head = futures::stream::iter([Ok(reply(Message::Model(convert::model(model))))]);
+        let pieces = files.map_ok(move |(file, data)| reply(Message::Chunk(proto::FileChunk { file, data })));
+        Ok(Response::new(head.chain(pieces.map_err(Status::from)).boxed()))
+    }
+
     async fn cancel_job(
         &self,
         request: Request<proto::CancelJobRequest>,

@@ -3,6 +3,8 @@
 
 pub mod arch;
 mod base;
+mod copy;
+mod export;
 pub mod family;
 mod heads;
 mod load;
@@ -19,6 +21,8 @@ pub use arch::{
     Positions, RotaryShape,
 };
 pub use base::{Base, LoadOptions};
+pub use copy::PrivateCopy;
+pub use export::{ModelFolder, write_folder};
 pub use heads::HeadLogits;
 pub use source::Source;
 pub use transformer::{Input, Transformer};

@@ -109,14 +109,27 @@ impl Transformer {
     pub(super) fn parameters(&self) -> u64 {
         let count = |t: &Option<Tensor>| t.as_ref().map_or(0, Tensor::elem_count);
         let norm = |n: &ops::Norm| n.gain.elem_count() + count(&n.bias);
+        let before = self.lm_transform.as_ref();
+        let before = before.map_or(0, |t| t.weight.elem_count() + t.bias.elem_count() + norm(&t.norm));
+        self.body_parameters() + self.head_parameters() + before as u64
+    }
+
+    /// Numbers in the language-model head that are its own.
+    pub(super) fn head_parameters(&self) -> u64 {
+        let bias = |h: &Linear| h.bias.as_ref().map_or(0, Tensor::elem_count);
+        let own = |h: &Linear| if self.arch.tied_head { bias(h) } else { h.weight.elem_count() + bias(h) };
+        self.lm_head.as_ref().map_or(0, own) as u64
+    }
+
+    /// Numbers in everything but the language-model head and what stands before it.
+    pub(super) fn body_parameters(&self) -> u64 {
+        let count = |t: &Option<Tensor>| t.as_ref().map_or(0, Tensor::elem_count);
+        let norm = |n: &ops::Norm| n.gain.elem_count() + count(&n.bias);
         let linear = |l: &Linear| l.weight.elem_count() + count(&l.bias);
         let tables = [Some(&self.embed), self.position.as_ref(), self.token_type.as_ref()];
         let tables: usize = tables.iter().flatten().map(|t| t.elem_count()).sum();
         let norms: usize = self.norms().map(|n| norm(&n.norm)).sum();
-        let head = self.lm_head.as_ref().map_or(0, |h| if self.arch.tied_head { count(&h.bias) } else { linear(h) });
-        let before = self.lm_transform.as_ref();
-        let before = before.map_or(0, |t| t.weight.elem_count() + t.bias.elem_count() + norm(&t.norm));
-        (self.linears().map(linear).sum::<usize>() + tables + norms + head + before) as u64
+        (self.linears().map(linear).sum::<usize>() + tables + norms) as u64
     }
 
     /// The embeddings of tokens as a prompt's rows stand for them: `[tokens, hidden]`.
@@ -272,7 +285,8 @@ impl Transformer {
     pub fn nll(&self, hidden: &Tensor, pick: &[u32], targets: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
         let patched = head.parts.iter().any(|(site, _)| cx.deltas.touches(*site));
-        if patched || head.bias.is_some() {
+        // a head that is trained wants the gradient of its matrix, too
+        if patched || head.bias.is_some() || head.weight.is_trained() {
             let logits = self.logits(hidden, pick, cx)?;
             let logp = candle_nn::ops::log_softmax(&logits, 1)?;
             let idx = Tensor::new(targets, &self.device)?.reshape((targets.len(), 1))?;

@@ -1,7 +1,7 @@
 //! A Hugging Face checkpoint folder: safetensors, single or sharded, read through a memory map.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -15,9 +15,35 @@ use crate::ids::BaseFingerprint;
 /// Config keys that say nothing about the function computed.
 const VOLATILE: &[&str] = &["transformers_version", "_name_or_path", "torch_dtype", "dtype"];
 
+/// Where tensors are.
+enum Tensors {
+    /// On disk.
+    Files(MmapedSafetensors),
+    /// In memory, by stored name.
+    Given(HashMap<String, Tensor>),
+}
+
+impl Tensors {
+    fn load(&self, name: &str) -> Result<Tensor, ModelError> {
+        match self {
+            Self::Files(files) => Ok(files.load(name, &Device::Cpu)?),
+            Self::Given(map) => {
+                map.get(name).cloned().ok_or_else(|| ModelError::Checkpoint(format!("no tensor {name}")))
+            }
+        }
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match self {
+            Self::Files(files) => files.get(name).ok().map(|v| v.shape().to_vec()),
+            Self::Given(map) => map.get(name).map(|t| t.dims().to_vec()),
+        }
+    }
+}
+
 /// An open checkpoint.
 pub(super) struct Checkpoint {
-    files: MmapedSafetensors,
+    tensors: Tensors,
     names: HashSet<String>,
     prefix: &'static str,
     dtype: DType,
@@ -74,7 +100,14 @@ impl Checkpoint {
         #[allow(unsafe_code)]
         let files = unsafe { MmapedSafetensors::multi(&paths)? };
         let names = files.tensors().into_iter().map(|(n, _)| n).collect();
-        Ok(Self { files, names, prefix, dtype, device: device.clone() })
+        Ok(Self { tensors: Tensors::Files(files), names, prefix, dtype, device: device.clone() })
+    }
+
+    /// Tensors in memory under their stored names; they are used as they are where type and device fit, so that gradients
+    /// reach them.
+    pub(super) fn given(tensors: HashMap<String, Tensor>, prefix: &'static str, dtype: DType, device: &Device) -> Self {
+        let names = tensors.keys().cloned().collect();
+        Self { tensors: Tensors::Given(tensors), names, prefix, dtype, device: device.clone() }
     }
 
     /// SHA-256 over the config's lasting fields and all tensors (name, type, shape, bytes), independent of sharding.
@@ -88,7 +121,10 @@ impl Checkpoint {
             });
         }
         h.update(canonical(&lasting));
-        let mut tensors = self.files.tensors();
+        let Tensors::Files(files) = &self.tensors else {
+            return Err(ModelError::Unsupported("tensors in memory have no fingerprint".into()));
+        };
+        let mut tensors = files.tensors();
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, view) in tensors {
             h.update((name.len() as u64).to_le_bytes());
@@ -100,7 +136,7 @@ impl Checkpoint {
     }
 
     /// The stored name of a module's tensor: with the family's prefix, or bare.
-    fn name(&self, module: &str, suffix: &str) -> Option<String> {
+    pub(super) fn name(&self, module: &str, suffix: &str) -> Option<String> {
         let bare = format!("{module}.{suffix}");
         let prefixed = format!("{}{bare}", self.prefix);
         [prefixed, bare].into_iter().find(|n| self.names.contains(n))
@@ -115,7 +151,7 @@ impl Checkpoint {
         let name = self
             .name(module, suffix)
             .ok_or_else(|| ModelError::Checkpoint(format!("no tensor {}{module}.{suffix}", self.prefix)))?;
-        let t = self.files.load(&name, &Device::Cpu)?;
+        let t = self.tensors.load(&name)?;
         if t.dims() != shape {
             return Err(ModelError::Checkpoint(format!("{name} is {:?}; the config asks for {shape:?}", t.dims())));
         }
@@ -125,10 +161,15 @@ impl Checkpoint {
         Ok(t.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
+    /// A tensor by its stored name, in this checkpoint's type and on its device.
+    pub(super) fn stored(&self, name: &str) -> Result<Tensor, ModelError> {
+        Ok(self.tensors.load(name)?.to_dtype(self.dtype)?.to_device(&self.device)?)
+    }
+
     /// The first dimension of a tensor.
     pub(super) fn rows(&self, module: &str, suffix: &str) -> Option<usize> {
         let name = self.name(module, suffix)?;
-        self.files.get(&name).ok()?.shape().first().copied()
+        self.tensors.shape(&name)?.first().copied()
     }
 
     /// A tensor that may be absent.

@@ -1,4 +1,5 @@
-//! Linear maps with a frozen weight: backward gives dX only.
+//! Linear maps. Frozen weights: backward gives dX only. A weight that is trained (full fine-tuning's private copy) takes
+//! candle's matmul, which gives both gradients.
 //!
 //! candle's matmul computes and keeps gradients of both operands, also of frozen ones (PR 3773); for a base model that is
 //! a second copy of the model per step.
@@ -43,6 +44,9 @@ impl Weight {
     /// Those of candle.
     pub fn from_out_in(w: &Tensor) -> Result<Self> {
         let (n, k) = w.dims2()?;
+        if w.track_op() {
+            return Ok(Self { tensor: w.clone(), form: Form::OutIn, in_dim: k, out_dim: n });
+        }
         if is_cpu_f32(w) {
             let data = with_f32(&w.contiguous()?, |w| Ok(packed::pack(k, n, |row, column| w[column * k + row])))?;
             return Self::panels(data, k, n);
@@ -56,7 +60,7 @@ impl Weight {
     /// Those of candle.
     pub fn from_in_out(w: &Tensor) -> Result<Self> {
         let (k, n) = w.dims2()?;
-        if is_cpu_f32(w) {
+        if is_cpu_f32(w) && !w.track_op() {
             let data = with_f32(&w.contiguous()?, |w| Ok(packed::pack(k, n, |row, column| w[row * n + column])))?;
             return Self::panels(data, k, n);
         }
@@ -76,6 +80,11 @@ impl Weight {
     pub fn tied(table: &Tensor) -> Result<Self> {
         let (out_dim, in_dim) = table.dims2()?;
         Ok(Self { tensor: table.contiguous()?, form: Form::OutIn, in_dim, out_dim })
+    }
+
+    /// Whether it is trained: a gradient of the matrix is wanted.
+    pub fn is_trained(&self) -> bool {
+        self.tensor.track_op()
     }
 
     /// Width of the input.
@@ -208,6 +217,10 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         let (i, o) = (weight.in_dim(), weight.out_dim());
         bail!("linear: input {:?} and bias {:?} for a weight {i} -> {o}", x.shape(), bias.map(Tensor::shape));
     }
+    if weight.is_trained() {
+        let y = x.matmul(&weight.as_in_out()?)?; // [rows, out]
+        return bias.map_or(Ok(y.clone()), |b| y.broadcast_add(b));
+    }
     // a bias that is trained must stay in the graph
     let (inside, after) = match bias {
         Some(b) if weight.form == Form::Panels && is_cpu_f32(&x) && is_cpu_f32(b) && !b.track_op() => {
@@ -264,6 +277,26 @@ mod tests {
         let want = Tensor::ones((5, 12), candle_core::DType::F32, &dev).unwrap().matmul(&w).unwrap();
         assert!(diff(grads.get(&x).unwrap(), &want) < 1e-5);
         assert!(grads.get(&weight.tensor).is_none() && grads.get(&bias).is_none(), "frozen tensors have no gradient");
+    }
+
+    #[test]
+    fn a_trained_weight_gets_its_gradient_in_every_form() {
+        let dev = Device::Cpu;
+        let w = Var::randn(0f32, 1.0, (12, 8), &dev).unwrap();
+        let (x, bias) =
+            (Var::randn(0f32, 1.0, (5, 8), &dev).unwrap(), Var::zeros(12, candle_core::DType::F32, &dev).unwrap());
+        let g = Tensor::randn(0f32, 1.0, (5, 12), &dev).unwrap();
+        let in_out = Weight::from_in_out(&w.t().unwrap()).unwrap();
+        let plain = Weight::from_out_in(&w.as_detached_tensor()).unwrap();
+        for weight in [Weight::from_out_in(&w).unwrap(), Weight::tied(&w).unwrap(), in_out] {
+            let y = linear(&x, &weight, Some(&bias)).unwrap();
+            assert!(weight.is_trained() && diff(&y, &linear(&x, &plain, Some(&bias)).unwrap()) < 1e-5);
+            let grads = (y * &g).unwrap().sum_all().unwrap().backward().unwrap();
+            let want = g.t().unwrap().matmul(&x).unwrap(); // [out, in]
+            assert!(diff(grads.get(&w).unwrap(), &want) < 1e-5);
+            assert!(diff(grads.get(&x).unwrap(), &g.matmul(&w).unwrap()) < 1e-5);
+            assert!(diff(grads.get(&bias).unwrap(), &g.sum(0).unwrap()) < 1e-5);
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! LayerNorm (Ba et al. 2016) and RMSNorm (Zhang & Sennrich 2019) with frozen gain and bias: backward gives dX only.
+//! LayerNorm (Ba et al. 2016) and RMSNorm (Zhang & Sennrich 2019). Frozen gain and bias: backward gives dX only; a gain or
+//! bias that is trained takes the reference.
 
 use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor};
 
 use super::{cpu_result, f32_slice, is_cpu_f32, par_rows, vectorized, with_f32};
 
-/// A frozen normalisation.
+/// A normalisation.
 #[derive(Debug, Clone)]
 pub struct Norm {
     /// `[hidden]`.
@@ -157,7 +158,8 @@ impl CustomOp1 for NormOp {
 /// # Errors
 /// Those of candle.
 pub fn norm(x: &Tensor, norm: &Norm) -> Result<Tensor> {
-    if !is_cpu_f32(x) || !is_cpu_f32(&norm.gain) {
+    let trained = norm.gain.track_op() || norm.bias.as_ref().is_some_and(Tensor::track_op);
+    if trained || !is_cpu_f32(x) || !is_cpu_f32(&norm.gain) {
         return norm.reference(x);
     }
     let x = x.contiguous()?;

@@ -219,7 +219,8 @@ impl JobLog {
                 }
             }
         }
-        Ok(Some(JobResult { name: info.output_name.clone(), number, id: version.to_string(), final_loss, best_eval }))
+        let (name, id) = (info.output_name.clone(), version.to_string());
+        Ok(Some(JobResult { name, number, id, final_loss, best_eval, model: None }))
     }
 
     /// Keeps a checkpoint's bytes for as long as the job is kept.

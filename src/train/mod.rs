@@ -14,6 +14,8 @@ pub mod dataset;
 pub mod encode;
 pub mod eval;
 pub mod ewc;
+#[cfg(test)]
+mod full_laws;
 mod handle;
 pub mod issue;
 pub mod joblog;

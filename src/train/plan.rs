@@ -9,8 +9,8 @@ use crate::{
     admission::{
         params::Violation,
         train_params::{
-            AdapterPart, AdapterVariant, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
-            TrainParams, Validation,
+            AdapterPart, AdapterVariant, HyperParams, LoraPart, MemoryEstimate, MethodPart, PlanReply,
+            ResolvedTraining, Schedule, TrainParams, Validation,
         },
     },
     delta::Task,
@@ -51,6 +51,8 @@ pub struct BaseInfo<'a> {
     pub shape: BaseShape<'a>,
     /// Longest sequence.
     pub max_positions: usize,
+    /// Bytes that a run may take, if it is known: full fine-tuning is refused above.
+    pub memory: Option<u64>,
 }
 
 /// A job, ready to run.
@@ -144,6 +146,9 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     if resolved.ewc.is_some() {
         memory.optimizer += 2 * memory.parameters;
     }
+    if spec.full.is_some() {
+        check_memory(&memory, base.memory)?;
+    }
     let reply = PlanReply {
         trainable_parameters: start.as_ref().map_or(parameters, |s| s.parameters(&spec, parameters)),
         train_examples: train.len() as u64,
@@ -156,6 +161,19 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         resolved,
     };
     Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), start })
+}
+
+/// Full fine-tuning only where its memory is there, with the numbers.
+fn check_memory(need: &MemoryEstimate, available: Option<u64>) -> Result<(), Vec<Violation>> {
+    let Some(available) = available.filter(|a| *a < need.total()) else { return Ok(()) };
+    let MemoryEstimate { parameters, gradients, optimizer, activations } = need;
+    let message = format!(
+        "full fine-tuning needs {} bytes beside the resident base (weights {parameters}, gradients {gradients}, optimizer \
+         {optimizer}, activations {activations}); {available} are available: train a delta, shorten hyper.max_length or \
+         lower hyper.batch_size",
+        need.total()
+    );
+    Err(vec![Violation { field: "methods".into(), code: "NOT_ENOUGH_MEMORY".into(), message }])
 }
 
 /// Shortest examples that a base must have room for.
@@ -268,7 +286,9 @@ fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec
         MethodPart::Prefix(p) => MethodPart::Prefix(spec::prefix_defaults(p)),
         MethodPart::Prompt(p) => MethodPart::Prompt(spec::prompt_defaults(p)),
         MethodPart::PTuning(p) => MethodPart::PTuning(spec::p_tuning_defaults(p)),
-        MethodPart::Bitfit(_) | MethodPart::Ia3(_) | MethodPart::Ln(_) | MethodPart::Tokens(_) => part.clone(),
+        MethodPart::Bitfit(_) | MethodPart::Ia3(_) | MethodPart::Ln(_) | MethodPart::Tokens(_) | MethodPart::Full => {
+            part.clone()
+        }
     };
     methods.iter().map(part).collect()
 }
@@ -289,6 +309,8 @@ fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
         MethodPart::Prefix(_) => 5e-3,
         MethodPart::Prompt(_) => 1e-2,
         MethodPart::PTuning(_) => 1e-3,
+        MethodPart::Full if lm => 5e-5,
+        MethodPart::Full => 2e-5,
     };
     methods.iter().map(of).fold(None, |least: Option<f64>, lr| Some(least.map_or(lr, |l| l.min(lr)))).unwrap_or(5e-3)
 }
@@ -385,9 +407,10 @@ pub(crate) mod tests {
     fn run(params: &TrainParams, train: &str, validation: Option<&str>) -> Result<Prepared, Vec<Violation>> {
         let sites = table(true);
         let causal = params.task == Task::CausalLm;
-        let shape = BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None };
+        let shape =
+            BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None, base: None };
         let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes), start: None };
-        prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
+        prepare(inputs, BaseInfo { shape, max_positions: 64, memory: Some(1000) }, &byte_codec(true))
     }
 
     fn lines(n: usize) -> String {

@@ -168,7 +168,8 @@ impl Run {
                 .with_rates(vars.iter().map(|v| v.rate)),
             batches: Batches::new(&lens, size, pack_to, r.seed),
             dropout: batches::rng(r.seed, Stream::Dropout),
-            good: Some((0, trainable.snapshot()?)),
+            // a whole model is too large to be kept on the way
+            good: if trainable.is_full() { None } else { Some((0, trainable.snapshot()?)) },
             metrics: TrainMetrics::in_slot(usize::MAX),
             phase: Phase::Train(Step::default()),
             step: 0,
@@ -300,7 +301,8 @@ impl Run {
     fn forward_backward(&mut self, step: &mut Step, batch: &[usize]) -> Result<f64> {
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
         let delta = self.trainable.delta(&mut self.dropout)?;
-        let Losses { each, .. } = losses(&self.base, delta, &examples, self.pacer.as_ref())?;
+        let base = self.trainable.base(&self.base)?;
+        let Losses { each, .. } = losses(&base, delta, &examples, self.pacer.as_ref())?;
         let share = (each.sum_all()? / step.weight)?;
         let loss = f64::from(share.to_scalar::<f32>()?);
         if !loss.is_finite() {
@@ -346,7 +348,7 @@ impl Run {
         }
         self.step += 1;
         self.last_loss = step.loss;
-        if self.step.is_multiple_of(KEEP_EVERY) {
+        if self.step.is_multiple_of(KEEP_EVERY) && !self.trainable.is_full() {
             self.unproven = Some((self.step, self.trainable.snapshot()?));
         }
         let busy = step.busy + start.elapsed();
@@ -410,7 +412,8 @@ impl Run {
     fn eval_micro(&mut self, batch: &[usize]) -> Result<()> {
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.validation[*i]).collect();
         let delta = Arc::new(self.trainable.detached()?);
-        let losses = losses(&self.base, delta, &examples, self.pacer.as_ref())?;
+        let base = self.trainable.detached_base(&self.base)?;
+        let losses = losses(&base, delta, &examples, self.pacer.as_ref())?;
         if let Phase::Eval { tally, .. } = &mut self.phase {
             tally.add(&losses)?;
         }
@@ -440,9 +443,10 @@ impl Run {
             None => (self.trainable.snapshot()?, None),
         };
         let delta = self.trainable.publishable(&snapshot)?;
-        let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
+        let model = self.trainable.model(&snapshot)?;
+        let checkpoint = if model.is_some() { Vec::new() } else { self.trainable.checkpoint_bytes(&snapshot)? };
         let final_loss = self.last_loss;
-        Ok(Outcome::Trained(Box::new(Trained { delta, final_loss, best_eval, checkpoint })))
+        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, checkpoint })))
     }
 
     fn fail(&self, code: &'static str, message: String) -> Outcome {

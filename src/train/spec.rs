@@ -71,6 +71,8 @@ pub struct TrainSpec {
     pub vocab: usize,
     /// More on the parts that add positions.
     pub positions: PositionPlans,
+    /// Every weight of the base is trained, in a copy: how many numbers that is.
+    pub full: Option<u64>,
 }
 
 /// What the specification needs to know of the base.
@@ -88,6 +90,8 @@ pub struct BaseShape<'a> {
     pub encoder_decoder: bool,
     /// Where its classification heads for texts have two layers: what is between.
     pub inner: Option<Act>,
+    /// Its weights, for full fine-tuning.
+    pub base: Option<&'a Base>,
 }
 
 impl<'a> BaseShape<'a> {
@@ -101,6 +105,7 @@ impl<'a> BaseShape<'a> {
             causal: arch.is_causal(),
             encoder_decoder: arch.is_encoder_decoder(),
             inner: arch.names.cls_inner.map(|i| i.act),
+            base: Some(base),
         }
     }
 }
@@ -140,6 +145,7 @@ impl TrainSpec {
                 MethodPart::Prefix(p) => r.prefix(&field, p),
                 MethodPart::Prompt(p) => r.prompt(&field, p),
                 MethodPart::PTuning(p) => r.p_tuning(&field, p),
+                MethodPart::Full => r.full(&field, methods.len()),
             }
         }
         r.check_combination();
@@ -152,18 +158,21 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if head.is_some() { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions })
+        let full = if methods.iter().any(|m| m == "full") { base.base.map(|b| b.trained_by(task)) } else { None };
+        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions, full })
     }
 
     /// Numbers that are trained.
     pub fn parameters(&self, sites: &SiteTable) -> u64 {
         let head = self.head.map_or(0, HeadPlan::parameters);
         let patch = |(site, plan): &(SiteId, PatchPlan)| sites.get(*site).map_or(0, |e| plan.parameters(e, self.vocab));
-        (head + self.positions.encoder_parameters() + self.patches.iter().map(patch).sum::<usize>()) as u64
+        let patches: usize = self.patches.iter().map(patch).sum();
+        (head + self.positions.encoder_parameters() + patches) as u64 + self.full.unwrap_or(0)
     }
 
     /// Bytes that a run needs beside the base: `rows` of a micro-batch, `longest` example in it. An estimate: every
-    /// linear keeps its input and output once, attention its probabilities, a language model one chunk of logits.
+    /// linear keeps its input and output once, attention its probabilities, a language model one chunk of logits. Full
+    /// fine-tuning keeps what norms and the head make on their way, all logits included.
     pub fn memory(&self, base: BaseShape<'_>, rows: usize, longest: usize) -> MemoryEstimate {
         const F32: usize = 4;
         const LOGIT_ROWS: usize = 512;
@@ -171,9 +180,17 @@ impl TrainSpec {
         let widths: usize = base.sites.linears().map(|(_, e)| e.in_dim + e.out_dim).sum();
         let layers = base.sites.iter().filter(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::O, .. })).count();
         let heads = base.hidden.div_ceil(64).max(1);
-        let logits = if self.task.generates() { LOGIT_ROWS.min(rows) * base.vocab * 2 } else { 0 };
-        let activations = (rows * widths + rows * longest * heads * layers + logits) * F32;
-        MemoryEstimate { parameters, gradients: parameters, optimizer: 2 * parameters, activations: activations as u64 }
+        let (logit_rows, copies) = if self.full.is_some() { (2 * rows, 2) } else { (LOGIT_ROWS.min(rows), 1) };
+        let logits = if self.task.generates() { logit_rows * base.vocab * 2 } else { 0 };
+        let activations = (copies * rows * widths + rows * longest * heads * layers + logits) * F32;
+        // a whole model's snapshot and the sum of its gradients over micro-batches count
+        let twice = if self.full.is_some() { 2 * parameters } else { parameters };
+        MemoryEstimate {
+            parameters: twice,
+            gradients: twice,
+            optimizer: 2 * parameters,
+            activations: activations as u64,
+        }
     }
 }
 
@@ -195,6 +212,15 @@ struct Resolver<'a> {
 impl Resolver<'_> {
     fn problem(&mut self, field: &str, message: impl Into<String>) {
         self.problems.push(Violation { field: field.to_owned(), code: String::new(), message: message.into() });
+    }
+
+    fn full(&mut self, field: &str, methods: usize) {
+        if methods > 1 {
+            self.problem(field, "full trains every weight; give it alone");
+        }
+        if self.base.encoder_decoder {
+            self.problem(field, "full is not supported on encoder-decoders; lora, ia3, bitfit, adapter and others are");
+        }
     }
 
     fn check_task(&mut self, methods: &[MethodPart], task: Task, labels: &[String]) {
@@ -350,7 +376,7 @@ pub(crate) mod tests {
     }
 
     fn base(sites: &SiteTable) -> BaseShape<'_> {
-        BaseShape { sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: false, inner: None }
+        BaseShape { sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: false, inner: None, base: None }
     }
 
     fn lora(part: LoraPart) -> Vec<MethodPart> {

@@ -21,11 +21,13 @@ use crate::{
     admission::{
         params::PublishPolicy,
         train_params::{
-            CheckpointEvent, EvalEvent, JobEventBody, JobFailure, JobResult, JobState, NoteEvent, StateEvent,
+            CheckpointEvent, EvalEvent, JobEventBody, JobFailure, JobResult, JobState, ModelResult, NoteEvent,
+            StateEvent,
         },
     },
     delta::Delta,
     ids::{DeltaId, TenantId},
+    model::ModelFolder,
     train::{
         handle::{Live, Shared},
         metrics::JobGauges,
@@ -47,6 +49,8 @@ pub struct PublishJob {
     pub policy: PublishPolicy,
     /// Plain f32 tensors.
     pub delta: Delta,
+    /// A whole model, to be kept instead of the delta.
+    pub model: Option<ModelFolder>,
     /// How it was trained, for the version's files.
     pub input: PublishInfo,
 }
@@ -60,13 +64,18 @@ pub struct PublishInfo {
     pub dropout: f64,
 }
 
-/// The version that a publish made.
-#[derive(Debug, Clone, Copy)]
-pub struct Published {
-    /// Number under the name.
-    pub number: u64,
-    /// Digest.
-    pub id: DeltaId,
+/// What a publish made.
+#[derive(Debug, Clone)]
+pub enum Published {
+    /// A version.
+    Version {
+        /// Number under the name.
+        number: u64,
+        /// Digest.
+        id: DeltaId,
+    },
+    /// A model's folder.
+    Model(ModelResult),
 }
 
 /// Why a publish failed.
@@ -281,7 +290,7 @@ impl Supervisor {
     async fn publish(&mut self, id: &str, trained: Trained) {
         self.append(id, state(JobState::Publishing)).await;
         let Some(job) = self.running.get_mut(id) else { return };
-        let Trained { delta, checkpoint, final_loss, best_eval } = trained;
+        let Trained { delta, model, checkpoint, final_loss, best_eval } = trained;
         job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.into() };
         let request = PublishJob {
             job: id.to_owned(),
@@ -289,6 +298,7 @@ impl Supervisor {
             name: job.name.clone(),
             policy: job.policy,
             delta,
+            model,
             input: job.info,
         };
         let (publisher, id, done) = (Arc::clone(&self.publisher), id.to_owned(), self.to_self.clone());
@@ -310,8 +320,12 @@ impl Supervisor {
             return;
         };
         match result {
-            Ok(Published { number, id: version }) => {
-                let result = JobResult { name, number, id: version.to_string(), final_loss, best_eval };
+            Ok(published) => {
+                let (number, version, model) = match published {
+                    Published::Version { number, id } => (number, id.to_string(), None),
+                    Published::Model(model) => (0, String::new(), Some(model)),
+                };
+                let result = JobResult { name, number, id: version, final_loss, best_eval, model };
                 self.terminal(id, JobState::Succeeded, Some(result), None).await;
             }
             Err(PublishFailure { code, message }) => {
@@ -332,6 +346,9 @@ impl Supervisor {
     }
 
     async fn keep_checkpoint(&mut self, id: &str, step: u32, bytes: Bytes) {
+        if bytes.is_empty() {
+            return; // a whole model is not kept
+        }
         let event = match self.shared.log.keep_checkpoint(id, bytes).await {
             Ok(blob) => JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() }),
             Err(e) => {

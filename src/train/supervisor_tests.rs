@@ -42,7 +42,7 @@ fn request(max_steps: u32) -> (TrainParams, Prepared) {
     p.hyper.max_steps = Some(max_steps);
     let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
     let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None, start: None };
-    let info = BaseInfo { shape: shape(&base), max_positions: base.arch.max_positions };
+    let info = BaseInfo { shape: shape(&base), max_positions: base.arch.max_positions, memory: None };
     let prepared = prepare(inputs, info, &byte_codec(true)).unwrap();
     (p, prepared)
 }
@@ -53,7 +53,7 @@ fn accept(count: &Arc<AtomicUsize>) -> Publisher {
         let number = count.fetch_add(1, Ordering::SeqCst) as u64 + 1;
         async move {
             assert!(!job.delta.patches().is_empty());
-            Ok(Published { number, id: DeltaId::from_bytes([number as u8; 32]) })
+            Ok(Published::Version { number, id: DeltaId::from_bytes([number as u8; 32]) })
         }
         .boxed()
     })
@@ -246,7 +246,7 @@ async fn a_slow_publish_delays_no_other_job() {
                 if job.tenant.as_str() == "slow" {
                     gate.notified().await;
                 }
-                Ok(Published { number: 1, id: DeltaId::from_bytes([1; 32]) })
+                Ok(Published::Version { number: 1, id: DeltaId::from_bytes([1; 32]) })
             }
             .boxed()
         })

@@ -3,6 +3,7 @@
 //! The delta's tensors *are* the variables, so an optimizer step changes what the next forward uses without rebuilding
 //! anything. Base weights never appear here. Evaluation and publishing get plain tensors ([`Trainable::detached`]).
 
+mod full;
 mod init;
 mod positions;
 
@@ -28,7 +29,7 @@ use crate::{
 pub struct NamedVar {
     /// `<module>.<tensor>`, the tensor's name as in [`Patch::tensors`] (`lora_A`, `lora_B` (transposed, as in [`LowRank`]),
     /// `bias`, ...); `head.weight`, `head.bias`, `head.0.weight`, `head.0.bias` (a layer before); `prompt`,
-    /// `prefix.<site>.k`, `prefix.<site>.v`, `prompt.encoder...`, `prefix.encoder...`.
+    /// `prefix.<site>.k`, `prefix.<site>.v`, `prompt.encoder...`, `prefix.encoder...`; of a private copy, the stored name.
     pub name: String,
     /// The variable, f32.
     pub var: Var,
@@ -70,6 +71,8 @@ pub struct Trainable {
     /// The head's form, and its variables in the order of its tensors.
     head: Option<(Head, Vec<usize>)>,
     live: Option<Arc<Delta>>,
+    /// All weights of the base in a copy, which are the first variables.
+    full: Option<full::Copied>,
 }
 
 impl Trainable {
@@ -146,7 +149,7 @@ impl Trainable {
             }
             None => None,
         };
-        Self { spec: delta.spec.clone(), vars, parts, encoders: Vec::new(), head, live: None }.with_live()
+        Self { spec: delta.spec.clone(), vars, parts, encoders: Vec::new(), head, live: None, full: None }.with_live()
     }
 
     /// As [`Self::from_delta`], for a job: with the specification's dropout and learning rates, and a fresh head where the

@@ -5,14 +5,14 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
     admission::train_params::Schedule,
-    delta::{Delta, DeltaBatch, Half, NormAt, Patch, PrefixForm, PromptStage, Site},
+    delta::{Delta, DeltaBatch, Half, NormAt, Patch, PrefixForm, PromptStage, Site, Task},
     model::{Base, Input, Source},
     nn::Cx,
     rows::RowLayout,
     train::{
         batches::{Stream, rng},
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
-        trainable::Trainable,
+        trainable::{NamedVar, Trainable},
     },
 };
 use serde_json::Value;
@@ -31,7 +31,7 @@ pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
 
 fn check(f: &Fixtures, case: &Value) -> Step<String> {
     let base = f.base(case["model"].as_str().unwrap_or_default())?;
-    let path = case["delta"].as_str().ok_or_else(|| Outcome::Unsupported("full fine-tuning".into()))?;
+    let Some(path) = case["delta"].as_str() else { return full(f, case, &base) };
     let own = f.list("cases").iter().find(|c| c["delta"] == path);
     let own = own.ok_or_else(|| fail(format!("no case for {path}")))?;
     let delta = f.delta(&base, own)?.ok_or_else(|| fail("no delta"))?;
@@ -50,6 +50,52 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     let steps = steps(f, case, (&base, &trainable), || loss(&base, &delta, task, &want))?;
     let finals = finals(f, case, (&base, &delta), &want)?;
     Ok(format!("loss and {n} gradients at step 0, {steps} steps, {finals} final tensors"))
+}
+
+/// Full fine-tuning. The file has the gradients and last values of some of the weights.
+fn full(f: &Fixtures, case: &Value, base: &Arc<Base>) -> Step<String> {
+    let task = case["task"].as_str().unwrap_or_default();
+    if task != "causal_lm" {
+        return Err(Outcome::Unsupported(format!("full fine-tuning for {task}")));
+    }
+    let trainable = Trainable::of_base(base, Task::CausalLm).map_err(fail)?;
+    let delta = trainable.delta(&mut rng(0, Stream::Dropout)).map_err(fail)?;
+    let want = f.tensors(case["expected"].as_str().unwrap_or_default())?;
+    let count: usize = trainable.vars().iter().map(|v| v.var.elem_count()).sum();
+    if case["n_trained"].as_u64() != Some(count as u64) {
+        return Err(fail(format!("{count} numbers are trained, expected {}", case["n_trained"])));
+    }
+    let now = || loss(&*trainable.base(base)?, &delta, task, &want);
+    let grads = now().and_then(|l| l.backward()).map_err(fail)?;
+    let (atol, rel) = (f.tolerance("grad_atol"), f.tolerance("grad_rel"));
+    let of = |name: &str| {
+        let own = |v: &&NamedVar| name == v.name || name.strip_suffix(&v.name).is_some_and(|rest| rest.ends_with('.'));
+        trainable.vars().iter().find(own).ok_or_else(|| fail(format!("no variable {name}")))
+    };
+    let wanted = |kind: &'static str| want.iter().filter_map(move |(k, t)| Some((k.strip_prefix(kind)?, t)));
+    for (name, t) in wanted("grad::") {
+        let got = grads.get(&of(name)?.var).ok_or_else(|| fail(format!("no gradient of {name}")))?;
+        let (got, t) = (flat(got)?, flat(t)?);
+        let bad =
+            got.iter().zip(&t).find(|(a, b)| !near(f64::from(**a), f64::from(**b), atol + rel * f64::from(b.abs())));
+        if let Some((a, b)) = bad {
+            return Err(fail(format!("gradient of {name}: {a} instead of {b}")));
+        }
+    }
+    let steps = steps(f, case, (base, &trainable), now)?;
+    let noise = 20.0 * case["noise_f64"]["final"].as_f64().unwrap_or(0.0);
+    let (atol, floor) = (f.tolerance("final_atol").max(noise), f.tolerance("grad_floor"));
+    for (name, t) in wanted("final::") {
+        let first = want.get(&format!("grad::{name}")).map(flat).transpose()?.unwrap_or_default();
+        for (i, (a, b)) in flat(of(name)?.var.as_tensor())?.into_iter().zip(flat(t)?).enumerate() {
+            let moved = first.get(i).is_some_and(|g| f64::from(g.abs()) >= floor);
+            if moved && !near(f64::from(a), f64::from(b), atol) {
+                return Err(fail(format!("{name} ends at {a} instead of {b}")));
+            }
+        }
+    }
+    let (grads, finals) = (wanted("grad::").count(), wanted("final::").count());
+    Ok(format!("all {count} weights; {grads} gradients at step 0, {steps} steps, {finals} final tensors"))
 }
 
 /// The losses before each step and after the last, with our optimizer, schedule and clipping.
@@ -105,7 +151,7 @@ fn steps(
         }
         adam.step(&grads, lr, clip_scale(norm, clip)).map_err(fail)?;
         // the library trains whole biases, so it decays the base's share of them, too
-        for v in trainable.vars() {
+        for v in trainable.vars().iter().filter(|_| !trainable.is_full()) {
             let site = v.name.strip_suffix(".bias").and_then(|m| base.sites.by_module(m));
             if let Some(own) = site.map(|s| base.bias(s)).transpose().map_err(fail)?.flatten() {
                 let share = (own * (lr * params.weight_decay)).map_err(fail)?;

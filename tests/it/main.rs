@@ -9,6 +9,7 @@ mod cancel;
 mod drain;
 mod edges;
 mod folders;
+mod full;
 mod generate;
 mod hostile;
 mod hot_swap;

@@ -26,6 +26,8 @@ pub(super) enum MethodArg {
     Prompt,
     /// A prompt that a network makes while training.
     PTuning,
+    /// Every weight of a private copy of the base; makes a model instead of a delta.
+    Full,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -136,6 +138,7 @@ impl MethodArgs {
             MethodArg::Prefix => Part::Prefix(positions.prefix()?),
             MethodArg::Prompt => Part::Prompt(positions.prompt()?),
             MethodArg::PTuning => Part::PTuning(positions.p_tuning()),
+            MethodArg::Full => Part::Full(proto::FullTuning {}),
         };
         Ok(proto::MethodPart { part: Some(part) })
     }

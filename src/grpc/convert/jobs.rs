@@ -3,7 +3,8 @@
 use crate::{
     admission::{
         jobs::{
-            EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent, NoteEvent,
+            EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent, ModelResult,
+            NoteEvent,
         },
         params::ServeError,
     },
@@ -51,7 +52,13 @@ fn result(r: JobResult) -> proto::JobResult {
         id: r.id,
         final_loss: r.final_loss,
         best_eval: r.best_eval.map(eval),
+        model: r.model.map(model),
     }
+}
+
+/// A model to the wire.
+pub(in crate::grpc) fn model(m: ModelResult) -> proto::ModelResult {
+    proto::ModelResult { path: m.path, fingerprint: m.fingerprint, bytes: m.bytes }
 }
 
 fn failure(f: JobFailure) -> proto::JobFailure {

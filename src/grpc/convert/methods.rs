@@ -30,6 +30,7 @@ pub(super) fn from_wire(parts: Vec<proto::MethodPart>, defaults: bool, problems:
             Some(Part::Prefix(m)) => out.push(MethodPart::Prefix(positions::prefix(&at, m, problems))),
             Some(Part::Prompt(m)) => out.push(MethodPart::Prompt(positions::prompt(&at, m, problems))),
             Some(Part::PTuning(m)) => out.push(MethodPart::PTuning(positions::p_tuning(&m))),
+            Some(Part::Full(proto::FullTuning {})) => out.push(MethodPart::Full),
             None => problems.push(at, "is empty; one kind is required"),
         }
     }
@@ -180,6 +181,7 @@ pub(super) fn to_wire(part: MethodPart) -> proto::MethodPart {
         MethodPart::Prefix(m) => Part::Prefix(positions::prefix_to_wire(m)),
         MethodPart::Prompt(m) => Part::Prompt(positions::prompt_to_wire(m)),
         MethodPart::PTuning(m) => Part::PTuning(positions::p_tuning_to_wire(&m)),
+        MethodPart::Full => Part::Full(proto::FullTuning {}),
     };
     proto::MethodPart { part: Some(part) }
 }
@@ -269,6 +271,7 @@ mod tests {
                 ..AdapterPart::default()
             }),
             MethodPart::Tokens(TokensPart { ids: vec![1, 2] }),
+            MethodPart::Full,
         ];
         let mut problems = Problems::default();
         assert_eq!(from_wire(parts.clone().into_iter().map(to_wire).collect(), true, &mut problems), parts);

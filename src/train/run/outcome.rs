@@ -3,6 +3,7 @@
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody},
     delta::Delta,
+    model::ModelFolder,
 };
 
 /// What a run reports beside its end.
@@ -31,11 +32,13 @@ pub enum Outcome {
 pub struct Trained {
     /// The best checkpoint (the last, without evaluation); plain f32 tensors.
     pub delta: Delta,
+    /// The whole model of that checkpoint, where one is made instead of a delta.
+    pub model: Option<ModelFolder>,
     /// Loss of the last step.
     pub final_loss: f64,
     /// The evaluation of the published checkpoint.
     pub best_eval: Option<EvalEvent>,
-    /// The same weights as safetensors bytes: kept when publishing fails, so that no training is lost.
+    /// A delta's weights as safetensors bytes: kept when publishing fails, so that no training is lost.
     pub checkpoint: Vec<u8>,
 }
 

@@ -67,7 +67,7 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if head.is_some() { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions })
+        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions, full: None })
     }
 
     /// The first difference between what this trains and what a delta is made of.
@@ -140,6 +140,10 @@ pub fn adopt(parts: &[MethodPart], delta: &Delta, hidden: usize) -> (Vec<MethodP
             }
             let n = p.num_virtual_tokens.or(Some(delta.ahead().keys as u32).filter(|n| *n > 0));
             MethodPart::Prefix(PrefixPart { num_virtual_tokens: n, ..p.clone() })
+        }
+        MethodPart::Full => {
+            clash(i, "full");
+            part.clone()
         }
         other => other.clone(),
     });

@@ -226,7 +226,8 @@ mod tests {
     }
 
     fn resolve(sites: &SiteTable, methods: &[MethodPart]) -> Result<TrainSpec, Vec<(String, String)>> {
-        let base = BaseShape { sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: false, inner: None };
+        let base =
+            BaseShape { sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: false, inner: None, base: None };
         TrainSpec::resolve(methods, Task::CausalLm, &[], base)
             .map_err(|v| v.into_iter().map(|v| (v.field, v.message)).collect())
     }

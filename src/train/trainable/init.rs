@@ -30,6 +30,7 @@ pub(super) fn build(
     device: &Device,
 ) -> Result<Trainable> {
     let mut b = Builder { vars: Vec::new(), rng: batches::rng(seed, Stream::Init), device, base };
+    let full = if spec.full.is_some() { Some(b.copied(spec.task)?) } else { None };
     let mut networks = b.networks(spec)?;
     let mut parts = Vec::with_capacity(spec.patches.len());
     for (site, plan) in &spec.patches {
@@ -51,7 +52,7 @@ pub(super) fn build(
         parameters: b.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
         resident_bytes: 0,
     };
-    Trainable { spec: delta_spec, vars: b.vars, parts, encoders: networks.encoders, head, live: None }.with_live()
+    Trainable { spec: delta_spec, vars: b.vars, parts, encoders: networks.encoders, head, live: None, full }.with_live()
 }
 
 /// A head with fresh variables, in the order of its tensors.
@@ -100,7 +101,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn base(&self) -> Result<&'a Base> {
+    pub(super) fn base(&self) -> Result<&'a Base> {
         self.base.ok_or_else(|| Error::msg("this method starts from the base's weights, which are not at hand"))
     }
 

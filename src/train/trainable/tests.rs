@@ -14,7 +14,15 @@ fn make(seed: u64, dropout: f64) -> (SiteTable, Trainable) {
         MethodPart::Lora(LoraPart { rank: Some(4), dropout: Some(dropout), ..LoraPart::default() }),
         MethodPart::Bitfit(BitfitPart::default()),
     ];
-    let base = BaseShape { sites: &sites, hidden: 8, vocab: 32, causal: false, encoder_decoder: false, inner: None };
+    let base = BaseShape {
+        sites: &sites,
+        hidden: 8,
+        vocab: 32,
+        causal: false,
+        encoder_decoder: false,
+        inner: None,
+        base: None,
+    };
     let spec = TrainSpec::resolve(&methods, Task::SeqCls, &["a".into(), "b".into()], base).unwrap();
     let t = Trainable::init(&spec, &sites, seed, &Device::Cpu).unwrap();
     assert_eq!(t.spec.parameters, spec.parameters(&sites));

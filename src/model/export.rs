@@ -1,0 +1,228 @@
+//! A fully trained model as a Hugging Face folder: `config.json`, `model.safetensors`, and the base's tokenizer files.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::Path,
+};
+
+use candle_core::Tensor;
+use serde_json::{Value, json};
+
+use super::{Base, ModelError, weights};
+use crate::delta::{Head, Task};
+
+/// Files beside weights and config that go with a model, where the base's folder has them.
+const COMPANIONS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
+
+/// What a folder is written of.
+#[derive(Debug)]
+pub struct ModelFolder {
+    /// Stored names and weights, f32.
+    pub weights: Vec<(String, Tensor)>,
+    /// A classification head.
+    pub head: Option<Head>,
+    /// The task it was trained for.
+    pub task: Task,
+    /// Label names in index order, with a head.
+    pub labels: Vec<String>,
+}
+
+/// Writes the folder, which must not exist: all files are durable when this returns. Backbone tensors are stored under the
+/// family's prefix, as `transformers` saves a model with a head; a tied head is stored once, as the embedding table.
+///
+/// # Errors
+/// [`ModelError`] names the file.
+pub fn write_folder(base: &Base, model: &ModelFolder, dir: &Path) -> Result<(), ModelError> {
+    let io = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| ModelError::Io { path, source }
+    };
+    fs::create_dir_all(dir).map_err(io(dir))?;
+    let config: Value = serde_json::from_slice(&weights::read(&base.dir, "config.json")?)
+        .map_err(|e| ModelError::Config(e.to_string()))?;
+    let text =
+        serde_json::to_vec_pretty(&configured(config, base, model)).map_err(|e| ModelError::Config(e.to_string()))?;
+    let path = dir.join("config.json");
+    fs::write(&path, text).map_err(io(&path))?;
+    let info = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let path = dir.join("model.safetensors");
+    safetensors::serialize_to_file(&tensors(base, model)?, Some(info), &path)
+        .map_err(|e| ModelError::Checkpoint(format!("cannot write {}: {e}", path.display())))?;
+    for name in COMPANIONS {
+        let from = base.dir.join(name);
+        if from.is_file() {
+            let to = dir.join(name);
+            fs::copy(&from, &to).map_err(io(&to))?;
+        }
+    }
+    for entry in fs::read_dir(dir).map_err(io(dir))? {
+        let path = entry.map_err(io(dir))?.path();
+        fs::File::open(&path).and_then(|f| f.sync_all()).map_err(io(&path))?;
+    }
+    fs::File::open(dir).and_then(|f| f.sync_all()).map_err(io(dir))
+}
+
+/// Tensors by the names in the file.
+fn tensors(base: &Base, model: &ModelFolder) -> Result<BTreeMap<String, Tensor>, ModelError> {
+    let n = &base.arch.names;
+    let of_head = |name: &str| {
+        let own = [n.lm_head, n.lm_bias];
+        own.iter().any(|m| !m.is_empty() && name.strip_prefix(m).is_some_and(|rest| rest.starts_with('.')))
+    };
+    let stored = |name: &str| match name {
+        name if name.starts_with(n.prefix) || of_head(name) => name.to_owned(),
+        bare => format!("{}{bare}", n.prefix),
+    };
+    let mut out: BTreeMap<String, Tensor> = model.weights.iter().map(|(name, t)| (stored(name), t.clone())).collect();
+    let Some(head) = &model.head else { return Ok(out) };
+    let inner = n.cls_inner.filter(|_| !head.layers.is_empty());
+    let last = inner.map_or(n.cls_head, |i| i.out);
+    out.insert(format!("{last}.weight"), head.weight.clone());
+    out.extend(head.bias.iter().map(|b| (format!("{last}.bias"), b.clone())));
+    match (inner, head.layers.as_slice()) {
+        (_, []) => {}
+        (Some(inner), [layer]) => {
+            out.insert(format!("{}.weight", inner.dense), layer.weight.clone());
+            out.extend(layer.bias.iter().map(|b| (format!("{}.bias", inner.dense), b.clone())));
+        }
+        _ => return Err(ModelError::Unsupported("a head of several layers has no place in this family".into())),
+    }
+    Ok(out)
+}
+
+/// The base's config with class, type and labels of the new model.
+fn configured(mut config: Value, base: &Base, model: &ModelFolder) -> Value {
+    config["architectures"] = json!([class(&base.arch.model_type, model.task)]);
+    config["torch_dtype"] = "float32".into();
+    if let Some(map) = config.as_object_mut() {
+        ["dtype", "_name_or_path", "num_labels", "problem_type"].iter().for_each(|key| {
+            map.remove(*key);
+        });
+    }
+    if model.head.is_some() {
+        let labels = model.labels.iter().enumerate();
+        config["id2label"] =
+            labels.clone().map(|(i, l)| (i.to_string(), json!(l))).collect::<serde_json::Map<_, _>>().into();
+        config["label2id"] = labels.map(|(i, l)| (l.clone(), json!(i))).collect::<serde_json::Map<_, _>>().into();
+    }
+    config
+}
+
+/// The class of `transformers` that reads the folder.
+fn class(model_type: &str, task: Task) -> String {
+    let family = match model_type {
+        "llama" => "Llama",
+        "mistral" => "Mistral",
+        "qwen2" => "Qwen2",
+        "qwen3" => "Qwen3",
+        "gemma2" => "Gemma2",
+        "gemma3_text" if task.generates() => "Gemma3",
+        "gemma3_text" => "Gemma3Text",
+        "phi3" => "Phi3",
+        "gpt2" => "GPT2",
+        "roberta" => "Roberta",
+        "distilbert" => "DistilBert",
+        _ => "Bert",
+    };
+    match task {
+        Task::SeqCls => format!("{family}ForSequenceClassification"),
+        Task::TokenCls => format!("{family}ForTokenClassification"),
+        _ if model_type == "gpt2" => "GPT2LMHeadModel".to_owned(),
+        _ => format!("{family}ForCausalLM"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        delta::{DeltaBatch, Head},
+        model::{Input, LoadOptions, PrivateCopy, testing},
+        nn::Cx,
+        rows::RowLayout,
+    };
+
+    fn hidden(base: &Base, head: bool) -> Vec<f32> {
+        let rows = RowLayout::packed(&[5, 4]);
+        let deltas = DeltaBatch::none();
+        let cx = Cx::new(&rows, &deltas);
+        let hidden = base.transformer.forward(&Input::tokens(&[3, 9, 4, 40, 5, 6, 7, 8, 9]), &cx).unwrap();
+        let out = if head { base.transformer.head_logits(&hidden, &cx).unwrap().swap_remove(0).logits } else { hidden };
+        out.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// A folder, its base, and an untrained private copy.
+    fn copy(config: &Value, task: Task) -> (tempfile::TempDir, Base, PrivateCopy, Vec<Tensor>) {
+        let dir = tempfile::tempdir().unwrap();
+        testing::write_random(&dir.path().join("base"), config, 5).unwrap();
+        let base = Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap();
+        let (copy, weights) = PrivateCopy::read(&base, task).unwrap();
+        (dir, base, copy, weights)
+    }
+
+    #[test]
+    fn an_untrained_copy_is_the_base_bit_for_bit_in_memory_and_as_a_folder() {
+        let decoders = [testing::tiny_llama(), testing::tiny_gpt2(), testing::tiny_gemma2(), testing::tiny_qwen3()];
+        let encoders = [testing::tiny_bert(), testing::tiny_roberta()];
+        let all = decoders.iter().map(|c| (c, Task::CausalLm)).chain(encoders.iter().map(|c| (c, Task::SeqCls)));
+        for (config, task) in all {
+            let (dir, base, copy, weights) = copy(config, task);
+            let kind = &base.arch.model_type;
+            let numbers: usize = weights.iter().map(Tensor::elem_count).sum();
+            assert_eq!(numbers as u64, base.trained_by(task), "{kind}");
+            assert!(hidden(&copy.base(&base, &weights).unwrap(), false) == hidden(&base, false), "{kind}");
+            let named = copy.names().iter().cloned().zip(weights).collect();
+            let model = ModelFolder { weights: named, head: None, task, labels: vec![] };
+            write_folder(&base, &model, &dir.path().join("out")).unwrap();
+            let back = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
+            assert!(hidden(&back, false) == hidden(&base, false), "{kind} as a folder");
+            assert_eq!(back.arch.tied_head, base.arch.tied_head, "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_head_is_stored_under_the_class_s_names_with_its_labels() {
+        let square = |f: f32| {
+            (Tensor::eye(32, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap() * f64::from(f)).unwrap()
+        };
+        for config in [testing::tiny_bert(), testing::tiny_roberta(), testing::tiny_gpt2()] {
+            let (dir, base, copy, weights) = copy(&config, Task::SeqCls);
+            let mut head = Head::linear(square(0.5).narrow(0, 0, 3).unwrap().contiguous().unwrap(), None);
+            if let Some(inner) = base.arch.names.cls_inner {
+                head.layers = vec![crate::delta::HeadLayer { weight: square(2.0), bias: None, act: Some(inner.act) }];
+                head.pool = crate::delta::HeadPool::First;
+            }
+            let labels = vec!["a".to_owned(), "b".to_owned(), "c".to_owned()];
+            let named = copy.names().iter().cloned().zip(weights).collect();
+            let model = ModelFolder { weights: named, head: Some(head), task: Task::SeqCls, labels: labels.clone() };
+            write_folder(&base, &model, &dir.path().join("out")).unwrap();
+            let back = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
+            assert_eq!(back.arch.head.as_ref().unwrap().labels, labels);
+            assert_eq!(hidden(&back, true).len(), 2 * 3, "{}", base.arch.model_type);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_changed_and_an_encoder_decoder_are_refused() {
+        let (dir, base, ..) = copy(&testing::tiny_gpt2(), Task::CausalLm);
+        testing::write_random(&dir.path().join("base"), &testing::tiny_gpt2(), 6).unwrap();
+        assert!(PrivateCopy::read(&base, Task::CausalLm).unwrap_err().to_string().contains("has changed"));
+        let t5 = testing::random_base(&testing::tiny_t5(), 3).unwrap();
+        assert!(matches!(PrivateCopy::read(&t5, Task::Seq2Seq), Err(ModelError::Unsupported(_))));
+    }
+}

@@ -1,0 +1,208 @@
+//! Laws of full fine-tuning: the resident base stays as it is, every weight gets its gradient, and the folder that comes of
+//! it computes what was trained.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::{
+    batches::{Stream, rng},
+    encode::Encoded,
+    laws::{examples, hyper, input, tiny},
+    objective::losses,
+    optim::global_norm,
+    plan::Prepared,
+    run::{Advance, Outcome, Run, RunInput, Trained},
+    spec::{BaseShape, TrainSpec},
+    trainable::Trainable,
+};
+use crate::{
+    admission::train_params::{MethodPart, ResolvedTraining},
+    delta::{DeltaBatch, Task},
+    model::{Base, Input, LoadOptions, testing, write_folder},
+    nn::Cx,
+    rows::RowLayout,
+};
+
+/// A base whose folder stays.
+fn kept(kind: &str) -> (tempfile::TempDir, Arc<Base>) {
+    let config = match kind {
+        "llama" => testing::tiny_llama(),
+        "gpt2" => testing::tiny_gpt2(),
+        "qwen3" => testing::tiny_qwen3(),
+        "gemma2" => testing::tiny_gemma2(),
+        "roberta" => testing::tiny_roberta(),
+        _ => testing::tiny_bert(),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    testing::write_random(&dir.path().join("base"), &config, 7).unwrap();
+    let base = Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap();
+    (dir, Arc::new(base))
+}
+
+const CASES: [(&str, Task); 9] = [
+    ("llama", Task::CausalLm),
+    ("gpt2", Task::CausalLm),
+    ("qwen3", Task::CausalLm),
+    ("gemma2", Task::CausalLm),
+    ("llama", Task::SeqCls),
+    ("gpt2", Task::SeqCls),
+    ("bert", Task::SeqCls),
+    ("bert", Task::TokenCls),
+    ("roberta", Task::SeqCls),
+];
+
+fn full(base: &Base, task: Task, resolved: ResolvedTraining) -> RunInput {
+    input(base, task, &[MethodPart::Full], resolved)
+}
+
+/// Hidden states, and logits of the language-model head or of the base's own head.
+fn outputs(base: &Base) -> Vec<f32> {
+    let rows = RowLayout::packed(&[5, 4]);
+    let deltas = DeltaBatch::none();
+    let cx = Cx::new(&rows, &deltas);
+    let hidden = base.transformer.forward(&Input::tokens(&[3, 9, 4, 40, 5, 6, 7, 8, 9]), &cx).unwrap();
+    let mut out: Vec<f32> = hidden.flatten_all().unwrap().to_vec1().unwrap();
+    let mut add = |t: Tensor| out.extend(t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    base.transformer.head_logits(&hidden, &cx).unwrap().into_iter().for_each(|h| add(h.logits));
+    if base.arch.is_causal() && base.arch.head.is_none() {
+        add(base.transformer.logits(&hidden, &[1, 4, 8], &cx).unwrap());
+    }
+    out
+}
+
+fn train(base: &Arc<Base>, input: RunInput) -> Trained {
+    let mut run = Run::new(Arc::clone(base), None, input).unwrap();
+    loop {
+        if let Advance::Done(_, outcome) = run.advance() {
+            match *outcome {
+                Outcome::Trained(t) => return *t,
+                Outcome::Failed(f) => panic!("{f:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn every_weight_gets_its_gradient_equal_to_central_differences() {
+    for (family, task) in CASES {
+        let (_dir, base) = kept(family);
+        let input = full(&base, task, hyper(10));
+        let t = Trainable::init_on(&input.spec, &base, 1).unwrap();
+        let numbers: usize = t.vars().iter().map(|v| v.var.elem_count()).sum();
+        assert_eq!(numbers as u64, input.spec.parameters(&base.sites), "{family} {task:?}");
+        let batch: Vec<&Encoded> = input.train.iter().take(6).collect();
+        let loss = || {
+            let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
+            losses(&t.base(&base).unwrap(), delta, &batch, None).unwrap().each.mean_all().unwrap()
+        };
+        let grads = loss().backward().unwrap();
+        for v in t.vars() {
+            let what = format!("{family} {task:?} {}", v.name);
+            let g = grads.get(&v.var).unwrap_or_else(|| panic!("{what}: cut"));
+            let norm = global_norm([g]).unwrap();
+            // a key's bias shifts all scores of a query alike
+            assert!(norm.is_finite() && (norm > 0.0 || v.name.ends_with("key.bias")), "{what}: {norm}");
+            let unit = (g.detach() / norm.max(1e-9)).unwrap();
+            let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 5e-3);
+            let value = |step: f64| {
+                v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
+                f64::from(loss().to_scalar::<f32>().unwrap())
+            };
+            let slope = (value(h) - value(-h)) / (2.0 * h);
+            v.var.set(&at).unwrap();
+            assert!((slope - norm).abs() <= 0.03 * norm + 5e-4, "{what}: {slope} {norm}");
+        }
+    }
+}
+
+#[test]
+fn the_resident_base_stays_and_the_folder_computes_what_was_trained() {
+    for (family, task) in CASES {
+        let (dir, base) = kept(family);
+        let before = outputs(&base);
+        let mut resolved = hyper(12);
+        resolved.learning_rate = 1e-3;
+        let mut input = full(&base, task, resolved);
+        input.validation = examples(task, 8);
+        let trained = train(&base, input);
+        assert!(outputs(&base) == before, "{family} {task:?}: the resident base");
+        let model = trained.model.expect("a model");
+        assert_eq!(model.head.is_some(), !task.generates());
+        write_folder(&base, &model, &dir.path().join("out")).unwrap();
+        let served = Arc::new(Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap());
+        assert_ne!(served.fingerprint, base.fingerprint);
+        // the published checkpoint's evaluation, by the served model alone
+        let spec = TrainSpec::resolve(&[MethodPart::Full], task, &model.labels, BaseShape::of(&served)).unwrap();
+        let plain = crate::delta::Delta::new(spec_of(&spec), vec![], model.head.clone());
+        let held = examples(task, 8);
+        let held: Vec<&Encoded> = held.iter().collect();
+        let each = losses(&served, Arc::new(plain), &held, None).unwrap().each;
+        let loss = f64::from(each.mean_all().unwrap().to_scalar::<f32>().unwrap());
+        let best = trained.best_eval.expect("an evaluation");
+        assert!((loss - best.loss).abs() < 1e-5, "{family} {task:?}: {loss} {}", best.loss);
+    }
+}
+
+fn spec_of(spec: &TrainSpec) -> crate::delta::DeltaSpec {
+    crate::delta::DeltaSpec {
+        methods: spec.methods.clone(),
+        task: spec.task,
+        labels: spec.labels.clone(),
+        num_virtual_tokens: 0,
+        parameters: 0,
+        resident_bytes: 0,
+    }
+}
+
+#[test]
+fn a_seed_decides_and_accumulation_is_one_large_batch() {
+    let (_dir, base) = kept("gpt2");
+    let weights = |batch_size: u32, grad_accumulation: u32| {
+        let resolved = ResolvedTraining { batch_size, grad_accumulation, learning_rate: 1e-3, ..hyper(4) };
+        let model = train(&base, full(&base, Task::CausalLm, resolved)).model.expect("a model");
+        model.weights.iter().flat_map(|(_, t)| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect::<Vec<_>>()
+    };
+    let once = weights(8, 1);
+    assert!(once == weights(8, 1), "the same seed");
+    let worst = once.iter().zip(weights(4, 2)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 2e-3, "{worst}"); // Adam turns rounding of tiny gradients into steps
+}
+
+#[test]
+fn full_is_alone_and_never_on_encoder_decoders() {
+    let gpt2 = tiny("gpt2");
+    let methods = [MethodPart::Full, MethodPart::Lora(Default::default())];
+    let found = TrainSpec::resolve(&methods, Task::CausalLm, &[], BaseShape::of(&gpt2)).unwrap_err();
+    assert!(found[0].field == "methods[0]" && found[0].message.contains("alone"), "{found:?}");
+    let t5 = tiny("t5");
+    let found = TrainSpec::resolve(&[MethodPart::Full], Task::Seq2Seq, &[], BaseShape::of(&t5)).unwrap_err();
+    assert!(found[0].message.contains("encoder-decoders"), "{found:?}");
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused_with_the_numbers() {
+    use super::{encode::tests::byte_codec, plan::tests::params};
+    let base = tiny("gpt2");
+    let text = "{\"text\": \"one two\"}\n{\"text\": \"three four\"}\n";
+    let mut params = params(Task::CausalLm, vec![MethodPart::Full]);
+    params.hyper.max_length = Some(16);
+    let plan = |memory: Option<u64>| -> Result<Prepared, _> {
+        let inputs = super::Inputs { params: &params, train: text.as_bytes(), validation: None, start: None };
+        let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256, memory };
+        super::prepare(inputs, info, &byte_codec(true))
+    };
+    let need = plan(None).unwrap().reply.memory;
+    let weights = 4 * base.trained_by(Task::CausalLm);
+    assert!(need.parameters >= weights && need.optimizer == 2 * weights);
+    assert!(plan(Some(need.total())).is_ok());
+    let found = plan(Some(need.total() - 1)).unwrap_err();
+    assert_eq!((found.len(), found[0].code.as_str()), (1, "NOT_ENOUGH_MEMORY"));
+    for number in [need.total(), need.total() - 1, need.optimizer] {
+        assert!(found[0].message.contains(&number.to_string()), "{}", found[0].message);
+    }
+    params.methods = vec![MethodPart::Lora(Default::default())];
+    let inputs = super::Inputs { params: &params, train: text.as_bytes(), validation: None, start: None };
+    let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256, memory: Some(1) };
+    assert!(super::prepare(inputs, info, &byte_codec(true)).is_ok(), "deltas are small");
+}

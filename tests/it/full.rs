@@ -1,0 +1,83 @@
+//! Full fine-tuning through the API: a model of its own, to be had and to be served; no delta, and the base as it was.
+
+use deltaserve::grpc::proto;
+use proto::{JobState, download_model_response::Message, method_part::Part};
+use tonic::Code;
+
+use crate::support::*;
+
+fn full(name: &str) -> proto::TrainingSpec {
+    let mut spec = spec(name, proto::Task::CausalLm, stories(24), 30);
+    spec.methods = vec![proto::MethodPart { part: Some(Part::Full(proto::FullTuning {})) }];
+    spec.hyper.as_mut().expect("hyper").learning_rate = Some(1e-3);
+    spec
+}
+
+async fn download(client: &Client, id: &str, folder: &std::path::Path) -> Result<proto::ModelResult, tonic::Status> {
+    let request = client.request(proto::DownloadModelRequest { id: id.into() });
+    let mut stream = client.training().download_model(request).await?.into_inner();
+    let mut model = None;
+    std::fs::create_dir_all(folder).expect("a folder");
+    while let Some(reply) = stream.message().await? {
+        match reply.message {
+            Some(Message::Model(m)) => model = Some(m),
+            Some(Message::Chunk(chunk)) => {
+                use std::io::Write as _;
+                let path = folder.join(&chunk.file);
+                let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+                file.and_then(|mut f| f.write_all(&chunk.data)).expect("it is written");
+            }
+            None => {}
+        }
+    }
+    Ok(model.expect("the model comes first"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn full_fine_tuning_makes_a_model_that_can_be_downloaded_and_served() {
+    let mut world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    let before = client.text("", "the red cat", 24).await;
+    let job = client.create_job(full("whole"), "").await.expect("a job");
+    let end = client.ended(&job.id).await;
+    assert_eq!(end.state(), JobState::Succeeded, "{:?}", end.failure);
+    let result = end.result.expect("a result");
+    let model = result.model.clone().expect("a model");
+    assert_eq!((result.number, result.id.as_str()), (0, ""));
+    assert_eq!(client.text("", "the red cat", 24).await, before, "the resident base");
+    assert_eq!(client.delta("whole").await.expect_err("no delta").code(), Code::NotFound);
+
+    let other = client.tenant("other");
+    let copy = world.data_dir().with_file_name("copy");
+    assert_eq!(download(&other, &job.id, &copy).await.expect_err("another tenant's").code(), Code::NotFound);
+    assert_eq!(download(client, &job.id, &copy).await.expect("its files"), model);
+    let kept = world.data_dir().join(&model.path);
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        assert_eq!(std::fs::read(copy.join(file)).ok(), std::fs::read(kept.join(file)).ok(), "{file}");
+        assert!(kept.join(file).is_file(), "{file}");
+    }
+    running.stop().await;
+
+    world.config.data_dir = copy.with_file_name("other-data");
+    world.config.base.source = copy.display().to_string();
+    let served = world.start().await;
+    let info = served.client.info().await.expect("info");
+    assert_eq!(info.base.unwrap_or_default().fingerprint, model.fingerprint);
+    assert_ne!(served.client.text("", "the red cat", 24).await, before, "it learned");
+    served.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_does_not_fit_is_refused_with_the_numbers() {
+    let mut world = World::new();
+    world.config.train.max_bytes = Some(1000);
+    let running = world.start().await;
+    let client = &running.client;
+    let refused = client.create_job(full("whole"), "").await.expect_err("it does not fit");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let text = format!("{} {}", refused.message(), String::from_utf8_lossy(refused.details()));
+    assert!(text.contains("1000 are available"), "{text}");
+    client.create_job(spec("small", proto::Task::CausalLm, stories(8), 2), "").await.expect("a delta fits");
+    running.stop().await;
+}
