@@ -48,7 +48,7 @@ fn linear_candle(b: Bencher<'_, '_>, rows: usize) {
 
 #[divan::bench(args = &[1, 8, 32])]
 fn tied_head(b: Bencher<'_, '_>, rows: usize) {
-    let weight = Weight::tied(&rand(50_257, HIDDEN)).expect("weight");
+    let weight = Weight::from_out_in(&rand(50_257, HIDDEN)).expect("weight");
     let x = rand(rows, HIDDEN);
     b.counter(flops(rows, HIDDEN, 50_257)).bench_local(|| ops::linear(black_box(&x), &weight, None));
 }

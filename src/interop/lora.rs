@@ -159,7 +159,7 @@ fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<M
     let Some(weight) = module.weight.take() else { return Ok(None) };
     let (own, bias) = match base.linear(site)? {
         Some((w, b)) => (w, b),
-        None => (base.table().clone(), None),
+        None => (base.table()?, None),
     };
     let embedding = base.linear(site)?.is_none();
     if weight.rank() != 2 {

@@ -123,11 +123,10 @@ pub(super) fn tied_head(base: &Base) -> Option<SiteId> {
 
 /// The base's rows of these tokens, `[ids, hidden]`.
 fn own_rows(site: SiteId, ids: &[u32], base: &Base) -> Result<Tensor, InteropError> {
-    let table = match base.linear(site)? {
-        Some((w, _)) => w.t()?.contiguous()?, // [vocab, hidden]
-        None => base.table().clone(),
-    };
-    Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?)
+    Ok(match base.linear(site)? {
+        Some((w, _)) => w.index_select(&Tensor::new(ids, w.device())?, 1)?.t()?.contiguous()?,
+        None => base.table_rows(ids)?,
+    })
 }
 
 /// Whether two matrices are the same, but for the types they are stored in.

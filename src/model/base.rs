@@ -129,8 +129,19 @@ impl Base {
         self.transformer.norm_at(site).map(|n| &n.norm)
     }
 
-    /// The embedding table, `[vocab, hidden]`.
-    pub fn table(&self) -> &Tensor {
-        self.transformer.table()
+    /// The embedding table, `[vocab, hidden]`; a copy where it is kept as the head's weight.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn table(&self) -> candle_core::Result<Tensor> {
+        self.transformer.table().whole()
+    }
+
+    /// Rows of the embedding table, `[ids, hidden]`.
+    ///
+    /// # Errors
+    /// Ids outside the vocabulary.
+    pub fn table_rows(&self, ids: &[u32]) -> candle_core::Result<Tensor> {
+        self.transformer.table().rows(ids)
     }
 }

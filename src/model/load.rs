@@ -6,6 +6,7 @@ use super::{
     Architecture, ClsInner, LoadOptions, MlpKind, ModelError, NormKind, Positions,
     arch::{LayerAttn, StackShape},
     sites,
+    table::Table,
     transformer::{Block, Cross, LmTransform, Stack, Transformer},
     weights::Checkpoint,
 };
@@ -28,6 +29,10 @@ impl Transformer {
         let n = &arch.names;
         let h = arch.hidden;
         let embed = ckpt.get(n.embed, "weight", &[arch.vocab, h])?;
+        let lm_head = loader.lm_head(&embed)?;
+        // an encoder's head is rarely asked, its table at every row; a table that is trained stays a plain tensor
+        let shared = lm_head.as_ref().map(|head| &head.weight).filter(|w| !w.is_trained());
+        let shared = shared.filter(|_| arch.is_causal() && loader.ties_head()).cloned();
         let table = |name: &str, rows: usize| -> Loaded<Option<Tensor>> {
             if name.is_empty() || rows == 0 { Ok(None) } else { ckpt.get(name, "weight", &[rows, h]).map(Some) }
         };
@@ -40,10 +45,10 @@ impl Transformer {
             encoder: stacks.pop(),
             main,
             pooler: if n.pooler.is_empty() { None } else { Some(loader.linear(&[(n.pooler, Site::Pooler, h, h)], 0)?) },
-            lm_head: loader.lm_head(&embed)?,
+            lm_head,
             lm_transform: loader.lm_transform()?,
             head: loader.head()?,
-            embed,
+            embed: shared.map_or(Table::Own(embed), Table::Head),
             embed_site: loader.site(Site::Embedding)?,
             arch: arch.clone(),
             device: options.device.clone(),
@@ -204,6 +209,12 @@ impl Loader<'_> {
         Ok(Some(RelativeBias { reach: max_distance, values }))
     }
 
+    /// Whether the embedding table is the head's weight: a classification checkpoint has no head of its own; the table
+    /// then serves, as when tied.
+    fn ties_head(&self) -> bool {
+        self.arch.tied_head || !self.ckpt.has(self.arch.names.lm_head, "weight")
+    }
+
     fn lm_head(&self, embed: &Tensor) -> Loaded<Option<Linear>> {
         let a = self.arch;
         let n = &a.names;
@@ -211,9 +222,8 @@ impl Loader<'_> {
             return Ok(None);
         }
         let part: Option<Part> = self.sites.id(Site::LmHead).map(|site| (site, 0..a.vocab));
-        // a classification checkpoint has no head of its own; the embedding table then serves, as when tied
-        let weight = if a.tied_head || !self.ckpt.has(n.lm_head, "weight") {
-            Weight::tied(embed)?
+        let weight = if self.ties_head() {
+            if a.is_causal() { Weight::from_out_in(embed)? } else { Weight::view_of(embed)? }
         } else {
             Weight::from_out_in(&self.ckpt.get(n.lm_head, "weight", &[a.vocab, a.hidden])?)?
         };

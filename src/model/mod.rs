@@ -12,6 +12,7 @@ mod load;
 mod oracles;
 mod sites;
 mod source;
+mod table;
 pub mod testing;
 mod transformer;
 mod weights;

@@ -4,7 +4,7 @@ use std::{borrow::Cow, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Architecture, Placement};
+use super::{Architecture, Placement, table::Table};
 use crate::{
     delta::{Head, PromptStage, SiteId},
     nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer, yield_point},
@@ -64,7 +64,7 @@ pub(super) struct LmTransform {
 /// A frozen transformer.
 pub struct Transformer {
     pub(super) arch: Architecture,
-    pub(super) embed: Tensor,
+    pub(super) embed: Table,
     pub(super) embed_site: SiteId,
     pub(super) position: Option<Tensor>,
     pub(super) token_type: Option<Tensor>,
@@ -126,8 +126,7 @@ impl Transformer {
         let count = |t: &Option<Tensor>| t.as_ref().map_or(0, Tensor::elem_count);
         let norm = |n: &ops::Norm| n.gain.elem_count() + count(&n.bias);
         let linear = |l: &Linear| l.weight.elem_count() + count(&l.bias);
-        let tables = [Some(&self.embed), self.position.as_ref(), self.token_type.as_ref()];
-        let tables: usize = tables.iter().flatten().map(|t| t.elem_count()).sum();
+        let tables = self.embed.elem_count() + count(&self.position) + count(&self.token_type);
         let norms: usize = self.norms().map(|n| norm(&n.norm)).sum();
         (self.linears().map(linear).sum::<usize>() + tables + norms) as u64
     }
@@ -140,7 +139,7 @@ impl Transformer {
         if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.arch.vocab) {
             bail!("token {bad} of a vocabulary of {}", self.arch.vocab);
         }
-        self.embed.index_select(&Tensor::new(tokens, &self.device)?, 0)
+        self.embed.rows(tokens)
     }
 
     /// Final hidden states of all rows, `[rows, hidden]`; of an encoder-decoder, the decoder's, which sees what
@@ -185,7 +184,7 @@ impl Transformer {
 
     fn embeddings(&self, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let tokens = per_row(input.tokens, cx)?;
-        let mut x = self.embed.index_select(&Tensor::new(&*tokens, &self.device)?, 0)?; // [rows, hidden]
+        let mut x = self.embed.rows(&tokens)?; // [rows, hidden]
         x = cx.deltas.embed(self.embed_site, &tokens, x)?;
         x = cx.deltas.virtual_rows(PromptStage::Tokens, cx.rows, x)?;
         if self.arch.embed_scale != 1.0 {
@@ -309,8 +308,8 @@ impl Transformer {
             .map(|(l, (_, columns))| (l, columns.clone()))
     }
 
-    /// The embedding table, `[vocab, hidden]`.
-    pub(super) fn table(&self) -> &Tensor {
+    /// The embedding table.
+    pub(super) fn table(&self) -> &Table {
         &self.embed
     }
 

@@ -8,14 +8,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
 };
 
-use super::{cpu_result, f32_slice, is_cpu_f32, packed, skinny, tiled, with_f32};
-
-/// Most rows that the streaming kernel takes of a table; above, tiles or the blocked GEMM win.
-const SKINNY_ROWS: usize = 4;
-/// The same without tiles.
-const SKINNY_ROWS_UNTILED: usize = 64;
-/// Most rows that the tiled kernel takes of a table, where the machine has it.
-const TILED_ROWS: usize = 96;
+use super::{cpu_result, f32_slice, is_cpu_f32, packed, with_f32};
 
 /// How a frozen matrix lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,13 +66,32 @@ impl Weight {
         Ok(Self { tensor, form: Form::Panels, in_dim, out_dim })
     }
 
-    /// Shares an embedding table `[vocab, hidden]` as the head that maps hidden to vocab.
+    /// Shares a matrix `[out, in]` as it lies, without a copy.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn tied(table: &Tensor) -> Result<Self> {
-        let (out_dim, in_dim) = table.dims2()?;
-        Ok(Self { tensor: table.contiguous()?, form: Form::OutIn, in_dim, out_dim })
+    pub fn view_of(w: &Tensor) -> Result<Self> {
+        let (out_dim, in_dim) = w.dims2()?;
+        Ok(Self { tensor: w.contiguous()?, form: Form::OutIn, in_dim, out_dim })
+    }
+
+    /// Rows of the `[out, in]` matrix, as of an embedding table: `[ids, in]`. No gradient.
+    ///
+    /// # Errors
+    /// Ids that the table does not have.
+    pub fn lookup(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(bad) = ids.iter().find(|&&id| id as usize >= self.out_dim) {
+            bail!("lookup: row {bad} of a table of {}", self.out_dim);
+        }
+        let index = || Tensor::new(ids, self.tensor.device());
+        match self.form {
+            Form::OutIn => self.tensor.index_select(&index()?, 0),
+            Form::InOut => self.tensor.index_select(&index()?, 1)?.t()?.contiguous(),
+            Form::Panels => {
+                let rows = with_f32(&self.tensor, |w| Ok(packed::columns(w, self.in_dim, ids)))?;
+                Tensor::from_vec(rows, (ids.len(), self.in_dim), &Device::Cpu)
+            }
+        }
     }
 
     /// Whether it is trained: a gradient of the matrix is wanted.
@@ -143,21 +155,6 @@ impl Weight {
         }
         g.matmul(&self.as_in_out()?.t()?)
     }
-
-    /// `x W + bias` by a kernel of our own; `None` where the blocked GEMM is better.
-    fn by_kernel(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, rows: usize) -> Option<Vec<f32>> {
-        let (k, n) = (self.in_dim, self.out_dim);
-        match self.form {
-            Form::Panels => Some(packed::product(x, w, bias, (rows, k, n))),
-            Form::OutIn if rows > SKINNY_ROWS && rows <= TILED_ROWS && tiled::available() => {
-                Some(tiled::out_in(x, w, rows, k, n))
-            }
-            Form::OutIn if rows <= SKINNY_ROWS || (rows <= SKINNY_ROWS_UNTILED && !tiled::available()) => {
-                Some(skinny::out_in(x, w, rows, k, n))
-            }
-            Form::OutIn | Form::InOut => None,
-        }
-    }
 }
 
 struct FrozenLinear {
@@ -173,19 +170,17 @@ impl CustomOp1 for FrozenLinear {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
-        let Weight { tensor, out_dim: n, in_dim, .. } = &self.weight;
+        let Weight { tensor, form, out_dim: n, in_dim } = &self.weight;
         if k != *in_dim {
             bail!("linear: input is {k} wide, the weight takes {in_dim}");
         }
-        if is_cpu_f32(tensor) {
-            let x = f32_slice(storage, layout)?;
+        if *form == Form::Panels {
+            let (x, shape) = (f32_slice(storage, layout)?, (rows, k, *n));
             let run = |w: &[f32]| match &self.bias {
-                Some(bias) => with_f32(bias, |b| Ok(self.weight.by_kernel(x, w, Some(b), rows))),
-                None => Ok(self.weight.by_kernel(x, w, None, rows)),
+                Some(bias) => with_f32(bias, |b| Ok(packed::product(x, w, Some(b), shape))),
+                None => Ok(packed::product(x, w, None, shape)),
             };
-            if let Some(out) = with_f32(tensor, run)? {
-                return cpu_result(out, (rows, *n));
-            }
+            return cpu_result(with_f32(tensor, run)?, (rows, *n));
         }
         let w = self.weight.as_in_out()?;
         let (ws, wl) = w.storage_and_layout();
@@ -256,11 +251,16 @@ mod tests {
                 let bare = x.matmul(&w.t().unwrap()).unwrap();
                 let want = bare.broadcast_add(&b).unwrap();
                 let in_out = Weight::from_in_out(&w.t().unwrap().contiguous().unwrap()).unwrap();
-                for weight in [Weight::from_out_in(&w).unwrap(), Weight::tied(&w).unwrap(), in_out] {
+                for weight in [Weight::from_out_in(&w).unwrap(), Weight::view_of(&w).unwrap(), in_out] {
                     let what = format!("{rows}x{k}x{n} {:?}", weight.form);
                     assert!(diff(&linear(&x, &weight, Some(&b)).unwrap(), &want) < 1e-4, "{what}");
                     assert!(diff(&linear(&x, &weight, None).unwrap(), &bare) < 1e-4, "{what}");
                     assert_eq!(diff(&weight.as_in_out().unwrap(), &w.t().unwrap()), 0.0, "{what}");
+                    let last = n as u32 - 1;
+                    let (found, index) =
+                        (weight.lookup(&[last, 0, last]).unwrap(), Tensor::new(&[last, 0, last], &dev));
+                    assert_eq!(diff(&found, &w.index_select(&index.unwrap(), 0).unwrap()), 0.0, "{what}");
+                    assert!(weight.lookup(&[n as u32]).is_err(), "{what}");
                 }
             }
         }

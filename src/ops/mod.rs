@@ -19,8 +19,6 @@ mod packed;
 mod patch;
 mod rope;
 mod scatter;
-mod skinny;
-mod tiled;
 
 pub use activation::{Act, activate, gate};
 pub use adapter::{AdapterRows, RowScale, adapt_in_place};

@@ -192,7 +192,7 @@ mod tests {
     fn loss_and_gradient_equal_those_of_plain_log_softmax() {
         let dev = Device::Cpu;
         let table = Tensor::randn(0f32, 1.0, (37, 12), &dev).unwrap();
-        let weights = [Weight::tied(&table).unwrap(), Weight::from_out_in(&table).unwrap()];
+        let weights = [Weight::view_of(&table).unwrap(), Weight::from_out_in(&table).unwrap()];
         for (weight, cap) in weights.iter().flat_map(|w| [(w, None), (w, Some(1.5f32))]) {
             let h = Var::randn(0f32, 1.0, (9, 12), &dev).unwrap();
             let targets: Vec<u32> = (0..9).map(|i| i * 4).collect();
@@ -222,7 +222,7 @@ mod tests {
         let dev = Device::Cpu;
         let table = Tensor::randn(0f32, 1.0, (37, 2), &dev).unwrap();
         let h = Tensor::new(&[[1f32, f32::NAN]], &dev).unwrap();
-        let nll = head_nll(&h, &Weight::tied(&table).unwrap(), &[3], None).unwrap().to_vec1::<f32>().unwrap();
+        let nll = head_nll(&h, &Weight::view_of(&table).unwrap(), &[3], None).unwrap().to_vec1::<f32>().unwrap();
         assert!(nll[0].is_nan());
     }
 }

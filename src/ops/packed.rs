@@ -14,10 +14,17 @@ use super::{LINE, prefetch};
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
 const PANEL: usize = 48;
-/// Depth of a panel that stays in L2 while all rows pass by.
-const DEPTH: usize = 2048;
+/// Depth of a block that stays in L1 while some tens of rows pass by, so that the first level's few outstanding misses
+/// are free for memory.
+const DEPTH: usize = 96;
+/// Depth of a block that stays in L2 while more rows pass by: memory no longer matters, reloading sums does.
+const DEPTH_MANY: usize = 1024;
+/// Rows that are many.
+const MANY_ROWS: usize = 64;
 /// From this many rows on, threads share the rows; below, the columns.
 const SPLIT_ROWS: usize = 64;
+/// Cache lines of a panel's row.
+const LINES: usize = PANEL / LINE;
 /// Weight rows that are asked of memory ahead of their use, so that reading them and computing overlap.
 const AHEAD: usize = 32;
 /// Multiply-adds that are worth a second thread.
@@ -58,51 +65,40 @@ pub(super) fn unpack(w: &[f32], k: usize, n: usize) -> Vec<f32> {
 pub(super) fn product(x: &[f32], w: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     let threads = rayon::current_num_threads().max(1);
     let panels = n.div_ceil(PANEL);
-    let run = |x: &[f32], panels: Range<usize>, out: &mut [f32]| {
+    let mut data = vec![0f32; m * n];
+    let run = |x: &[f32], panels: Range<usize>, out: Vec<&mut [f32]>| {
         Arch::new().dispatch(Forward { x, w, bias, k, n, panels, out });
     };
-    let alone = threads == 1 || m * k * n < WORTH_A_THREAD;
-    if alone || m >= SPLIT_ROWS {
-        let mut out = vec![0f32; m * n];
-        let rows = if alone { m } else { m.div_ceil(2 * threads).next_multiple_of(8) };
-        if alone {
-            run(x, 0..panels, &mut out);
-        } else {
-            out.par_chunks_mut(rows * n).zip(x.par_chunks(rows * k)).for_each(|(out, x)| run(x, 0..panels, out));
+    if threads == 1 || m * k * n < WORTH_A_THREAD {
+        run(x, 0..panels, data.chunks_mut(n.max(1)).collect());
+    } else if m >= SPLIT_ROWS {
+        let rows = m.div_ceil(2 * threads).next_multiple_of(8);
+        let parts = data.par_chunks_mut(rows * n).zip(x.par_chunks(rows * k));
+        parts.for_each(|(out, x)| run(x, 0..panels, out.chunks_mut(n).collect()));
+    } else {
+        let per = panels.div_ceil(threads * 4).max(1);
+        let mut parts: Vec<Vec<&mut [f32]>> = (0..panels.div_ceil(per)).map(|_| Vec::with_capacity(m)).collect();
+        for row in data.chunks_mut(n) {
+            parts.iter_mut().zip(row.chunks_mut(per * PANEL)).for_each(|(part, columns)| part.push(columns));
         }
-        return out;
+        let each = |(i, out)| run(x, i * per..panels.min((i + 1) * per), out);
+        parts.into_par_iter().enumerate().for_each(each);
     }
-    let per = panels.div_ceil(threads * 4).max(1);
-    let starts: Vec<usize> = (0..panels).step_by(per).collect();
-    let block = |&from: &usize| {
-        let to = (from + per).min(panels);
-        let mut out = vec![0f32; m * ((to * PANEL).min(n) - from * PANEL)];
-        run(x, from..to, &mut out);
-        out
-    };
-    let blocks: Vec<Vec<f32>> = starts.par_iter().map(block).collect();
-    side_by_side(&blocks, m, n)
+    data
 }
 
-/// Column blocks of the same rows as one matrix.
-fn side_by_side(blocks: &[Vec<f32>], m: usize, n: usize) -> Vec<f32> {
-    if m == 1 {
-        return blocks.concat();
-    }
-    let mut out = vec![0f32; m * n];
-    let row = |(row, out): (usize, &mut [f32])| {
-        let mut rest = out;
-        for block in blocks {
-            let width = block.len() / m;
-            let (own, tail) = rest.split_at_mut(width);
-            own.copy_from_slice(&block[row * width..(row + 1) * width]);
-            rest = tail;
-        }
+/// Columns of the packed `[k, n]` matrix as rows: `[ids, k]`. The ids must be below `n`.
+pub(super) fn columns(w: &[f32], k: usize, ids: &[u32]) -> Vec<f32> {
+    let mut out = vec![0f32; ids.len() * k];
+    let one = |(id, out): (&u32, &mut [f32])| {
+        let (panel, column) = (*id as usize / PANEL, *id as usize % PANEL);
+        let panel = &w[panel * PANEL * k..(panel + 1) * PANEL * k];
+        out.iter_mut().zip(panel.chunks_exact(PANEL)).for_each(|(o, row)| *o = row[column]);
     };
-    if m * n < WORTH_A_THREAD {
-        out.chunks_exact_mut(n).enumerate().for_each(row);
+    if out.len() < WORTH_A_THREAD {
+        ids.iter().zip(out.chunks_mut(k.max(1))).for_each(one);
     } else {
-        out.par_chunks_exact_mut(n).enumerate().for_each(row);
+        ids.par_iter().zip(out.par_chunks_mut(k.max(1))).for_each(one);
     }
     out
 }
@@ -115,8 +111,8 @@ struct Forward<'a> {
     k: usize,
     n: usize,
     panels: Range<usize>,
-    /// `[rows, columns of the panels]`.
-    out: &'a mut [f32],
+    /// The panels' columns of each row, zeros before.
+    out: Vec<&'a mut [f32]>,
 }
 
 impl WithSimd for Forward<'_> {
@@ -134,24 +130,24 @@ impl WithSimd for Forward<'_> {
 
 impl Forward<'_> {
     #[inline(always)]
-    fn run<S: Simd, const R: usize, const V: usize>(self, simd: S) {
-        let Self { x, w, bias, k, n, panels, out } = self;
-        let first = panels.start * PANEL;
-        let width = (panels.end * PANEL).min(n) - first;
+    fn run<S: Simd, const R: usize, const V: usize>(mut self, simd: S) {
+        let (k, n, first) = (self.k, self.n, self.panels.start * PANEL);
         let step = V * S::F32_LANES;
-        for panel in panels {
-            let w = &w[panel * PANEL * k..(panel + 1) * PANEL * k];
+        let most = if self.out.len() < MANY_ROWS { DEPTH } else { DEPTH_MANY };
+        for panel in self.panels.clone() {
             let mut from = 0;
             while from < k || from == 0 {
-                let depth = DEPTH.min(k - from);
-                let w = &w[from * PANEL..(from + depth) * PANEL];
+                let depth = most.min(k - from);
+                let block = (panel * k + from) * PANEL;
+                let w = &self.w[block..block + depth * PANEL];
+                let ahead = &self.w[block + depth * PANEL..];
                 let mut column = 0;
                 while column < PANEL && panel * PANEL + column < n {
                     let at = panel * PANEL + column;
-                    let place = Place { at: at - first, columns: step.min(n - at), width };
-                    let start = if from == 0 { bias.map(|b| &b[at..at + place.columns]) } else { None };
-                    let tile = Tile { x: &x[from..], stride: k, w, column, depth, start, add: from > 0 };
-                    tile.rows::<S, R, V>(simd, out, place);
+                    let place = Place { at: at - first, columns: step.min(n - at) };
+                    let start = if from == 0 { self.bias.map(|b| &b[at..at + place.columns]) } else { None };
+                    let tile = Tile { x: &self.x[from..], stride: k, w, ahead, column, depth, start };
+                    tile.rows::<S, R, V>(simd, &mut self.out, place);
                     column += step;
                 }
                 from += depth.max(1);
@@ -163,7 +159,7 @@ impl Forward<'_> {
 /// Asks memory for a panel's row that will be read soon.
 #[inline(always)]
 fn prefetch_row(w: &[f32], row: usize) {
-    for line in 0..PANEL / LINE {
+    for line in 0..LINES {
         prefetch(w, row * PANEL + line * LINE);
     }
 }
@@ -173,49 +169,80 @@ fn prefetch_row(w: &[f32], row: usize) {
 struct Place {
     at: usize,
     columns: usize,
-    width: usize,
 }
 
-/// Some columns of a panel, to be computed for all rows.
+/// Some columns of a block, to be computed for all rows.
 struct Tile<'a> {
     /// From the first row's first element on.
     x: &'a [f32],
     stride: usize,
     w: &'a [f32],
+    /// What lies behind the block: the next one, to be brought while this one is multiplied.
+    ahead: &'a [f32],
     column: usize,
     depth: usize,
-    /// The bias of the columns.
+    /// The bias of the columns, where the block is a panel's first.
     start: Option<&'a [f32]>,
-    /// Whether `out` holds the part of a shallower depth.
-    add: bool,
 }
 
 impl Tile<'_> {
+    /// All rows. One tile asks for the stream of rows ahead of its own; several share the asking for the next block, so
+    /// that memory is read all the time and not only while the first tile passes.
     #[inline(always)]
-    fn rows<S: Simd, const R: usize, const V: usize>(&self, simd: S, out: &mut [f32], place: Place) {
-        let rows = out.len() / place.width;
+    fn rows<S: Simd, const R: usize, const V: usize>(&self, simd: S, out: &mut [&mut [f32]], place: Place) {
+        let rows = out.len();
+        let tiles = rows / R;
         let mut row = 0;
         while row + R <= rows {
-            self.one::<S, R, V>(simd, row, out, place);
+            match (tiles, row / R) {
+                (1, _) => self.one::<S, R, V, LINES>(simd, row, out, place),
+                (2, _) => self.one::<S, R, V, 2>(simd, row, out, place),
+                (_, 0..LINES) => self.one::<S, R, V, 1>(simd, row, out, place),
+                _ => self.one::<S, R, V, 0>(simd, row, out, place),
+            }
             row += R;
         }
+        let asked = tiles > 0;
         if R > 4 && row + 4 <= rows {
-            self.one::<S, 4, V>(simd, row, out, place);
+            self.rest::<S, 4, V>(simd, row, out, place, asked);
             row += 4;
         }
         if row + 2 <= rows {
-            self.one::<S, 2, V>(simd, row, out, place);
+            self.rest::<S, 2, V>(simd, row, out, place, asked || row > 0);
             row += 2;
         }
         while row < rows {
-            self.one::<S, 1, V>(simd, row, out, place);
+            self.rest::<S, 1, V>(simd, row, out, place, asked || row > 0);
             row += 1;
         }
     }
 
-    /// `R` rows by `V` vectors, accumulated in registers.
+    /// A tile of fewer rows, which asks memory only where none did before it.
     #[inline(always)]
-    fn one<S: Simd, const R: usize, const V: usize>(&self, simd: S, row: usize, out: &mut [f32], place: Place) {
+    fn rest<S: Simd, const R: usize, const V: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        out: &mut [&mut [f32]],
+        place: Place,
+        asked: bool,
+    ) {
+        if asked {
+            self.one::<S, R, V, 0>(simd, row, out, place);
+        } else {
+            self.one::<S, R, V, LINES>(simd, row, out, place);
+        }
+    }
+
+    /// `R` rows by `V` vectors, accumulated in registers, asking for `P` lines at every row of the block.
+    #[inline(always)]
+    fn one<S: Simd, const R: usize, const V: usize, const P: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        out: &mut [&mut [f32]],
+        place: Place,
+    ) {
         let lanes = S::F32_LANES;
         let x: [&[f32]; R] =
             std::array::from_fn(|r| &self.x[(row + r) * self.stride..(row + r) * self.stride + self.depth]);
@@ -223,8 +250,13 @@ impl Tile<'_> {
         let (wv, _) = S::as_simd_f32s(self.w);
         let per_row = PANEL / lanes;
         let skip = self.column / lanes;
+        let lines = row / R * self.depth * P;
         for (p, w) in wv.chunks_exact(per_row).enumerate().take(self.depth) {
-            prefetch_row(self.w, p + AHEAD);
+            if P == LINES {
+                prefetch_row(self.w, p + AHEAD);
+            } else {
+                (0..P).for_each(|line| prefetch(self.ahead, (lines + p * P + line) * LINE));
+            }
             let w = &w[skip..skip + V];
             let wv: [S::f32s; V] = std::array::from_fn(|v| w[v]);
             for r in 0..R {
@@ -234,14 +266,12 @@ impl Tile<'_> {
                 }
             }
         }
-        for (r, acc) in acc.iter().enumerate() {
-            let from = (row + r) * place.width + place.at;
-            let out = &mut out[from..from + place.columns];
+        for (acc, out) in acc.iter().zip(&mut out[row..row + R]) {
+            let out = &mut out[place.at..place.at + place.columns];
             let acc: &[f32] = pulp::bytemuck::cast_slice(acc);
-            match (self.start, self.add) {
-                (Some(bias), _) => out.iter_mut().zip(acc).zip(bias).for_each(|((o, a), b)| *o = a + b),
-                (None, true) => out.iter_mut().zip(acc).for_each(|(o, a)| *o += a),
-                (None, false) => out.copy_from_slice(&acc[..place.columns]),
+            match self.start {
+                Some(bias) => out.iter_mut().zip(acc).zip(bias).for_each(|((o, a), b)| *o = a + b),
+                None => out.iter_mut().zip(acc).for_each(|(o, a)| *o += a),
             }
         }
     }
@@ -379,14 +409,18 @@ mod tests {
         /// Both against sums in f64, for shapes on and off every border: rows, depth, columns.
         #[test]
         fn products_equal_plain_sums(m in 1usize..140, k in 1usize..200, n in 1usize..210, deep: bool, seed: u64) {
-            let k = if deep { DEPTH + k } else { k };
-            let m = if deep { m % 20 + 1 } else { m };
+            let k = if deep { DEPTH_MANY + k } else { k };
+            let m = if deep { m % 4 * 20 + 1 } else { m };
             let (x, w, g, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 5), numbers(m * n, seed ^ 9), numbers(n, seed ^ 3));
             let packed = pack(k, n, |r, c| w[r * n + c]);
             prop_assert_eq!(&unpack(&packed, k, n), &w);
             let y = product(&x, &packed, Some(&b), (m, k, n));
             let bare = product(&x, &packed, None, (m, k, n));
             let d = product_t(&g, &packed, (m, k, n));
+            let ids: Vec<u32> = (0..m as u32).map(|i| (i * 31 + 7) % n as u32).collect();
+            for (id, row) in ids.iter().zip(columns(&packed, k, &ids).chunks(k)) {
+                prop_assert!(row.iter().enumerate().all(|(p, v)| *v == w[p * n + *id as usize]));
+            }
             let tolerance = 1e-5 * (k.max(n) as f64).sqrt();
             for i in 0..m {
                 for j in 0..n {

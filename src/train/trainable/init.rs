@@ -90,7 +90,7 @@ impl<'a> Builder<'a> {
             PatchPlan::Matrix => {
                 let (weight, bias) = match self.base()?.linear(site)? {
                     Some((w, b)) => (w.contiguous()?, b),
-                    None => (self.base()?.table().clone(), None),
+                    None => (self.base()?.table()?, None),
                 };
                 self.other(entry, Patch::Matrix(Matrix { weight, bias }))?
             }
@@ -206,7 +206,7 @@ impl<'a> Builder<'a> {
     ) -> Result<()> {
         let base = self.base()?;
         let tied = base.sites.id(Site::LmHead).filter(|_| base.arch.tied_head);
-        let rows = base.table().index_select(&Tensor::new(ids, self.device)?, 0)?; // [ids, hidden]
+        let rows = base.table_rows(ids)?; // [ids, hidden]
         let form = Patch::TokenRows(TokenRows { ids: ids.to_vec(), rows: rows.clone(), base: rows });
         let Part::Other { form, vars } = self.other(entry, form)? else { return Ok(()) };
         if let Some(head) = tied {
