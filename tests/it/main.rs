@@ -15,6 +15,7 @@ mod hostile;
 mod hot_swap;
 mod isolation;
 mod restart;
+mod seq2seq;
 mod support;
 mod train;
 mod transfer;

@@ -50,7 +50,7 @@ fn every_kind(site: SiteId, e: &SiteEntry, base: &Base) -> Vec<Patch> {
         Patch::Bottleneck(Box::new(bottleneck)),
         Patch::TokenRows(TokenRows { ids: vec![9], rows: rand(&[1, hidden]), base: rand(&[1, hidden]) }),
         Patch::Matrix(Matrix { weight: rand(&[input, out]), bias: None }),
-        Patch::Prompt(Prompt { rows: rand(&[2, out]), stage: PromptStage::Tokens }),
+        Patch::Prompt(Prompt { rows: rand(&[2, out]), stage: PromptStage::Tokens, stack: crate::delta::Stack::Main }),
         Patch::Prefix(Prefix { k: rand(&[2, out]), v: rand(&[2, out]), form: PrefixForm::Context }),
     ]
 }

@@ -263,8 +263,8 @@ fn plan_of(patch: &Patch) -> PatchPlan {
         }),
         Patch::TokenRows(t) => PatchPlan::TokenRows(t.ids.clone()),
         Patch::Matrix(_) => PatchPlan::Matrix,
-        Patch::Prompt(p) => PatchPlan::Prompt { n: rows(&p.rows), made: false },
-        Patch::Prefix(p) => PatchPlan::Prefix { n: rows(&p.k), made: false },
+        Patch::Prompt(p) => PatchPlan::Prompt { n: rows(&p.rows), made: false, stack: p.stack },
+        Patch::Prefix(p) => PatchPlan::Prefix { n: rows(&p.k), made: false, like: None },
     }
 }
 
@@ -325,8 +325,8 @@ fn apart(wanted: &PatchPlan, own: &PatchPlan) -> Option<String> {
             let set = |ids: &[u32]| ids.iter().copied().collect::<BTreeSet<_>>();
             (set(w) != set(o)).then(|| "the request's tokens are not the delta's".to_owned())
         }
-        (PatchPlan::Prompt { n: w, made }, PatchPlan::Prompt { n: o, .. })
-        | (PatchPlan::Prefix { n: w, made }, PatchPlan::Prefix { n: o, .. }) => match (*made, w == o) {
+        (PatchPlan::Prompt { n: w, made, .. }, PatchPlan::Prompt { n: o, .. })
+        | (PatchPlan::Prefix { n: w, made, .. }, PatchPlan::Prefix { n: o, .. }) => match (*made, w == o) {
             (true, _) => Some(
                 "the request's virtual tokens are made by a network, which a published delta does not have any more"
                     .to_owned(),
