@@ -288,7 +288,7 @@ mod tests {
         let g = Tensor::randn(0f32, 1.0, (5, 12), &dev).unwrap();
         let in_out = Weight::from_in_out(&w.t().unwrap()).unwrap();
         let plain = Weight::from_out_in(&w.as_detached_tensor()).unwrap();
-        for weight in [Weight::from_out_in(&w).unwrap(), Weight::tied(&w).unwrap(), in_out] {
+        for weight in [Weight::from_out_in(&w).unwrap(), Weight::view_of(&w).unwrap(), in_out] {
             let y = linear(&x, &weight, Some(&bias)).unwrap();
             assert!(weight.is_trained() && diff(&y, &linear(&x, &plain, Some(&bias)).unwrap()) < 1e-5);
             let grads = (y * &g).unwrap().sum_all().unwrap().backward().unwrap();

@@ -7,7 +7,7 @@ use tonic::Code;
 use crate::support::*;
 
 fn first_metrics(events: &[proto::JobEvent]) -> proto::Metrics {
-    let found = events.iter().find_map(|e| if let Some(Body::Metrics(m)) = &e.body { Some(m.clone()) } else { None });
+    let found = events.iter().find_map(|e| if let Some(Body::Metrics(m)) = &e.body { Some(*m) } else { None });
     found.expect("a step")
 }
 

@@ -259,7 +259,15 @@ mod tests {
     #[test]
     fn a_text_starts_no_prefix_of_an_encoder_decoder() {
         let sites = with_positions();
-        let base = BaseShape { sites: &sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: true, inner: None };
+        let base = BaseShape {
+            sites: &sites,
+            hidden: 8,
+            vocab: 32,
+            causal: true,
+            encoder_decoder: true,
+            inner: None,
+            base: None,
+        };
         let of = |part: PrefixPart| TrainSpec::resolve(&[MethodPart::Prefix(part)], Task::Seq2Seq, &[], base);
         assert_eq!(of(PrefixPart::default()).unwrap().positions.prefix.unwrap().start, Start::Random);
         for part in [
