@@ -33,7 +33,10 @@ impl Service {
         let encoded = self.blocking(move |parts| encode(&parts.text, &inputs, task, room)).await?;
         // a tokenizer may number the second text although the base knows one kind only (RoBERTa)
         let kinds = self.parts().base.arch.token_types as u32;
-        let rows = encoded.iter().map(|(e, _)| Row {
+        // words of which nothing is left have no row; each is answered without a label
+        let asked = encoded.iter().zip(&params.inputs).enumerate();
+        let rows = asked.filter(|(_, ((e, _), input))| !is_blank(e, input)).map(|(at, ((e, _), _))| Row {
+            at,
             input: Input {
                 source: vec![],
                 tokens: e.ids.clone(),
@@ -43,8 +46,10 @@ impl Service {
         });
         let results = self.run(rows.collect(), &admitted).await?;
         let mut out = Vec::with_capacity(encoded.len());
-        for ((output, (encoded, cut)), input) in results.outputs.into_iter().zip(&encoded).zip(&params.inputs) {
-            let (ranked, tokens) = match output {
+        let mut outputs = results.outputs.into_iter();
+        for ((encoded, cut), input) in encoded.iter().zip(&params.inputs) {
+            let output = if is_blank(encoded, input) { Some(Output::TokenLogits(vec![])) } else { outputs.next() };
+            let (ranked, tokens) = match output.ok_or_else(|| ServeError::Internal("an output is missing".into()))? {
                 Output::Logits(logits) => (ranked(&logits, &labels), vec![]),
                 Output::TokenLogits(rows) => (vec![], token_labels(&rows, encoded, input, &labels)),
                 _ => return Err(ServeError::Internal("the engine mixed up its work".into())),
@@ -102,6 +107,11 @@ fn encode(
         Ok((encoded, cut))
     };
     inputs.iter().enumerate().map(one).collect()
+}
+
+/// Words whose every character the tokenizer drops.
+fn is_blank(encoded: &Encoded, input: &ClassifyInput) -> bool {
+    encoded.ids.is_empty() && matches!(input, ClassifyInput::Words(_))
 }
 
 fn softmax(logits: &[f32]) -> Vec<f32> {

@@ -18,6 +18,8 @@ use crate::{
 
 /// One input, tokenised.
 pub(super) struct Row {
+    /// Its place among the call's inputs.
+    pub(super) at: usize,
     pub(super) input: Input,
     pub(super) work: Work,
 }
@@ -52,7 +54,8 @@ impl Service {
             other => other,
         };
         let work = Work::Embed { pooling, normalize: params.normalize };
-        let rows = encoded.into_iter().map(|tokens| Ok(Row { input: self.prompt(tokens)?, work: work.clone() }));
+        let row = |(at, tokens)| Ok(Row { at, input: self.prompt(tokens)?, work: work.clone() });
+        let rows = encoded.into_iter().enumerate().map(row);
         let results = self.run(rows.collect::<Result<_, ServeError>>()?, &admitted).await?;
         let embeddings = results.outputs.into_iter().map(|o| match o {
             Output::Embedding(v) => Ok(v),
@@ -106,8 +109,11 @@ impl Service {
                 inputs.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()
             })
             .await?;
-        let rows = encoded.iter().map(|(input, from)| Row { input: input.clone(), work: Work::Score { from: *from } });
-        let results = self.run(rows.collect(), &admitted).await?;
+        let row = |(at, (input, from)): (usize, &(Input, usize))| {
+            let work = Work::Score { from: *from };
+            Row { at, input: input.clone(), work }
+        };
+        let results = self.run(encoded.iter().enumerate().map(row).collect(), &admitted).await?;
         let text = &self.parts().text;
         let mut out = Vec::with_capacity(encoded.len());
         for (output, (Input { tokens: ids, .. }, from)) in results.outputs.into_iter().zip(&encoded) {
@@ -137,8 +143,8 @@ impl Service {
 
     /// Runs one sequence per row and waits for all: at once as many as the server admits, then each as another ends.
     pub(super) async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
-        for (i, row) in rows.iter().enumerate() {
-            let field = format!("inputs[{i}]");
+        for row in &rows {
+            let field = format!("inputs[{}]", row.at);
             self.check_source(&field, &row.input, admitted)?;
             self.check_room(&field, &row.input, 0, admitted)?;
         }
