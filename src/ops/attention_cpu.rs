@@ -89,15 +89,17 @@ fn probabilities(
 ) {
     let d = q.len();
     let probs = &mut probs[..seen.len()];
-    let mut max = f32::NEG_INFINITY;
     for (i, p) in probs.iter_mut().enumerate() {
         let at = key(seen.at(i));
         *p = dot(q, &k[at..at + d]) * shaping.scale;
-        max = max.max(*p);
     }
-    if shaping.cap.is_some() || shaping.bias.is_some() {
-        max = shaping.apply(probs, seen, slope);
-    }
+    normalise(probs, shaping, seen, slope);
+}
+
+/// Scaled products of one query and head with the seen keys, shaped and turned into probabilities.
+#[inline(always)]
+fn normalise(probs: &mut [f32], shaping: Shaping<'_>, seen: Seen, slope: &mut [f32]) {
+    let max = shaping.apply(probs, seen, slope);
     let mut sum = 0.0;
     for p in probs.iter_mut() {
         *p = math::exp(*p - max);
@@ -204,20 +206,31 @@ impl CustomOp3 for Attention {
     }
 }
 
+/// One row, all heads. A key's heads lie side by side and are read together, so that memory is read in order.
 #[inline(always)]
 fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
     let (q, k, v) = qkv;
     let (d, kv_width, group) = (plan.head_dim, plan.kv_heads * plan.head_dim, plan.heads / plan.kv_heads);
     let seen = plan.mask.seen(span.context_len + i, span.keys_len, span.pinned);
-    let mut probs = vec![0f32; seen.len()];
-    for (h, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
-        let column = (h / group) * d;
-        let key = |j: usize| span.key_row(j) * kv_width + column;
-        let shaping = Shaping::of(plan, h, span.context_len + i);
-        probabilities(q, shaping, key, k, seen, (&mut probs, &mut []));
-        for (j, p) in probs.iter().enumerate() {
-            let at = key(seen.at(j));
-            axpy(*p, &v[at..at + d], out);
+    let n = seen.len();
+    let mut probs = vec![0f32; plan.heads * n]; // [heads, seen keys]
+    for s in 0..n {
+        let at = span.key_row(seen.at(s)) * kv_width;
+        let k = &k[at..at + kv_width];
+        for (h, q) in q.chunks_exact(d).enumerate() {
+            let column = (h / group) * d;
+            probs[h * n + s] = dot(q, &k[column..column + d]) * plan.scale;
+        }
+    }
+    for (h, probs) in probs.chunks_exact_mut(n.max(1)).enumerate() {
+        normalise(probs, Shaping::of(plan, h, span.context_len + i), seen, &mut []);
+    }
+    for s in 0..n {
+        let at = span.key_row(seen.at(s)) * kv_width;
+        let v = &v[at..at + kv_width];
+        for (h, out) in out.chunks_exact_mut(d).enumerate() {
+            let column = (h / group) * d;
+            axpy(probs[h * n + s], &v[column..column + d], out);
         }
     }
 }
