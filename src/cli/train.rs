@@ -70,6 +70,8 @@ enum TaskArg {
     CausalLm,
     SeqCls,
     TokenCls,
+    #[value(name = "seq2seq")]
+    Seq2Seq,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -199,6 +201,7 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         TaskArg::CausalLm => proto::Task::CausalLm,
         TaskArg::SeqCls => proto::Task::SeqCls,
         TaskArg::TokenCls => proto::Task::TokenCls,
+        TaskArg::Seq2Seq => proto::Task::Seq2seq,
     };
     let methods = match (args.method.as_slice(), &args.start.from_delta) {
         ([], None) => &[MethodArg::Lora],
