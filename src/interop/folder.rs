@@ -89,7 +89,7 @@ pub(super) fn files_of(folder: &Path) -> Result<Vec<(String, PathBuf)>, InteropE
     Ok(out)
 }
 
-/// Reads [`files_of`] a folder.
+/// Reads the files of a folder that belong to its delta; other files are left alone.
 ///
 /// # Errors
 /// A file that cannot be read; a folder without a delta.
