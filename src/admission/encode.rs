@@ -6,8 +6,8 @@ use tokio::sync::mpsc;
 
 use super::{
     params::{
-        Classification, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply, LabelScore, Pooling, ScoreParams,
-        ScoreReply, Scored, ServeError, Timings, TokenLabel, TokenLogprob, TokenizeReply, Usage,
+        Classification, ClassifyParams, ClassifyReply, DeltaChoice, EmbedParams, EmbedReply, LabelScore, Pooling,
+        ScoreParams, ScoreReply, Scored, ServeError, Timings, TokenLabel, TokenLogprob, TokenizeReply, Usage,
     },
     service::{Admitted, Input, Service, text_error},
 };
@@ -86,7 +86,7 @@ impl Service {
     }
 
     /// Which head answers, and its label names.
-    fn head(&self, reference: &str, admitted: &Admitted) -> Result<(Task, Vec<String>), ServeError> {
+    fn head(&self, reference: &DeltaChoice, admitted: &Admitted) -> Result<(Task, Vec<String>), ServeError> {
         let base = &self.parts().base;
         if let Some(lease) = &admitted.lease {
             let spec = &lease.delta().spec;

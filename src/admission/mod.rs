@@ -6,10 +6,12 @@
 mod catalog;
 pub mod catalog_params;
 pub mod check;
+mod choice;
 mod encode;
 mod generate;
 mod info;
 pub mod jobs;
+mod merge;
 pub mod method_parts;
 pub mod params;
 mod places;

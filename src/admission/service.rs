@@ -12,14 +12,17 @@ use futures::stream::BoxStream;
 use tokio::sync::mpsc;
 
 use super::{
-    params::{Pooling, ServeError, ServedBy},
+    catalog_params::check_weighted,
+    check::Problems,
+    params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
     places::{Place, Places},
 };
 use crate::{
+    delta::Delta,
     engine::{EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
-    ids::TenantId,
+    ids::{DeltaId, TenantId},
     model::Base,
-    registry::{DeltaLease, DeltaRef, Registry},
+    registry::{Composition, DeltaLease, DeltaRef, Registry},
     store::Store,
     text::{ChatError, ChatTemplate, TextError, TextModel},
     train::{TrainerHandle, encode::TextCodec},
@@ -111,9 +114,32 @@ impl Input {
 
 /// What a sequence of a call has in common with its siblings.
 pub(super) struct Admitted {
-    pub(super) lease: Option<DeltaLease>,
+    pub(super) lease: Option<Held>,
     pub(super) deadline: Option<Instant>,
     pub(super) arrived: Instant,
+}
+
+/// The delta of a call, kept resident: a version, or several as one.
+#[derive(Debug, Clone)]
+pub(super) enum Held {
+    One(DeltaLease),
+    Sum(Arc<Composition>),
+}
+
+impl Held {
+    pub(super) fn id(&self) -> DeltaId {
+        match self {
+            Self::One(lease) => lease.id(),
+            Self::Sum(sum) => sum.id(),
+        }
+    }
+
+    pub(super) fn delta(&self) -> &Arc<Delta> {
+        match self {
+            Self::One(lease) => lease.delta(),
+            Self::Sum(sum) => sum.delta(),
+        }
+    }
 }
 
 impl std::fmt::Debug for Service {
@@ -147,16 +173,32 @@ impl Service {
         Ok(Some(self.parts().registry.lease(tenant, &wanted).await?))
     }
 
+    /// The delta of a call, which may be a weighted sum: it then takes one place of a step as any other.
+    async fn held(&self, tenant: &TenantId, choice: &DeltaChoice) -> Result<Option<Held>, ServeError> {
+        if let Some(reference) = choice.single() {
+            return Ok(self.lease(tenant, reference).await?.map(Held::One));
+        }
+        let mut problems = Problems::default();
+        check_weighted(choice.parts(), 1, &mut problems);
+        problems.finish()?;
+        let mut parts = Vec::with_capacity(choice.parts().len());
+        for (reference, weight) in choice.parts() {
+            parts.extend(self.lease(tenant, reference).await?.map(|lease| (lease, *weight)));
+        }
+        let sum = self.parts().registry.compose(parts, &self.parts().base.sites).await?;
+        Ok(Some(Held::Sum(sum)))
+    }
+
     /// The call's delta and deadline; a call that is late already is not started.
     pub(super) async fn admit(
         &self,
         tenant: &TenantId,
-        reference: &str,
+        choice: &DeltaChoice,
         arrived: Instant,
         timeout: Option<Duration>,
     ) -> Result<Admitted, ServeError> {
         let deadline = timeout.and_then(|t| arrived.checked_add(t));
-        let lease = self.lease(tenant, reference);
+        let lease = self.held(tenant, choice);
         let lease = match deadline {
             Some(at) => match tokio::time::timeout_at(at.into(), lease).await {
                 Ok(lease) => lease?,
@@ -277,12 +319,20 @@ impl Service {
 impl Admitted {
     /// What every inference response says of its delta.
     pub(super) fn served_by(&self) -> ServedBy {
+        let id = self.lease.as_ref().map(Held::id);
         match &self.lease {
-            Some(lease) => {
+            Some(Held::One(lease)) => {
                 let v = lease.version();
-                ServedBy { name: v.name.to_string(), number: v.number, id: Some(lease.id()) }
+                ServedBy { name: v.name.to_string(), number: v.number, id, parts: vec![] }
             }
-            None => ServedBy { name: String::new(), number: 0, id: None },
+            Some(Held::Sum(sum)) => {
+                let part = |(lease, weight): &(DeltaLease, f64)| {
+                    let v = lease.version();
+                    ServedPart { name: v.name.to_string(), number: v.number, id: lease.id(), weight: *weight }
+                };
+                ServedBy { name: String::new(), number: 0, id, parts: sum.parts().iter().map(part).collect() }
+            }
+            None => ServedBy { name: String::new(), number: 0, id, parts: vec![] },
         }
     }
 }

@@ -9,6 +9,7 @@ mod deltas;
 mod demo;
 mod infer;
 mod jobs;
+mod merge;
 mod output;
 mod train;
 mod train_positions;

@@ -39,5 +39,7 @@ pub(crate) mod json {
         prefix_init: PrefixInit, "PREFIX_INIT_";
         schedule: Schedule, "SCHEDULE_";
         job_state: JobState, "JOB_STATE_";
+        merge_method: MergeMethod, "MERGE_METHOD_";
+        majority_sign: MajoritySign, "MAJORITY_SIGN_";
     }
 }

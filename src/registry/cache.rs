@@ -166,7 +166,7 @@ impl Residency {
     }
 
     /// Takes room from the budget, evicting what nobody uses, and waits a little for what somebody does.
-    async fn reserve(&self, bytes: u64) -> Result<Reservation, RegistryError> {
+    pub(super) async fn reserve(&self, bytes: u64) -> Result<Reservation, RegistryError> {
         let shared = &self.shared;
         if bytes > shared.budget.limit() {
             return Err(RegistryError::TooLarge { bytes, budget: shared.budget.limit() });

@@ -10,6 +10,7 @@
 mod budget;
 mod cache;
 mod catalog;
+mod compose;
 mod error;
 mod metrics;
 mod reference;
@@ -20,6 +21,7 @@ mod tests;
 
 use std::{sync::Arc, time::Duration};
 
+pub use compose::Composition;
 pub use error::{LoadError, RegistryError};
 pub use reference::{DeltaRef, VersionSel};
 
@@ -185,6 +187,7 @@ pub struct Registry {
     base: BaseFingerprint,
     catalog: Arc<Catalog>,
     residency: Residency,
+    compositions: Arc<compose::Compositions>,
     budget: u64,
 }
 
@@ -203,7 +206,7 @@ impl Registry {
         let catalog = Arc::new(Catalog::new(store.all_names().await?, budget / 2));
         let pins = Arc::clone(&catalog);
         let residency = Residency::new(store.clone(), loader, Arc::new(move || pins.pinned()), config);
-        let registry = Self { store, base, catalog, residency, budget };
+        let registry = Self { store, base, catalog, residency, compositions: Arc::default(), budget };
         tokio::spawn(registry.clone().warm());
         Ok(registry)
     }

@@ -124,7 +124,7 @@ async fn requests_out_of_range_are_refused_by_field_with_the_limit() {
     expect_invalid(&refused(with(proto::GenerateOptions { stop, ..options(4) })).await, "options.stop[0]", &["1"]);
     let stop = vec!["x".to_owned(); 10_000];
     expect_invalid(&refused(with(proto::GenerateOptions { stop, ..options(4) })).await, "options.stop", &["16"]);
-    let batch = proto::GenerateBatchRequest { delta: String::new(), prompts: vec![], options: None };
+    let batch = proto::GenerateBatchRequest::default();
     expect_invalid(&client.batch(batch).await.expect_err("no prompts"), "prompts", &[]);
     expect_invalid(&client.classify("", &[]).await.expect_err("no inputs"), "inputs", &["0"]);
     still_answers(client).await;

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod cancel;
+mod compose;
 mod drain;
 mod edges;
 mod folders;

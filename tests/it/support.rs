@@ -249,7 +249,12 @@ pub(crate) struct Said {
 
 /// A greedy request of `max_new` tokens that does not stop earlier.
 pub(crate) fn ask(delta: &str, text: &str, max_new: u32) -> proto::GenerateRequest {
-    proto::GenerateRequest { delta: delta.into(), prompt: Some(prompt(text)), options: Some(options(max_new)) }
+    proto::GenerateRequest {
+        delta: delta.into(),
+        prompt: Some(prompt(text)),
+        options: Some(options(max_new)),
+        deltas: vec![],
+    }
 }
 
 pub(crate) fn prompt(text: &str) -> proto::Prompt {
@@ -374,7 +379,7 @@ impl Client {
 
     pub(crate) async fn classify(&self, delta: &str, texts: &[&str]) -> Result<proto::ClassifyResponse, Status> {
         let inputs = texts.iter().map(|t| proto::ClassifyInput { text: (*t).into(), pair: None }).collect();
-        let request = self.request(proto::ClassifyRequest { delta: delta.into(), inputs });
+        let request = self.request(proto::ClassifyRequest { delta: delta.into(), inputs, deltas: vec![] });
         Ok(self.inference().classify(request).await?.into_inner())
     }
 
