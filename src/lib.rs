@@ -38,6 +38,7 @@ pub mod hub;
 pub mod ids;
 pub mod interop;
 pub mod kv;
+pub mod measures;
 pub mod model;
 pub mod nn;
 pub mod ops;

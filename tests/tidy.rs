@@ -15,6 +15,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("rows", &[]),
     ("pacing", &[]),
     ("shutdown", &[]),
+    ("measures", &[]),
     ("telemetry", &[]),
     ("ops", &[]),
     ("delta", &["ids", "rows", "ops"]),
@@ -61,6 +62,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "pacing",
             "telemetry",
             "admission",
+            "measures",
         ],
     ),
     (
@@ -87,7 +89,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.
-const DOMAIN_TYPES: &[&str] = &["params", "train_params", "catalog_params", "jobs", "check"];
+const DOMAIN_TYPES: &[&str] = &["params", "classify_params", "train_params", "catalog_params", "jobs", "check"];
 
 /// The floors above `admission`: they call its service.
 const ABOVE_ADMISSION: &[&str] = &["admission", "grpc", "http", "cli", "app", "main.rs", "lib.rs"];

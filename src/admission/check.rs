@@ -2,7 +2,10 @@
 //! are found at once. Limits that depend on the base (context length, vocabulary, labels) are checked where it is known.
 
 use super::{
-    params::{ClassifyParams, EmbedParams, GenerateParams, Prompt, Sampling, ScoreParams, ServeError, Violation},
+    params::{
+        ClassifyInput, ClassifyParams, EmbedParams, GenerateParams, Prompt, Sampling, ScoreParams, ServeError,
+        Violation,
+    },
     train_params::{
         AdapterPart, AdapterScaling, HyperParams, LoraPart, MethodPart, TrainData, TrainParams, Validation,
     },
@@ -178,8 +181,15 @@ impl ClassifyParams {
     pub fn check(&self) -> Result<(), ServeError> {
         let mut problems = Problems::default();
         problems.count("inputs", self.inputs.len(), 1, MAX_INPUTS);
-        for (i, (text, _)) in self.inputs.iter().enumerate().take(MAX_INPUTS) {
-            problems.require(!text.is_empty(), &format!("inputs[{i}].text"), || "must not be empty".into());
+        for (i, input) in self.inputs.iter().enumerate().take(MAX_INPUTS) {
+            match input {
+                ClassifyInput::Text { text, .. } => {
+                    problems.require(!text.is_empty(), &format!("inputs[{i}].text"), || "must not be empty".into());
+                }
+                ClassifyInput::Words(words) => {
+                    problems.require(!words.is_empty(), &format!("inputs[{i}].words"), || "must not be empty".into());
+                }
+            }
         }
         problems.finish()
     }

@@ -1,4 +1,4 @@
-//! Classify, embed, score and tokenize: prompt-only sequences, one per input, in the same steps as everything else.
+//! Embed, score and tokenize, and how the inputs of a call run (of `classify`, too): prompt-only sequences, one per input, in the same steps as everything else.
 
 use std::{collections::VecDeque, time::Instant};
 
@@ -6,105 +6,30 @@ use tokio::sync::mpsc;
 
 use super::{
     params::{
-        Classification, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply, LabelScore, Pooling, ScoreParams,
-        ScoreReply, Scored, ServeError, Timings, TokenLabel, TokenLogprob, TokenizeReply, Usage,
+        EmbedParams, EmbedReply, Pooling, ScoreParams, ScoreReply, Scored, ServeError, Timings, TokenLogprob,
+        TokenizeReply, Usage,
     },
     service::{Admitted, Input, Service, text_error},
 };
 use crate::{
-    delta::Task,
     engine::{Event, Output, Work},
     ids::TenantId,
-    text::Encoded,
 };
 
 /// One input, tokenised.
-struct Row {
-    input: Input,
-    work: Work,
+pub(super) struct Row {
+    pub(super) input: Input,
+    pub(super) work: Work,
 }
 
 /// What came back for all inputs of a call.
-struct Results {
-    outputs: Vec<Output>,
-    usage: Usage,
-    timings: Timings,
+pub(super) struct Results {
+    pub(super) outputs: Vec<Output>,
+    pub(super) usage: Usage,
+    pub(super) timings: Timings,
 }
 
 impl Service {
-    /// Labels of texts: of each text, or of each of its tokens, as the head's task says.
-    ///
-    /// # Errors
-    /// Every kind of [`ServeError`].
-    pub async fn classify(&self, tenant: &TenantId, params: ClassifyParams) -> Result<ClassifyReply, ServeError> {
-        let arrived = Instant::now();
-        params.check()?;
-        let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
-        let (task, labels) = self.head(&params.delta, &admitted)?;
-        let inputs = params.inputs.clone();
-        let encoded = self
-            .blocking(move |parts| {
-                let one = |(i, (text, second)): (usize, &(String, Option<String>))| {
-                    let field = format!("inputs[{i}]");
-                    parts.text.encode_pair(text, second.as_deref()).map_err(|e| text_error(&field, &e))
-                };
-                inputs.iter().enumerate().map(one).collect::<Result<Vec<Encoded>, _>>()
-            })
-            .await?;
-        let tokens_of = |e: &Encoded| e.ids.len() as u32;
-        // a tokenizer may number the second text although the base knows one kind only (RoBERTa)
-        let kinds = self.parts().base.arch.token_types as u32;
-        let rows = encoded.iter().map(|e| Row {
-            input: Input {
-                source: vec![],
-                tokens: e.ids.clone(),
-                types: (kinds > 0).then(|| e.type_ids.iter().map(|t| (*t).min(kinds - 1)).collect()),
-            },
-            work: if task == Task::TokenCls { Work::ClassifyTokens } else { Work::Classify },
-        });
-        let results = self.run(rows.collect(), &admitted).await?;
-        let mut out = Vec::with_capacity(encoded.len());
-        for ((output, encoded), input) in results.outputs.into_iter().zip(&encoded).zip(&params.inputs) {
-            out.push(match output {
-                Output::Logits(logits) => {
-                    Classification { labels: ranked(&logits, &labels), tokens: vec![], tokens_read: tokens_of(encoded) }
-                }
-                Output::TokenLogits(rows) => Classification {
-                    labels: vec![],
-                    tokens: token_labels(&rows, encoded, input, &labels),
-                    tokens_read: tokens_of(encoded),
-                },
-                _ => return Err(ServeError::Internal("the engine mixed up its work".into())),
-            });
-        }
-        Ok(ClassifyReply {
-            results: out,
-            served_by: admitted.served_by(),
-            usage: results.usage,
-            timings: results.timings,
-        })
-    }
-
-    /// Which head answers, and its label names.
-    fn head(&self, reference: &str, admitted: &Admitted) -> Result<(Task, Vec<String>), ServeError> {
-        let base = &self.parts().base;
-        if let Some(lease) = &admitted.lease {
-            let spec = &lease.delta().spec;
-            if lease.delta().head().is_some() || !spec.labels.is_empty() {
-                let task = if spec.task == Task::TokenCls { Task::TokenCls } else { Task::SeqCls };
-                return Ok((task, spec.labels.clone()));
-            }
-            let task = spec.task.as_str();
-            return Err(ServeError::WrongTask(format!(
-                "delta {reference:?} is for {task} and has no classification head"
-            )));
-        }
-        match &base.arch.head {
-            Some(head) if base.transformer.has_head() => Ok((head.task, head.labels.clone())),
-            _ => Err(ServeError::WrongTask("the base has no classification head; name a delta that brings one".into())),
-        }
-    }
-
     /// One vector per text.
     ///
     /// # Errors
@@ -207,7 +132,7 @@ impl Service {
     }
 
     /// Runs one sequence per row and waits for all: at once as many as the server admits, then each as another ends.
-    async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
+    pub(super) async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
         for (i, row) in rows.iter().enumerate() {
             let field = format!("inputs[{i}]");
             self.check_source(&field, row.input.source.len())?;
@@ -263,57 +188,4 @@ fn apart(
         return Err(ServeError::field(field, "has nothing to score: the completion has no token"));
     }
     Ok((Input { source, tokens, types: None }, 1))
-}
-
-fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let exp: Vec<f32> = logits.iter().map(|l| (l - max).exp()).collect();
-    let sum: f32 = exp.iter().sum();
-    exp.into_iter().map(|e| e / sum).collect()
-}
-
-fn score(index: usize, probability: f32, labels: &[String]) -> LabelScore {
-    let label = labels.get(index).cloned().unwrap_or_else(|| format!("LABEL_{index}"));
-    LabelScore { label, index: index as u32, probability }
-}
-
-/// All labels, best first.
-fn ranked(logits: &[f32], labels: &[String]) -> Vec<LabelScore> {
-    let mut all: Vec<LabelScore> = softmax(logits).into_iter().enumerate().map(|(i, p)| score(i, p, labels)).collect();
-    all.sort_by(|a, b| b.probability.total_cmp(&a.probability).then(a.index.cmp(&b.index)));
-    all
-}
-
-/// The best label of every word piece of the first text; special tokens have none.
-fn token_labels(
-    rows: &[Vec<f32>],
-    encoded: &Encoded,
-    input: &(String, Option<String>),
-    labels: &[String],
-) -> Vec<TokenLabel> {
-    let mut out = Vec::new();
-    for (i, logits) in rows.iter().enumerate() {
-        let (Some(0), Some(&(start, end))) = (encoded.sources.get(i).copied().flatten(), encoded.offsets.get(i)) else {
-            continue;
-        };
-        let Some(best) = ranked(logits, labels).into_iter().next() else { continue };
-        let text = input.0.get(start..end).unwrap_or_default().to_owned();
-        out.push(TokenLabel { start: start as u32, end: end as u32, text, label: best });
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn labels_are_ranked_and_their_probabilities_sum_to_one() {
-        let labels = ["a".to_owned(), "b".to_owned()];
-        let out = ranked(&[1.0, 3.0, 2.0], &labels);
-        let names: Vec<_> = out.iter().map(|l| l.label.as_str()).collect();
-        assert_eq!(names, ["b", "LABEL_2", "a"]);
-        assert!((out.iter().map(|l| l.probability).sum::<f32>() - 1.0).abs() < 1e-6);
-        assert!(softmax(&[1000.0, 0.0])[0] > 0.999, "large logits do not overflow");
-    }
 }

@@ -6,6 +6,8 @@
 mod catalog;
 pub mod catalog_params;
 pub mod check;
+mod classify;
+mod classify_params;
 mod encode;
 mod generate;
 mod info;

@@ -6,6 +6,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 
+pub use super::classify_params::{
+    Classification, ClassifyInput, ClassifyParams, ClassifyReply, LabelScore, TokenLabel,
+};
 use crate::ids::DeltaId;
 
 /// How the next token is chosen. Neutral values switch a filter off.
@@ -173,65 +176,6 @@ pub enum GenerateChunk {
         /// The seed that reproduces it.
         seed: u64,
     },
-}
-
-/// A classify request: sequence or token classification, as the delta's head says.
-#[derive(Debug, Clone)]
-pub struct ClassifyParams {
-    /// Delta reference; empty = the base's own head, if it has one.
-    pub delta: String,
-    /// Texts, 1 to 1024; each is (text, optional second text of a pair).
-    pub inputs: Vec<(String, Option<String>)>,
-    /// Give up when this much time has passed since arrival.
-    pub timeout: Option<Duration>,
-}
-
-/// One label with its probability.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LabelScore {
-    /// The label's name, or `LABEL_i` where the delta has no names.
-    pub label: String,
-    /// Its index.
-    pub index: u32,
-    /// Softmax probability (sigmoid for multi-label heads).
-    pub probability: f32,
-}
-
-/// One classified text.
-#[derive(Debug, Clone)]
-pub struct Classification {
-    /// All labels, best first; empty for token classification.
-    pub labels: Vec<LabelScore>,
-    /// Token classification: one entry per word piece (byte range in the text, best label).
-    pub tokens: Vec<TokenLabel>,
-    /// Tokens read.
-    pub tokens_read: u32,
-}
-
-/// A token's label.
-#[derive(Debug, Clone)]
-pub struct TokenLabel {
-    /// Byte offsets in the input text.
-    pub start: u32,
-    /// End offset (exclusive).
-    pub end: u32,
-    /// The text between them.
-    pub text: String,
-    /// The best label.
-    pub label: LabelScore,
-}
-
-/// A classify reply.
-#[derive(Debug, Clone)]
-pub struct ClassifyReply {
-    /// One per input, in order.
-    pub results: Vec<Classification>,
-    /// Which version served it.
-    pub served_by: ServedBy,
-    /// Tokens read.
-    pub usage: Usage,
-    /// Slowest input's times.
-    pub timings: Timings,
 }
 
 /// How a text becomes one vector.

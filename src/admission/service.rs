@@ -235,6 +235,12 @@ impl Service {
         }
     }
 
+    /// Most tokens of a sequence, beside what its delta puts ahead of them.
+    pub(super) fn room(&self, admitted: &Admitted) -> usize {
+        let ahead = admitted.lease.as_ref().map(|l| l.delta().ahead()).unwrap_or_default();
+        self.parts().engine.max_tokens(ahead)
+    }
+
     /// Tokens of a sequence (of an encoder-decoder: its decoder's) against the context, beside what its delta puts ahead
     /// of them.
     pub(super) fn check_room(

@@ -1,4 +1,4 @@
-//! `generate`, `classify`, `embed`, `score`, `info`.
+//! `generate`, `embed`, `score`, `info`.
 
 use std::io::Read;
 
@@ -126,38 +126,6 @@ pub(super) async fn generate(common: &Common, args: GenerateArgs) -> anyhow::Res
             None => {}
         }
     }
-    Ok(())
-}
-
-/// Options of `classify`.
-#[derive(Debug, Clone, Args)]
-pub(super) struct ClassifyArgs {
-    /// Texts; none = one per line of standard input.
-    texts: Vec<String>,
-    /// Delta whose head is used; nothing = the base's own.
-    #[arg(long, short, default_value = "")]
-    delta: String,
-}
-
-/// Labels texts.
-pub(super) async fn classify(common: &Common, args: ClassifyArgs) -> anyhow::Result<()> {
-    let texts = arguments_or_lines(args.texts)?;
-    let inputs = texts.iter().map(|text| proto::ClassifyInput { text: text.clone(), pair: None }).collect();
-    let mut client = Client::connect(common).await?.inference();
-    let reply = client.classify(proto::ClassifyRequest { delta: args.delta, inputs }).await?.into_inner();
-    if common.json {
-        return output::json(&reply);
-    }
-    for (text, result) in texts.iter().zip(&reply.results) {
-        if let Some(best) = result.labels.first() {
-            output::line(&format!("{:<20} {:.3}  {text}", best.label, best.probability))?;
-        }
-        for token in &result.tokens {
-            let label = token.label.clone().unwrap_or_default();
-            output::line(&format!("{:<20} {:.3}  {}", label.label, label.probability, token.text))?;
-        }
-    }
-    output::note(&output::summary(reply.served_by.as_ref(), reply.usage.as_ref(), reply.timings.as_ref()));
     Ok(())
 }
 
@@ -300,7 +268,8 @@ fn argument_or_stdin(argument: Option<&str>) -> anyhow::Result<String> {
     }
 }
 
-fn arguments_or_lines(texts: Vec<String>) -> anyhow::Result<Vec<String>> {
+/// The texts, or the lines of standard input.
+pub(super) fn arguments_or_lines(texts: Vec<String>) -> anyhow::Result<Vec<String>> {
     if texts.is_empty() {
         return Ok(argument_or_stdin(None)?.lines().map(str::to_owned).collect());
     }

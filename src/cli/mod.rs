@@ -4,6 +4,7 @@
 
 mod bench;
 mod bench_stats;
+mod classify;
 mod client;
 mod deltas;
 mod demo;
@@ -65,8 +66,8 @@ enum Command {
 enum ClientCommand {
     /// Continue a prompt.
     Generate(WithCommon<infer::GenerateArgs>),
-    /// Label texts.
-    Classify(WithCommon<infer::ClassifyArgs>),
+    /// Label texts, or the rows of a JSON Lines file.
+    Classify(WithCommon<classify::ClassifyArgs>),
     /// Turn texts into vectors.
     Embed(WithCommon<infer::EmbedArgs>),
     /// Log-likelihood of a text after a prompt.
@@ -127,7 +128,7 @@ impl ClientCommand {
     async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Generate(c) => infer::generate(&c.common, c.args).await,
-            Self::Classify(c) => infer::classify(&c.common, c.args).await,
+            Self::Classify(c) => classify::classify(&c.common, c.args).await,
             Self::Embed(c) => infer::embed(&c.common, c.args).await,
             Self::Score(c) => infer::score(&c.common, c.args).await,
             Self::Train(c) => train::run(&c.common, c.args).await,

@@ -201,6 +201,17 @@ impl TextModel {
         Ok(encoded(&encoding.map_err(|e| TextError::Encode(e.to_string()))?))
     }
 
+    /// A user's text as words, with the word of each token; special tokens are added. Offsets are within the word.
+    ///
+    /// # Errors
+    /// Words over the limit, or that the tokenizer refuses.
+    pub fn encode_words(&self, words: &[String]) -> Result<Encoded, TextError> {
+        self.check(words.iter().map(String::len).sum())?;
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let encoding = self.plain.encode(words, true).map_err(|e| TextError::Encode(e.to_string()))?;
+        Ok(encoded(&encoding))
+    }
+
     /// Text of ids, special tokens left out.
     ///
     /// # Errors
@@ -238,6 +249,29 @@ impl TextModel {
 
     fn check(&self, bytes: usize) -> Result<(), TextError> {
         if bytes > self.max_bytes { Err(TextError::TooLong { bytes, limit: self.max_bytes }) } else { Ok(()) }
+    }
+}
+
+impl Encoded {
+    /// Leaves out tokens at the end of the text so that `most` are left, and keeps the special tokens around it; tells
+    /// whether it did. Special tokens alone are never cut.
+    pub fn cut(&mut self, most: usize) -> bool {
+        let body: Vec<usize> = (0..self.ids.len()).filter(|i| self.sources[*i].is_some()).collect();
+        let over = self.ids.len().saturating_sub(most).min(body.len());
+        if over == 0 {
+            return false;
+        }
+        let drop: HashSet<usize> = body[body.len() - over..].iter().copied().collect();
+        fn keep<T: Clone>(all: &mut Vec<T>, drop: &HashSet<usize>) {
+            let mut at = 0..;
+            all.retain(|_| at.next().is_some_and(|i: usize| !drop.contains(&i)));
+        }
+        keep(&mut self.ids, &drop);
+        keep(&mut self.type_ids, &drop);
+        keep(&mut self.offsets, &drop);
+        keep(&mut self.sources, &drop);
+        keep(&mut self.words, &drop);
+        true
     }
 }
 

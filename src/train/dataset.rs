@@ -44,7 +44,7 @@ impl Format {
             Some(Self::Messages)
         } else if has("prompt") || has("completion") {
             Some(Self::PromptCompletion)
-        } else if has("tokens") || has("labels") {
+        } else if has("tokens") || TAG_FIELDS.iter().any(|f| has(f)) {
             Some(Self::TokenLabels)
         } else if has("label") {
             Some(Self::TextLabel)
@@ -55,6 +55,9 @@ impl Format {
         }
     }
 }
+
+/// Names that the labels of words go by; the first one present is read.
+const TAG_FIELDS: [&str; 3] = ["labels", "tags", "ner_tags"];
 
 /// A label as written: a name, or an index into the names.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -297,7 +300,8 @@ impl<'a> Fields<'a> {
     }
 
     fn token_labels(&mut self) -> Option<Example> {
-        let (words, tags) = (self.array("tokens"), self.array("labels"));
+        let field = TAG_FIELDS.into_iter().find(|f| self.object.contains_key(*f)).unwrap_or(TAG_FIELDS[0]);
+        let (words, tags) = (self.array("tokens"), self.array(field));
         let (words, tags) = (words?, tags?);
         if words.is_empty() {
             self.error(Code::EmptyText, "/tokens", "is empty");
@@ -314,10 +318,10 @@ impl<'a> Fields<'a> {
             }
         }
         let labels: Vec<_> =
-            tags.iter().enumerate().filter_map(|(i, tag)| self.one_label(tag, &format!("/labels/{i}"))).collect();
+            tags.iter().enumerate().filter_map(|(i, tag)| self.one_label(tag, &format!("/{field}/{i}"))).collect();
         if words.len() != tags.len() {
             let message = format!("has {} labels for {} tokens; one per token is needed", tags.len(), words.len());
-            self.error(Code::TagLengthMismatch, "/labels", message);
+            self.error(Code::TagLengthMismatch, &format!("/{field}"), message);
             return None;
         }
         (tokens.len() == words.len() && labels.len() == tags.len()).then_some(Example::TokenLabels { tokens, labels })
@@ -405,6 +409,8 @@ mod tests {
             (r#"{"text": "a", "label": "x", "fine_label": "y"}"#, Format::TextLabel),
             (r#"{"text": "a", "label": 1}"#, Format::TextLabel),
             (r#"{"tokens": ["a"], "labels": ["O"]}"#, Format::TokenLabels),
+            (r#"{"tokens": ["a"], "tags": ["O"]}"#, Format::TokenLabels),
+            (r#"{"tokens": ["a"], "ner_tags": [3]}"#, Format::TokenLabels),
         ] {
             let (data, report) = Dataset::parse(line.as_bytes());
             assert!(report.is_ok(), "{line}: {report:?}");

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod cancel;
+mod classify_file;
 mod drain;
 mod edges;
 mod folders;

@@ -373,8 +373,8 @@ impl Client {
     }
 
     pub(crate) async fn classify(&self, delta: &str, texts: &[&str]) -> Result<proto::ClassifyResponse, Status> {
-        let inputs = texts.iter().map(|t| proto::ClassifyInput { text: (*t).into(), pair: None }).collect();
-        let request = self.request(proto::ClassifyRequest { delta: delta.into(), inputs });
+        let inputs = texts.iter().map(|t| proto::ClassifyInput { text: (*t).into(), ..Default::default() }).collect();
+        let request = self.request(proto::ClassifyRequest { delta: delta.into(), inputs, truncate: false });
         Ok(self.inference().classify(request).await?.into_inner())
     }
 

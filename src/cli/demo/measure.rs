@@ -10,7 +10,7 @@ use super::{TENANTS, tenant};
 use crate::{
     admission::{
         Service,
-        params::{ClassifyParams, GenerateChunk, GenerateParams, Prompt, Sampling, ScoreParams},
+        params::{ClassifyInput, ClassifyParams, GenerateChunk, GenerateParams, Prompt, Sampling, ScoreParams},
     },
     cli::{
         bench_stats::{Percentiles, Sample},
@@ -98,8 +98,10 @@ async fn cards(service: &Service, tenant: &TenantId, delta: &str, adapters: &Pat
 
 async fn accuracy(service: &Service, tenant: &TenantId, delta: &str, adapters: &Path) -> anyhow::Result<f64> {
     let rows = rows(adapters, "text-kind")?;
-    let inputs = rows.iter().map(|r| (field(r, "text").to_owned(), None)).collect();
-    let reply = service.classify(tenant, ClassifyParams { delta: delta.into(), inputs, timeout: None }).await?;
+    let inputs = rows.iter().map(|r| ClassifyInput::text(field(r, "text"))).collect();
+    let reply = service
+        .classify(tenant, ClassifyParams { delta: delta.into(), inputs, truncate: false, timeout: None })
+        .await?;
     let best = |labels: &[crate::admission::params::LabelScore]| labels.first().map(|l| l.label.clone());
     let right = reply.results.iter().zip(&rows).filter(|(c, r)| best(&c.labels).as_deref() == Some(field(r, "label")));
     Ok(right.count() as f64 / rows.len().max(1) as f64)

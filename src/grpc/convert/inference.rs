@@ -6,9 +6,9 @@ use crate::{
     admission::{
         check::{MAX_PROMPTS, Problems},
         params::{
-            ChatMessage, Classification, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply, FinishReason,
-            GenerateChunk, GenerateParams, LabelScore, Pooling, Prompt, Sampling, ScoreParams, ScoreReply, Scored,
-            ServeError, ServedBy, Timings, TokenLabel, TokenLogprob, Usage,
+            ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply,
+            FinishReason, GenerateChunk, GenerateParams, LabelScore, Pooling, Prompt, Sampling, ScoreParams,
+            ScoreReply, Scored, ServeError, ServedBy, Timings, TokenLabel, TokenLogprob, Usage,
         },
     },
     grpc::proto,
@@ -109,10 +109,23 @@ pub(in crate::grpc) fn classify(
     request: proto::ClassifyRequest,
     timeout: Option<Duration>,
 ) -> Result<ClassifyParams, ServeError> {
-    let inputs = request.inputs.into_iter().map(|i| (i.text, i.pair)).collect();
-    let params = ClassifyParams { delta: request.delta, inputs, timeout };
+    let mut problems = Problems::default();
+    let inputs = request.inputs.into_iter().enumerate().map(|(i, input)| classify_input(i, input, &mut problems));
+    let inputs = inputs.collect();
+    problems.finish()?;
+    let params = ClassifyParams { delta: request.delta, inputs, truncate: request.truncate, timeout };
     params.check()?;
     Ok(params)
+}
+
+fn classify_input(i: usize, input: proto::ClassifyInput, problems: &mut Problems) -> ClassifyInput {
+    if input.words.is_empty() {
+        return ClassifyInput::Text { text: input.text, pair: input.pair };
+    }
+    if !input.text.is_empty() || input.pair.is_some() {
+        problems.push(format!("inputs[{i}].words"), "excludes text and pair; give one form");
+    }
+    ClassifyInput::Words(input.words)
 }
 
 /// An Embed request.
@@ -211,6 +224,7 @@ fn classification(c: Classification) -> proto::Classification {
         labels: c.labels.into_iter().map(label_score).collect(),
         tokens: c.tokens.into_iter().map(token_label).collect(),
         tokens_read: c.tokens_read,
+        cut: c.cut,
     }
 }
 
@@ -219,7 +233,7 @@ fn label_score(l: LabelScore) -> proto::LabelScore {
 }
 
 fn token_label(t: TokenLabel) -> proto::TokenLabel {
-    proto::TokenLabel { start: t.start, end: t.end, text: t.text, label: Some(label_score(t.label)) }
+    proto::TokenLabel { start: t.start, end: t.end, text: t.text, label: t.label.map(label_score) }
 }
 
 /// The reply of Embed.
@@ -325,10 +339,13 @@ mod tests {
     #[test]
     fn huge_and_empty_batches_are_refused() {
         for count in [0, 1025] {
-            let inputs = vec![proto::ClassifyInput { text: "a".into(), pair: None }; count];
-            let request = proto::ClassifyRequest { delta: String::new(), inputs };
+            let inputs = vec![proto::ClassifyInput { text: "a".into(), ..Default::default() }; count];
+            let request = proto::ClassifyRequest { inputs, ..Default::default() };
             assert_eq!(fields(classify(request, None).expect_err("count")), ["inputs"]);
         }
+        let both = proto::ClassifyInput { text: "a".into(), words: vec!["a".into()], pair: None };
+        let request = proto::ClassifyRequest { inputs: vec![both], ..Default::default() };
+        assert_eq!(fields(classify(request, None).expect_err("two forms")), ["inputs[0].words"]);
         let request = proto::EmbedRequest { inputs: vec!["a".into()], pooling: 99, ..Default::default() };
         assert_eq!(fields(embed(request, None).expect_err("unknown pooling")), ["pooling"]);
         let inputs = vec![proto::ScoreInput::default()];

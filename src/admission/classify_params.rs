@@ -1,0 +1,89 @@
+//! Classification requests and replies in the domain's own types; part of [`super::params`].
+
+use std::time::Duration;
+
+use super::params::{ServedBy, Timings, Usage};
+
+/// One input to classify.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClassifyInput {
+    /// A text, or a pair of texts.
+    Text {
+        /// The (first) text; not empty.
+        text: String,
+        /// The second text of a pair.
+        pair: Option<String>,
+    },
+    /// Words, each of which gets a label; at least one.
+    Words(Vec<String>),
+}
+
+impl ClassifyInput {
+    /// A single text.
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::Text { text: text.into(), pair: None }
+    }
+}
+
+/// A classify request: sequence or token classification, as the delta's head says.
+#[derive(Debug, Clone)]
+pub struct ClassifyParams {
+    /// Delta reference; empty = the base's own head, if it has one.
+    pub delta: String,
+    /// 1 to 1024 inputs.
+    pub inputs: Vec<ClassifyInput>,
+    /// Cut inputs that exceed the context instead of refusing them.
+    pub truncate: bool,
+    /// Give up when this much time has passed since arrival.
+    pub timeout: Option<Duration>,
+}
+
+/// One label with its probability.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LabelScore {
+    /// The label's name, or `LABEL_i` where the delta has no names.
+    pub label: String,
+    /// Its index.
+    pub index: u32,
+    /// Softmax probability (sigmoid for multi-label heads).
+    pub probability: f32,
+}
+
+/// A token's label.
+#[derive(Debug, Clone)]
+pub struct TokenLabel {
+    /// Byte offsets in the input text.
+    pub start: u32,
+    /// End offset (exclusive).
+    pub end: u32,
+    /// The text between them.
+    pub text: String,
+    /// The best label; `None` for a word without a token.
+    pub label: Option<LabelScore>,
+}
+
+/// One classified text.
+#[derive(Debug, Clone)]
+pub struct Classification {
+    /// All labels, best first; empty for token classification.
+    pub labels: Vec<LabelScore>,
+    /// Token classification: one entry per word piece, or per word of words (byte range in the text, best label).
+    pub tokens: Vec<TokenLabel>,
+    /// Tokens read.
+    pub tokens_read: u32,
+    /// Whether the input was cut to fit.
+    pub cut: bool,
+}
+
+/// A classify reply.
+#[derive(Debug, Clone)]
+pub struct ClassifyReply {
+    /// One per input, in order.
+    pub results: Vec<Classification>,
+    /// Which version served it.
+    pub served_by: ServedBy,
+    /// Tokens read.
+    pub usage: Usage,
+    /// Slowest input's times.
+    pub timings: Timings,
+}

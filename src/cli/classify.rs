@@ -1,0 +1,63 @@
+//! `classify`: texts from the command line, or the rows of a JSON Lines file (`file`) with scores where gold is given.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+mod file;
+mod rows;
+mod scores;
+
+use super::{Common, client::Client, infer::arguments_or_lines, output};
+use crate::grpc::proto;
+
+/// Options of `classify`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ClassifyArgs {
+    /// Texts; none = one per line of standard input.
+    texts: Vec<String>,
+    /// Delta whose head is used; nothing = the base's own.
+    #[arg(long, short, default_value = "")]
+    delta: String,
+    /// JSON Lines file with `text`, or `tokens` for heads that label tokens; `-` = standard input.
+    #[arg(long, short, conflicts_with = "texts")]
+    file: Option<PathBuf>,
+    /// Where the rows go with their predictions; `-` = standard output.
+    #[arg(long, short, default_value = "-", requires = "file")]
+    out: PathBuf,
+    /// Labels in `probabilities`, the best ones; 0 = all.
+    #[arg(long, default_value_t = 0, requires = "file")]
+    top_k: usize,
+    /// Rows in one request.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024), requires = "file")]
+    batch_size: u16,
+    /// Requests under way at a time.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256), requires = "file")]
+    in_flight: u16,
+}
+
+/// Labels texts.
+pub(super) async fn classify(common: &Common, args: ClassifyArgs) -> anyhow::Result<()> {
+    if let Some(path) = &args.file {
+        return file::classify(common, &args, path).await;
+    }
+    let texts = arguments_or_lines(args.texts)?;
+    let inputs = texts.iter().map(|text| proto::ClassifyInput { text: text.clone(), ..Default::default() }).collect();
+    let mut client = Client::connect(common).await?.inference();
+    let request = proto::ClassifyRequest { delta: args.delta, inputs, truncate: false };
+    let reply = client.classify(request).await?.into_inner();
+    if common.json {
+        return output::json(&reply);
+    }
+    for (text, result) in texts.iter().zip(&reply.results) {
+        if let Some(best) = result.labels.first() {
+            output::line(&format!("{:<20} {:.3}  {text}", best.label, best.probability))?;
+        }
+        for token in &result.tokens {
+            let label = token.label.clone().unwrap_or_default();
+            output::line(&format!("{:<20} {:.3}  {}", label.label, label.probability, token.text))?;
+        }
+    }
+    output::note(&output::summary(reply.served_by.as_ref(), reply.usage.as_ref(), reply.timings.as_ref()));
+    Ok(())
+}

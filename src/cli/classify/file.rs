@@ -1,0 +1,238 @@
+//! A file through Classify: checked as a whole, sent in batches with several under way, written in order.
+
+use std::{
+    io::{BufWriter, Read, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use futures::{StreamExt as _, stream};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use tonic::Status;
+use tonic_types::StatusExt as _;
+
+use super::{
+    ClassifyArgs,
+    rows::{self, HeadInfo, Input, Row},
+    scores::Scores,
+};
+use crate::{
+    cli::{Common, client::Client, output},
+    grpc::proto,
+};
+
+/// Most bytes of texts in one request, well below a server's smallest message limit.
+const BATCH_BYTES: usize = 512 << 10;
+/// A server that is busy with others is asked again for this long.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The tag of a word that has no token.
+const OUTSIDE: &str = "O";
+
+/// Classifies the rows of a file; `-` = standard input.
+pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) -> anyhow::Result<()> {
+    let bytes = read(path)?;
+    let client = Client::connect(common).await?;
+    let head = head(&client, &args.delta).await?;
+    let rows = rows::parse(&bytes, &head).with_context(|| path.display().to_string())?;
+    let to_stdout = args.out.as_os_str() == "-";
+    let target: Box<dyn Write + Send> = if to_stdout {
+        Box::new(std::io::stdout())
+    } else {
+        Box::new(std::fs::File::create(&args.out).with_context(|| format!("create {}", args.out.display()))?)
+    };
+    let mut out = BufWriter::new(target);
+    let mut progress = Progress::new(rows.len() as u64);
+    let mut scores = Scores::default();
+    let batches = batches(&rows, args.batch_size.into());
+    let calls = stream::iter(batches).map(|batch| call(&client, &head.reference, batch));
+    let mut replies = calls.buffered(args.in_flight.into());
+    while let Some(reply) = replies.next().await {
+        let (batch, results) = reply?;
+        let mut results = results.into_iter();
+        for row in batch {
+            let result = if row.input == Input::Nothing { None } else { results.next() };
+            writeln!(out, "{}", answered(row, result, &head, args.top_k, &mut scores)?)?;
+        }
+        progress.advance(batch.len() as u64);
+    }
+    out.flush()?;
+    progress.finish();
+    scores.print(common.json, to_stdout)
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    if path.as_os_str() != "-" {
+        return std::fs::read(path).with_context(|| format!("read {}", path.display()));
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes).context("read standard input")?;
+    Ok(bytes)
+}
+
+/// The version that answers and what it labels; the base's own head is asked.
+async fn head(client: &Client, delta: &str) -> anyhow::Result<HeadInfo> {
+    if !delta.is_empty() {
+        let request = proto::GetDeltaRequest { delta: delta.to_owned() };
+        let delta = client.deltas().get_delta(request).await?.into_inner().delta.context("a reply without a delta")?;
+        return Ok(HeadInfo {
+            reference: format!("{}@{}", delta.name, delta.id),
+            tokens: delta.task() == proto::Task::TokenCls,
+            labels: delta.labels,
+        });
+    }
+    let inputs = vec![proto::ClassifyInput { text: "a".into(), ..Default::default() }];
+    let request = proto::ClassifyRequest { inputs, ..Default::default() };
+    let result = client.inference().classify(request).await?.into_inner().results.pop().unwrap_or_default();
+    let mut labels = result.labels;
+    labels.sort_by_key(|l| l.index);
+    let labels = labels.into_iter().map(|l| l.label).collect();
+    Ok(HeadInfo { reference: String::new(), labels, tokens: !result.tokens.is_empty() })
+}
+
+fn batches(rows: &[Row], most: usize) -> Vec<&[Row]> {
+    let (mut out, mut start, mut bytes) = (Vec::new(), 0, 0);
+    for (i, row) in rows.iter().enumerate() {
+        if i > start && (i - start >= most || bytes + row.input.bytes() > BATCH_BYTES) {
+            out.push(&rows[start..i]);
+            (start, bytes) = (i, 0);
+        }
+        bytes += row.input.bytes();
+    }
+    if start < rows.len() {
+        out.push(&rows[start..]);
+    }
+    out
+}
+
+/// Results of a batch's inputs. A server that is busy is asked again, a little later each time.
+async fn call<'a>(
+    client: &Client,
+    reference: &str,
+    batch: &'a [Row],
+) -> Result<(&'a [Row], Vec<proto::Classification>), Status> {
+    let inputs: Vec<_> = batch.iter().filter_map(|row| wire(&row.input)).collect();
+    if inputs.is_empty() {
+        return Ok((batch, Vec::new()));
+    }
+    let count = inputs.len();
+    let request = proto::ClassifyRequest { delta: reference.to_owned(), inputs, truncate: true };
+    let (start, mut pause) = (Instant::now(), Duration::from_millis(20));
+    loop {
+        match client.inference().classify(request.clone()).await {
+            Ok(reply) => {
+                let results = reply.into_inner().results;
+                let whole = results.len() == count;
+                return if whole { Ok((batch, results)) } else { Err(Status::internal("a reply without all results")) };
+            }
+            Err(status) if busy(&status) && start.elapsed() < PATIENCE => {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(1));
+            }
+            Err(status) => return Err(status),
+        }
+    }
+}
+
+fn busy(status: &Status) -> bool {
+    status.get_details_error_info().is_some_and(|info| info.reason == "OVERLOADED")
+}
+
+fn wire(input: &Input) -> Option<proto::ClassifyInput> {
+    match input {
+        Input::Nothing => None,
+        Input::Text(text, pair) => {
+            Some(proto::ClassifyInput { text: text.clone(), pair: pair.clone(), words: Vec::new() })
+        }
+        Input::Words(words) => Some(proto::ClassifyInput { words: words.clone(), ..Default::default() }),
+    }
+}
+
+/// The row with its prediction, counted.
+fn answered(
+    row: &Row,
+    result: Option<proto::Classification>,
+    head: &HeadInfo,
+    top_k: usize,
+    scores: &mut Scores,
+) -> anyhow::Result<String> {
+    scores.rows += 1;
+    scores.empty += u64::from(row.input == Input::Nothing);
+    let result = result.unwrap_or_default();
+    scores.cut += u64::from(result.cut);
+    let mut fields = row.fields.clone();
+    let predicted: Vec<String>;
+    if head.tokens {
+        let labels: Vec<_> = (0..row.words.len()).map(|i| result.tokens.get(i).and_then(|t| t.label.clone())).collect();
+        predicted = labels.iter().map(|l| l.as_ref().map_or_else(|| OUTSIDE.to_owned(), |l| l.label.clone())).collect();
+        fields.entry("tokens").or_insert_with(|| json!(row.words));
+        fields.insert("prediction".into(), json!(predicted));
+        let probabilities = labels.iter().map(|l| l.as_ref().map_or(Value::Null, |l| probability(l.probability)));
+        fields.insert("probabilities".into(), probabilities.collect());
+    } else {
+        predicted = result.labels.first().map(|l| l.label.clone()).into_iter().collect();
+        let shown = if top_k == 0 { result.labels.len() } else { top_k };
+        let probabilities = result.labels.iter().take(shown).map(|l| (l.label.clone(), probability(l.probability)));
+        fields.insert("prediction".into(), json!(predicted.first()));
+        fields.insert("probabilities".into(), Value::Object(probabilities.collect()));
+    }
+    if let Some(gold) = &row.gold {
+        scores.add(gold, &predicted);
+    }
+    Ok(serde_json::to_string(&fields)?)
+}
+
+/// Six digits are all that a probability in f32 has.
+fn probability(p: f32) -> Value {
+    json!((f64::from(p) * 1e6).round() / 1e6)
+}
+
+/// A bar on a terminal, else a line now and then; on standard error.
+struct Progress {
+    bar: ProgressBar,
+    total: u64,
+    done: u64,
+    said: Instant,
+}
+
+impl Progress {
+    fn new(total: u64) -> Self {
+        let template = "[{bar:32}] {pos}/{len}  {per_sec}  eta {eta}";
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::new(total).with_style(style.progress_chars("=> "));
+        Self { bar, total, done: 0, said: Instant::now() }
+    }
+
+    fn advance(&mut self, rows: u64) {
+        self.done += rows;
+        self.bar.set_position(self.done);
+        if self.bar.is_hidden() && self.said.elapsed() >= Duration::from_secs(5) {
+            self.said = Instant::now();
+            output::note(&format!("{}/{} rows", self.done, self.total));
+        }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_hold_all_rows_in_order_within_both_limits() -> anyhow::Result<()> {
+        let long = "x".repeat(BATCH_BYTES / 2);
+        let lines: Vec<String> =
+            (0..10).map(|i| json!({"text": if i == 3 || i == 4 { &long } else { "a" }}).to_string()).collect();
+        let rows = rows::parse(lines.join("\n").as_bytes(), &HeadInfo::default())?;
+        let lens: Vec<usize> = batches(&rows, 4).iter().map(|b| b.len()).collect();
+        assert_eq!(lens, [4, 4, 2]);
+        let lens: Vec<usize> = batches(&rows, 100).iter().map(|b| b.len()).collect();
+        assert_eq!(lens, [4, 6]);
+        assert!(batches(&[], 4).is_empty());
+        Ok(())
+    }
+}

@@ -1,0 +1,119 @@
+//! Scores of a classified file where its rows have gold.
+
+use serde::Serialize;
+
+use crate::{
+    cli::output,
+    measures::{Classes, Spans, has_spans},
+};
+
+use super::rows::Gold;
+
+/// Figures of a file, as `--json` prints them.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Scores {
+    /// Rows written.
+    pub(super) rows: u64,
+    /// Rows with gold.
+    pub(super) scored: u64,
+    /// Rows cut to the base's context.
+    pub(super) cut: u64,
+    /// Rows without anything to read.
+    pub(super) empty: u64,
+    #[serde(skip)]
+    classes: Classes<String>,
+    #[serde(skip)]
+    spans: Spans,
+    /// Whether gold or predictions mark spans.
+    #[serde(skip)]
+    has_spans: bool,
+}
+
+impl Scores {
+    /// Counts a row's gold and what was predicted: one label, or one per word.
+    pub(super) fn add(&mut self, gold: &Gold, predicted: &[String]) {
+        self.scored += 1;
+        match gold {
+            Gold::Label(label) => self.classes.add(label.clone(), predicted.first().cloned()),
+            Gold::Tags(tags) => {
+                self.has_spans |= has_spans(tags) || has_spans(predicted);
+                self.spans.add(tags, predicted);
+                for (i, tag) in tags.iter().enumerate() {
+                    self.classes.add(tag.clone(), predicted.get(i).cloned());
+                }
+            }
+        }
+    }
+
+    /// Figures by name, the most telling last.
+    fn figures(&self) -> Vec<(&'static str, f64)> {
+        let c = &self.classes;
+        let mut all = vec![("accuracy", c.accuracy())];
+        if self.has_spans {
+            let [precision, recall, f1] = self.spans.micro();
+            all.extend([("span_precision", precision), ("span_recall", recall), ("span_f1", f1)]);
+        } else {
+            all.extend([("macro_recall", c.macro_recall()), ("mcc", c.mcc()), ("macro_f1", c.macro_f1())]);
+        }
+        all
+    }
+
+    /// Prints them: as JSON, or for people; to standard error where standard output has the rows.
+    pub(super) fn print(&self, json: bool, to_stderr: bool) -> anyhow::Result<()> {
+        let say = |text: &str| {
+            if to_stderr {
+                output::note(text);
+                Ok(())
+            } else {
+                output::line(text)
+            }
+        };
+        if json {
+            let mut value = serde_json::to_value(self)?;
+            if let (Some(object), true) = (value.as_object_mut(), self.scored > 0) {
+                self.figures().into_iter().for_each(|(name, x)| drop(object.insert(name.to_owned(), x.into())));
+            }
+            return say(&value.to_string());
+        }
+        let notes = [(self.cut, "cut to the base's context"), (self.empty, "with nothing to read")];
+        let notes: String = notes.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!(", {n} {what}")).collect();
+        say(&format!("{} rows, {} with gold{notes}", self.rows, self.scored))?;
+        if self.scored == 0 {
+            return Ok(());
+        }
+        self.figures().iter().try_for_each(|(name, x)| say(&format!("{name:<16} {x:.4}")))?;
+        say(&format!("{:<24} {:>9} {:>9} {:>9} {:>8}", "LABEL", "PRECISION", "RECALL", "F1", "GOLD"))?;
+        let line = |label: &str, [p, r, f]: [f64; 3], due: u64| {
+            say(&format!("{label:<24} {p:>9.4} {r:>9.4} {f:>9.4} {due:>8}"))
+        };
+        if self.has_spans {
+            return self.spans.by_kind().try_for_each(|(kind, figures, due)| line(kind, figures, due));
+        }
+        self.classes.by_label().try_for_each(|(label, figures, due)| line(label, figures, due))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(all: &[&str]) -> Vec<String> {
+        all.iter().map(|s| (*s).to_owned()).collect()
+    }
+
+    #[test]
+    fn texts_are_scored_by_label_and_words_by_span() {
+        let mut s = Scores::default();
+        s.add(&Gold::Label("a".into()), &strings(&["a"]));
+        s.add(&Gold::Label("b".into()), &[]);
+        let figures: Vec<_> = s.figures();
+        assert_eq!((figures[0], figures[3]), (("accuracy", 0.5), ("macro_f1", 0.5)));
+        let mut s = Scores::default();
+        s.add(&Gold::Tags(strings(&["B-x", "I-x", "O"])), &strings(&["B-x", "I-x", "B-y"]));
+        s.add(&Gold::Tags(vec![]), &[]);
+        assert_eq!(s.figures().last(), Some(&("span_f1", 2.0 / 3.0)));
+        let mut pos = Scores::default();
+        pos.add(&Gold::Tags(strings(&["NOUN", "VERB"])), &strings(&["NOUN", "NOUN"]));
+        assert_eq!(pos.figures().last().map(|f| f.0), Some("macro_f1"));
+    }
+}
