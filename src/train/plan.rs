@@ -3,14 +3,17 @@
 //! `Plan` and `CreateJob` both end here, so a dry run says exactly what a job would do. Every problem is reported, not
 //! only the first. No tensors.
 
+mod evaluation;
+mod few_shot;
+
 use std::sync::Arc;
 
 use crate::{
     admission::{
         params::Violation,
         train_params::{
-            AdapterPart, AdapterVariant, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
-            TrainParams, Validation,
+            AdapterPart, AdapterVariant, EvalMetric, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining,
+            Schedule, TrainParams, Validation,
         },
     },
     delta::Task,
@@ -75,9 +78,12 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     {
         problems.push(violation("validation.fraction", format!("is {f}; accepted is (0, 0.5]")));
     }
-    let (data, mut report) = Dataset::parse(inputs.train);
+    let (mut data, mut report) = Dataset::parse(inputs.train);
     let labels = LabelSet::resolve(&params.labels, &data, &mut report);
     check_train(&data, params.task, &labels, &mut report);
+    if report.is_ok() {
+        problems.extend(few_shot::take(params, &labels, &mut data));
+    }
     let methods = with_defaults(&params.methods, params.task, base.shape);
     // while the data is bad, its labels are no ground to complain about the head
     let mut spec = match TrainSpec::resolve(&methods, params.task, labels.names(), base.shape) {
@@ -113,7 +119,9 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         validation = hold.iter().map(|i| train[*i].clone()).collect();
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
-    let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
+    let evaluates = params.validation.is_some();
+    let eval_metric = evaluation::metric(&params.hyper, params.task, labels.names(), evaluates)?;
+    let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let resolved = chosen.resolve(&train);
     let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
     let longest_rows = longest + spec.positions.count();
@@ -278,12 +286,13 @@ struct Chosen<'a> {
     methods: &'a [MethodPart],
     labels: &'a LabelSet,
     max_length: usize,
+    eval_metric: EvalMetric,
     base: BaseShape<'a>,
 }
 
 impl Chosen<'_> {
     fn resolve(&self, train: &[Encoded]) -> ResolvedTraining {
-        let Self { params, methods, labels, max_length, base } = *self;
+        let Self { params, methods, labels, max_length, eval_metric, base } = *self;
         let h = &params.hyper;
         let lm = params.task.generates();
         let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
@@ -322,6 +331,10 @@ impl Chosen<'_> {
             seed,
             eval_every: h.eval_every.unwrap_or(0),
             packing,
+            eval_metric,
+            patience: h.patience.unwrap_or(0),
+            min_delta: h.min_delta.unwrap_or(0.0),
+            label_smoothing: h.label_smoothing.unwrap_or(0.0),
         }
     }
 }
@@ -342,6 +355,7 @@ pub(crate) mod tests {
             validation: None,
             methods,
             labels: vec![],
+            k_per_class: None,
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
             idempotency_key: None,
@@ -428,5 +442,22 @@ pub(crate) mod tests {
                 .code,
             "ONE_LABEL"
         );
+    }
+
+    #[test]
+    fn few_shot_takes_k_of_each_label_and_names_labels_that_have_fewer() {
+        let name = |i: usize| if i < 4 { "rare" } else { "often" };
+        let line = |i: usize| format!("{{\"text\": \"row {i}\", \"label\": \"{}\"}}\n", name(i));
+        let text: String = (0..20).map(line).collect();
+        let mut p = params(Task::SeqCls, lora());
+        p.k_per_class = Some(4);
+        assert_eq!(run(&p, &text, None).unwrap().train.len(), 8);
+        p.k_per_class = Some(5);
+        let found = run(&p, &text, None).unwrap_err();
+        assert_eq!((found.len(), found[0].field.as_str()), (1, "k_per_class"));
+        assert!(found[0].message.contains("\"rare\" has 4"), "{found:?}");
+        p.k_per_class = Some(2);
+        p.validation = Some(Validation::Fraction(0.2));
+        assert_eq!(run(&p, &text, None).unwrap_err()[0].field, "k_per_class");
     }
 }

@@ -28,6 +28,7 @@ pub(in crate::grpc) fn train(
         validation: spec.validation.map(|v| validation(v, &mut problems)),
         methods: super::methods::from_wire(spec.methods, &mut problems),
         labels: spec.labels,
+        k_per_class: spec.k_per_class,
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
@@ -111,6 +112,10 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         seed: m.seed,
         eval_every: m.eval_every,
         packing: m.packing,
+        eval_metric: m.eval_metric,
+        patience: m.patience,
+        min_delta: m.min_delta,
+        label_smoothing: m.label_smoothing,
     }
 }
 
@@ -182,6 +187,10 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         seed: r.seed,
         eval_every: r.eval_every,
         packing: r.packing,
+        eval_metric: r.eval_metric.as_str().to_owned(),
+        patience: r.patience,
+        min_delta: r.min_delta,
+        label_smoothing: r.label_smoothing,
     }
 }
 
