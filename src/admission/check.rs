@@ -244,6 +244,7 @@ impl TrainParams {
                 problems.range("spec.validation_fraction", *share, &Range::above(0.0, 0.5))
             }
         }
+        self.forgetting.iter().for_each(|data| data.check("spec.forgetting", &mut problems));
         self.check_methods(&mut problems);
         self.check_labels(&mut problems);
         self.hyper.check("spec.hyper", &mut problems);

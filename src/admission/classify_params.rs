@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::delta::Problem;
+
 use super::params::{ServedBy, Timings, Usage};
 
 /// One input to classify.
@@ -69,6 +71,8 @@ pub struct Classification {
     pub labels: Vec<LabelScore>,
     /// Token classification: one entry per word piece, or per word of words (byte range in the text, best label).
     pub tokens: Vec<TokenLabel>,
+    /// Of a head for regression: its output.
+    pub value: Option<f32>,
     /// Tokens read.
     pub tokens_read: u32,
     /// Whether the input was cut to fit.
@@ -78,6 +82,8 @@ pub struct Classification {
 /// A classify reply.
 #[derive(Debug, Clone)]
 pub struct ClassifyReply {
+    /// How the head's outputs are read; `None` where it labels tokens.
+    pub problem: Option<Problem>,
     /// One per input, in order.
     pub results: Vec<Classification>,
     /// Which version served it.

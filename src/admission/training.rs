@@ -116,10 +116,15 @@ impl Service {
             Some(Validation::Data(data)) => Some(self.data(tenant, data).await?),
             _ => None,
         };
+        let held = match &params.forgetting {
+            Some(data) => Some(self.data(tenant, data).await?),
+            None => None,
+        };
         self.blocking(move |parts| {
             let base = &parts.base;
             let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
-            let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref() };
+            let (validation, forgetting) = (validation.as_deref(), held.as_deref());
+            let inputs = Inputs { params: &params, train: &train, validation, forgetting };
             prepare(inputs, info, &parts.codec).map_err(|found| ServeError::Invalid(in_request(found)))
         })
         .await

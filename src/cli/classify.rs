@@ -53,6 +53,9 @@ pub(super) async fn classify(common: &Common, args: ClassifyArgs) -> anyhow::Res
         if let Some(best) = result.labels.first() {
             output::line(&format!("{:<20} {:.3}  {text}", best.label, best.probability))?;
         }
+        if let Some(value) = result.value {
+            output::line(&format!("{value:<20} {text}"))?;
+        }
         for token in &result.tokens {
             let label = token.label.clone().unwrap_or_default();
             output::line(&format!("{:<20} {:.3}  {}", label.label, label.probability, token.text))?;

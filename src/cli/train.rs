@@ -39,6 +39,9 @@ pub(super) struct TrainArgs {
     /// What the delta is for.
     #[arg(long, default_value = "causal-lm")]
     task: TaskArg,
+    /// What a text head's outputs are: with multi-label, rows have `labels`; with regression, `label` is a number.
+    #[arg(long, default_value = "single-label")]
+    problem_type: ProblemArg,
     /// What is trained; may be repeated.
     #[arg(long, default_value = "lora")]
     method: Vec<MethodArg>,
@@ -53,6 +56,9 @@ pub(super) struct TrainArgs {
     /// Label names in index order, separated by commas.
     #[arg(long, value_delimiter = ',')]
     labels: Vec<String>,
+    /// JSON Lines file with a held text, whose loss with and without the delta is compared at the end.
+    #[arg(long, value_name = "FILE")]
+    forgetting: Option<std::path::PathBuf>,
     /// Train on this many examples of each label only, drawn by the seed.
     #[arg(long, value_name = "K")]
     k_per_class: Option<u32>,
@@ -72,6 +78,13 @@ enum TaskArg {
     CausalLm,
     SeqCls,
     TokenCls,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProblemArg {
+    SingleLabel,
+    MultiLabel,
+    Regression,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -148,7 +161,11 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
         Some(file) => Some(upload(common, &client, file).await?),
         None => None,
     };
-    let spec = spec(&args, dataset, validation)?;
+    let held = match &args.forgetting {
+        Some(file) => Some(upload(common, &client, file).await?),
+        None => None,
+    };
+    let spec = proto::TrainingSpec { forgetting: held.map(source), ..spec(&args, dataset, validation)? };
     if args.plan {
         return plan(common, &client, spec).await;
     }
@@ -180,9 +197,12 @@ async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result
     Ok(dataset.id)
 }
 
+fn source(id: String) -> proto::TrainingData {
+    proto::TrainingData { source: Some(proto::training_data::Source::DatasetId(id)) }
+}
+
 fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow::Result<proto::TrainingSpec> {
-    use proto::{training_data::Source, training_spec::Validation};
-    let data = |id| proto::TrainingData { source: Some(Source::DatasetId(id)) };
+    use proto::training_spec::Validation;
     let task = match args.task {
         TaskArg::CausalLm => proto::Task::CausalLm,
         TaskArg::SeqCls => proto::Task::SeqCls,
@@ -191,15 +211,22 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
     Ok(proto::TrainingSpec {
         output_name: args.name.clone(),
         task: task.into(),
-        data: Some(data(dataset)),
+        data: Some(source(dataset)),
         validation: validation
-            .map(|id| Validation::ValidationData(data(id)))
+            .map(|id| Validation::ValidationData(source(id)))
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
         methods: args.method.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
         k_per_class: args.k_per_class,
         hyper: Some(hyper(&args.hyper)),
         publish: Some(args.publish.policy()),
+        forgetting: None,
+        problem_type: match args.problem_type {
+            ProblemArg::SingleLabel => proto::ProblemType::SingleLabel,
+            ProblemArg::MultiLabel => proto::ProblemType::MultiLabel,
+            ProblemArg::Regression => proto::ProblemType::Regression,
+        }
+        .into(),
     })
 }
 

@@ -29,7 +29,7 @@ use serde_json::Value;
 
 use crate::{
     admission::params::ServeError,
-    delta::{Delta, DeltaFiles, DeltaSpec, Head, Patch, SiteId, Task},
+    delta::{Delta, DeltaFiles, DeltaSpec, Head, Patch, Problem, SiteId, Task},
     ids::BaseFingerprint,
     model::Base,
 };
@@ -120,6 +120,8 @@ struct Parts {
     methods: Vec<String>,
     /// Label names that came with the head.
     labels: Option<Vec<String>>,
+    /// How the head's outputs are read, where its files say so.
+    problem: Option<Problem>,
     /// Numbers of further files.
     more_elements: u64,
 }
@@ -172,7 +174,8 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let parameters = tensors.elements() + parts.more_elements;
     let mut methods = parts.methods;
     methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
-    let spec = DeltaSpec { methods, task, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
+    let problem = problem(config_name, &config, &parts, base, task)?;
+    let spec = DeltaSpec { methods, task, problem, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
     let delta = Delta::new(spec, parts.patches, parts.head);
     check::applicable(&delta, base)?;
     Ok(delta)
@@ -250,6 +253,33 @@ fn check_fingerprint(tensors: &TensorFile<'_>, base: &Base) -> Result<(), Intero
             base.fingerprint.short()
         ))),
         Err(e) => Err(InteropError::invalid(WEIGHTS[0], format!("metadata deltaserve.base_fingerprint {e}"))),
+    }
+}
+
+/// How a text head's outputs are read: what the files say, else as Hugging Face does: one output is a number. Without a
+/// head of its own, as the base's.
+fn problem(file: &str, config: &Value, parts: &Parts, base: &Base, task: Task) -> Result<Problem, InteropError> {
+    let outputs = match (&parts.head, task) {
+        (Some(head), Task::SeqCls) => head.weight.dims()[0],
+        (None, Task::SeqCls) => return Ok(base.arch.head.as_ref().map(|h| h.problem).unwrap_or_default()),
+        _ => return Ok(Problem::SingleLabel),
+    };
+    let said = match config.get("problem_type") {
+        None | Some(Value::Null) => parts.problem,
+        Some(value) => Some(value.as_str().and_then(Problem::from_name).ok_or_else(|| {
+            let message = format!(
+                "problem_type is {value}; accepted are single_label_classification, multi_label_classification, regression"
+            );
+            InteropError::invalid(file, message)
+        })?),
+    };
+    match said {
+        Some(Problem::Regression) if outputs != 1 => {
+            Err(InteropError::invalid(file, format!("problem_type is regression, but the head has {outputs} outputs")))
+        }
+        Some(problem) => Ok(problem),
+        None if outputs == 1 => Ok(Problem::Regression),
+        None => Ok(Problem::SingleLabel),
     }
 }
 

@@ -142,6 +142,7 @@ fn a_delta_survives_encode_and_decode() {
             task: Task::SeqCls,
             labels: vec!["x".into(), "y".into(), "z".into()],
             num_virtual_tokens: 0,
+            problem: Default::default(),
             parameters: 0,
             resident_bytes: 0,
         };
@@ -179,6 +180,7 @@ fn target_modules_name_exactly_the_patched_modules() {
         task: Task::Feature,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

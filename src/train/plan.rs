@@ -5,6 +5,7 @@
 
 mod evaluation;
 mod few_shot;
+mod held;
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::{
             Schedule, TrainParams, Validation,
         },
     },
-    delta::Task,
+    delta::{Problem, Task},
     train::{
         batches::{self, Batches},
         dataset::Dataset,
@@ -42,6 +43,8 @@ pub struct Inputs<'a> {
     pub train: &'a [u8],
     /// JSON lines of the validation examples, if the request has separate ones.
     pub validation: Option<&'a [u8]>,
+    /// JSON lines of the held text, if the request has one.
+    pub forgetting: Option<&'a [u8]>,
 }
 
 /// What planning needs to know of the base.
@@ -64,6 +67,8 @@ pub struct Prepared {
     pub train: Arc<[Encoded]>,
     /// Validation examples; may be empty.
     pub validation: Arc<[Encoded]>,
+    /// The held text whose loss is compared at the end; may be empty.
+    pub held: Arc<[Encoded]>,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -79,14 +84,15 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         problems.push(violation("validation.fraction", format!("is {f}; accepted is (0, 0.5]")));
     }
     let (mut data, mut report) = Dataset::parse(inputs.train);
-    let labels = LabelSet::resolve(&params.labels, &data, &mut report);
-    check_train(&data, params.task, &labels, &mut report);
+    let kind = (params.task, params.problem);
+    let labels = LabelSet::resolve_for(params.problem, &params.labels, &data, &mut report);
+    check_train(&data, kind, &labels, &mut report);
     if report.is_ok() {
         problems.extend(few_shot::take(params, &labels, &mut data));
     }
     let methods = with_defaults(&params.methods, params.task, base.shape);
     // while the data is bad, its labels are no ground to complain about the head
-    let mut spec = match TrainSpec::resolve(&methods, params.task, labels.names(), base.shape) {
+    let mut spec = match TrainSpec::resolve_for(&methods, kind, labels.names(), base.shape) {
         Ok(spec) => Some(spec),
         Err(found) => {
             problems.extend(found.into_iter().filter(|v| report.is_ok() || !v.field.starts_with("labels")));
@@ -107,11 +113,12 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let mut validation = Vec::new();
     if let Some(bytes) = inputs.validation {
         let (held, mut report) = Dataset::parse(bytes);
-        check_validation(&held, &data, params.task, &labels, &mut report);
+        check_validation(&held, &data, kind, &labels, &mut report);
         validation = if fits { encode(&held, codec, &labels, max_length, &mut report) } else { Vec::new() };
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
     }
+    let held = held::examples(&inputs, codec, max_length, &mut problems);
     let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
     let seed = params.hyper.seed.unwrap_or(0);
     if let Some(Validation::Fraction(f)) = params.validation {
@@ -120,7 +127,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
     let evaluates = params.validation.is_some();
-    let eval_metric = evaluation::metric(&params.hyper, params.task, labels.names(), evaluates)?;
+    let eval_metric = evaluation::metric(&params.hyper, kind, labels.names(), evaluates)?;
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let resolved = chosen.resolve(&train);
     let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
@@ -137,7 +144,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         warnings,
         resolved,
     };
-    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into() })
+    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), held: held.into() })
 }
 
 /// Shortest examples that a base must have room for.
@@ -313,6 +320,7 @@ impl Chosen<'_> {
         let warmup_ratio = h.warmup_ratio.unwrap_or(if lm { 0.03 } else { 0.06 });
         ResolvedTraining {
             task: params.task,
+            problem: params.problem,
             methods: methods.to_vec(),
             labels: if lm { Vec::new() } else { labels.names().to_vec() },
             epochs,
@@ -351,11 +359,13 @@ pub(crate) mod tests {
         TrainParams {
             output_name: "out".into(),
             task,
+            problem: Problem::SingleLabel,
             data: TrainData::Jsonl(String::new()),
             validation: None,
             methods,
             labels: vec![],
             k_per_class: None,
+            forgetting: None,
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
             idempotency_key: None,
@@ -370,7 +380,8 @@ pub(crate) mod tests {
         let sites = table(true);
         let causal = params.task == Task::CausalLm;
         let shape = BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None };
-        let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes) };
+        let inputs =
+            Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes), forgetting: None };
         prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
     }
 

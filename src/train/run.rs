@@ -4,6 +4,7 @@
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
 mod evaluation;
+mod held;
 
 use std::{
     collections::VecDeque,
@@ -32,6 +33,7 @@ use crate::{
         trainable::{Snapshot, Trainable},
     },
 };
+use held::Held;
 
 /// Weights beyond half precision's range are no delta any more: the run has diverged even if its loss is still a number.
 const MAX_WEIGHT_NORM: f64 = 65_504.0;
@@ -98,6 +100,8 @@ pub struct RunInput {
     pub train: Arc<[Encoded]>,
     /// Validation examples.
     pub validation: Arc<[Encoded]>,
+    /// The held text whose loss is compared at the end; may be empty.
+    pub held: Arc<[Encoded]>,
 }
 
 impl From<&Prepared> for RunInput {
@@ -107,6 +111,7 @@ impl From<&Prepared> for RunInput {
             spec: p.spec.clone(),
             train: Arc::clone(&p.train),
             validation: Arc::clone(&p.validation),
+            held: Arc::clone(&p.held),
         }
     }
 }
@@ -127,6 +132,7 @@ struct Step {
 enum Phase {
     Train(Step),
     Eval { todo: VecDeque<Vec<usize>>, tally: Tally },
+    Held(Held),
 }
 
 #[derive(Debug)]
@@ -264,8 +270,14 @@ impl Run {
                 None => self.finish_eval(events),
             };
         }
+        if let Phase::Held(held) = &mut self.phase {
+            return match held.todo.pop_front() {
+                Some(batch) => self.held_micro(&batch).map(|()| None),
+                None => self.finish_held(events).map(Some),
+            };
+        }
         if self.stopped || self.step >= self.input.resolved.total_steps {
-            return self.trained().map(Some);
+            return if self.input.held.is_empty() { self.trained().map(Some) } else { self.begin_held() };
         }
         self.train_micro(events)
     }

@@ -22,7 +22,7 @@ use crate::{
         params::Violation,
         train_params::{BiasSubset, BitfitPart, MemoryEstimate, MethodPart, Targets},
     },
-    delta::{Proj, Site, SiteEntry, SiteId, SiteTable, Task},
+    delta::{Problem, Proj, Site, SiteEntry, SiteId, SiteTable, Task},
     model::Base,
     ops::Act,
     train::validate::{MAX_LABELS, some_of},
@@ -59,6 +59,8 @@ pub struct TrainSpec {
     pub task: Task,
     /// Methods in it, `head` included.
     pub methods: Vec<String>,
+    /// What a text head's outputs are.
+    pub problem: Problem,
     /// Label names.
     pub labels: Vec<String>,
     /// What is trained where, by site.
@@ -114,6 +116,19 @@ impl TrainSpec {
         labels: &[String],
         base: BaseShape<'_>,
     ) -> Result<Self, Vec<Violation>> {
+        Self::resolve_for(methods, (task, Problem::SingleLabel), labels, base)
+    }
+
+    /// Resolves a request for any problem of a text head.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn resolve_for(
+        methods: &[MethodPart],
+        (task, problem): (Task, Problem),
+        labels: &[String],
+        base: BaseShape<'_>,
+    ) -> Result<Self, Vec<Violation>> {
         let mut r = Resolver {
             base,
             task,
@@ -121,7 +136,7 @@ impl TrainSpec {
             patches: BTreeMap::new(),
             positions: PositionPlans::default(),
         };
-        r.check_task(methods, task, labels);
+        r.check_task(methods, (task, problem), labels);
         let mut kinds = BTreeSet::new();
         for (i, part) in methods.iter().enumerate() {
             let field = format!("methods[{i}]");
@@ -153,7 +168,7 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if classifies { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions })
+        Ok(Self { task, problem, methods, labels, patches, head, vocab: base.vocab, positions: r.positions })
     }
 
     /// Numbers that are trained.
@@ -191,7 +206,10 @@ impl Resolver<'_> {
         self.problems.push(Violation { field: field.to_owned(), code: String::new(), message: message.into() });
     }
 
-    fn check_task(&mut self, methods: &[MethodPart], task: Task, labels: &[String]) {
+    fn check_task(&mut self, methods: &[MethodPart], (task, problem): (Task, Problem), labels: &[String]) {
+        if problem != Problem::SingleLabel && task != Task::SeqCls {
+            self.problem("problem_type", format!("is {}, which is for the task seq_cls", problem.as_str()));
+        }
         let accepted: &[Task] = match (self.base.encoder_decoder, self.base.causal) {
             (true, _) => &[Task::Seq2Seq],
             (false, true) => &[Task::CausalLm, Task::SeqCls, Task::TokenCls],
@@ -207,7 +225,7 @@ impl Resolver<'_> {
             let names = names.join(", ");
             self.problem("task", format!("is {}, but the base is a {kind}; accepted are {names}", task.as_str()));
         } else if !task.generates() {
-            self.check_labels(labels);
+            self.check_labels(labels, problem);
         } else if methods.is_empty() {
             self.problem("methods", "is empty; give at least one method");
         } else if !labels.is_empty() {
@@ -215,9 +233,14 @@ impl Resolver<'_> {
         }
     }
 
-    fn check_labels(&mut self, labels: &[String]) {
+    fn check_labels(&mut self, labels: &[String], problem: Problem) {
         let mut seen = BTreeSet::new();
-        if !(2..=MAX_LABELS).contains(&labels.len()) {
+        let one = labels.len() == 1;
+        if problem == Problem::Regression {
+            if !one {
+                self.problem("labels", format!("has {} labels; a regression has one output", labels.len()));
+            }
+        } else if !(2..=MAX_LABELS).contains(&labels.len()) && !(one && problem == Problem::MultiLabel) {
             self.problem("labels", format!("has {} labels; 2 to {MAX_LABELS} are accepted", labels.len()));
         }
         for (i, label) in labels.iter().enumerate() {

@@ -41,7 +41,7 @@ fn request(max_steps: u32) -> (TrainParams, Prepared) {
     let mut p = params(Task::CausalLm, vec![MethodPart::Lora(LoraPart { rank: Some(2), ..LoraPart::default() })]);
     p.hyper.max_steps = Some(max_steps);
     let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
-    let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None };
+    let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None, forgetting: None };
     let info = BaseInfo { shape: shape(&base), max_positions: base.arch.max_positions };
     let prepared = prepare(inputs, info, &byte_codec(true)).unwrap();
     (p, prepared)

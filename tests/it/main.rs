@@ -12,6 +12,7 @@ mod edges;
 mod evaluation;
 mod folders;
 mod generate;
+mod heads;
 mod hostile;
 mod hot_swap;
 mod isolation;

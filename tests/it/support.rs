@@ -168,6 +168,7 @@ impl World {
             task,
             labels: vec![],
             num_virtual_tokens: 0,
+            problem: Default::default(),
             parameters: 0,
             resident_bytes: 0,
         };

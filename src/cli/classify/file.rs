@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     cli::{Common, client::Client, output},
+    delta::Problem,
     grpc::proto,
 };
 
@@ -29,6 +30,8 @@ const BATCH_BYTES: usize = 512 << 10;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The tag of a word that has no token.
 const OUTSIDE: &str = "O";
+/// A label of a multi-label head applies from this probability on.
+const APPLIES: f32 = 0.5;
 
 /// Classifies the rows of a file; `-` = standard input.
 pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) -> anyhow::Result<()> {
@@ -79,16 +82,19 @@ async fn head(client: &Client, delta: &str) -> anyhow::Result<HeadInfo> {
         return Ok(HeadInfo {
             reference: format!("{}@{}", delta.name, delta.id),
             tokens: delta.task() == proto::Task::TokenCls,
+            problem: Problem::from_name(&delta.problem_type).unwrap_or_default(),
             labels: delta.labels,
         });
     }
     let inputs = vec![proto::ClassifyInput { text: "a".into(), ..Default::default() }];
     let request = proto::ClassifyRequest { inputs, ..Default::default() };
-    let result = client.inference().classify(request).await?.into_inner().results.pop().unwrap_or_default();
+    let mut reply = client.inference().classify(request).await?.into_inner();
+    let problem = Problem::from_name(&reply.problem_type).unwrap_or_default();
+    let result = reply.results.pop().unwrap_or_default();
     let mut labels = result.labels;
     labels.sort_by_key(|l| l.index);
     let labels = labels.into_iter().map(|l| l.label).collect();
-    Ok(HeadInfo { reference: String::new(), labels, tokens: !result.tokens.is_empty() })
+    Ok(HeadInfo { reference: String::new(), labels, tokens: !result.tokens.is_empty(), problem })
 }
 
 fn batches(rows: &[Row], most: usize) -> Vec<&[Row]> {
@@ -170,17 +176,29 @@ fn answered(
         fields.insert("prediction".into(), json!(predicted));
         let probabilities = labels.iter().map(|l| l.as_ref().map_or(Value::Null, |l| probability(l.probability)));
         fields.insert("probabilities".into(), probabilities.collect());
+    } else if head.problem == Problem::Regression {
+        predicted = result.value.map(|v| v.to_string()).into_iter().collect();
+        fields.insert("prediction".into(), json!(result.value));
+    } else if head.problem == Problem::MultiLabel {
+        let applies = result.labels.iter().filter(|l| l.probability >= APPLIES);
+        predicted = applies.map(|l| l.label.clone()).collect();
+        fields.insert("prediction".into(), json!(predicted));
+        fields.insert("probabilities".into(), probabilities(&result.labels, top_k));
     } else {
         predicted = result.labels.first().map(|l| l.label.clone()).into_iter().collect();
-        let shown = if top_k == 0 { result.labels.len() } else { top_k };
-        let probabilities = result.labels.iter().take(shown).map(|l| (l.label.clone(), probability(l.probability)));
         fields.insert("prediction".into(), json!(predicted.first()));
-        fields.insert("probabilities".into(), Value::Object(probabilities.collect()));
+        fields.insert("probabilities".into(), probabilities(&result.labels, top_k));
     }
     if let Some(gold) = &row.gold {
         scores.add(gold, &predicted);
     }
     Ok(serde_json::to_string(&fields)?)
+}
+
+/// The best labels with their probabilities.
+fn probabilities(labels: &[proto::LabelScore], top_k: usize) -> Value {
+    let shown = if top_k == 0 { labels.len() } else { top_k };
+    Value::Object(labels.iter().take(shown).map(|l| (l.label.clone(), probability(l.probability))).collect())
 }
 
 /// Six digits are all that a probability in f32 has.

@@ -212,6 +212,7 @@ pub(in crate::grpc) fn served_by(s: ServedBy) -> proto::ServedBy {
 /// The reply of Classify.
 pub(in crate::grpc) fn classify_response(reply: ClassifyReply) -> proto::ClassifyResponse {
     proto::ClassifyResponse {
+        problem_type: reply.problem.map(|p| p.as_str().to_owned()).unwrap_or_default(),
         results: reply.results.into_iter().map(classification).collect(),
         served_by: Some(served_by(reply.served_by)),
         usage: Some(usage(reply.usage)),
@@ -225,6 +226,7 @@ fn classification(c: Classification) -> proto::Classification {
         tokens: c.tokens.into_iter().map(token_label).collect(),
         tokens_read: c.tokens_read,
         cut: c.cut,
+        value: c.value,
     }
 }
 

@@ -11,6 +11,7 @@ use crate::{
             TrainParams, Validation,
         },
     },
+    delta::Problem,
     grpc::proto,
 };
 
@@ -24,11 +25,13 @@ pub(in crate::grpc) fn train(
     let params = TrainParams {
         output_name: spec.output_name,
         task: super::task("spec.task", spec.task, &mut problems),
+        problem: problem(spec.problem_type, &mut problems),
         data: data("spec.data", spec.data, &mut problems),
         validation: spec.validation.map(|v| validation(v, &mut problems)),
         methods: super::methods::from_wire(spec.methods, &mut problems),
         labels: spec.labels,
         k_per_class: spec.k_per_class,
+        forgetting: spec.forgetting.map(|m| data("spec.forgetting", Some(m), &mut problems)),
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
@@ -36,6 +39,19 @@ pub(in crate::grpc) fn train(
     problems.finish()?;
     params.check()?;
     Ok(params)
+}
+
+fn problem(value: i32, problems: &mut Problems) -> Problem {
+    use proto::ProblemType as Wire;
+    match Wire::try_from(value) {
+        Ok(Wire::Unspecified | Wire::SingleLabel) => Problem::SingleLabel,
+        Ok(Wire::MultiLabel) => Problem::MultiLabel,
+        Ok(Wire::Regression) => Problem::Regression,
+        Err(unknown) => {
+            problems.push("spec.problem_type", unknown.to_string());
+            Problem::SingleLabel
+        }
+    }
 }
 
 fn data(at: &str, message: Option<proto::TrainingData>, problems: &mut Problems) -> TrainData {
@@ -187,6 +203,12 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         seed: r.seed,
         eval_every: r.eval_every,
         packing: r.packing,
+        problem_type: match r.problem {
+            Problem::SingleLabel => proto::ProblemType::SingleLabel,
+            Problem::MultiLabel => proto::ProblemType::MultiLabel,
+            Problem::Regression => proto::ProblemType::Regression,
+        }
+        .into(),
         eval_metric: r.eval_metric.as_str().to_owned(),
         patience: r.patience,
         min_delta: r.min_delta,

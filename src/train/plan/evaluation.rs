@@ -6,7 +6,7 @@ use crate::{
         params::Violation,
         train_params::{EvalMetric, HyperParams},
     },
-    delta::Task,
+    delta::{Problem, Task},
     train::eval::metrics_of,
 };
 
@@ -16,12 +16,12 @@ use crate::{
 /// A figure that the task's evaluations do not have, and wishes that need an evaluation where there is none.
 pub(super) fn metric(
     h: &HyperParams,
-    task: Task,
+    (task, problem): (Task, Problem),
     labels: &[String],
     evaluates: bool,
 ) -> Result<EvalMetric, Vec<Violation>> {
     let mut problems = Vec::new();
-    let known = metrics_of(task, labels);
+    let known = metrics_of(task, problem, labels);
     let metric = match &h.eval_metric {
         None => known.first().copied(),
         Some(name) => known.iter().copied().find(|m| m.as_str() == name),
@@ -39,6 +39,10 @@ pub(super) fn metric(
     if h.min_delta.is_some() && h.patience.is_none() {
         problems.push(violation("hyper.min_delta", "is given without patience, which it is for"));
     }
+    if problem != Problem::SingleLabel && h.label_smoothing.is_some_and(|s| s > 0.0) {
+        let message = format!("smooths one label of several; this job is {}", problem.as_str());
+        problems.push(violation("hyper.label_smoothing", message));
+    }
     match (metric, problems.is_empty()) {
         (Some(metric), true) => Ok(metric),
         _ => Err(problems),
@@ -51,7 +55,8 @@ mod tests {
 
     fn fields(h: &HyperParams, task: Task, evaluates: bool) -> Result<EvalMetric, Vec<String>> {
         let labels = ["O".to_owned(), "B-x".to_owned()];
-        metric(h, task, &labels, evaluates).map_err(|v| v.into_iter().map(|v| v.field + " " + &v.message).collect())
+        metric(h, (task, Problem::SingleLabel), &labels, evaluates)
+            .map_err(|v| v.into_iter().map(|v| v.field + " " + &v.message).collect())
     }
 
     #[test]
