@@ -9,7 +9,7 @@ use super::{
         Classification, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply, LabelScore, Pooling, ScoreParams,
         ScoreReply, Scored, ServeError, Timings, TokenLabel, TokenLogprob, TokenizeReply, Usage,
     },
-    service::{Admitted, Input, Service, text_error},
+    service::{Admitted, Input, Service, no_start, text_error},
 };
 use crate::{
     delta::Task,
@@ -39,6 +39,10 @@ impl Service {
     pub async fn classify(&self, tenant: &TenantId, params: ClassifyParams) -> Result<ClassifyReply, ServeError> {
         let arrived = Instant::now();
         params.check()?;
+        let arch = &self.parts().base.arch;
+        if arch.is_encoder_decoder() {
+            return Err(ServeError::WrongTask(format!("the base is {}, which does not classify", arch.kind())));
+        }
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
         let (task, labels) = self.head(&params.delta, &admitted)?;
         let inputs = params.inputs.clone();
@@ -152,7 +156,11 @@ impl Service {
         if !arch.is_causal() {
             return Err(ServeError::WrongTask(format!("the base is {}, which does not score", arch.kind())));
         }
-        let start = arch.is_encoder_decoder().then_some(arch.decoder_start).flatten();
+        let start = match (arch.is_encoder_decoder(), arch.decoder_start) {
+            (false, _) => None,
+            (true, Some(start)) => Some(start),
+            (true, None) => return Err(no_start()),
+        };
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
         let inputs = params.inputs.clone();
         let encoded = self
@@ -210,7 +218,7 @@ impl Service {
     async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
         for (i, row) in rows.iter().enumerate() {
             let field = format!("inputs[{i}]");
-            self.check_source(&field, row.input.source.len())?;
+            self.check_source(&field, &row.input, admitted)?;
             self.check_room(&field, &row.input, 0, admitted)?;
         }
         let places = self.places().take(rows.len().min(self.places().most()))?;

@@ -41,10 +41,10 @@ impl Service {
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
         let (input, new) = (self.prompt(tokens)?, params.max_new_tokens as usize);
         let len = input.given();
-        self.check_source("prompt", input.source.len())?;
         // what a continuation's text follows on
         let before: &[u32] = if input.source.is_empty() { &input.tokens } else { &[] };
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        self.check_source("prompt", &input, &admitted)?;
         self.check_room("max_new_tokens", &input, new, &admitted)?;
         if let Some(lease) = &admitted.lease {
             let task = lease.delta().spec.task;

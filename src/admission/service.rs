@@ -202,7 +202,7 @@ impl Service {
         }
         match arch.decoder_start {
             Some(start) => Ok(Input { source: tokens, tokens: vec![start], types: None }),
-            None => Err(ServeError::WrongTask("config.json names no decoder_start_token_id".into())),
+            None => Err(no_start()),
         }
     }
 
@@ -223,16 +223,16 @@ impl Service {
         self.parts().engine.max_positions()
     }
 
-    /// The source of an encoder-decoder against its encoder's context.
-    pub(super) fn check_source(&self, field: &str, source: usize) -> Result<(), ServeError> {
-        let limit = self.context();
-        match source <= limit {
-            true => Ok(()),
-            false => {
-                let message = format!("comes to {source} tokens, which exceed the encoder's context of {limit}");
-                Err(ServeError::field(field, message))
-            }
+    /// The source of an encoder-decoder against its encoder's context, beside what its delta puts ahead of it.
+    pub(super) fn check_source(&self, field: &str, input: &Input, admitted: &Admitted) -> Result<(), ServeError> {
+        let ahead = admitted.lease.as_ref().map_or(0, |l| l.delta().source_ahead().rows);
+        let (limit, source) = (self.context(), input.source.len());
+        if source == 0 || ahead + source <= limit {
+            return Ok(());
         }
+        let more = if ahead > 0 { format!(" behind {ahead} virtual positions of the delta") } else { String::new() };
+        let message = format!("comes to {source} tokens{more}, which exceed the encoder's context of {limit}");
+        Err(ServeError::field(field, message))
     }
 
     /// Tokens of a sequence (of an encoder-decoder: its decoder's) against the context, beside what its delta puts ahead
@@ -307,6 +307,13 @@ impl From<EngineError> for ServeError {
             EngineError::Draining => Self::Draining,
         }
     }
+}
+
+/// An encoder-decoder that does not say how its output starts.
+pub(super) fn no_start() -> ServeError {
+    let message =
+        "the base's config.json names no decoder_start_token_id, which generating, scoring and embedding need";
+    ServeError::WrongTask(message.into())
 }
 
 /// A text error of a named field.

@@ -8,17 +8,23 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{DeltaBatch, Patch, PrefixForm, PromptStage, SiteId};
+use super::{DeltaBatch, Patch, PrefixForm, PromptStage, SiteId, Stack};
 use crate::{
     ops::KeyRows,
     rows::{Ahead, RowLayout},
 };
 
-/// What patches put ahead of the tokens.
-pub(super) fn of(patches: &[(SiteId, Patch)]) -> Ahead {
+/// What patches put ahead of the tokens of a stack.
+pub(super) fn of(patches: &[(SiteId, Patch)], stack: Stack) -> Ahead {
     let mut ahead = Ahead::default();
-    let prompt = patches.iter().find_map(|(_, p)| if let Patch::Prompt(p) = p { Some(p) } else { None });
-    let prefix = patches.iter().find_map(|(_, p)| if let Patch::Prefix(p) = p { Some(p) } else { None });
+    let prompt = patches.iter().find_map(|(_, p)| match p {
+        Patch::Prompt(p) if p.stack == stack => Some(p),
+        _ => None,
+    });
+    let prefix = patches.iter().find_map(|(_, p)| match p {
+        Patch::Prefix(p) if stack == Stack::Main => Some(p),
+        _ => None,
+    });
     if let Some(prompt) = prompt {
         ahead.rows = prompt.rows.dims().first().copied().unwrap_or(0);
         if prompt.stage == PromptStage::Hidden {
@@ -55,7 +61,12 @@ struct Entry {
 ///
 /// # Errors
 /// A layout that was not made for these deltas.
-pub(crate) fn prefix_keys(rows: &RowLayout, deltas: &DeltaBatch, cached: bool) -> Result<(Vec<KeyRows>, Prefixes)> {
+pub(crate) fn prefix_keys(
+    rows: &RowLayout,
+    deltas: &DeltaBatch,
+    stack: Stack,
+    cached: bool,
+) -> Result<(Vec<KeyRows>, Prefixes)> {
     // ordinary steps: rows are keys
     let mut keys: Vec<KeyRows> = rows
         .spans()
@@ -65,7 +76,7 @@ pub(crate) fn prefix_keys(rows: &RowLayout, deltas: &DeltaBatch, cached: bool) -
     let mut prefixes = Prefixes::default();
     let mut behind = rows.rows();
     let mut owned = vec![0; rows.spans().len()];
-    for (slot, n, spans) in deltas.prefixed() {
+    for (slot, n, spans) in deltas.prefixed().filter(|_| stack == Stack::Main) {
         let mut entry = Entry { slot, begins: Vec::new(), times: 0 };
         for &at in spans {
             let Some(span) = rows.spans().get(at) else { bail!("span {at} of {}", rows.spans().len()) };
@@ -130,16 +141,16 @@ impl Prefixes {
 }
 
 impl DeltaBatch {
-    /// Puts the rows of prompts of this stage where the layout has virtual rows: `x` `[rows, hidden]` -> the same.
+    /// Puts the rows of this stack's prompts of this stage where the layout has virtual rows: `x` `[rows, hidden]` -> the same.
     /// Differentiable in both.
     ///
     /// # Errors
     /// Shapes that do not fit.
-    pub(crate) fn virtual_rows(&self, stage: PromptStage, rows: &RowLayout, x: Tensor) -> Result<Tensor> {
+    pub(crate) fn virtual_rows(&self, stack: Stack, stage: PromptStage, rows: &RowLayout, x: Tensor) -> Result<Tensor> {
         let mut pieces = vec![x];
         let mut behind = rows.rows();
         let mut pick: Vec<u32> = (0..behind as u32).collect();
-        for (prompt, spans) in self.prompts().filter(|(p, _)| p.stage == stage) {
+        for (prompt, spans) in self.prompts().filter(|(p, _)| p.stage == stage && p.stack == stack) {
             let mut used = false;
             for span in spans.iter().filter_map(|&at| rows.spans().get(at)) {
                 for i in 0..span.virtual_len() {

@@ -152,7 +152,8 @@ impl DeltaBatch {
 
     /// Deltas with a prompt, and their spans.
     pub(super) fn prompts(&self) -> impl Iterator<Item = (&Prompt, &[usize])> {
-        self.slots.iter().filter(|s| s.delta.ahead().rows > 0).filter_map(|slot| {
+        let has = |s: &&Slot| s.delta.ahead().rows + s.delta.source_ahead().rows > 0;
+        self.slots.iter().filter(has).filter_map(|slot| {
             let find = |(_, p): &(SiteId, Patch)| matches!(p, Patch::Prompt(_));
             match slot.delta.patches().iter().find(|p| find(p)) {
                 Some((_, Patch::Prompt(prompt))) => Some((prompt, slot.spans.as_slice())),

@@ -20,7 +20,7 @@ pub use head::{Head, HeadLayer, HeadPool};
 pub(crate) use patch::AdapterIo;
 pub use patch::{
     AdapterInput, AdapterResidual, Affine, Bottleneck, Dora, DoraBase, LowRank, Matrix, Patch, Prefix, PrefixForm,
-    Prompt, PromptStage, Scaling, TokenRows, Wiring,
+    Prompt, PromptStage, Scaling, Stack, TokenRows, Wiring, seq2seq_pair,
 };
 pub use site::{Half, NormAt, Proj, Site, SiteEntry, SiteId, SiteTable};
 
@@ -85,6 +85,7 @@ pub struct Delta {
     patches: Vec<(SiteId, Patch)>,
     head: Option<Head>,
     ahead: Ahead,
+    source_ahead: Ahead,
 }
 
 impl Delta {
@@ -92,10 +93,10 @@ impl Delta {
     pub fn new(spec: DeltaSpec, mut patches: Vec<(SiteId, Patch)>, head: Option<Head>) -> Self {
         // stable: row-wise patches keep their order, those that add positions come after them
         patches.sort_by_key(|(site, patch)| (*site, patch.adds_positions()));
-        let ahead = ahead::of(&patches);
-        let mut delta = Self { spec, patches, head, ahead };
+        let [ahead, source_ahead] = [Stack::Main, Stack::Encoder].map(|stack| ahead::of(&patches, stack));
+        let mut delta = Self { spec, patches, head, ahead, source_ahead };
         delta.spec.resident_bytes = delta.bytes();
-        delta.spec.num_virtual_tokens = ahead.slots();
+        delta.spec.num_virtual_tokens = ahead.slots() + source_ahead.slots();
         delta
     }
 
@@ -113,6 +114,11 @@ impl Delta {
     /// and attention use.
     pub fn ahead(&self) -> Ahead {
         self.ahead
+    }
+
+    /// As [`Self::ahead`], of the source that an encoder-decoder's encoder reads.
+    pub fn source_ahead(&self) -> Ahead {
+        self.source_ahead
     }
 
     /// The same delta with each tensor of its patches ([`Patch::tensors`]) and of its head put through `f`.

@@ -33,6 +33,17 @@ pub struct Prompt {
     pub rows: Tensor,
     /// What the rows stand for.
     pub stage: PromptStage,
+    /// Whose tokens they precede.
+    pub stack: Stack,
+}
+
+/// A stack of blocks that sequences run through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stack {
+    /// The only one; of an encoder-decoder, the decoder.
+    Main,
+    /// The encoder of an encoder-decoder, which reads the source.
+    Encoder,
 }
 
 /// What the rows of a prompt stand for.
@@ -55,6 +66,13 @@ pub struct Prefix {
     pub v: Tensor,
     /// How they count.
     pub form: PrefixForm,
+}
+
+/// Which of the `pairs` of key and value in a PEFT prefix a decoder layer of an encoder-decoder reads. PEFT repeats the pairs
+/// and gives each layer four tensors, of which it drops the two that were meant for cross-attention: so layer `l` has pair
+/// `2 l` (mod `pairs`), and where their number is even, two layers share one.
+pub fn seq2seq_pair(layer: usize, pairs: usize) -> usize {
+    (2 * layer) % pairs.max(1)
 }
 
 /// How the positions of a prefix count.

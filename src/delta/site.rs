@@ -183,6 +183,15 @@ impl SiteTable {
         self.entries.iter().enumerate()
     }
 
+    /// The sites that a prefix's keys and values join, with their widths, in order of the layers: all layers, or where there
+    /// are two stacks, the decoder's.
+    pub fn prefix_sites(&self) -> Vec<(SiteId, usize)> {
+        let crosses = |layer| self.id(Site::Linear { layer, proj: Proj::CrossK }).is_some();
+        let two = self.iter().any(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::CrossK, .. }));
+        let joins = |site| matches!(site, Site::KeyValue { layer } if !two || crosses(layer));
+        self.iter().filter(|(_, e)| joins(e.site)).map(|(id, e)| (id, e.out_dim)).collect()
+    }
+
     /// Entries that are linears of blocks (what `all-linear` means).
     pub fn linears(&self) -> impl Iterator<Item = (SiteId, &SiteEntry)> {
         self.iter().filter(|(_, e)| matches!(e.site, Site::Linear { .. }))

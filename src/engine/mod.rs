@@ -304,8 +304,12 @@ impl Checks {
             }
             Work::Score { .. } | Work::Classify | Work::ClassifyTokens => 0,
         };
+        let source = request.source_rows();
         if source > self.positions {
-            return Err(format!("{source} source tokens exceed the {} positions of the encoder", self.positions));
+            return Err(format!(
+                "{source} source tokens (virtual ones among them) exceed the {} positions of the encoder",
+                self.positions
+            ));
         }
         let ahead = request.ahead();
         if len.saturating_add(new) > ahead.room(arch.max_positions, self.slots) {
@@ -319,7 +323,7 @@ impl Checks {
         if source > 0 && pages > most {
             let limit = most * PAGE_SIZE;
             return Err(format!(
-                "{source} source tokens and {len} + {new} others exceed the cache of {limit} positions"
+                "{source} positions of the source and {len} + {new} others exceed the cache of {limit} positions"
             ));
         }
         Ok(())

@@ -92,6 +92,16 @@ impl Request {
     pub fn ahead(&self) -> Ahead {
         self.delta.as_ref().map(|held| held.delta.ahead()).unwrap_or_default()
     }
+
+    /// What its delta puts ahead of its source.
+    pub fn source_ahead(&self) -> Ahead {
+        self.delta.as_ref().map(|held| held.delta.source_ahead()).unwrap_or_default()
+    }
+
+    /// Rows that its encoder computes: those of its source and what its delta puts ahead of them; 0 without a source.
+    pub fn source_rows(&self) -> usize {
+        if self.source.is_empty() { 0 } else { self.source_ahead().rows + self.source.len() }
+    }
 }
 
 /// What to do with a sequence.

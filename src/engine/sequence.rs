@@ -72,7 +72,7 @@ impl Sequence {
             Work::Generate(g) => self.prompt + g.max_new_tokens - 1,
             _ => known,
         };
-        let source = self.request.source.len();
+        let source = self.request.source_rows();
         Demand { total: ahead.rows + known, most: ahead.rows + most, reserved: ahead.keys, source }
     }
 

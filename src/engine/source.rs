@@ -21,7 +21,7 @@ pub(super) fn encode(base: &Base, tasks: &[Task<'_>]) -> Result<Option<Source>> 
     let mut tokens = Vec::new();
     for task in begin() {
         tokens.extend_from_slice(&task.sequence.request.source);
-        rows.push(task.share.encode, 0, Arc::clone(&task.memory));
+        rows.push_after(task.sequence.request.source_ahead(), task.share.encode, 0, Arc::clone(&task.memory));
     }
     if tokens.is_empty() {
         return Ok(None);
@@ -34,11 +34,12 @@ pub(super) fn embeddings(source: &Source, tasks: &[Task<'_>], got: &mut [Got]) -
     let begin = tasks.iter().enumerate().filter(|(_, t)| t.share.encode > 0);
     for ((i, task), span) in begin.zip(source.rows().spans()) {
         let Work::Embed { pooling, .. } = task.sequence.request.work else { continue };
-        let own = source.states().narrow(0, span.start, span.len)?.to_dtype(DType::F32)?; // [len, hidden]
+        let tokens = span.token_rows();
+        let own = source.states().narrow(0, tokens.start, tokens.len())?.to_dtype(DType::F32)?; // [tokens, hidden]
         got[i] = match pooling {
             Pooling::Mean | Pooling::Default => Got::Sum(own.sum(0)?.to_vec1()?),
             Pooling::Cls => Got::Numbers(own.get(0)?.to_vec1()?),
-            Pooling::Last => Got::Numbers(own.get(span.len - 1)?.to_vec1()?),
+            Pooling::Last => Got::Numbers(own.get(tokens.len() - 1)?.to_vec1()?),
         };
     }
     Ok(())

@@ -2,7 +2,8 @@
 //! tuning.
 //!
 //! PEFT saves one tensor, `prompt_embeddings`: of a prompt `[n, hidden]`, of a prefix `[n, layers * 2 * kv_width]`, for each
-//! layer its key and then its value. What made them while training (an MLP, an LSTM) is not saved. AdapterHub saves a
+//! layer its key and then its value. For encoder-decoders it has rows for two stacks, `[2 n, hidden]`, of which PEFT uses the
+//! first half, ahead of the source; and a prefix joins the decoder's self-attention as [`seq2seq_pair`] says. What made them while training (an MLP, an LSTM) is not saved. AdapterHub saves a
 //! prefix as it was trained: the values, or a table and an MLP with one hidden layer that the loader runs.
 
 use std::collections::BTreeMap;
@@ -17,7 +18,7 @@ use super::{
     tensors::TensorFile,
 };
 use crate::{
-    delta::{Patch, Prefix, PrefixForm, Prompt, PromptStage, Site, SiteId},
+    delta::{Patch, Prefix, PrefixForm, Prompt, PromptStage, Site, SiteId, Stack, seq2seq_pair},
     model::{Base, Positions},
 };
 
@@ -53,45 +54,55 @@ impl At<'_> {
 
     /// A prompt's patch of `[n, hidden]`.
     fn prompt(self, rows: &Tensor, stage: PromptStage) -> Result<(SiteId, Patch), InteropError> {
-        two_stacks(self.base)?;
+        let stack = if self.base.arch.is_encoder_decoder() { Stack::Encoder } else { Stack::Main };
         let site = self.base.sites.id(Site::Embedding);
         let site = site
             .ok_or_else(|| InteropError::BaseMismatch("the base has no embedding that a prompt could join".into()))?;
-        Ok((site, Patch::Prompt(Prompt { rows: self.put(rows)?, stage })))
+        Ok((site, Patch::Prompt(Prompt { rows: self.put(rows)?, stage, stack })))
     }
 
-    /// A prefix's patches of `[n, layers * 2 * kv_width]`.
+    /// A prefix's patches of `[n, pairs * 2 * kv_width]`: a pair for every layer, in order; of an encoder-decoder, as PEFT
+    /// hands them out.
     fn prefix(self, flat: &Tensor, what: &str, form: PrefixForm) -> Result<Vec<(SiteId, Patch)>, InteropError> {
         let sites = prefix_sites(self.base)?;
-        let whole: usize = sites.iter().map(|(_, width)| 2 * width).sum();
-        if flat.dim(1)? != whole {
+        let (arch, layers) = (&self.base.arch, sites.len());
+        let (width, got) = (arch.kv_width(), flat.dim(1)?);
+        let (pairs, two) = (got / (2 * width), arch.is_encoder_decoder());
+        if got % (2 * width) != 0 || pairs < layers || (pairs > layers && !two) {
             return Err(InteropError::BaseMismatch(format!(
-                "{what} has {} numbers for a virtual token, this server's base {} ({}) takes {whole}: keys and values of {} \
-                 layers, {} wide",
-                flat.dim(1)?,
+                "{what} has {got} numbers for a virtual token, this server's base {} ({}) takes {}: keys and values of {layers} \
+                 layers, {width} wide",
                 self.base.fingerprint.short(),
-                self.base.arch.model_type,
-                sites.len(),
-                self.base.arch.kv_width()
+                arch.model_type,
+                2 * width * layers
             )));
         }
-        let mut at = 0;
-        let mut patches = Vec::with_capacity(sites.len());
-        for (site, width) in sites {
-            let (k, v) = (flat.narrow(1, at, width)?, flat.narrow(1, at + width, width)?); // [n, kv_width]
-            patches.push((site, Patch::Prefix(Prefix { k: self.put(&k)?, v: self.put(&v)?, form })));
-            at += 2 * width;
+        let mut made: BTreeMap<usize, Prefix> = BTreeMap::new();
+        let mut patches = Vec::with_capacity(layers);
+        for (layer, (site, _)) in sites.into_iter().enumerate() {
+            let pair = if two { seq2seq_pair(layer, pairs) } else { layer };
+            // layers that share a pair share its tensors, so that training keeps them equal
+            let prefix = match made.get(&pair) {
+                Some(prefix) => prefix.clone(),
+                None => {
+                    let at = 2 * width * pair;
+                    let (k, v) = (flat.narrow(1, at, width)?, flat.narrow(1, at + width, width)?); // [n, kv_width]
+                    Prefix { k: self.put(&k)?, v: self.put(&v)?, form }
+                }
+            };
+            made.insert(pair, prefix.clone());
+            patches.push((site, Patch::Prefix(prefix)));
         }
         Ok(patches)
     }
 }
 
-/// Refuses encoder-decoders: which of their two stacks the positions join is not settled.
-fn two_stacks(base: &Base) -> Result<(), InteropError> {
+/// Refuses encoder-decoders, whose prompts and prefixes are applied in PEFT's form only.
+fn one_stack(base: &Base) -> Result<(), InteropError> {
     match base.arch.is_encoder_decoder() {
         false => Ok(()),
         true => Err(InteropError::BaseMismatch(format!(
-            "prompts and prefixes are not applied to encoder-decoders, and this server's base is {}",
+            "AdapterHub's prompts and prefixes are not applied to encoder-decoders (PEFT's are), and this server's base is {}",
             base.arch.kind()
         ))),
     }
@@ -100,12 +111,9 @@ fn two_stacks(base: &Base) -> Result<(), InteropError> {
 /// The sites of a prefix with their widths, in order of the layers.
 ///
 /// # Errors
-/// A base whose layers keep no keys and values, or an encoder-decoder.
+/// A base whose layers keep no keys and values.
 pub(super) fn prefix_sites(base: &Base) -> Result<Vec<(SiteId, usize)>, InteropError> {
-    two_stacks(base)?;
-    let sites: Vec<_> = (base.sites.iter().filter(|(_, e)| matches!(e.site, Site::KeyValue { .. })))
-        .map(|(id, e)| (id, e.out_dim))
-        .collect();
+    let sites = base.sites.prefix_sites();
     if sites.is_empty() {
         return Err(InteropError::BaseMismatch(format!(
             "a prefix needs layers with keys and values; this server's base, a {}, has none",
@@ -127,20 +135,32 @@ pub(super) fn decode(
     check_numbers(at, kind, config)?;
     let (embeddings, head) = collect(tensors, base)?;
     let t = embeddings.ok_or_else(|| InteropError::invalid(super::WEIGHTS[0], format!("{EMBEDDINGS} is missing")))?;
-    let &[n, width] = t.dims() else {
+    let &[rows, width] = t.dims() else {
         return Err(InteropError::invalid(
             super::WEIGHTS[0],
             format!("{EMBEDDINGS} is {:?}; two dimensions are", t.dims()),
         ));
     };
+    let prefix = kind == "PREFIX_TUNING";
+    let stacks = if prefix { 1 } else { stacks(at, kind, config)? };
+    let n = rows / stacks;
+    if n * stacks != rows {
+        return Err(at.bad(format!("{EMBEDDINGS} has {rows} rows, which {stacks} stacks cannot share")));
+    }
     check_count(at, "num_virtual_tokens", config, n)?;
-    let patches = if kind == "PREFIX_TUNING" {
-        at.prefix(&t, EMBEDDINGS, PrefixForm::Context)?
+    let patches = if prefix {
+        let patches = at.prefix(&t, EMBEDDINGS, PrefixForm::Context)?;
+        let pairs = width / (2 * base.arch.kv_width());
+        if let Some(said) = count(at, config, "num_layers")?.filter(|said| *said != pairs) {
+            return Err(at.mismatch("num_layers", said, pairs));
+        }
+        patches
     } else {
         if width != base.arch.hidden {
             return Err(at.mismatch(&format!("the width of {EMBEDDINGS}"), width, base.arch.hidden));
         }
-        vec![at.prompt(&t, PromptStage::Tokens)?]
+        // of an encoder-decoder: the first rows precede the source, the others are not used
+        vec![at.prompt(&t.narrow(0, 0, n)?, PromptStage::Tokens)?]
     };
     let method = match kind {
         "PREFIX_TUNING" => "prefix",
@@ -177,17 +197,30 @@ fn collect(
 
 /// What the config says of the base must be so; what it does not say is taken from the tensor.
 fn check_numbers(at: At<'_>, kind: &str, config: &Value) -> Result<(), InteropError> {
-    two_stacks(at.base)?;
     let arch = &at.base.arch;
-    let width = if kind == "PREFIX_TUNING" { arch.kv_width() } else { arch.hidden };
-    for (key, want) in [("token_dim", width), ("num_layers", arch.layers), ("num_transformer_submodules", 1)] {
-        if let Some(got) = count(at, config, key)?
-            && got != want
-        {
-            return Err(at.mismatch(key, got, want));
-        }
+    let prefix = kind == "PREFIX_TUNING";
+    let width = if prefix { arch.kv_width() } else { arch.hidden };
+    if let Some(got) = count(at, config, "token_dim")?.filter(|got| *got != width) {
+        return Err(at.mismatch("token_dim", got, width));
     }
-    Ok(())
+    // of an encoder-decoder PEFT notes the encoder's layers, and a prefix's count is checked with its tensor
+    if let Some(got) = count(at, config, "num_layers")?
+        && got != arch.layers
+        && !arch.is_encoder_decoder()
+    {
+        return Err(at.mismatch("num_layers", got, arch.layers));
+    }
+    stacks(at, kind, config).map(drop)
+}
+
+/// For how many stacks the file has rows.
+fn stacks(at: At<'_>, kind: &str, config: &Value) -> Result<usize, InteropError> {
+    const KEY: &str = "num_transformer_submodules";
+    let most = if at.base.arch.is_encoder_decoder() { 2 } else { 1 };
+    let got = count(at, config, KEY)?.unwrap_or(most);
+    // PEFT makes a prompt of one stack, too
+    let known = got == most || (got < most && kind != "PREFIX_TUNING");
+    if known { Ok(got) } else { Err(at.mismatch(KEY, got, most)) }
 }
 
 /// The number of virtual tokens that the config states, against that of the tensor.
@@ -223,6 +256,7 @@ pub(super) fn adapterhub(
     base: &Base,
 ) -> Result<Parts, InteropError> {
     let at = At { file, base };
+    one_stack(base)?;
     let all = (tensors.names().into_iter())
         .map(|name| Ok((name.clone(), tensors.get(&name)?)))
         .collect::<Result<BTreeMap<String, Tensor>, InteropError>>()?;

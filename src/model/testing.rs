@@ -156,6 +156,24 @@ pub fn tiny_roberta() -> Value {
     })
 }
 
+/// Config of a 2-layer DistilBERT: vocabulary 128, hidden 32, 4 heads, context 64.
+pub fn tiny_distilbert() -> Value {
+    json!({
+        "model_type": "distilbert", "architectures": ["DistilBertModel"], "dim": 32, "n_layers": 2, "n_heads": 4,
+        "hidden_dim": 64, "vocab_size": 128, "max_position_embeddings": 64, "activation": "gelu", "pad_token_id": 0
+    })
+}
+
+/// Config of a 2-layer Phi-3 (fused projections): vocabulary 128, hidden 32, 4 heads over 2, context 256.
+pub fn tiny_phi3() -> Value {
+    json!({
+        "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 128,
+        "max_position_embeddings": 256, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0
+    })
+}
+
 /// A small seeded generator, so that test weights do not depend on a crate's version.
 pub struct Rng(pub u64);
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Architecture, Placement};
 use crate::{
-    delta::{Head, PromptStage, SiteId},
+    delta::{self, Head, PromptStage, SiteId},
     nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer, yield_point},
     ops::{self, Act, Weight},
 };
@@ -119,7 +119,8 @@ impl Transformer {
         (self.linears().map(linear).sum::<usize>() + tables + norms + head + before) as u64
     }
 
-    /// The embeddings of tokens as a prompt's rows stand for them: `[tokens, hidden]`.
+    /// The embeddings of tokens as a prompt's rows stand for them, scaled where the base scales its table's rows:
+    /// `[tokens, hidden]`.
     ///
     /// # Errors
     /// Token ids outside the vocabulary.
@@ -127,7 +128,8 @@ impl Transformer {
         if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.arch.vocab) {
             bail!("token {bad} of a vocabulary of {}", self.arch.vocab);
         }
-        self.embed.index_select(&Tensor::new(tokens, &self.device)?, 0)
+        let rows = self.embed.index_select(&Tensor::new(tokens, &self.device)?, 0)?;
+        if self.arch.embed_scale != 1.0 { rows * self.arch.embed_scale } else { Ok(rows) }
     }
 
     /// Final hidden states of all rows, `[rows, hidden]`; of an encoder-decoder, the decoder's, which sees what
@@ -142,7 +144,7 @@ impl Transformer {
         if !self.arch.is_causal() && cx.rows.spans().iter().any(|s| s.context_len > 0) {
             bail!("an encoder's sequence must be computed in one step");
         }
-        self.run(&self.main, input, cx)
+        self.run((&self.main, delta::Stack::Main), input, cx)
     }
 
     /// The encoder's output of an encoder-decoder, `[rows, hidden]`: what [`crate::nn::Encoded`] takes. No cache is used.
@@ -151,15 +153,15 @@ impl Transformer {
     /// A base without an encoder of its own; those of [`Self::forward`].
     pub fn encode(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
         let Some(encoder) = &self.encoder else { bail!("this base is no encoder-decoder") };
-        self.run(encoder, input, &Cx { kv: None, memory: None, ..*cx })
+        self.run((encoder, delta::Stack::Encoder), input, &Cx { kv: None, memory: None, ..*cx })
     }
 
     /// Tokens through a stack.
-    fn run(&self, stack: &Stack, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
+    fn run(&self, (stack, which): (&Stack, delta::Stack), input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
         let positions = cx.rows.positions();
         self.check(input, cx, &positions)?;
-        let mut x = self.embeddings(input, &positions, cx)?; // [rows, hidden]
-        let pass = Pass::new(*cx, self.arch.heads, &stack.styles, &positions, &self.device)?;
+        let mut x = self.embeddings(which, input, &positions, cx)?; // [rows, hidden]
+        let pass = Pass::new(*cx, (which, self.arch.heads), &stack.styles, &positions, &self.device)?;
         for block in &stack.blocks {
             x = yield_point(x, cx)?;
             x = self.block(block, x, &pass)?;
@@ -170,14 +172,15 @@ impl Transformer {
         }
     }
 
-    fn embeddings(&self, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
+    fn embeddings(&self, stack: delta::Stack, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let tokens = per_row(input.tokens, cx)?;
         let mut x = self.embed.index_select(&Tensor::new(&*tokens, &self.device)?, 0)?; // [rows, hidden]
         x = cx.deltas.embed(self.embed_site, &tokens, x)?;
-        x = cx.deltas.virtual_rows(PromptStage::Tokens, cx.rows, x)?;
         if self.arch.embed_scale != 1.0 {
             x = (x * self.arch.embed_scale)?;
         }
+        // below the scale: it belongs to the table, and a prompt's rows stand for what the table gives
+        x = cx.deltas.virtual_rows(stack, PromptStage::Tokens, cx.rows, x)?;
         if let Some(table) = &self.position {
             let first = self.arch.first_position() as u32;
             let rows: Vec<u32> = positions.iter().map(|p| p + first).collect();
@@ -193,7 +196,7 @@ impl Transformer {
         if let Some(norm) = &self.embed_norm {
             x = norm.forward(&x, cx)?;
         }
-        cx.deltas.virtual_rows(PromptStage::Hidden, cx.rows, x)
+        cx.deltas.virtual_rows(stack, PromptStage::Hidden, cx.rows, x)
     }
 
     fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {

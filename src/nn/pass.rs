@@ -6,7 +6,7 @@ use candle_core::{Device, Result, bail};
 
 use super::{Cx, Encoded, Rotary};
 use crate::{
-    delta::{Prefixes, prefix_keys},
+    delta::{Prefixes, Stack, prefix_keys},
     ops::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, RopeTable},
     rows::RowLayout,
 };
@@ -79,18 +79,18 @@ pub struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    /// A pass of rows at these positions through layers of these styles.
+    /// A pass of rows at these positions through a stack with layers of these styles.
     ///
     /// # Errors
     /// Those of candle; a memory that does not fit the rows; a row layout that was not made for the step's deltas.
     pub(crate) fn new(
         cx: Cx<'a>,
-        heads: HeadShape,
+        (stack, heads): (Stack, HeadShape),
         styles: &[Style],
         positions: &[u32],
         device: &Device,
     ) -> Result<Self> {
-        let (spans, slots, prefixes) = spans(&cx)?;
+        let (spans, slots, prefixes) = spans(&cx, stack)?;
         let applied = |style: &Style| -> Result<Applied> {
             let rope = style.rotary.as_ref().map(|r| r.table(positions, device)).transpose()?;
             Ok(Applied { plan: heads.plan(Arc::clone(&spans), style.mask, style.bias.clone()), rope })
@@ -103,9 +103,9 @@ impl<'a> Pass<'a> {
 
 /// Each sequence looks at itself (at rows of this step, or at its cache slots) and at its prefix. With the slots of the
 /// step's rows.
-fn spans(cx: &Cx<'_>) -> Result<(Arc<[AttnSpan]>, Vec<u32>, Prefixes)> {
+fn spans(cx: &Cx<'_>, stack: Stack) -> Result<(Arc<[AttnSpan]>, Vec<u32>, Prefixes)> {
     let cached = cx.kv.is_some() && cx.rows.spans().iter().all(|s| !s.slots.is_empty());
-    let (keys, prefixes) = prefix_keys(cx.rows, cx.deltas, cached)?;
+    let (keys, prefixes) = prefix_keys(cx.rows, cx.deltas, stack, cached)?;
     let mut slots = Vec::new();
     let span = |(s, keys): (&crate::rows::Span, KeyRows)| {
         if cached {

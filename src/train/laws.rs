@@ -35,6 +35,8 @@ pub(super) fn tiny(kind: &str) -> Arc<Base> {
         "qwen3" => testing::tiny_qwen3(),
         "gemma2" => testing::tiny_gemma2(),
         "roberta" => testing::tiny_roberta(),
+        "distilbert" => testing::tiny_distilbert(),
+        "phi3" => testing::tiny_phi3(),
         "t5" => {
             // smooth, so that central differences meet no kink
             let mut config = testing::tiny_t5();
@@ -143,6 +145,10 @@ fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
         ("qwen3", Task::CausalLm, lora()),
         ("gemma2", Task::CausalLm, lora()),
         ("t5", Task::Seq2Seq, lora()),
+        ("t5", Task::Seq2Seq, vec![positions::prefix(3)]),
+        ("t5", Task::Seq2Seq, vec![positions::prompt(3)]),
+        ("t5", Task::Seq2Seq, vec![positions::projected(3)]),
+        ("t5", Task::Seq2Seq, vec![positions::p_tuning(3)]),
         ("llama", Task::CausalLm, vec![positions::prefix(3)]),
         ("llama", Task::CausalLm, vec![positions::prompt(3)]),
         ("gpt2", Task::CausalLm, vec![positions::projected(3)]),
@@ -200,6 +206,8 @@ fn gradients_match_central_differences() {
         ("qwen3", Task::CausalLm, lora()),
         ("gemma2", Task::CausalLm, lora()),
         ("t5", Task::Seq2Seq, lora()),
+        ("t5", Task::Seq2Seq, with(prefix(3))),
+        ("t5", Task::Seq2Seq, with(prompt(3))),
         ("llama", Task::CausalLm, with(prefix(3))),
         ("llama", Task::CausalLm, with(prompt(3))),
         ("gpt2", Task::CausalLm, with(projected(3))),

@@ -22,7 +22,7 @@ use crate::{
     },
     delta::{Delta, DeltaBatch, Task},
     interop::{self, EncodeMeta},
-    model::{Base, Input, testing::Rng},
+    model::{Base, Input, Source, testing::Rng},
     nn::Cx,
     rows::RowLayout,
 };
@@ -85,8 +85,18 @@ fn all() -> Vec<(&'static str, Vec<MethodPart>)> {
 }
 
 /// Families, each with a task of theirs.
-const BASES: [(&str, Task); 4] =
-    [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("bert", Task::TokenCls)];
+const BASES: [(&str, Task); 10] = [
+    ("llama", Task::CausalLm),
+    ("gpt2", Task::CausalLm),
+    ("bert", Task::SeqCls),
+    ("bert", Task::TokenCls),
+    ("roberta", Task::SeqCls),
+    ("distilbert", Task::SeqCls),
+    ("qwen3", Task::CausalLm),
+    ("gemma2", Task::CausalLm),
+    ("phi3", Task::CausalLm),
+    ("t5", Task::Seq2Seq),
+];
 
 fn flat(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
@@ -95,8 +105,13 @@ fn flat(t: &Tensor) -> Vec<f32> {
 /// Hidden states, and logits of decoders, of two texts that all have the delta.
 fn outputs(base: &Base, delta: Option<&Arc<Delta>>) -> Vec<f32> {
     let rows = RowLayout::packed(&[5, 4]);
-    let deltas = DeltaBatch::new(&rows, &[delta.cloned(), delta.cloned()], base.sites.len());
-    let cx = Cx::new(&rows, &deltas);
+    let per_span = [delta.cloned(), delta.cloned()];
+    let deltas = DeltaBatch::new(&rows, &per_span, base.sites.len());
+    let texts = RowLayout::packed(&[3, 4]);
+    let source = (base.arch.is_encoder_decoder())
+        .then(|| Source::encode(base, texts, &[9, 4, 3, 8, 6, 40, 5], &per_span, None).unwrap());
+    let memory = source.as_ref().map(Source::memory);
+    let cx = Cx { memory: memory.as_ref(), ..Cx::new(&rows, &deltas) };
     let hidden = base.transformer.forward(&Input::tokens(&[3, 9, 4, 40, 5, 6, 7, 8, 9]), &cx).unwrap();
     let mut out = flat(&hidden);
     if base.arch.is_causal() {
@@ -128,7 +143,7 @@ fn waits(name: &str) -> bool {
 
 /// Those that are zero but for rounding: a key's bias and scale beside it shift all scores of a query alike.
 fn idle(name: &str) -> bool {
-    name.ends_with("key.bias") || name.ends_with("k_proj.bias")
+    ["key.bias", "k_proj.bias", ".k.bias", ".k_lin.bias"].iter().any(|end| name.ends_with(end))
 }
 
 #[test]
@@ -164,7 +179,9 @@ fn every_variable_gets_its_gradient() {
                     continue;
                 }
                 let unit = (g.detach() / norm).unwrap();
-                let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 1e-2);
+                let at = v.var.as_detached_tensor().copy().unwrap();
+                // DistilBERT's head has a ReLU: shorter steps, and room for a kink that one row may cross
+                let (h, room) = if family == "distilbert" { (2e-3, 0.15) } else { (1e-2, 0.03) };
                 let value = |step: f64| {
                     v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
                     f64::from(loss().to_scalar::<f32>().unwrap())
@@ -174,7 +191,7 @@ fn every_variable_gets_its_gradient() {
                 // DoRA's norm is a constant to the gradient (but not to the loss), so its pair is not compared
                 let detached = name == "dora" && !v.name.ends_with("magnitude");
                 assert!(
-                    detached || (slope - norm).abs() <= 0.03 * norm + 4e-4,
+                    detached || (slope - norm).abs() <= room * norm + 4e-4,
                     "{family} {task:?} {name} {}: {slope} {norm}",
                     v.name
                 );
@@ -200,6 +217,11 @@ fn first_gradients_are_zero_where_the_partner_is_zero() {
     for v in t.vars() {
         assert_eq!(global_norm([grads.get(&v.var).unwrap()]).unwrap() == 0.0, waits(&v.name), "{}", v.name);
     }
+}
+
+/// The head's tensors by name.
+fn heads(delta: &Delta) -> Vec<(String, Vec<f32>)> {
+    delta.head().iter().flat_map(|h| h.tensors()).map(|(name, t)| (name, flat(t))).collect()
 }
 
 #[test]
@@ -229,6 +251,7 @@ fn what_is_published_computes_what_was_trained() {
                 .unwrap_or_else(|e| panic!("{family} {task:?} {name}: {e}"));
             let back = interop::decode(&files, &base).unwrap_or_else(|e| panic!("{family} {task:?} {name}: {e}"));
             assert_eq!(back.spec.task, task);
+            assert!(heads(&trained) == heads(&back), "{family} {task:?} {name}: the head");
             let (want, got) = (outputs(&base, Some(&trained)), outputs(&base, Some(&Arc::new(back))));
             let worst = want.iter().zip(&got).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
             assert!(worst < 2e-4, "{family} {task:?} {name}: {worst}");

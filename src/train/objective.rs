@@ -55,7 +55,7 @@ fn source(
     if !base.arch.is_encoder_decoder() {
         return Ok(None);
     }
-    let rows = RowLayout::packed(&examples.iter().map(|e| e.source.len()).collect::<Vec<_>>());
+    let rows = RowLayout::packed_after(examples.iter().map(|e| (e.source.len(), delta.source_ahead())));
     let tokens: Vec<u32> = examples.iter().flat_map(|e| e.source.iter().copied()).collect();
     let deltas = vec![Some(Arc::clone(delta)); examples.len()];
     Source::encode(base, rows, &tokens, &deltas, pacer).map(Some)

@@ -239,7 +239,7 @@ fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec
             })),
             ..p.clone()
         }),
-        MethodPart::Prefix(p) => MethodPart::Prefix(spec::prefix_defaults(p)),
+        MethodPart::Prefix(p) => MethodPart::Prefix(spec::prefix_defaults(p, base.encoder_decoder)),
         MethodPart::Prompt(p) => MethodPart::Prompt(spec::prompt_defaults(p)),
         MethodPart::PTuning(p) => MethodPart::PTuning(spec::p_tuning_defaults(p)),
         MethodPart::Bitfit(_) | MethodPart::Ia3(_) | MethodPart::Ln(_) | MethodPart::Tokens(_) => part.clone(),

@@ -57,7 +57,9 @@ pub(super) fn from_base(
 fn cycled(text: &[u32], train: &[Encoded], n: usize) -> Vec<u32> {
     let examples: Vec<u32>;
     let text = if text.is_empty() {
-        examples = train.iter().flat_map(|e| e.tokens.iter().copied()).take(n).collect();
+        // of an encoder-decoder, what the encoder reads
+        let read = |e: &Encoded| if e.source.is_empty() { e.tokens.clone() } else { e.source.clone() };
+        examples = train.iter().flat_map(read).take(n).collect();
         &examples
     } else {
         text
@@ -65,16 +67,16 @@ fn cycled(text: &[u32], train: &[Encoded], n: usize) -> Vec<u32> {
     text.iter().copied().cycle().take(if text.is_empty() { 0 } else { n }).collect()
 }
 
-fn layers(base: &Base) -> impl Iterator<Item = (SiteId, usize, usize)> {
+fn layers(base: &Base) -> impl Iterator<Item = (SiteId, usize)> {
     base.sites.iter().filter_map(|(id, e)| match e.site {
-        Site::KeyValue { layer } => Some((id, layer, e.out_dim)),
+        Site::KeyValue { layer } => Some((id, layer)),
         _ => None,
     })
 }
 
 fn zeros(base: &Base, n: usize) -> Result<Vec<(SiteId, Tensor, Tensor)>> {
     let zero = |width: usize| Tensor::zeros((n, width), base.dtype, &base.device);
-    layers(base).map(|(site, _, width)| Ok((site, zero(width)?, zero(width)?))).collect()
+    base.sites.prefix_sites().into_iter().map(|(site, width)| Ok((site, zero(width)?, zero(width)?))).collect()
 }
 
 /// Keys and values of every layer for these tokens at positions 0, 1, ...: `[n, kv_width]` each, by site.
@@ -96,7 +98,7 @@ pub(super) fn context(base: &Base, tokens: &[u32]) -> Result<Vec<(SiteId, Tensor
     let deltas = DeltaBatch::none();
     let cx = Cx { kv: Some(&cache), ..Cx::new(&rows, &deltas) };
     base.transformer.forward(&Input::tokens(tokens), &cx)?;
-    let of = |(site, layer, _): (SiteId, usize, usize)| {
+    let of = |(site, layer): (SiteId, usize)| {
         let (k, v) = cache.layer(layer);
         (site, k, v)
     };

@@ -122,7 +122,7 @@ impl Trainable {
                 },
                 Patch::Prompt(p) => {
                     let rows = Source::Var(add("prompt".into(), &p.rows)?);
-                    Part::Positions(Positions::Prompt { rows, stage: p.stage })
+                    Part::Positions(Positions::Prompt { rows, stage: p.stage, stack: p.stack })
                 }
                 Patch::Prefix(p) => {
                     let k = Source::Var(add(prefix_name(*site, "k"), &p.k)?);

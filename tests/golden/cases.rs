@@ -127,8 +127,12 @@ pub(crate) fn source(
     if !base.arch.is_encoder_decoder() {
         return Ok(None);
     }
-    let rows = RowLayout::packed(&texts.iter().map(Vec::len).collect::<Vec<_>>());
+    let rows = RowLayout::packed_after(texts.iter().zip(deltas).map(|(t, d)| (t.len(), source_ahead(d))));
     Source::encode(base, rows, &texts.concat(), deltas, None).map(Some)
+}
+
+fn source_ahead(delta: &Option<Arc<Delta>>) -> Ahead {
+    delta.as_ref().map(|d| d.source_ahead()).unwrap_or_default()
 }
 
 /// Rows of a padded expected output. Where it includes virtual positions, they come first; a language model's are compared,
@@ -204,7 +208,9 @@ pub(crate) fn greedy(
     let start: Option<Vec<u32>> = base.arch.is_encoder_decoder().then(|| base.arch.decoder_start.into_iter().collect());
     // an encoder-decoder reads the prompt with its encoder, and its output starts with a token of its own
     let heads: Vec<&[u32]> = prompts.iter().map(|p| start.as_deref().unwrap_or(p)).collect();
-    let sources: Vec<usize> = prompts.iter().map(|p| start.as_ref().map_or(0, |_| p.len())).collect();
+    let rows_read = |(p, d): (&Vec<u32>, &Option<Arc<Delta>>)| source_ahead(d).rows + p.len();
+    let sources: Vec<usize> =
+        prompts.iter().zip(deltas).map(|pair| start.as_ref().map_or(0, |_| rows_read(pair))).collect();
     let ahead: Vec<Ahead> = deltas.iter().map(|d| d.as_ref().map(|d| d.ahead()).unwrap_or_default()).collect();
     let before = |i: usize| sources[i] + ahead[i].slots() + heads[i].len();
     let longest = (0..prompts.len()).map(before).max().unwrap_or(0) + steps;
@@ -215,7 +221,7 @@ pub(crate) fn greedy(
     let cross: Vec<Arc<[u32]>> = (0..n).map(|i| slots(i, 0..sources[i])).collect();
     let source = if start.is_some() {
         let mut rows = RowLayout::default();
-        (0..n).for_each(|i| rows.push(sources[i], 0, Arc::clone(&cross[i])));
+        (0..n).for_each(|i| rows.push_after(source_ahead(&deltas[i]), sources[i], 0, Arc::clone(&cross[i])));
         Some(Source::encode(base, rows, &prompts.concat(), deltas, None)?)
     } else {
         None

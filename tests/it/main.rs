@@ -12,5 +12,6 @@ mod generate;
 mod hot_swap;
 mod isolation;
 mod restart;
+mod seq2seq;
 mod support;
 mod train;

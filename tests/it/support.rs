@@ -144,7 +144,8 @@ impl World {
 
     /// A random low-rank delta on every linear, strong enough to change what is generated, as a PEFT folder.
     pub(crate) fn delta(&self, seed: u64) -> DeltaFiles {
-        self.encode(&self.random_delta(seed, Task::CausalLm, None))
+        let task = if self.base.arch.is_encoder_decoder() { Task::Seq2Seq } else { Task::CausalLm };
+        self.encode(&self.random_delta(seed, task, None))
     }
 
     /// The same with a head of these labels.

@@ -14,7 +14,10 @@ use crate::{
 type Held = Option<(DeltaId, Arc<Delta>)>;
 
 fn rows(base: &Base, rows: Tensor, stage: PromptStage) -> (SiteId, Patch) {
-    (base.sites.id(Site::Embedding).expect("site"), Patch::Prompt(Prompt { rows, stage }))
+    (
+        base.sites.id(Site::Embedding).expect("site"),
+        Patch::Prompt(Prompt { rows, stage, stack: crate::delta::Stack::Main }),
+    )
 }
 
 fn random_prefix(base: &Base, seed: u64, n: usize, form: PrefixForm) -> Vec<(SiteId, Patch)> {

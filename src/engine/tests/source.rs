@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    delta::DeltaBatch,
+    delta::{DeltaBatch, Prefix, PrefixForm, Prompt, PromptStage, Site, Stack},
     model::{Input, Source, testing::tiny_t5},
     nn::Cx,
     rows::RowLayout,
@@ -14,12 +14,13 @@ fn job(n: u64, len: usize, new: usize) -> Job {
 
 /// Greedy tokens by whole forwards without a cache.
 fn plainly(base: &Base, source: &[u32], delta: Option<Arc<Delta>>, new: usize) -> Vec<u32> {
-    let rows = RowLayout::packed(&[source.len()]);
+    let delta_ahead = delta.as_ref().map(|d| (d.source_ahead(), d.ahead())).unwrap_or_default();
+    let rows = RowLayout::packed_after([(source.len(), delta_ahead.0)]);
     let read = Source::encode(base, rows, source, std::slice::from_ref(&delta), None).expect("encodes");
     let memory = read.memory();
     let mut tokens = vec![0u32];
     for _ in 0..new {
-        let rows = RowLayout::packed(&[tokens.len()]);
+        let rows = RowLayout::packed_after([(tokens.len(), delta_ahead.1)]);
         let deltas = DeltaBatch::new(&rows, std::slice::from_ref(&delta), base.sites.len());
         let cx = Cx { memory: Some(&memory), ..Cx::new(&rows, &deltas) };
         let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("runs");
@@ -29,12 +30,42 @@ fn plainly(base: &Base, source: &[u32], delta: Option<Arc<Delta>>, new: usize) -
     tokens.split_off(1)
 }
 
+/// A prompt of `rows` ahead of the source, a prefix of `keys` in the decoder, and a LoRA.
+fn positions(base: &Base, n: u8, rows: usize, keys: usize) -> Option<(DeltaId, Arc<Delta>)> {
+    let mut rng = Rng(u64::from(n) * 31 + 7);
+    let mut patches = delta(base, n, 0).map(|(_, d)| d.patches().to_vec()).expect("delta");
+    if rows > 0 {
+        let prompt = tensor(&mut rng, &[rows, base.arch.hidden], 0.5);
+        let prompt = Prompt { rows: prompt, stage: PromptStage::Tokens, stack: Stack::Encoder };
+        patches.push((base.sites.id(Site::Embedding).expect("site"), Patch::Prompt(prompt)));
+    }
+    for (site, width) in base.sites.prefix_sites().into_iter().filter(|_| keys > 0) {
+        let (k, v) = (tensor(&mut rng, &[keys, width], 1.0), tensor(&mut rng, &[keys, width], 1.0));
+        patches.push((site, Patch::Prefix(Prefix { k, v, form: PrefixForm::Context })));
+    }
+    Some((DeltaId::from_bytes([n; 32]), Arc::new(Delta::new(spec(Task::Seq2Seq), patches, None))))
+}
+
+#[test]
+fn a_prompt_joins_the_encoder_and_a_prefix_the_decoder() {
+    let base = base(&tiny_t5());
+    assert_eq!(base.sites.prefix_sites().len(), base.arch.layers, "the decoder's layers");
+    let delta = positions(&base, 9, 5, 3).expect("delta").1;
+    assert_eq!((delta.source_ahead().rows, delta.source_ahead().keys), (5, 0));
+    assert_eq!((delta.ahead().rows, delta.ahead().keys, delta.spec.num_virtual_tokens), (0, 3, 8));
+    let engine = Engine::new(&base, roomy());
+    let with = |n| Some((DeltaId::from_bytes([n; 32]), Arc::clone(&delta)));
+    let refused = engine.handle.submit(job(1, 254, 4).with(&with(9)).request().0);
+    assert!(matches!(refused, Err(SubmitError::Invalid(m)) if m.contains("259 source tokens")));
+}
+
 #[test]
 fn outputs_are_those_of_the_plain_forward_in_any_company_and_after_preemption() {
     let base = base(&tiny_t5());
-    let deltas = [None, delta(&base, 1, 0), delta(&base, 2, 0)];
-    let jobs: Vec<Job> = (0..7).map(|n| job(n, 3 + 9 * n as usize, 20).with(&deltas[n as usize % 3])).collect();
-    for config in [roomy(), EngineConfig { kv_pages: 14, max_batch_tokens: 24, prefill_chunk: 8, ..roomy() }] {
+    let deltas =
+        [None, delta(&base, 1, 0), positions(&base, 2, 4, 0), positions(&base, 3, 0, 5), positions(&base, 4, 18, 2)];
+    let jobs: Vec<Job> = (0..7).map(|n| job(n, 3 + 9 * n as usize, 20).with(&deltas[n as usize % 5])).collect();
+    for config in [roomy(), EngineConfig { kv_pages: 18, max_batch_tokens: 24, prefill_chunk: 8, ..roomy() }] {
         let engine = Engine::new(&base, config);
         for (job, answer) in jobs.iter().zip(engine.together(&jobs)) {
             let own = job.delta.as_ref().map(|(_, delta)| Arc::clone(delta));

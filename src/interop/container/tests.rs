@@ -31,7 +31,7 @@ fn spec(methods: &[&str], task: Task) -> DeltaSpec {
 
 fn prompt(base: &Base, n: usize, stage: PromptStage) -> (SiteId, Patch) {
     let site = base.sites.id(Site::Embedding).unwrap();
-    (site, Patch::Prompt(Prompt { rows: rand((n, base.arch.hidden)), stage }))
+    (site, Patch::Prompt(Prompt { rows: rand((n, base.arch.hidden)), stage, stack: crate::delta::Stack::Main }))
 }
 
 fn prefix(base: &Base, n: usize, form: PrefixForm) -> Vec<(SiteId, Patch)> {

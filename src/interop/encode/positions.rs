@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Named, Part, Writer, plain};
 use crate::{
-    delta::{Delta, DeltaFiles, Patch, Prefix, PrefixForm, Prompt, PromptStage},
+    delta::{Delta, DeltaFiles, Patch, Prefix, PrefixForm, Prompt, PromptStage, seq2seq_pair},
     interop::{
         InteropError,
         adapterhub::{self, NAME},
@@ -32,7 +32,7 @@ pub(super) fn encode(w: &Writer<'_>) -> Result<DeltaFiles, InteropError> {
     let mut form = None;
     for (_, patch) in w.delta.patches() {
         match patch {
-            Patch::Prompt(Prompt { rows, stage }) => {
+            Patch::Prompt(Prompt { rows, stage, .. }) => {
                 form = Some((false, *stage == PromptStage::Tokens));
                 parts.push(plain(rows)?);
             }
@@ -43,12 +43,45 @@ pub(super) fn encode(w: &Writer<'_>) -> Result<DeltaFiles, InteropError> {
             other => return Err(InteropError::Tensor(format!("{other:?} adds no positions"))),
         }
     }
+    if let (true, Some((prefix, _))) = (w.base.arch.is_encoder_decoder(), form) {
+        parts = two_stacks(parts, prefix)?;
+    }
     let t = Tensor::cat(&parts, 1)?; // [n, hidden], or [n, layers * 2 * kv_width]
     match form {
         Some((prefix, true)) => peft(w, t, prefix),
         Some((prefix, false)) => hub(w, t, prefix),
         None => Err(InteropError::Tensor("no position is added".into())),
     }
+}
+
+/// The tensors side by side as PEFT has them for encoder-decoders: a prompt's rows for both stacks (the decoder's are not
+/// used), a prefix's pairs where [`seq2seq_pair`] finds them.
+fn two_stacks(parts: Vec<Tensor>, prefix: bool) -> Result<Vec<Tensor>, InteropError> {
+    if !prefix {
+        return parts.iter().map(|rows| Ok(Tensor::cat(&[rows, &rows.zeros_like()?], 0)?)).collect(); // [2 n, hidden]
+    }
+    let layers = parts.len() / 2;
+    let mut out = parts.iter().map(Tensor::zeros_like).collect::<candle_core::Result<Vec<_>>>()?;
+    let mut taken = vec![None; layers];
+    for layer in 0..layers {
+        let pair = seq2seq_pair(layer, layers);
+        let own = [&parts[2 * layer], &parts[2 * layer + 1]];
+        let earlier = taken[pair].replace(layer);
+        for (i, t) in own.into_iter().enumerate() {
+            let differs = |l: usize| {
+                Ok::<_, candle_core::Error>((t - &parts[2 * l + i])?.abs()?.max_all()?.to_scalar::<f32>()? > 0.0)
+            };
+            if let Some(l) = earlier
+                && differs(l)?
+            {
+                return Err(InteropError::Tensor(format!(
+                    "decoder layers {l} and {layer} share a prefix in PEFT's form, and these differ"
+                )));
+            }
+            out[2 * pair + i] = t.clone();
+        }
+    }
+    Ok(out)
 }
 
 fn peft(w: &Writer<'_>, t: Tensor, prefix: bool) -> Result<DeltaFiles, InteropError> {
@@ -63,8 +96,9 @@ fn peft(w: &Writer<'_>, t: Tensor, prefix: bool) -> Result<DeltaFiles, InteropEr
     let mut put = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
     put("num_attention_heads", json!(if prefix { arch.heads.kv_heads } else { arch.heads.heads }));
     put("num_layers", json!(arch.layers));
-    put("num_transformer_submodules", json!(1));
-    put("num_virtual_tokens", json!(t.dim(0)?));
+    let stacks = if arch.is_encoder_decoder() { 2 } else { 1 };
+    put("num_transformer_submodules", json!(stacks));
+    put("num_virtual_tokens", json!(if prefix { t.dim(0)? } else { t.dim(0)? / stacks }));
     put("revision", Value::Null);
     put("token_dim", json!(if prefix { arch.kv_width() } else { arch.hidden }));
     match (prefix, p_tuning) {

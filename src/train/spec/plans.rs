@@ -1,6 +1,6 @@
 //! What is trained at one site, with every number resolved.
 
-use crate::delta::{Act, SiteEntry, Wiring};
+use crate::delta::{Act, SiteEntry, SiteId, Stack, Wiring};
 
 /// A low-rank pair.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,6 +74,8 @@ pub enum PatchPlan {
         n: usize,
         /// Whether a network makes them.
         made: bool,
+        /// Whose tokens they precede.
+        stack: Stack,
     },
     /// Keys and values ahead of the layer's own.
     Prefix {
@@ -81,6 +83,8 @@ pub enum PatchPlan {
         n: usize,
         /// Whether a network makes them.
         made: bool,
+        /// An earlier site, whose keys and values they are (the file form of encoder-decoders lets layers share them).
+        like: Option<SiteId>,
     },
 }
 
@@ -103,6 +107,7 @@ impl PatchPlan {
             Self::TokenRows(ids) => ids.len() * e.out_dim,
             Self::Prompt { made: true, .. } | Self::Prefix { made: true, .. } => 0, // counted with the network
             Self::Prompt { n, .. } => n * e.out_dim,
+            Self::Prefix { like: Some(_), .. } => 0,
             Self::Prefix { n, .. } => 2 * n * e.out_dim,
             Self::Matrix => inputs * e.out_dim + if e.has_bias { e.out_dim } else { 0 },
         }

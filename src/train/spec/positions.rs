@@ -2,7 +2,7 @@
 
 use crate::{
     admission::train_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart},
-    delta::{Site, SiteId},
+    delta::{Site, SiteId, Stack, seq2seq_pair},
     ops::Act,
 };
 
@@ -106,11 +106,12 @@ pub fn p_tuning_defaults(part: &PTuningPart) -> PTuningPart {
     }
 }
 
-/// Parts with every field set.
-pub fn prefix_defaults(part: &PrefixPart) -> PrefixPart {
+/// Parts with every field set. A decoder with an encoder computes nothing for a text alone, so its prefix starts at random.
+pub fn prefix_defaults(part: &PrefixPart, encoder_decoder: bool) -> PrefixPart {
+    let start = if encoder_decoder && part.init.is_none() { PrefixInit::Random } else { part.start() };
     PrefixPart {
         num_virtual_tokens: part.num_virtual_tokens.or(Some(PREFIX_TOKENS)),
-        init: Some(part.start()),
+        init: Some(start),
         projection_hidden: part.projection_hidden.or(part.projection.then_some(ENCODER_HIDDEN)),
         ..part.clone()
     }
@@ -159,20 +160,23 @@ impl Resolver<'_> {
         let made = network.is_some();
         let encoder = network.map(|(widths, act)| EncoderPlan { n, widths, act });
         self.positions.prompt = Some(PositionPlan { n, start, encoder, field: field.to_owned(), text });
-        self.patches.entry(site).or_default().push(PatchPlan::Prompt { n, made });
+        let stack = if self.base.encoder_decoder { Stack::Encoder } else { Stack::Main };
+        self.patches.entry(site).or_default().push(PatchPlan::Prompt { n, made, stack });
     }
 
     /// Directly, or one linear, tanh, one linear from a table as wide as the base (Li and Liang 2021).
     pub(super) fn prefix(&mut self, field: &str, part: &PrefixPart) {
-        let part = prefix_defaults(part);
+        let part = prefix_defaults(part, self.base.encoder_decoder);
         let Some(n) = self.virtual_tokens(field, part.num_virtual_tokens) else { return };
-        let sites: Vec<(SiteId, usize)> = (self.base.sites.iter())
-            .filter(|(_, e)| matches!(e.site, Site::KeyValue { .. }))
-            .map(|(id, e)| (id, e.out_dim))
-            .collect();
+        let sites = self.base.sites.prefix_sites();
         if sites.is_empty() {
             return self.problem(field, "a prefix needs layers with keys and values; this base has none");
         }
+        if self.base.encoder_decoder && part.start() == PrefixInit::Text {
+            let message = "text needs a base without an encoder of its own; random and zeros are accepted";
+            return self.problem(&format!("{field}.init"), message);
+        }
+        let sharing = sharing(&sites, self.base.encoder_decoder);
         let start = match part.start() {
             PrefixInit::Text => Start::Text(vec![]),
             PrefixInit::Random => Start::Random,
@@ -180,22 +184,19 @@ impl Resolver<'_> {
         };
         let encoder = part.projection.then(|| {
             let inner = part.projection_hidden.unwrap_or(ENCODER_HIDDEN) as usize;
-            let out = sites.iter().map(|(_, width)| 2 * width).sum();
+            let own = sites.iter().zip(&sharing).filter(|(_, like)| like.is_none());
+            let out = own.map(|((_, width), _)| 2 * width).sum();
             EncoderPlan { n, widths: vec![self.base.hidden, inner, out], act: Act::Tanh }
         });
         let made = encoder.is_some();
         self.positions.prefix = Some(PositionPlan { n, start, encoder, field: field.to_owned(), text: part.init_text });
-        for (site, _) in sites {
-            self.patches.entry(site).or_default().push(PatchPlan::Prefix { n, made });
+        for ((site, _), like) in sites.into_iter().zip(sharing) {
+            self.patches.entry(site).or_default().push(PatchPlan::Prefix { n, made, like });
         }
     }
 
     fn virtual_tokens(&mut self, field: &str, n: Option<u32>) -> Option<usize> {
         const MAX: u32 = MAX_VIRTUAL_TOKENS;
-        if self.base.encoder_decoder {
-            self.problem(field, "adds positions, which this server does not do for encoder-decoders");
-            return None;
-        }
         let n = n.unwrap_or(1);
         if !(1..=MAX).contains(&n) {
             self.problem(&format!("{field}.num_virtual_tokens"), format!("is {n}; accepted is 1 to {MAX}"));
@@ -203,6 +204,13 @@ impl Resolver<'_> {
         }
         Some(n as usize)
     }
+}
+
+/// For each layer, the earlier one that it shares keys and values with.
+fn sharing(sites: &[(SiteId, usize)], encoder_decoder: bool) -> Vec<Option<SiteId>> {
+    let pair = |layer| seq2seq_pair(layer, sites.len());
+    let like = |layer| (0..layer).find(|&l| encoder_decoder && pair(l) == pair(layer)).map(|l| sites[l].0);
+    (0..sites.len()).map(like).collect()
 }
 
 #[cfg(test)]

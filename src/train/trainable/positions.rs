@@ -1,11 +1,13 @@
 //! Variables of methods that add positions: virtual tokens themselves, or a network that makes them while training
 //! (only what it makes is saved and served).
 
+use std::collections::HashMap;
+
 use candle_core::{Result, Tensor, bail};
 
 use super::{Part, Trainable, init::Builder};
 use crate::{
-    delta::{Patch, Prefix, PrefixForm, Prompt, PromptStage, SiteId},
+    delta::{Patch, Prefix, PrefixForm, Prompt, PromptStage, SiteId, Stack},
     ops::{self, Act},
     train::spec::{EncoderPlan, PatchPlan, TrainSpec},
 };
@@ -22,7 +24,7 @@ pub(super) enum Source {
 /// What the variables of added positions form.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Positions {
-    Prompt { rows: Source, stage: PromptStage },
+    Prompt { rows: Source, stage: PromptStage, stack: Stack },
     Prefix { k: Source, v: Source, form: PrefixForm },
 }
 
@@ -30,7 +32,7 @@ impl Positions {
     /// The patch, with tensors from `get`.
     pub(super) fn patch(self, get: impl Fn(Source) -> Result<Tensor>) -> Result<Patch> {
         Ok(match self {
-            Self::Prompt { rows, stage } => Patch::Prompt(Prompt { rows: get(rows)?, stage }),
+            Self::Prompt { rows, stage, stack } => Patch::Prompt(Prompt { rows: get(rows)?, stage, stack }),
             Self::Prefix { k, v, form } => Patch::Prefix(Prefix { k: get(k)?, v: get(v)?, form }),
         })
     }
@@ -69,6 +71,8 @@ pub(super) struct Networks {
     prefix: Option<usize>,
     /// Columns of the prefix's network that are handed out.
     taken: usize,
+    /// Keys and values by site, for layers that share them.
+    made: HashMap<SiteId, (Source, Source)>,
 }
 
 impl Builder<'_> {
@@ -84,7 +88,7 @@ impl Builder<'_> {
 
     /// Variables of all networks.
     pub(super) fn networks(&mut self, spec: &TrainSpec) -> Result<Networks> {
-        let mut out = Networks { encoders: Vec::new(), prompt: None, prefix: None, taken: 0 };
+        let mut out = Networks { encoders: Vec::new(), prompt: None, prefix: None, taken: 0, made: HashMap::new() };
         let plans = [("prompt", &spec.positions.prompt), ("prefix", &spec.positions.prefix)];
         for (name, plan) in plans {
             let Some(plan) = plan.as_ref().and_then(|p| p.encoder.as_ref()) else { continue };
@@ -123,29 +127,36 @@ impl Builder<'_> {
     ) -> Result<Positions> {
         const PREFIX_STD: f32 = 0.02;
         const PROMPT_BOUND: f32 = 0.5;
-        match (plan, networks.prompt, networks.prefix) {
-            (&PatchPlan::Prompt { made: true, .. }, Some(encoder), _) => {
+        let form = PrefixForm::Context;
+        let stage = PromptStage::Tokens;
+        let (k, v) = match (plan, networks.prompt, networks.prefix) {
+            (&PatchPlan::Prompt { made: true, stack, .. }, Some(encoder), _) => {
                 let rows = Source::Made { encoder, from: 0, len: width };
-                Ok(Positions::Prompt { rows, stage: PromptStage::Tokens })
+                return Ok(Positions::Prompt { rows, stage, stack });
             }
-            (&PatchPlan::Prompt { n, made: false }, ..) => {
+            (&PatchPlan::Prompt { n, made: false, stack }, ..) => {
                 let rows = Source::Var(self.uniform_var("prompt".into(), (n, width), PROMPT_BOUND)?);
-                Ok(Positions::Prompt { rows, stage: PromptStage::Tokens })
+                return Ok(Positions::Prompt { rows, stage, stack });
             }
+            (PatchPlan::Prefix { like: Some(like), .. }, ..) => match networks.made.get(like) {
+                Some(shared) => *shared,
+                None => bail!("site {site} shares the keys of site {like}, which has none"),
+            },
             (&PatchPlan::Prefix { made: true, .. }, _, Some(encoder)) => {
                 let from = networks.taken;
                 networks.taken += 2 * width;
-                let k = Source::Made { encoder, from, len: width };
-                let v = Source::Made { encoder, from: from + width, len: width };
-                Ok(Positions::Prefix { k, v, form: PrefixForm::Context })
+                let made = |from| Source::Made { encoder, from, len: width };
+                (made(from), made(from + width))
             }
-            (&PatchPlan::Prefix { n, made: false }, ..) => {
+            (&PatchPlan::Prefix { n, made: false, .. }, ..) => {
                 let k = Source::Var(self.normal_var(prefix_name(site, "k"), (n, width), PREFIX_STD)?);
                 let v = Source::Var(self.normal_var(prefix_name(site, "v"), (n, width), PREFIX_STD)?);
-                Ok(Positions::Prefix { k, v, form: PrefixForm::Context })
+                (k, v)
             }
             _ => bail!("no network makes {plan:?}"),
-        }
+        };
+        networks.made.insert(site, (k, v));
+        Ok(Positions::Prefix { k, v, form })
     }
 }
 

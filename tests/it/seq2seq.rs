@@ -1,0 +1,166 @@
+//! Encoder-decoders over gRPC: every call, mixed batches, and what such a base cannot do.
+
+use candle_core::{Device, Tensor};
+use deltaserve::{
+    delta::{Delta, DeltaFiles, DeltaSpec, Patch, Prefix, PrefixForm, Prompt, PromptStage, Site, Stack, Task},
+    grpc::proto,
+    interop::{self, EncodeMeta},
+    model::testing::{Rng, tiny_t5},
+};
+use serde_json::Value;
+use tonic::Code;
+
+use crate::support::*;
+
+/// Sentinels and byte tokens are all in the tests' tokenizer; the decoder starts with token 0.
+fn t5() -> World {
+    World::of(tiny_t5(), 7)
+}
+
+fn random(rng: &mut Rng, n: usize, width: usize) -> Tensor {
+    let data: Vec<f32> = (0..n * width).map(|_| rng.normal()).collect();
+    Tensor::from_vec(data, (n, width), &Device::Cpu).expect("a tensor")
+}
+
+fn files(world: &World, method: &str, patches: Vec<(usize, Patch)>) -> DeltaFiles {
+    let spec = DeltaSpec {
+        methods: vec![method.into()],
+        task: Task::Seq2Seq,
+        labels: vec![],
+        num_virtual_tokens: 0,
+        parameters: 0,
+        resident_bytes: 0,
+    };
+    interop::encode(&Delta::new(spec, patches, None), &world.base, &EncodeMeta::default()).expect("a delta is encoded")
+}
+
+/// A prompt of `n` rows ahead of the source.
+fn prompt_of(world: &World, n: usize) -> DeltaFiles {
+    let rows = random(&mut Rng(11), n, world.base.arch.hidden);
+    let prompt = Prompt { rows, stage: PromptStage::Tokens, stack: Stack::Encoder };
+    files(world, "prompt", vec![(world.base.sites.id(Site::Embedding).expect("a site"), Patch::Prompt(prompt))])
+}
+
+/// A prefix of `n` keys, which both layers share.
+fn prefix_of(world: &World, n: usize) -> DeltaFiles {
+    let (mut rng, width) = (Rng(12), world.base.arch.kv_width());
+    let prefix = Prefix { k: random(&mut rng, n, width), v: random(&mut rng, n, width), form: PrefixForm::Context };
+    let sites = world.base.sites.prefix_sites();
+    files(world, "prefix", sites.into_iter().map(|(site, _)| (site, Patch::Prefix(prefix.clone()))).collect())
+}
+
+fn without_start() -> World {
+    let mut config = tiny_t5();
+    config["decoder_start_token_id"] = Value::Null;
+    config["pad_token_id"] = Value::Null;
+    World::of(config, 7)
+}
+
+async fn embed(client: &Client, delta: &str, text: &str) -> Vec<f32> {
+    let request = proto::EmbedRequest { delta: delta.into(), inputs: vec![text.into()], ..Default::default() };
+    let reply = client.inference().embed(client.request(request)).await.expect("an embedding").into_inner();
+    reply.embeddings[0].values.clone()
+}
+
+fn scored(prompt: &str, completion: &str) -> proto::ScoreInput {
+    proto::ScoreInput { prompt: prompt.into(), completion: completion.into() }
+}
+
+async fn score(client: &Client, delta: &str, input: proto::ScoreInput) -> Result<f64, tonic::Status> {
+    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input] };
+    let reply = client.inference().score(client.request(request)).await?.into_inner();
+    Ok(reply.results[0].log_likelihood)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn different_deltas_and_sources_in_one_batch_answer_as_if_alone() {
+    let world = t5();
+    let running = world.start().await;
+    let client = &running.client;
+    let mut deltas = vec![String::new()];
+    for i in 0..3 {
+        deltas.push(format!("d{i}"));
+        client.upload(&deltas[i + 1], &world.delta(i as u64 + 20)).await.expect("an upload");
+    }
+    for (name, files) in [("prompt", prompt_of(&world, 5)), ("prefix", prefix_of(&world, 3))] {
+        client.upload(name, &files).await.expect("an upload");
+        deltas.push(name.into());
+    }
+    let texts = ["a", "once upon a time there was", "The quick brown fox"];
+    let pairs: Vec<(&String, &str)> = deltas.iter().flat_map(|d| texts.iter().map(move |t| (d, *t))).collect();
+    let (mut said, mut vectors, mut scores) = (vec![], vec![], vec![]);
+    for (delta, text) in &pairs {
+        said.push(client.text(delta, text, 40).await);
+        vectors.push(embed(client, delta, text).await);
+        scores.push(score(client, delta, scored(text, "a fine thing")).await.expect("a score"));
+    }
+    let distinct: std::collections::BTreeSet<&String> = said.iter().collect();
+    assert!(distinct.len() > deltas.len(), "deltas and sources change what is said: {distinct:?}");
+    let generate = futures::future::join_all(pairs.iter().map(|(d, t)| client.text(d, t, 40)));
+    let embeds = futures::future::join_all(pairs.iter().map(|(d, t)| embed(client, d, t)));
+    let all = pairs.iter().map(|(d, t)| score(client, d, scored(t, "a fine thing")));
+    let (together, embedded, likely) =
+        timely("all end", async { tokio::join!(generate, embeds, futures::future::join_all(all)) }).await;
+    assert_eq!(together, said);
+    for (got, want) in embedded.iter().zip(&vectors) {
+        assert_eq!(got.len(), world.base.arch.hidden);
+        assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-4));
+        assert!((got.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4, "unit length");
+    }
+    for (got, want) in likely.into_iter().zip(&scores) {
+        assert!((got.expect("a score") - want).abs() < 1e-3);
+    }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_score_is_the_likelihood_of_what_is_generated() {
+    let world = t5();
+    let running = world.start().await;
+    let mut request = ask("", "hello there", 6);
+    request.options.as_mut().expect("options").logprobs = Some(0);
+    let mut stream = running.client.stream(request).await.expect("a stream");
+    let (mut ids, mut sum) = (vec![], 0.0);
+    while let Some(response) = stream.message().await.expect("a message") {
+        if let Some(proto::generate_response::Event::Delta(d)) = response.event {
+            ids.extend(d.token_ids);
+            sum += d.logprobs.iter().map(|l| f64::from(l.token.as_ref().map_or(0.0, |t| t.logprob))).sum::<f64>();
+        }
+    }
+    assert_eq!(ids.len(), 6);
+    let said = running.client.text("", "hello there", 6).await;
+    // the text of ordinary characters gives the same tokens again
+    if said.chars().all(|c| c.is_ascii_alphanumeric()) {
+        let got = score(&running.client, "", scored("hello there", &said)).await.expect("a score");
+        assert!((got - sum).abs() < 1e-3, "{got} {sum}");
+    }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_such_a_base_cannot_do_is_said_up_front() {
+    let world = t5();
+    let running = world.start().await;
+    let client = &running.client;
+    let refused = client.classify("", &["a text"]).await.expect_err("no head");
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    let refused = client.upload("head", &world.classifier(3, &["a", "b"])).await.expect_err("no such head");
+    assert!(matches!(refused.code(), Code::InvalidArgument | Code::FailedPrecondition), "{refused:?}");
+    let empty = score(client, "", scored("", "x")).await.expect_err("nothing to encode");
+    expect_invalid(&empty, "inputs[0]", &["empty prompt"]);
+    let steps = client.info().await.expect("info").load.unwrap_or_default();
+    assert_eq!(steps.running, 0);
+    running.stop().await;
+    let world = without_start();
+    let running = world.start().await;
+    let client = &running.client;
+    let no_start = [
+        client.generate(ask("", "x", 2)).await.expect_err("no start"),
+        score(client, "", scored("x", "y")).await.expect_err("no start"),
+    ];
+    for status in no_start {
+        assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}");
+        assert!(status.message().contains("decoder_start_token_id"), "{status:?}");
+    }
+    running.stop().await;
+}
