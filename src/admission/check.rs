@@ -108,6 +108,9 @@ impl std::fmt::Display for Range {
     }
 }
 
+/// Longest run of tokens that can be kept from coming twice.
+const MAX_NGRAM: u32 = 256;
+
 impl Sampling {
     /// Checks every number.
     pub fn check(&self, at: &str, problems: &mut Problems) {
@@ -118,6 +121,7 @@ impl Sampling {
         problems.range(&field("repetition_penalty"), self.repetition_penalty.into(), &Range::above(0.0, 100.0));
         problems.range(&field("frequency_penalty"), self.frequency_penalty.into(), &Range::closed(-2.0, 2.0));
         problems.range(&field("presence_penalty"), self.presence_penalty.into(), &Range::closed(-2.0, 2.0));
+        problems.integer(&field("no_repeat_ngram_size"), self.no_repeat_ngram_size, 0, MAX_NGRAM);
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// Subtracted once if the token is in the output; in [-2, 2].
     pub presence_penalty: f32,
+    /// No run of so many tokens comes twice; 0 = off. Of an encoder-decoder, the output alone counts.
+    pub no_repeat_ngram_size: u32,
     /// Seed of this request; the server draws one if absent and reports it.
     pub seed: Option<u64>,
 }
@@ -39,6 +41,7 @@ impl Default for Sampling {
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            no_repeat_ngram_size: 0,
             seed: None,
         }
     }

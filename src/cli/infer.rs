@@ -46,6 +46,9 @@ pub(super) struct GenerateArgs {
     /// Penalty once a token is in the output.
     #[arg(long, allow_negative_numbers = true)]
     presence_penalty: Option<f32>,
+    /// No run of so many tokens comes twice; 0 = off.
+    #[arg(long)]
+    no_repeat_ngram_size: Option<u32>,
     /// Seed of the sampling.
     #[arg(long)]
     seed: Option<u64>,
@@ -75,6 +78,7 @@ impl GenerateArgs {
                 repetition_penalty: self.repetition_penalty,
                 frequency_penalty: self.frequency_penalty,
                 presence_penalty: self.presence_penalty,
+                no_repeat_ngram_size: self.no_repeat_ngram_size,
                 seed: self.seed,
             }),
             stop: self.stop.clone(),

@@ -34,6 +34,23 @@ async fn a_stream_has_its_tokens_then_one_final_message_that_accounts_for_them()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn no_run_of_tokens_comes_twice_where_that_is_asked_for() {
+    let world = World::new();
+    let running = world.start().await;
+    let twice = |ids: &[u32]| {
+        let pairs: Vec<&[u32]> = ids.windows(2).collect();
+        (1..pairs.len()).any(|i| pairs[..i].contains(&pairs[i]))
+    };
+    let mut request = ask("", "once upon", 200);
+    assert!(twice(&running.client.generate(request.clone()).await.expect("a stream").ids), "it repeats itself");
+    let sampling = proto::Sampling { no_repeat_ngram_size: Some(2), ..Default::default() };
+    request.options.as_mut().expect("options").sampling = Some(sampling);
+    let ids = running.client.generate(request).await.expect("a stream").ids;
+    assert!(ids.len() == 200 && !twice(&ids));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_batch_equals_its_streams_and_greedy_is_deterministic() {
     let world = World::new();
     let running = world.start().await;

@@ -100,6 +100,7 @@ fn sampling(s: proto::Sampling) -> Sampling {
         repetition_penalty: s.repetition_penalty.unwrap_or(neutral.repetition_penalty),
         frequency_penalty: s.frequency_penalty.unwrap_or(neutral.frequency_penalty),
         presence_penalty: s.presence_penalty.unwrap_or(neutral.presence_penalty),
+        no_repeat_ngram_size: s.no_repeat_ngram_size.unwrap_or(neutral.no_repeat_ngram_size),
         seed: s.seed,
     }
 }
@@ -280,6 +281,7 @@ mod tests {
             repetition_penalty: Some(-1.0),
             frequency_penalty: Some(2.5),
             presence_penalty: Some(f32::NEG_INFINITY),
+            no_repeat_ngram_size: Some(257),
             ..Default::default()
         };
         let options = proto::GenerateOptions {
@@ -302,6 +304,7 @@ mod tests {
             "options.sampling.repetition_penalty",
             "options.sampling.frequency_penalty",
             "options.sampling.presence_penalty",
+            "options.sampling.no_repeat_ngram_size",
             "options.stop[0]",
             "options.stop[1]",
             "options.stop_tokens",

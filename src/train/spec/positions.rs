@@ -172,8 +172,8 @@ impl Resolver<'_> {
         if sites.is_empty() {
             return self.problem(field, "a prefix needs layers with keys and values; this base has none");
         }
-        if self.base.encoder_decoder && part.start() == PrefixInit::Text {
-            let message = "text needs a base without an encoder of its own; random and zeros are accepted";
+        if self.base.encoder_decoder && (part.start() == PrefixInit::Text || part.init_text.is_some()) {
+            let message = "a text needs a base without an encoder of its own; random and zeros are accepted";
             return self.problem(&format!("{field}.init"), message);
         }
         let sharing = sharing(&sites, self.base.encoder_decoder);
@@ -253,6 +253,20 @@ mod tests {
         let p = PTuningPart { num_virtual_tokens: Some(2), encoder_hidden: Some(6) };
         let spec = resolve(&sites, &[MethodPart::PTuning(p)]).unwrap();
         assert_eq!(spec.parameters(&sites), 2 * 8 + 9 * 6 + 7 * 6 + 7 * 8);
+    }
+
+    #[test]
+    fn a_text_starts_no_prefix_of_an_encoder_decoder() {
+        let sites = with_positions();
+        let base = BaseShape { sites: &sites, hidden: 8, vocab: 32, causal: true, encoder_decoder: true, inner: None };
+        let of = |part: PrefixPart| TrainSpec::resolve(&[MethodPart::Prefix(part)], Task::Seq2Seq, &[], base);
+        assert_eq!(of(PrefixPart::default()).unwrap().positions.prefix.unwrap().start, Start::Random);
+        for part in [
+            PrefixPart { init: Some(PrefixInit::Text), ..PrefixPart::default() },
+            PrefixPart { init_text: Some("a".into()), ..PrefixPart::default() },
+        ] {
+            assert_eq!(of(part).unwrap_err()[0].field, "methods[0].init");
+        }
     }
 
     #[test]
