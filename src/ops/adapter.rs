@@ -8,7 +8,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Act, f32_slice, patch::dot, vectorized};
+use super::{Act, f32_slice, math::dot, vectorized};
 
 /// The factor of an adapter's result.
 #[derive(Debug, Clone, Copy)]

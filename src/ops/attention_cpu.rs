@@ -16,20 +16,6 @@ pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>
     if q.track_op() || k.track_op() || v.track_op() { q.apply_op3(k, v, op) } else { q.apply_op3_no_bwd(k, v, &op) }
 }
 
-/// `a . b`, in 16 lanes.
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut acc = [0f32; 16];
-    let (ac, bc) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = ac.remainder().iter().zip(bc.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in ac.zip(bc) {
-        for ((s, x), y) in acc.iter_mut().zip(x).zip(y) {
-            *s = x.mul_add(*y, *s);
-        }
-    }
-    acc.iter().sum::<f32>() + rest
-}
-
 /// `out += s * x`.
 #[inline(always)]
 fn axpy(s: f32, x: &[f32], out: &mut [f32]) {
@@ -91,7 +77,7 @@ fn probabilities(
     let probs = &mut probs[..seen.len()];
     for (i, p) in probs.iter_mut().enumerate() {
         let at = key(seen.at(i));
-        *p = dot(q, &k[at..at + d]) * shaping.scale;
+        *p = math::dot(q, &k[at..at + d]) * shaping.scale;
     }
     normalise(probs, shaping, seen, slope);
 }
@@ -219,7 +205,7 @@ fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32],
         let k = &k[at..at + kv_width];
         for (h, q) in q.chunks_exact(d).enumerate() {
             let column = (h / group) * d;
-            probs[h * n + s] = dot(q, &k[column..column + d]) * plan.scale;
+            probs[h * n + s] = math::dot(q, &k[column..column + d]) * plan.scale;
         }
     }
     for (h, probs) in probs.chunks_exact_mut(n.max(1)).enumerate() {
@@ -263,7 +249,7 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
                     let mut delta = 0.0;
                     for s in 0..seen.len() {
                         let at = key(seen.at(s));
-                        let dp = dot(grad, &v[at..at + d]);
+                        let dp = math::dot(grad, &v[at..at + d]);
                         dprobs[s] = dp;
                         delta += probs[s] * dp;
                     }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{f32_slice, norm::norm_row, vectorized};
+use super::{f32_slice, math::dot, norm::norm_row, vectorized};
 
 /// One operation on the rows of one delta.
 #[derive(Debug, Clone, Copy)]
@@ -220,20 +220,6 @@ impl Op<'_> {
             Self::Affine { gain, bias, center, eps } => norm_row(x, gain, *bias, *center, *eps, out),
         }
     }
-}
-
-/// `a . b` in 32 lanes.
-#[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut acc = [0f32; 32];
-    let (ac, bc) = (a.chunks_exact(32), b.chunks_exact(32));
-    let rest: f32 = ac.remainder().iter().zip(bc.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in ac.zip(bc) {
-        for ((s, x), y) in acc.iter_mut().zip(x).zip(y) {
-            *s = x.mul_add(*y, *s);
-        }
-    }
-    acc.iter().sum::<f32>() + rest
 }
 
 /// Applies the groups' operations to `columns` of `out` `[rows, width]`, given the site's input `x` `[rows, in]`.
