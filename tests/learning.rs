@@ -55,6 +55,7 @@ fn a_classifier_learns() {
         validation: None,
         methods: vec![method],
         labels,
+        k_per_class: None,
         // evaluates once, at the end: the published delta is the last one
         hyper: HyperParams {
             eval_every: Some(1_000_000),

@@ -89,7 +89,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.
-const DOMAIN_TYPES: &[&str] = &["params", "classify_params", "train_params", "catalog_params", "jobs", "check"];
+const DOMAIN_TYPES: &[&str] =
+    &["params", "eval_metric", "classify_params", "train_params", "catalog_params", "jobs", "check"];
 
 /// The floors above `admission`: they call its service.
 const ABOVE_ADMISSION: &[&str] = &["admission", "grpc", "http", "cli", "app", "main.rs", "lib.rs"];

@@ -382,6 +382,8 @@ impl HyperParams {
             ("beta2", self.beta2, Range::below(0.0, 1.0)),
             ("eps", self.eps, Range::above(0.0, 1.0)),
             ("clip_norm", self.clip_norm, Range::closed(0.0, f64::MAX)),
+            ("label_smoothing", self.label_smoothing, Range::below(0.0, 1.0)),
+            ("min_delta", self.min_delta, Range::closed(0.0, f64::MAX)),
         ];
         for (name, value, range) in numbers {
             if let Some(value) = value {
@@ -393,6 +395,7 @@ impl HyperParams {
             ("batch_size", self.batch_size, 4096),
             ("grad_accumulation", self.grad_accumulation, 4096),
             ("max_length", self.max_length, u32::MAX),
+            ("patience", self.patience, 10_000),
         ];
         for (name, value, high) in integers {
             if let Some(value) = value {

@@ -204,6 +204,14 @@ pub struct EvalEvent {
     pub accuracy: Option<f64>,
     /// Macro-averaged F1; classification only.
     pub macro_f1: Option<f64>,
+    /// Matthews correlation; classification only.
+    pub mcc: Option<f64>,
+    /// Share of the predicted spans that are right; token classification with `B-` or `I-` labels only.
+    pub span_precision: Option<f64>,
+    /// Share of the gold spans that were found; as `span_precision`.
+    pub span_recall: Option<f64>,
+    /// Harmonic mean of the two; as `span_precision`.
+    pub span_f1: Option<f64>,
     /// Whether it is the best so far.
     pub best: bool,
 }

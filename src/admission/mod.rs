@@ -9,6 +9,7 @@ pub mod check;
 mod classify;
 mod classify_params;
 mod encode;
+pub mod eval_metric;
 mod generate;
 mod info;
 pub mod jobs;

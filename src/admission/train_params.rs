@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use super::eval_metric::EvalMetric;
 pub use super::jobs::{
     CheckpointEvent, EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent,
     ModelResult, NoteEvent, StateEvent,
@@ -34,6 +35,9 @@ pub struct TrainParams {
     pub methods: Vec<MethodPart>,
     /// Label names in index order; empty = sorted names found in the data.
     pub labels: Vec<String>,
+    /// Train on this many examples of each label, drawn by the seed; `None` = on all.
+    #[serde(default)]
+    pub k_per_class: Option<u32>,
     /// Hyper-parameters; unset ones get per-method defaults.
     pub hyper: HyperParams,
     /// What the publish may do to an existing name.
@@ -268,6 +272,18 @@ pub struct HyperParams {
     pub eval_every: Option<u32>,
     /// Put several short examples into one row sequence (attention stays per example).
     pub packing: Option<bool>,
+    /// The figure that chooses the best checkpoint and that `patience` watches, by name; default: the task's.
+    #[serde(default)]
+    pub eval_metric: Option<String>,
+    /// Evaluations without a gain after which the job ends; `None` = never.
+    #[serde(default)]
+    pub patience: Option<u32>,
+    /// A gain is more than this; default 0.
+    #[serde(default)]
+    pub min_delta: Option<f64>,
+    /// Share of each target's weight that all labels (or tokens) share while training, [0, 1); default 0.
+    #[serde(default)]
+    pub label_smoothing: Option<f64>,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -317,6 +333,18 @@ pub struct ResolvedTraining {
     /// EWC.
     #[serde(default)]
     pub ewc: Option<ResolvedEwc>,
+    /// The figure that chooses the best checkpoint.
+    #[serde(default)]
+    pub eval_metric: EvalMetric,
+    /// Evaluations without a gain after which the job ends; 0 = never.
+    #[serde(default)]
+    pub patience: u32,
+    /// A gain is more than this.
+    #[serde(default)]
+    pub min_delta: f64,
+    /// Label smoothing.
+    #[serde(default)]
+    pub label_smoothing: f64,
 }
 
 /// What a job would do: the reply of `Plan`.
@@ -421,6 +449,7 @@ mod tests {
                 MethodPart::Bitfit(BitfitPart::default()),
             ],
             labels: vec!["no".into(), "yes".into()],
+            k_per_class: Some(16),
             hyper: HyperParams { learning_rate: Some(3e-4), ..HyperParams::default() },
             publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
             from_delta: Some("old@2".into()),

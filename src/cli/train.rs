@@ -3,16 +3,17 @@
 use std::{fs, path::Path, time::Duration};
 
 mod methods;
+mod view;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 use tonic::Code;
 
-use super::{Common, client::Client, deltas::PublishArgs, jobs::state_name, output};
+use super::{Common, client::Client, deltas::PublishArgs, output};
 use crate::grpc::proto;
 use methods::{MethodArg, MethodArgs};
+use view::View;
 
 const CHUNK: usize = 256 * 1024;
 /// A lost watch is taken up again this often in a row.
@@ -54,6 +55,9 @@ pub(super) struct TrainArgs {
     /// Label names in index order, separated by commas.
     #[arg(long, value_delimiter = ',')]
     labels: Vec<String>,
+    /// Train on this many examples of each label only, drawn by the seed.
+    #[arg(long, value_name = "K")]
+    k_per_class: Option<u32>,
     /// Makes retries safe: the same key is the same job.
     #[arg(long, default_value = "")]
     idempotency_key: String,
@@ -140,6 +144,18 @@ struct HyperArgs {
     /// Put short examples together.
     #[arg(long)]
     packing: Option<bool>,
+    /// Share of a target's weight that all labels or tokens share.
+    #[arg(long, value_name = "X")]
+    label_smoothing: Option<f64>,
+    /// Figure that chooses the best checkpoint: loss, perplexity, accuracy, macro_f1, mcc, span_f1.
+    #[arg(long, value_name = "NAME")]
+    eval_metric: Option<String>,
+    /// End after this many evaluations without a gain.
+    #[arg(long, value_name = "N")]
+    patience: Option<u32>,
+    /// A gain is more than this.
+    #[arg(long, value_name = "X", requires = "patience")]
+    min_delta: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -216,6 +232,7 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
         methods: methods.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
+        k_per_class: args.k_per_class,
         hyper: Some(hyper(&args.hyper)),
         publish: Some(args.publish.policy()),
         from_delta: args.start.from_delta.clone().unwrap_or_default(),
@@ -244,6 +261,10 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         seed: args.seed,
         eval_every: args.eval_every,
         packing: args.packing,
+        label_smoothing: args.label_smoothing,
+        eval_metric: args.eval_metric.clone(),
+        patience: args.patience,
+        min_delta: args.min_delta,
         ..Default::default()
     }
 }
@@ -315,121 +336,4 @@ pub(super) async fn watch(common: &Common, client: &Client, id: &str, from: u64)
             }
         }
     }
-}
-
-/// What is shown of events.
-enum View {
-    Json,
-    Lines,
-    Bar(ProgressBar),
-}
-
-impl View {
-    fn new(common: &Common) -> Self {
-        if common.json {
-            return Self::Json;
-        }
-        if !output::terminal() {
-            return Self::Lines;
-        }
-        let template = "{prefix:>10} [{bar:32}] {pos}/{len}  {msg}";
-        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        Self::Bar(ProgressBar::new(0).with_style(style.progress_chars("=> ")))
-    }
-
-    /// Shows an event; tells how the job ended, if it did.
-    fn show(&mut self, event: &proto::JobEvent) -> anyhow::Result<Option<anyhow::Result<()>>> {
-        use proto::job_event::Body;
-        if matches!(self, Self::Json) {
-            output::json(event)?;
-        }
-        match &event.body {
-            Some(Body::State(change)) => return self.state(change),
-            Some(Body::Metrics(m)) => self.metrics(m)?,
-            Some(Body::Eval(e)) => self.say(&eval_line(e))?,
-            Some(Body::Checkpoint(c)) => self.say(&format!("checkpoint at step {}", c.step))?,
-            Some(Body::Warning(n)) => self.say(&format!("warning: {} {}", n.code, n.message))?,
-            Some(Body::Log(n)) => self.say(&n.message)?,
-            None => {}
-        }
-        Ok(None)
-    }
-
-    fn state(&mut self, change: &proto::StateChange) -> anyhow::Result<Option<anyhow::Result<()>>> {
-        use proto::JobState as State;
-        let name = state_name(change.state());
-        if let Self::Bar(bar) = self {
-            bar.set_prefix(name.clone());
-        }
-        Ok(Some(match change.state() {
-            State::Succeeded => {
-                let r = change.result.clone().unwrap_or_default();
-                let made = match &r.model {
-                    Some(m) => format!("made the model {} ({})", m.path, output::short(&m.fingerprint)),
-                    None => format!("published {}@{} ({})", r.name, r.number, output::short(&r.id)),
-                };
-                self.say(&format!("{made}, loss {:.4}", r.final_loss))?;
-                self.finish();
-                Ok(())
-            }
-            State::Failed | State::Cancelled | State::Interrupted => {
-                self.finish();
-                let failure = change.failure.clone().unwrap_or_default();
-                Err(anyhow::anyhow!("the job {name}: {} {}", failure.code, failure.message))
-            }
-            State::Unspecified | State::Queued | State::Running | State::Publishing => {
-                if matches!(self, Self::Lines) {
-                    output::line(&name)?;
-                }
-                return Ok(None);
-            }
-        }))
-    }
-
-    fn metrics(&mut self, m: &proto::Metrics) -> anyhow::Result<()> {
-        match self {
-            Self::Json => Ok(()),
-            Self::Lines => output::line(&format!(
-                "step {}/{}  epoch {:.2}  loss {:.4}  lr {:.2e}  {:.0} tokens/s  eta {:.0} s",
-                m.step, m.total_steps, m.epoch, m.loss, m.learning_rate, m.tokens_per_second, m.eta_seconds
-            )),
-            Self::Bar(bar) => {
-                bar.set_length(m.total_steps.into());
-                bar.set_position(m.step.into());
-                let eta = indicatif::HumanDuration(Duration::try_from_secs_f64(m.eta_seconds).unwrap_or_default());
-                bar.set_message(format!("loss {:.4}  {:.0} tokens/s  eta {eta}", m.loss, m.tokens_per_second));
-                Ok(())
-            }
-        }
-    }
-
-    fn say(&self, text: &str) -> anyhow::Result<()> {
-        match self {
-            Self::Json => Ok(()),
-            Self::Lines => output::line(text),
-            Self::Bar(bar) => {
-                bar.println(text);
-                Ok(())
-            }
-        }
-    }
-
-    fn finish(&self) {
-        if let Self::Bar(bar) = self {
-            bar.abandon();
-        }
-    }
-}
-
-fn eval_line(e: &proto::EvalResult) -> String {
-    let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
-    format!(
-        "evaluation at step {}: loss {:.4}{}{}{}{}",
-        e.step,
-        e.loss,
-        number("perplexity", e.perplexity),
-        number("accuracy", e.accuracy),
-        number("macro-F1", e.macro_f1),
-        if e.best { "  (best)" } else { "" }
-    )
 }

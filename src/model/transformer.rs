@@ -285,6 +285,20 @@ impl Transformer {
     /// # Errors
     /// A base without a language-model head, a target outside the vocabulary.
     pub fn nll(&self, hidden: &Tensor, pick: &[u32], targets: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
+        self.smoothed_nll(hidden, (pick, targets), 0.0, cx)
+    }
+
+    /// As [`Self::nll`], with label smoothing ([`ops::smoothed_nll`]); `(pick, targets)` have the same length.
+    ///
+    /// # Errors
+    /// As [`Self::nll`].
+    pub fn smoothed_nll(
+        &self,
+        hidden: &Tensor,
+        (pick, targets): (&[u32], &[u32]),
+        smoothing: f64,
+        cx: &Cx<'_>,
+    ) -> Result<Tensor> {
         let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
         let patched = head.parts.iter().any(|(site, _)| cx.deltas.touches(*site));
         // a head that is trained wants the gradient of its matrix, too
@@ -292,9 +306,9 @@ impl Transformer {
             let logits = self.logits(hidden, pick, cx)?;
             let logp = candle_nn::ops::log_softmax(&logits, 1)?;
             let idx = Tensor::new(targets, &self.device)?.reshape((targets.len(), 1))?;
-            return logp.gather(&idx, 1)?.neg()?.flatten_all();
+            return ops::smoothed_nll(&logp, &idx, smoothing);
         }
-        ops::head_nll(&self.before_head(hidden, pick)?, &head.weight, targets, self.arch.logit_cap)
+        ops::head_nll(&self.before_head(hidden, pick)?, &head.weight, targets, self.arch.logit_cap, smoothing)
     }
 
     /// Whether the checkpoint brought a classification head.

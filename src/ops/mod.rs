@@ -24,7 +24,7 @@ pub use activation::{Act, activate, gate};
 pub use adapter::{AdapterRows, RowScale, adapt_in_place};
 pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attention};
 pub use linear::{Weight, linear};
-pub use nll::head_nll;
+pub use nll::{head_nll, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use rope::{RopeTable, rope};

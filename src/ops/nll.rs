@@ -16,6 +16,8 @@ struct HeadNll {
     targets: Vec<u32>,
     /// Logits are squeezed to `cap * tanh(logit / cap)`.
     cap: Option<f32>,
+    /// Share of the target's weight that all tokens share.
+    smoothing: f32,
     tracked: bool,
     /// `(softmax - onehot) W` per row, for backward.
     unit_grad: Mutex<Option<Tensor>>,
@@ -35,9 +37,9 @@ impl HeadNll {
             let logits = self.weight.product(&h.narrow(0, at, n)?)?; // [n, vocab]
             let (logits, slope) = capped(logits, self.cap)?;
             let (loss, probs) = if is_cpu_f32(&logits) {
-                chunk_cpu(&logits, targets, self.tracked)?
+                chunk_cpu(&logits, targets, self.smoothing, self.tracked)?
             } else {
-                chunk_reference(&logits, targets, self.tracked)?
+                chunk_reference(&logits, targets, self.smoothing, self.tracked)?
             };
             nll.extend(loss);
             if let Some(p) = probs {
@@ -66,11 +68,12 @@ fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option<Tensor>)> 
     Ok(((t * cap)?, Some(slope)))
 }
 
-/// Losses of a chunk, and `softmax - onehot` in the logits' place if wanted.
-fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
+/// Losses of a chunk, and `softmax - (1 - s) onehot - s / vocab` in the logits' place if wanted.
+fn chunk_cpu(logits: &Tensor, targets: &[u32], smoothing: f32, grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
     use rayon::prelude::*;
     let (rows, vocab) = logits.dims2()?;
     let mut data = super::with_f32(logits, |l| Ok(l.to_vec()))?;
+    let (sharp, each) = (1.0 - smoothing, smoothing / vocab as f32);
     let nll: Vec<f32> = data
         .par_chunks_mut(vocab)
         .zip(targets)
@@ -83,6 +86,7 @@ fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, 
                         max = max.max(*v);
                     }
                     let picked = row[target as usize] - max;
+                    let shared = if smoothing > 0.0 { mean(row) - max } else { 0.0 };
                     let mut acc = [0f32; 16];
                     for chunk in row.chunks_mut(16) {
                         for (a, v) in acc.iter_mut().zip(chunk) {
@@ -94,12 +98,12 @@ fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, 
                     if grad {
                         let inv = 1.0 / sum;
                         for v in row.iter_mut() {
-                            *v *= inv;
+                            *v = *v * inv - each;
                         }
-                        row[target as usize] -= 1.0;
+                        row[target as usize] -= sharp;
                     }
                     // a NaN anywhere in the row must reach the loss: max() skips it, the sum does not
-                    sum.ln() - picked
+                    sum.ln() - sharp * picked - smoothing * shared
                 },
             )
         })
@@ -108,17 +112,22 @@ fn chunk_cpu(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, 
     Ok((nll, probs))
 }
 
-fn chunk_reference(logits: &Tensor, targets: &[u32], grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
+fn mean(row: &[f32]) -> f32 {
+    row.iter().sum::<f32>() / row.len() as f32
+}
+
+fn chunk_reference(logits: &Tensor, targets: &[u32], smoothing: f32, grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
     let (rows, vocab) = logits.dims2()?;
     let dev = logits.device();
     let dtype = logits.dtype();
     let logp = candle_nn::ops::log_softmax(&logits.to_dtype(candle_core::DType::F32)?, D::Minus1)?;
     let idx = Tensor::new(targets, dev)?.reshape((rows, 1))?;
-    let nll = logp.gather(&idx, 1)?.neg()?.flatten_all()?.to_vec1::<f32>()?;
+    let nll = smoothed_nll(&logp, &idx, smoothing.into())?.to_vec1::<f32>()?;
     let probs = if grad {
-        let minus = Tensor::full(-1f32, (rows, 1), dev)?;
+        let minus = Tensor::full(smoothing - 1.0, (rows, 1), dev)?;
         let onehot = Tensor::zeros((rows, vocab), candle_core::DType::F32, dev)?.scatter_add(&idx, &minus, 1)?;
-        Some((logp.exp()? + onehot)?.to_dtype(dtype)?)
+        let each = f64::from(smoothing) / vocab as f64;
+        Some(((logp.exp()? + onehot)? - each)?.to_dtype(dtype)?)
     } else {
         None
     };
@@ -164,11 +173,26 @@ impl CustomOp1 for HeadNll {
     }
 }
 
-/// `-log softmax(cap(h W))[target]` of each row: `h` `[rows, hidden]`, `targets` `[rows]` -> `[rows]` f32.
+/// Cross-entropy with label smoothing (Szegedy et al. 2016; torch's `CrossEntropyLoss(label_smoothing=s)`):
+/// `-(1 - s) logp[target] - s mean(logp)` of each row. `logp` `[n, labels]` f32, `targets` `[n, 1]` -> `[n]`;
+/// differentiable.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn smoothed_nll(logp: &Tensor, targets: &Tensor, smoothing: f64) -> Result<Tensor> {
+    let picked = logp.gather(targets, 1)?.squeeze(1)?.neg()?;
+    if smoothing == 0.0 {
+        return Ok(picked);
+    }
+    (picked * (1.0 - smoothing))? - (logp.mean(1)? * smoothing)?
+}
+
+/// [`smoothed_nll`] of `log softmax(cap(h W))`: `h` `[rows, hidden]`, `targets` `[rows]` -> `[rows]` f32. Without
+/// smoothing (0), the negative log-likelihood of the targets.
 ///
 /// # Errors
 /// A target outside the vocabulary; shapes that do not fit.
-pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32], cap: Option<f32>) -> Result<Tensor> {
+pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32], cap: Option<f32>, smoothing: f64) -> Result<Tensor> {
     let rows = h.dim(0)?;
     let vocab = weight.out_dim();
     if targets.len() != rows || h.dim(1)? != weight.in_dim() {
@@ -179,7 +203,14 @@ pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32], cap: Option<f32>) 
     }
     let h = h.contiguous()?;
     let tracked = h.track_op();
-    let op = HeadNll { weight: weight.clone(), targets: targets.to_vec(), cap, tracked, unit_grad: Mutex::new(None) };
+    let op = HeadNll {
+        weight: weight.clone(),
+        targets: targets.to_vec(),
+        cap,
+        smoothing: smoothing as f32,
+        tracked,
+        unit_grad: Mutex::new(None),
+    };
     if tracked { h.apply_op1(op) } else { h.apply_op1_no_bwd(&op) }
 }
 
@@ -193,22 +224,33 @@ mod tests {
         let dev = Device::Cpu;
         let table = Tensor::randn(0f32, 1.0, (37, 12), &dev).unwrap();
         let weights = [Weight::view_of(&table).unwrap(), Weight::from_out_in(&table).unwrap()];
-        for (weight, cap) in weights.iter().flat_map(|w| [(w, None), (w, Some(1.5f32))]) {
+        let caps = weights.iter().flat_map(|w| [(w, None), (w, Some(1.5f32))]);
+        for ((weight, cap), smoothing) in caps.flat_map(|c| [(c, 0.0), (c, 0.1), (c, 0.7)]) {
             let h = Var::randn(0f32, 1.0, (9, 12), &dev).unwrap();
             let targets: Vec<u32> = (0..9).map(|i| i * 4).collect();
             let scale = Tensor::randn(0f32, 1.0, 9, &dev).unwrap();
-            let fast = head_nll(&h, weight, &targets, cap).unwrap();
+            let fast = head_nll(&h, weight, &targets, cap, smoothing).unwrap();
             let mut logits = h.matmul(&table.t().unwrap()).unwrap();
             if let Some(cap) = cap.map(f64::from) {
                 logits = ((logits / cap).unwrap().tanh().unwrap() * cap).unwrap();
             }
             let logp = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap();
             let idx = Tensor::new(&targets[..], &dev).unwrap().reshape((9, 1)).unwrap();
-            let slow = logp.gather(&idx, 1).unwrap().neg().unwrap().flatten_all().unwrap();
+            // torch: cross-entropy against (1 - s) onehot + s / classes
+            let share = Tensor::full((smoothing / 37.0) as f32, (9, 37), &dev).unwrap();
+            let rest = Tensor::full((1.0 - smoothing) as f32, (9, 1), &dev).unwrap();
+            let aim = share.scatter_add(&idx, &rest, 1).unwrap();
+            let slow = (&logp * aim).unwrap().sum(1).unwrap().neg().unwrap();
             let diff = |a: &Tensor, b: &Tensor| {
                 (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
             };
             assert!(diff(&fast, &slow) < 1e-5);
+            assert!(diff(&smoothed_nll(&logp, &idx, smoothing).unwrap(), &slow) < 1e-5);
+            let values = logits.detach();
+            let (losses, grads) = chunk_reference(&values, &targets, smoothing as f32, true).unwrap();
+            let (kernel, kernel_grads) = chunk_cpu(&values, &targets, smoothing as f32, true).unwrap();
+            assert!(losses.iter().zip(&kernel).all(|(a, b)| (a - b).abs() < 1e-5));
+            assert!(diff(&grads.unwrap(), &kernel_grads.unwrap()) < 1e-5);
             let grad = |y: Tensor| {
                 let store = (y * &scale).unwrap().sum_all().unwrap().backward().unwrap();
                 store.get(&h).unwrap().clone()
@@ -222,7 +264,7 @@ mod tests {
         let dev = Device::Cpu;
         let table = Tensor::randn(0f32, 1.0, (37, 2), &dev).unwrap();
         let h = Tensor::new(&[[1f32, f32::NAN]], &dev).unwrap();
-        let nll = head_nll(&h, &Weight::view_of(&table).unwrap(), &[3], None).unwrap().to_vec1::<f32>().unwrap();
+        let nll = head_nll(&h, &Weight::view_of(&table).unwrap(), &[3], None, 0.0).unwrap().to_vec1::<f32>().unwrap();
         assert!(nll[0].is_nan());
     }
 }

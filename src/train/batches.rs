@@ -15,6 +15,8 @@ pub enum Stream {
     Split = 3,
     /// Dropout.
     Dropout = 4,
+    /// Few-shot sample.
+    Sample = 5,
 }
 
 /// The generator of one purpose of a job's seed.
@@ -38,6 +40,29 @@ pub fn split(n: usize, fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     order.sort_unstable();
     valid.sort_unstable();
     (order, valid)
+}
+
+/// Draws `k` examples of each class (classes by example, 0 to `classes`); the old order is kept.
+///
+/// # Errors
+/// Classes with fewer examples than `k`, with how many they have.
+pub fn sample(of: &[u32], classes: usize, k: usize, seed: u64) -> Result<Vec<usize>, Vec<(usize, usize)>> {
+    let mut by_class = vec![Vec::new(); classes];
+    for (i, class) in of.iter().enumerate() {
+        by_class.get_mut(*class as usize).into_iter().for_each(|all: &mut Vec<usize>| all.push(i));
+    }
+    let few: Vec<_> = by_class.iter().map(Vec::len).enumerate().filter(|(_, n)| *n < k).collect();
+    if !few.is_empty() {
+        return Err(few);
+    }
+    let mut rng = rng(seed, Stream::Sample);
+    let mut chosen = Vec::with_capacity(classes * k);
+    for mut all in by_class {
+        all.shuffle(&mut rng);
+        chosen.extend_from_slice(&all[..k]);
+    }
+    chosen.sort_unstable();
+    Ok(chosen)
 }
 
 /// Groups examples into units of at most `capacity` tokens, first fit over the longest first. Attention stays within
@@ -212,5 +237,17 @@ mod tests {
             let (min, max) = (batch.iter().map(|i| lens[*i]).min(), batch.iter().map(|i| lens[*i]).max());
             assert_eq!(max.unwrap() - min.unwrap(), 7, "one pool: neighbours in length");
         }
+    }
+
+    #[test]
+    fn a_sample_has_k_of_each_class_by_the_seed_alone() {
+        let of: Vec<u32> = (0..60).map(|i| i % 3).collect();
+        let drawn = sample(&of, 3, 4, 1).unwrap();
+        assert!((0..3).all(|c| drawn.iter().filter(|i| of[**i] == c).count() == 4), "{drawn:?}");
+        assert!(drawn.windows(2).all(|w| w[0] < w[1]));
+        assert_eq!(sample(&of, 3, 4, 1), Ok(drawn.clone()));
+        assert_ne!(sample(&of, 3, 4, 2), Ok(drawn));
+        assert_eq!(sample(&of, 4, 21, 1), Err(vec![(0, 20), (1, 20), (2, 20), (3, 0)]));
+        assert_eq!(sample(&of, 3, 20, 1), Ok((0..60).collect()));
     }
 }

@@ -17,7 +17,7 @@ use super::{
     trainable::Trainable,
 };
 use crate::{
-    admission::train_params::{MethodPart, ResolvedTraining},
+    admission::train_params::{JobEventBody, MethodPart, ResolvedTraining},
     delta::{DeltaBatch, Task},
     model::{Base, Input, LoadOptions, testing, write_folder},
     nn::Cx,
@@ -72,12 +72,20 @@ fn outputs(base: &Base) -> Vec<f32> {
 }
 
 fn train(base: &Arc<Base>, input: RunInput) -> Trained {
-    let mut run = Run::new(Arc::clone(base), None, input).unwrap();
+    match drive(&mut Run::new(Arc::clone(base), None, input).unwrap()).1 {
+        Outcome::Trained(t) => *t,
+        Outcome::Failed(f) => panic!("{f:?}"),
+    }
+}
+
+fn drive(run: &mut Run) -> (Vec<JobEventBody>, Outcome) {
+    let mut all = Vec::new();
     loop {
-        if let Advance::Done(_, outcome) = run.advance() {
-            match *outcome {
-                Outcome::Trained(t) => return *t,
-                Outcome::Failed(f) => panic!("{f:?}"),
+        match run.advance() {
+            Advance::More(events) => all.extend(events),
+            Advance::Done(events, outcome) => {
+                all.extend(events);
+                return (all, *outcome);
             }
         }
     }
@@ -167,6 +175,28 @@ fn a_seed_decides_and_accumulation_is_one_large_batch() {
     assert!(once == weights(8, 1), "the same seed");
     let worst = once.iter().zip(weights(4, 2)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst < 2e-3, "{worst}"); // Adam turns rounding of tiny gradients into steps
+}
+
+#[test]
+fn a_job_whose_patience_runs_out_makes_the_model_of_its_best_evaluation() {
+    let (dir, base) = kept("bert");
+    let resolved = ResolvedTraining { eval_every: 1, patience: 2, min_delta: 1e9, learning_rate: 1e-3, ..hyper(30) };
+    let mut input = full(&base, Task::SeqCls, resolved);
+    input.validation = examples(Task::SeqCls, 8);
+    let (held, spec) = (Arc::clone(&input.validation), input.spec.clone());
+    let mut run = Run::new(Arc::clone(&base), None, input).unwrap();
+    let (events, outcome) = drive(&mut run);
+    let Outcome::Trained(trained) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(run.step(), 3, "one evaluation to compare with and two without a gain");
+    assert!(events.iter().any(|e| matches!(e, JobEventBody::Log(note) if note.code == "EARLY_STOP")), "{events:?}");
+    let best = trained.best_eval.expect("an evaluation");
+    let model = trained.model.expect("a model");
+    write_folder(&base, &model, &dir.path().join("out")).unwrap();
+    let served = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
+    let plain = crate::delta::Delta::new(spec_of(&spec), vec![], model.head.clone());
+    let held: Vec<&Encoded> = held.iter().collect();
+    let each = losses(&served, Arc::new(plain), &held, None).unwrap().each;
+    assert!((f64::from(each.mean_all().unwrap().to_scalar::<f32>().unwrap()) - best.loss).abs() < 1e-5);
 }
 
 #[test]

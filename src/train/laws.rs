@@ -11,7 +11,7 @@ use rand::Rng as _;
 use super::{
     batches::{Stream, rng},
     encode::{Encoded, Target},
-    objective::losses,
+    objective::{losses, smoothed_losses},
     optim::global_norm,
     plan::{Prepared, tests::params},
     run::{Advance, Outcome, Run, RunInput, Trained},
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     admission::train_params::{
-        BitfitPart, HyperParams, JobEventBody, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
+        BitfitPart, EvalMetric, HyperParams, JobEventBody, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
     },
     delta::{DeltaBatch, Task},
     model::{Base, Input, testing},
@@ -91,6 +91,10 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         packing: false,
         started_from: None,
         ewc: None,
+        eval_metric: EvalMetric::Loss,
+        patience: 0,
+        min_delta: 0.0,
+        label_smoothing: 0.0,
     }
 }
 
@@ -226,7 +230,7 @@ fn gradients_match_central_differences() {
         let batch: Vec<&Encoded> = input.train.iter().take(6).collect();
         let loss = || {
             let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
-            losses(&base, delta, &batch, None).unwrap().each.mean_all().unwrap()
+            smoothed_losses(&base, delta, &batch, 0.1, None).unwrap().each.mean_all().unwrap()
         };
         let mut noise = rng(7, Stream::Init);
         for v in t.vars().iter().filter(|v| v.name.ends_with("lora_B")) {
@@ -347,7 +351,7 @@ fn divergence_fails_with_the_step_and_keeps_the_last_good_checkpoint() {
 #[test]
 fn the_best_evaluation_is_what_is_published() {
     let base = tiny("bert");
-    let resolved = ResolvedTraining { eval_every: 5, ..hyper(23) };
+    let resolved = ResolvedTraining { eval_every: 5, eval_metric: EvalMetric::Accuracy, ..hyper(23) };
     let input = RunInput { validation: examples(Task::SeqCls, 60), ..input(&base, Task::SeqCls, &lora(), resolved) };
     let (events, outcome) = finish(Run::new(Arc::clone(&base), None, input).unwrap());
     let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };

@@ -3,13 +3,16 @@
 //! `Plan` and `CreateJob` both end here, so a dry run says exactly what a job would do. Every problem is reported, not
 //! only the first. No tensors.
 
+mod evaluation;
+mod few_shot;
+
 use std::sync::Arc;
 
 use crate::{
     admission::{
         params::Violation,
         train_params::{
-            AdapterPart, AdapterVariant, HyperParams, LoraPart, MemoryEstimate, MethodPart, PlanReply,
+            AdapterPart, AdapterVariant, EvalMetric, HyperParams, LoraPart, MemoryEstimate, MethodPart, PlanReply,
             ResolvedTraining, Schedule, TrainParams, Validation,
         },
     },
@@ -82,9 +85,12 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     {
         problems.push(violation("validation.fraction", format!("is {f}; accepted is (0, 0.5]")));
     }
-    let (data, mut report) = Dataset::parse(inputs.train);
+    let (mut data, mut report) = Dataset::parse(inputs.train);
     let labels = LabelSet::resolve(&params.labels, &data, &mut report);
     check_train(&data, params.task, &labels, &mut report);
+    if report.is_ok() {
+        problems.extend(few_shot::take(params, &labels, &mut data));
+    }
     let (methods, clashes) = match inputs.start {
         Some(start) => transfer::methods(params, start, base.shape),
         None => (params.methods.clone(), Vec::new()),
@@ -129,6 +135,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
             None
         }
     };
+    let eval_metric = evaluation::metric(params, labels.names(), &mut problems);
     let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
     let seed = params.hyper.seed.unwrap_or(0);
     if let Some(Validation::Fraction(f)) = params.validation {
@@ -136,7 +143,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         validation = hold.iter().map(|i| train[*i].clone()).collect();
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
-    let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, base: base.shape };
+    let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let resolved = chosen.resolve(&train, start.as_ref());
     let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
     let longest_rows = longest + spec.positions.count();
@@ -326,12 +333,13 @@ struct Chosen<'a> {
     methods: &'a [MethodPart],
     labels: &'a LabelSet,
     max_length: usize,
+    eval_metric: EvalMetric,
     base: BaseShape<'a>,
 }
 
 impl Chosen<'_> {
     fn resolve(&self, train: &[Encoded], start: Option<&Continued>) -> ResolvedTraining {
-        let Self { params, methods, labels, max_length, base } = *self;
+        let Self { params, methods, labels, max_length, eval_metric, base } = *self;
         let h = &params.hyper;
         let lm = params.task.generates();
         let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
@@ -372,6 +380,10 @@ impl Chosen<'_> {
             packing,
             started_from: start.map(Continued::record),
             ewc: start.and_then(Continued::ewc_record),
+            eval_metric,
+            patience: h.patience.unwrap_or(0),
+            min_delta: h.min_delta.unwrap_or(0.0),
+            label_smoothing: h.label_smoothing.unwrap_or(0.0),
         }
     }
 }
@@ -392,6 +404,7 @@ pub(crate) mod tests {
             validation: None,
             methods,
             labels: vec![],
+            k_per_class: None,
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
             from_delta: None,
@@ -400,11 +413,11 @@ pub(crate) mod tests {
         }
     }
 
-    fn lora() -> Vec<MethodPart> {
+    pub(super) fn lora() -> Vec<MethodPart> {
         vec![MethodPart::Lora(LoraPart::default())]
     }
 
-    fn run(params: &TrainParams, train: &str, validation: Option<&str>) -> Result<Prepared, Vec<Violation>> {
+    pub(super) fn run(params: &TrainParams, train: &str, validation: Option<&str>) -> Result<Prepared, Vec<Violation>> {
         let sites = table(true);
         let causal = params.task == Task::CausalLm;
         let shape =

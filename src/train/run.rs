@@ -3,6 +3,7 @@
 //! [`Run::advance`] does at most one forward and backward, so that whoever calls it can interleave jobs, cancel within a
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
+mod evaluation;
 mod outcome;
 
 use std::{
@@ -23,10 +24,10 @@ use crate::{
     train::{
         batches::{self, Batches, Stream, micro_batches},
         encode::Encoded,
-        eval::{Tally, better},
+        eval::{Patience, Tally},
         ewc::{Fisher, Penalty},
         metrics::TrainMetrics,
-        objective::{Losses, losses},
+        objective::{Losses, smoothed_losses},
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
         plan::{MICRO_TOKENS, Prepared},
         spec::TrainSpec,
@@ -119,6 +120,9 @@ pub struct Run {
     step: u32,
     last_loss: f64,
     best: Option<Best>,
+    patience: Patience,
+    /// Whether the patience has run out.
+    stopped: bool,
     /// Weights that gave a finite loss.
     good: Option<(u32, Snapshot)>,
     /// Weights whose loss is not known yet.
@@ -175,6 +179,8 @@ impl Run {
             step: 0,
             last_loss: f64::NAN,
             best: None,
+            patience: Patience::new(r.eval_metric, r.patience, r.min_delta),
+            stopped: false,
             unproven: None,
             started: Instant::now(),
             last_metrics: None,
@@ -249,7 +255,7 @@ impl Run {
                 None => self.finish_eval(events),
             };
         }
-        if self.step >= self.input.resolved.total_steps {
+        if self.stopped || self.step >= self.input.resolved.total_steps {
             return self.trained().map(Some);
         }
         self.train_micro(events)
@@ -302,7 +308,8 @@ impl Run {
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
         let delta = self.trainable.delta(&mut self.dropout)?;
         let base = self.trainable.base(&self.base)?;
-        let Losses { each, .. } = losses(&base, delta, &examples, self.pacer.as_ref())?;
+        let smoothing = self.input.resolved.label_smoothing;
+        let Losses { each, .. } = smoothed_losses(&base, delta, &examples, smoothing, self.pacer.as_ref())?;
         let share = (each.sum_all()? / step.weight)?;
         let loss = f64::from(share.to_scalar::<f32>()?);
         if !loss.is_finite() {
@@ -387,54 +394,6 @@ impl Run {
             self.last_metrics = Some(Instant::now());
             event
         })
-    }
-
-    fn eval_due(&self) -> bool {
-        if self.input.validation.is_empty() {
-            return false;
-        }
-        let every = match self.input.resolved.eval_every {
-            0 => self.batches.per_epoch().max(1) as u32,
-            n => n,
-        };
-        self.step.is_multiple_of(every) || self.step == self.input.resolved.total_steps
-    }
-
-    fn begin_eval(&self) -> Phase {
-        let lens: Vec<usize> = self.input.validation.iter().map(Encoded::rows).collect();
-        let mut order: Vec<usize> = (0..lens.len()).collect();
-        order.sort_by_key(|i| lens[*i]);
-        let todo = micro_batches(&order, &self.rows(&lens), 64, MICRO_TOKENS).into();
-        let labels = if self.input.resolved.task.generates() { 0 } else { self.input.resolved.labels.len() };
-        Phase::Eval { todo, tally: Tally::new(labels) }
-    }
-
-    fn eval_micro(&mut self, batch: &[usize]) -> Result<()> {
-        let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.validation[*i]).collect();
-        let delta = Arc::new(self.trainable.detached()?);
-        let base = self.trainable.detached_base(&self.base)?;
-        let losses = losses(&base, delta, &examples, self.pacer.as_ref())?;
-        if let Phase::Eval { tally, .. } = &mut self.phase {
-            tally.add(&losses)?;
-        }
-        Ok(())
-    }
-
-    fn finish_eval(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
-        let Phase::Eval { tally, .. } = std::mem::replace(&mut self.phase, Phase::Train(Step::default())) else {
-            return Ok(None);
-        };
-        let mut eval = tally.finish(self.step, self.input.resolved.task);
-        if !eval.loss.is_finite() {
-            let message = format!("the validation loss after step {} is {}", self.step, eval.loss);
-            return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
-        }
-        eval.best = self.best.as_ref().is_none_or(|best| better(&eval, &best.eval));
-        if eval.best {
-            self.best = Some(Best { eval: eval.clone(), snapshot: self.trainable.snapshot()? });
-        }
-        events.push(JobEventBody::Eval(eval));
-        Ok(None)
     }
 
     fn trained(&mut self) -> Result<Outcome> {

@@ -235,8 +235,10 @@ impl Supervisor {
     async fn report(&mut self, report: Report) {
         match report {
             Report::Event(id, body) => {
-                if let JobEventBody::Metrics(m) = body.as_ref() {
-                    self.shared.progress(&id, m.step);
+                match body.as_ref() {
+                    JobEventBody::Metrics(m) => self.shared.progress(&id, m.step),
+                    JobEventBody::Eval(e) => self.shared.progress(&id, e.step),
+                    _ => {}
                 }
                 self.append(&id, *body).await;
             }

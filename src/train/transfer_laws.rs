@@ -17,7 +17,7 @@ use super::{
     transfer::Ewc,
 };
 use crate::{
-    admission::train_params::{LoraPart, MethodPart, PromptPart, ResolvedTraining},
+    admission::train_params::{JobEventBody, LoraPart, MethodPart, PromptPart, ResolvedTraining},
     delta::{Delta, Task},
     model::Base,
 };
@@ -150,6 +150,43 @@ fn the_penalty_and_its_gradient_are_the_formulas() {
         let largest = want.iter().fold(0.0f32, |m, w| m.max(w.abs()));
         assert!(flat(got).iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-4 * largest + 1e-9));
     }
+}
+
+#[test]
+fn label_smoothing_leaves_the_fisher_information_plain() {
+    let base = tiny("llama");
+    let old = Arc::new(train(&base, input(&base, Task::CausalLm, &lora(Some(2)), hyper(4))).delta);
+    let data = examples(Task::CausalLm, 3);
+    let ewc = || Ewc { lambda: 3e4, delta: Arc::clone(&old), head: false, examples: Arc::clone(&data) };
+    let own = Trainable::from_delta(&old, &base.sites).unwrap();
+    let mut plain = Fisher::new(ewc(), &base).unwrap();
+    while plain.advance(&base, None).unwrap() {}
+    let plain = plain.penalty(own.vars()).unwrap();
+    let resolved = ResolvedTraining { label_smoothing: 0.6, ..hyper(3) };
+    let smoothed = RunInput { train: other(24), ..input(&base, Task::CausalLm, &lora(Some(2)), resolved) };
+    let mut run = Run::with_trainable(Arc::clone(&base), None, smoothed, own).unwrap();
+    run.hold_on_to(ewc()).unwrap();
+    // the weights that a step begins with, and the penalty that its metrics report
+    let mut pairs = Vec::new();
+    loop {
+        let mut none: Vec<Tensor> =
+            run.trainable().vars().iter().map(|v| v.var.zeros_like().unwrap().detach()).collect();
+        let want = plain.add_to(run.trainable().vars(), &mut none).unwrap();
+        let (events, done) = match run.advance() {
+            Advance::More(events) => (events, false),
+            Advance::Done(events, _) => (events, true),
+        };
+        let penalties = events.iter().filter_map(|e| match e {
+            JobEventBody::Metrics(m) => Some(m.ewc_penalty),
+            _ => None,
+        });
+        pairs.extend(penalties.map(|got| (got, want)));
+        if done {
+            break;
+        }
+    }
+    let (got, want) = *pairs.last().expect("the last step reports");
+    assert!(pairs.len() > 1 && want > 0.0 && (got - want).abs() < 1e-4 * want, "{pairs:?}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod cancel;
 mod classify_file;
 mod drain;
 mod edges;
+mod evaluation;
 mod folders;
 mod full;
 mod generate;

@@ -156,6 +156,7 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
                 ..LoraPart::default()
             })],
             labels: vec![],
+            k_per_class: None,
             hyper: HyperParams {
                 epochs: Some(t.epochs * effort),
                 batch_size: Some(t.batch),

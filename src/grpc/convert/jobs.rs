@@ -72,6 +72,10 @@ fn eval(e: EvalEvent) -> proto::EvalResult {
         perplexity: e.perplexity,
         accuracy: e.accuracy,
         macro_f1: e.macro_f1,
+        mcc: e.mcc,
+        span_precision: e.span_precision,
+        span_recall: e.span_recall,
+        span_f1: e.span_f1,
         best: e.best,
     }
 }

@@ -28,6 +28,7 @@ pub(in crate::grpc) fn train(
         validation: spec.validation.map(|v| validation(v, &mut problems)),
         methods: super::methods::from_wire(spec.methods, spec.from_delta.is_empty(), &mut problems),
         labels: spec.labels,
+        k_per_class: spec.k_per_class,
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
         ewc: spec.ewc.map(|e| EwcParams {
@@ -117,6 +118,10 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         seed: m.seed,
         eval_every: m.eval_every,
         packing: m.packing,
+        eval_metric: m.eval_metric,
+        patience: m.patience,
+        min_delta: m.min_delta,
+        label_smoothing: m.label_smoothing,
     }
 }
 
@@ -191,6 +196,10 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         started_from: r.started_from.map(|s| proto::StartedFrom { name: s.name, id: s.id, head: s.head }),
         ewc_lambda: r.ewc.map_or(0.0, |e| e.lambda),
         ewc_examples: r.ewc.map_or(0, |e| e.examples),
+        eval_metric: r.eval_metric.as_str().to_owned(),
+        patience: r.patience,
+        min_delta: r.min_delta,
+        label_smoothing: r.label_smoothing,
     }
 }
 

@@ -1,0 +1,63 @@
+//! Figures of an evaluation that can choose the best checkpoint and end a job early.
+
+use serde::{Deserialize, Serialize};
+
+use super::jobs::EvalEvent;
+
+/// A figure of an evaluation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EvalMetric {
+    /// Mean loss; every task has it.
+    #[default]
+    Loss,
+    /// `exp(loss)`.
+    Perplexity,
+    /// Share of right labels.
+    Accuracy,
+    /// Macro-averaged F1.
+    MacroF1,
+    /// Matthews correlation.
+    Mcc,
+    /// F1 of spans.
+    SpanF1,
+}
+
+impl EvalMetric {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Loss, Self::Perplexity, Self::Accuracy, Self::MacroF1, Self::Mcc, Self::SpanF1];
+
+    /// Its name in requests.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Loss => "loss",
+            Self::Perplexity => "perplexity",
+            Self::Accuracy => "accuracy",
+            Self::MacroF1 => "macro_f1",
+            Self::Mcc => "mcc",
+            Self::SpanF1 => "span_f1",
+        }
+    }
+
+    /// Whether more is better.
+    pub fn rises(self) -> bool {
+        !matches!(self, Self::Loss | Self::Perplexity)
+    }
+
+    /// Its value in an evaluation, if the evaluation has it.
+    pub fn of(self, eval: &EvalEvent) -> Option<f64> {
+        match self {
+            Self::Loss => Some(eval.loss),
+            Self::Perplexity => eval.perplexity,
+            Self::Accuracy => eval.accuracy,
+            Self::MacroF1 => eval.macro_f1,
+            Self::Mcc => eval.mcc,
+            Self::SpanF1 => eval.span_f1,
+        }
+    }
+
+    /// How much better `a` is than `b`; negative where it is worse.
+    pub fn gain(self, a: f64, b: f64) -> f64 {
+        if self.rises() { a - b } else { b - a }
+    }
+}

@@ -1,0 +1,129 @@
+//! What is shown of a job's events: a progress bar, plain lines, or JSON.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    cli::{Common, jobs::state_name, output},
+    grpc::proto,
+};
+
+/// What is shown of events.
+pub(super) enum View {
+    Json,
+    Lines,
+    Bar(ProgressBar),
+}
+
+impl View {
+    pub(super) fn new(common: &Common) -> Self {
+        if common.json {
+            return Self::Json;
+        }
+        if !output::terminal() {
+            return Self::Lines;
+        }
+        let template = "{prefix:>10} [{bar:32}] {pos}/{len}  {msg}";
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        Self::Bar(ProgressBar::new(0).with_style(style.progress_chars("=> ")))
+    }
+
+    /// Shows an event; tells how the job ended, if it did.
+    pub(super) fn show(&mut self, event: &proto::JobEvent) -> anyhow::Result<Option<anyhow::Result<()>>> {
+        use proto::job_event::Body;
+        if matches!(self, Self::Json) {
+            output::json(event)?;
+        }
+        match &event.body {
+            Some(Body::State(change)) => return self.state(change),
+            Some(Body::Metrics(m)) => self.metrics(m)?,
+            Some(Body::Eval(e)) => self.say(&eval_line(e))?,
+            Some(Body::Checkpoint(c)) => self.say(&format!("checkpoint at step {}", c.step))?,
+            Some(Body::Warning(n)) => self.say(&format!("warning: {} {}", n.code, n.message))?,
+            Some(Body::Log(n)) => self.say(&n.message)?,
+            None => {}
+        }
+        Ok(None)
+    }
+
+    fn state(&mut self, change: &proto::StateChange) -> anyhow::Result<Option<anyhow::Result<()>>> {
+        use proto::JobState as State;
+        let name = state_name(change.state());
+        if let Self::Bar(bar) = self {
+            bar.set_prefix(name.clone());
+        }
+        Ok(Some(match change.state() {
+            State::Succeeded => {
+                let r = change.result.clone().unwrap_or_default();
+                let made = match &r.model {
+                    Some(m) => format!("made the model {} ({})", m.path, output::short(&m.fingerprint)),
+                    None => format!("published {}@{} ({})", r.name, r.number, output::short(&r.id)),
+                };
+                self.say(&format!("{made}, loss {:.4}", r.final_loss))?;
+                self.finish();
+                Ok(())
+            }
+            State::Failed | State::Cancelled | State::Interrupted => {
+                self.finish();
+                let failure = change.failure.clone().unwrap_or_default();
+                Err(anyhow::anyhow!("the job {name}: {} {}", failure.code, failure.message))
+            }
+            State::Unspecified | State::Queued | State::Running | State::Publishing => {
+                if matches!(self, Self::Lines) {
+                    output::line(&name)?;
+                }
+                return Ok(None);
+            }
+        }))
+    }
+
+    fn metrics(&mut self, m: &proto::Metrics) -> anyhow::Result<()> {
+        match self {
+            Self::Json => Ok(()),
+            Self::Lines => output::line(&format!(
+                "step {}/{}  epoch {:.2}  loss {:.4}  lr {:.2e}  {:.0} tokens/s  eta {:.0} s",
+                m.step, m.total_steps, m.epoch, m.loss, m.learning_rate, m.tokens_per_second, m.eta_seconds
+            )),
+            Self::Bar(bar) => {
+                bar.set_length(m.total_steps.into());
+                bar.set_position(m.step.into());
+                let eta = indicatif::HumanDuration(Duration::try_from_secs_f64(m.eta_seconds).unwrap_or_default());
+                bar.set_message(format!("loss {:.4}  {:.0} tokens/s  eta {eta}", m.loss, m.tokens_per_second));
+                Ok(())
+            }
+        }
+    }
+
+    fn say(&self, text: &str) -> anyhow::Result<()> {
+        match self {
+            Self::Json => Ok(()),
+            Self::Lines => output::line(text),
+            Self::Bar(bar) => {
+                bar.println(text);
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(&self) {
+        if let Self::Bar(bar) = self {
+            bar.abandon();
+        }
+    }
+}
+
+fn eval_line(e: &proto::EvalResult) -> String {
+    let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
+    format!(
+        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}",
+        e.step,
+        e.loss,
+        number("perplexity", e.perplexity),
+        number("accuracy", e.accuracy),
+        number("macro-F1", e.macro_f1),
+        number("MCC", e.mcc),
+        number("span-F1", e.span_f1),
+        if e.best { "  (best)" } else { "" }
+    )
+}

@@ -1,0 +1,74 @@
+//! The evaluations of a run: when, over which examples, and what follows from one.
+
+use std::sync::Arc;
+
+use candle_core::Result;
+
+use super::{Best, Outcome, Phase, Run, RunEvents, Step};
+use crate::{
+    admission::train_params::{JobEventBody, NoteEvent},
+    train::{
+        batches::micro_batches,
+        encode::Encoded,
+        eval::{Tally, better},
+        objective::losses,
+        plan::MICRO_TOKENS,
+    },
+};
+
+impl Run {
+    pub(super) fn eval_due(&self) -> bool {
+        if self.input.validation.is_empty() {
+            return false;
+        }
+        let every = match self.input.resolved.eval_every {
+            0 => self.batches.per_epoch().max(1) as u32,
+            n => n,
+        };
+        self.step.is_multiple_of(every) || self.step == self.input.resolved.total_steps
+    }
+
+    pub(super) fn begin_eval(&self) -> Phase {
+        let lens: Vec<usize> = self.input.validation.iter().map(Encoded::rows).collect();
+        let mut order: Vec<usize> = (0..lens.len()).collect();
+        order.sort_by_key(|i| lens[*i]);
+        let todo = micro_batches(&order, &self.rows(&lens), 64, MICRO_TOKENS).into();
+        let r = &self.input.resolved;
+        Phase::Eval { todo, tally: Tally::new(r.task, &r.labels) }
+    }
+
+    pub(super) fn eval_micro(&mut self, batch: &[usize]) -> Result<()> {
+        let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.validation[*i]).collect();
+        let delta = Arc::new(self.trainable.detached()?);
+        let base = self.trainable.detached_base(&self.base)?;
+        let losses = losses(&base, delta, &examples, self.pacer.as_ref())?;
+        if let Phase::Eval { tally, .. } = &mut self.phase {
+            tally.add(&losses)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish_eval(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
+        let Phase::Eval { tally, .. } = std::mem::replace(&mut self.phase, Phase::Train(Step::default())) else {
+            return Ok(None);
+        };
+        let mut eval = tally.finish(self.step);
+        if !eval.loss.is_finite() {
+            let message = format!("the validation loss after step {} is {}", self.step, eval.loss);
+            return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
+        }
+        let metric = self.input.resolved.eval_metric;
+        eval.best = self.best.as_ref().is_none_or(|best| better(&eval, &best.eval, metric));
+        if eval.best {
+            self.best = Some(Best { eval: eval.clone(), snapshot: self.trainable.snapshot()? });
+        }
+        let out = self.patience.is_out(&eval);
+        events.push(JobEventBody::Eval(eval));
+        if let Some(why) = out.filter(|_| self.step < self.input.resolved.total_steps) {
+            let message = format!("stopped early after step {}: {why}", self.step);
+            events.push(JobEventBody::Log(NoteEvent { code: "EARLY_STOP".to_owned(), message }));
+            self.stopped = true;
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,111 @@
+//! Evaluations of a job through the API: figures of the task, the one that decides, early stopping, few examples.
+
+use deltaserve::grpc::proto;
+use proto::job_event::Body;
+use serde_json::json;
+
+use crate::support::*;
+
+fn moods(rows: usize) -> String {
+    let line = |i: usize| {
+        let (day, label) = [("good", "up"), ("bad", "down")][i % 2];
+        json!({"text": format!("{day} day {i}"), "label": label})
+    };
+    (0..rows).map(|i| format!("{}\n", line(i))).collect()
+}
+
+fn validated(name: &str, task: proto::Task, train: String, held: String) -> proto::TrainingSpec {
+    let source = proto::training_data::Source::Jsonl(held);
+    let data = proto::TrainingData { source: Some(source) };
+    proto::TrainingSpec {
+        validation: Some(proto::training_spec::Validation::ValidationData(data)),
+        ..spec(name, task, train, 400)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_without_gain_ends_early_and_the_chosen_figure_decides() {
+    let world = World::encoder();
+    let running = world.start().await;
+    let client = &running.client;
+    let mut spec = validated("mood", proto::Task::SeqCls, moods(16), moods(6));
+    spec.k_per_class = Some(4);
+    let hyper = spec.hyper.as_mut().expect("hyper");
+    (hyper.eval_metric, hyper.patience, hyper.min_delta) = (Some("mcc".into()), Some(2), Some(3.0));
+    (hyper.eval_every, hyper.label_smoothing) = (Some(1), Some(0.1));
+    let job = client.create_job(spec, "").await.expect("a job");
+    let resolved = job.resolved.clone().expect("resolved");
+    assert_eq!((resolved.eval_metric.as_str(), resolved.patience, resolved.label_smoothing), ("mcc", 2, 0.1));
+    let events = client.events(&job.id, 0).await.expect("a watch");
+    let evals: Vec<_> =
+        events.iter().filter_map(|e| if let Some(Body::Eval(e)) = &e.body { Some(*e) } else { None }).collect();
+    assert_eq!(evals.len(), 3, "mcc cannot gain 3: {evals:?}");
+    assert!(evals.iter().all(|e| e.mcc.is_some() && e.macro_f1.is_some() && e.span_f1.is_none()));
+    let early = |e: &proto::JobEvent| matches!(&e.body, Some(Body::Log(n)) if n.code == "EARLY_STOP" && n.message.contains("mcc"));
+    assert!(events.iter().any(early), "{events:?}");
+    let ended = client.ended(&job.id).await;
+    assert_eq!(ended.state(), proto::JobState::Succeeded);
+    assert_eq!(client.job(&job.id).await.expect("the job").step, 3);
+    let best = evals.iter().map(|e| e.mcc.unwrap_or_default()).fold(f64::MIN, f64::max);
+    assert_eq!(ended.result.and_then(|r| r.best_eval).and_then(|e| e.mcc), Some(best));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wishes_that_an_evaluation_cannot_fulfil_are_named() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    let refused =
+        async |spec: proto::TrainingSpec| client.create_job(spec, "").await.expect_err("refused").message().to_owned();
+    let mut other = validated("style", proto::Task::CausalLm, stories(8), stories(2));
+    other.hyper.as_mut().expect("hyper").eval_metric = Some("bleu".into());
+    let said = refused(other).await;
+    assert!(said.contains("spec.hyper.eval_metric") && said.contains("loss, perplexity"), "{said}");
+    let mut without = spec("style", proto::Task::CausalLm, stories(8), 10);
+    without.hyper.as_mut().expect("hyper").patience = Some(2);
+    assert!(refused(without).await.contains("spec.hyper.patience: needs examples for evaluation"));
+    let mut few = spec("mood", proto::Task::SeqCls, moods(7), 10);
+    few.k_per_class = Some(4);
+    assert!(refused(few).await.contains("\"down\" has 3"));
+    let mut smooth = spec("style", proto::Task::CausalLm, stories(8), 10);
+    smooth.hyper.as_mut().expect("hyper").label_smoothing = Some(1.0);
+    assert!(refused(smooth).await.contains("label_smoothing"));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tags_are_judged_by_their_spans_and_encoder_decoders_by_their_loss() {
+    let evals = async |client: &Client, spec: proto::TrainingSpec| {
+        let job = client.create_job(spec, "").await.expect("a job");
+        let events = client.events(&job.id, 0).await.expect("a watch");
+        let evals = events.iter().filter_map(|e| if let Some(Body::Eval(e)) = &e.body { Some(*e) } else { None });
+        (job.resolved.expect("resolved").eval_metric, evals.collect::<Vec<_>>())
+    };
+    let tagged = |rows: usize| -> String {
+        let line = |i: usize| json!({"tokens": ["go", format!("to{i}"), "x"], "labels": ["O", "B-way", "I-way"]});
+        (0..rows).map(|i| format!("{}\n", line(i))).collect()
+    };
+    let short = |mut spec: proto::TrainingSpec| {
+        spec.hyper.as_mut().expect("hyper").max_steps = Some(2);
+        spec
+    };
+    let world = World::encoder();
+    let running = world.start().await;
+    let (metric, of) =
+        evals(&running.client, short(validated("way", proto::Task::TokenCls, tagged(8), tagged(2)))).await;
+    assert_eq!(metric, "span_f1");
+    assert!(!of.is_empty() && of.iter().all(|e| e.span_f1.is_some() && e.span_precision.is_some()), "{of:?}");
+    running.stop().await;
+    let pairs = |rows: usize| -> String {
+        (0..rows)
+            .map(|i| format!("{}\n", json!({"prompt": format!("say {i}"), "completion": format!("{i}")})))
+            .collect()
+    };
+    let world = World::of(deltaserve::model::testing::tiny_t5(), 7);
+    let running = world.start().await;
+    let (metric, of) = evals(&running.client, short(validated("say", proto::Task::Seq2seq, pairs(8), pairs(2)))).await;
+    assert_eq!(metric, "loss");
+    assert!(!of.is_empty() && of.iter().all(|e| e.perplexity.is_some() && e.accuracy.is_none()), "{of:?}");
+    running.stop().await;
+}
