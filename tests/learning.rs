@@ -68,7 +68,7 @@ fn a_classifier_learns() {
         idempotency_key: None,
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));
-    let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions, memory: None };
+    let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
     let prepared =
         prepare(Inputs { params: &params, train: &train, validation: Some(&test), start: None }, info, &codec)
             .unwrap_or_else(|problems| panic!("{problems:#?}"));

@@ -111,6 +111,7 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("anyhow", &["cli", "app", "main.rs"]),
     ("sqlx", &["store"]),
     ("object_store", &["store"]),
+    ("rustix", &["store"]),
     ("moka", &["registry"]),
     ("minijinja", &["text"]),
     ("tokenizers", &["text", "train/encode.rs", "app/base.rs"]),

@@ -1,4 +1,4 @@
-//! Whole models that jobs of full fine-tuning made: their files as a stream, and the memory that such a job has.
+//! Whole models that jobs of full fine-tuning made: their files as a stream, and their removal.
 
 use std::path::PathBuf;
 
@@ -32,8 +32,11 @@ impl Service {
         let job = self.get_job(tenant, id).await?;
         let gone = || ServeError::NotFound { kind: "model of job", name: id.to_owned() };
         let model = job.result.and_then(|r| r.model).ok_or_else(gone)?;
-        let folder = self.parts().models.join(&job.id);
-        let mut entries = tokio::fs::read_dir(&folder).await.map_err(|_| gone())?;
+        let folder = self.parts().store.models().path(&job.id);
+        let mut entries = tokio::fs::read_dir(&folder).await.map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => gone(),
+            _ => unreadable(&job.id, &e),
+        })?;
         let mut files: Vec<(String, PathBuf)> = Vec::new();
         while let Some(entry) = entries.next_entry().await.map_err(|e| unreadable(&job.id, &e))? {
             files.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
@@ -79,48 +82,9 @@ fn file(job: String, name: String, path: PathBuf) -> Pieces<FilePiece> {
     stream::unfold(At::Closed(path), next).boxed()
 }
 
-/// Bytes that a new job can have: what the system has free, within the control group's limit. Unknown on a GPU, and where
-/// the system does not say.
-pub(super) fn free_memory(on_cpu: bool) -> Option<u64> {
-    if !on_cpu {
-        return None;
-    }
-    let system = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text));
-    let group = |file: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse().ok()
-    };
-    // files that were read count as used there, though they give way
-    let cached = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").ok().and_then(|text| inactive_file(&text));
-    let used = group("memory.current").map(|used| used.saturating_sub(cached.unwrap_or(0)));
-    let group = group("memory.max").zip(used).map(|(max, used)| max.saturating_sub(used));
-    match (system, group) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    }
-}
-
-/// `MemAvailable` of `/proc/meminfo`, in bytes.
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
-/// `inactive_file` of a control group's `memory.stat`, in bytes.
-fn inactive_file(stat: &str) -> Option<u64> {
-    stat.lines().find_map(|l| l.strip_prefix("inactive_file "))?.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn free_memory_is_read_in_bytes() {
-        let text = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:   12000000 kB\n";
-        assert_eq!(available(text), Some(12_000_000 * 1024));
-        assert_eq!(available("MemTotal: 5 kB\n"), None);
-        assert!(free_memory(true).is_some_and(|b| b > 0) && free_memory(false).is_none());
-    }
 
     #[tokio::test]
     async fn a_file_comes_whole_in_pieces_and_an_empty_one_is_sent() {

@@ -342,10 +342,10 @@ pub enum ServeError {
     /// No such delta or version, or another tenant's: the same answer. NOT_FOUND, `DELTA_NOT_FOUND`.
     #[error("no delta {0:?}")]
     DeltaNotFound(String),
-    /// No such job or dataset, or another tenant's. NOT_FOUND, `NOT_FOUND`.
+    /// No such job, dataset or model, or another tenant's. NOT_FOUND, `NOT_FOUND`.
     #[error("no {kind} {name:?}")]
     NotFound {
-        /// `job`, `dataset`.
+        /// `job`, `dataset`, `model of job`.
         kind: &'static str,
         /// As asked for.
         name: String,
@@ -371,6 +371,15 @@ pub enum ServeError {
     /// Every resident byte is leased. RESOURCE_EXHAUSTED, `RESIDENT_BUDGET`, RetryInfo.
     #[error("the resident budget is full of deltas in use: {0}")]
     ResidentBudget(String),
+    /// Full fine-tuning has no room: now (RESOURCE_EXHAUSTED, RetryInfo), or on this server at all (FAILED_PRECONDITION).
+    /// `NOT_ENOUGH_MEMORY`.
+    #[error("{message}")]
+    NotEnoughMemory {
+        /// The numbers.
+        message: String,
+        /// Whether it is the same at any other time.
+        lasting: bool,
+    },
     /// A stored delta does not match its digest. DATA_LOSS, `DELTA_CORRUPT`.
     #[error("stored delta {0:?} is corrupt")]
     Corrupt(String),
@@ -406,6 +415,7 @@ impl ServeError {
             Self::IdempotencyConflict(_) => "IDEMPOTENCY_CONFLICT",
             Self::Overloaded(_) => "OVERLOADED",
             Self::ResidentBudget(_) => "RESIDENT_BUDGET",
+            Self::NotEnoughMemory { .. } => "NOT_ENOUGH_MEMORY",
             Self::Corrupt(_) => "DELTA_CORRUPT",
             Self::Draining => "DRAINING",
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",

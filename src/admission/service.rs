@@ -1,7 +1,6 @@
 //! The service: what every edge holds, and the steps that all calls share.
 
 use std::{
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -51,8 +50,6 @@ pub struct ServiceLimits {
     pub kv_positions: usize,
     /// Jobs queued or running; 0 = no training.
     pub max_train_jobs: usize,
-    /// Bytes that a job of full fine-tuning may take; `None` = what the machine has free.
-    pub max_train_bytes: Option<u64>,
 }
 
 /// What a service is made of.
@@ -79,8 +76,6 @@ pub struct ServiceParts {
     pub trainer: TrainerHandle,
     /// Limits.
     pub limits: ServiceLimits,
-    /// Where models of full fine-tuning are, by job.
-    pub models: PathBuf,
 }
 
 /// Joins text, registry, engine and training. Cheap to clone.

@@ -7,7 +7,6 @@ use futures::{StreamExt as _, stream};
 
 use super::{
     catalog_params::{Page, PageRequest},
-    models::free_memory,
     params::{ServeError, Violation},
     service::{Pieces, Service},
     train_params::{
@@ -24,6 +23,7 @@ use crate::{
         BaseInfo, Inputs, Prepared, TrainError,
         dataset::Dataset,
         joblog::LogError,
+        memory::Shortage,
         prepare,
         spec::BaseShape,
         transfer::{Continue, StartingDelta},
@@ -100,27 +100,32 @@ impl Service {
     /// Everything that a job would do, without doing it.
     ///
     /// # Errors
-    /// All problems of the request and of its data.
+    /// All problems of the request and of its data; no memory for full fine-tuning.
     pub async fn plan(&self, tenant: &TenantId, params: TrainParams) -> Result<PlanReply, ServeError> {
+        params.check()?;
         Ok(self.prepare(tenant, Arc::new(params)).await?.reply)
     }
 
-    /// Enqueues a training job.
+    /// Enqueues a training job; with an idempotency key that the same request was made with, returns that job.
     ///
     /// # Errors
-    /// All problems of the request and of its data; too many jobs; a reused idempotency key.
+    /// All problems of the request and of its data; no memory for full fine-tuning; too many jobs; a reused idempotency key.
     pub async fn create_job(&self, tenant: &TenantId, params: TrainParams) -> Result<JobInfo, ServeError> {
         if self.parts().limits.max_train_jobs == 0 {
             return Err(ServeError::WrongTask("this server runs without training (--max-train-jobs 0)".into()));
+        }
+        params.check()?;
+        // a retry is answered whatever has become of the data, the delta and the memory since
+        if let Some(job) = self.parts().trainer.made_before(tenant, &params).await? {
+            return Ok(job);
         }
         let params = Arc::new(params);
         let prepared = self.prepare(tenant, Arc::clone(&params)).await?;
         Ok(self.parts().trainer.create(tenant, &params, &prepared).await?)
     }
 
-    /// Fetches the data and resolves the request.
+    /// Fetches the data and resolves a checked request.
     async fn prepare(&self, tenant: &TenantId, params: Arc<TrainParams>) -> Result<Prepared, ServeError> {
-        params.check()?;
         let train = self.data(tenant, &params.data).await?;
         let validation = match &params.validation {
             Some(Validation::Data(data)) => Some(self.data(tenant, data).await?),
@@ -139,10 +144,12 @@ impl Service {
                     .map_err(|e| ServeError::field("spec.from_delta", format!("cannot be trained further: {e}")))?;
             }
             let start = from.as_ref().map(|(from, _)| Continue { from, old: old.as_deref() });
-            let memory = parts.limits.max_train_bytes.or_else(|| free_memory(base.device.is_cpu()));
-            let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions, memory };
+            let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
             let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref(), start };
-            prepare(inputs, info, &parts.codec).map_err(|found| ServeError::Invalid(in_request(found)))
+            let prepared = prepare(inputs, info, &parts.codec);
+            let prepared = prepared.map_err(|found| ServeError::Invalid(in_request(found)))?;
+            parts.trainer.check_memory(&prepared)?;
+            Ok(prepared)
         })
         .await
     }
@@ -240,6 +247,7 @@ impl From<TrainError> for ServeError {
             TrainError::Overloaded(m) => Self::Overloaded(m),
             TrainError::Draining => Self::Draining,
             TrainError::NotFound(name) => Self::NotFound { kind: "job", name },
+            TrainError::Memory(Shortage { message, lasting }) => Self::NotEnoughMemory { message, lasting },
             TrainError::Log(LogError::IdempotencyConflict(key)) => Self::IdempotencyConflict(key),
             TrainError::Log(LogError::Ended(id)) => Self::Conflict(format!("job {id} has ended")),
             TrainError::Log(LogError::Store(e)) => e.into(),

@@ -26,7 +26,7 @@ use crate::{
     shutdown::{self, Drain},
     store::{Origin, Store},
     telemetry,
-    train::{TrainerConfig, TrainerHandle, TrainerParts, joblog::JobLog},
+    train::{TrainerConfig, TrainerHandle, TrainerParts, joblog::JobLog, memory::MemoryProbe},
 };
 
 /// The tenant that sample deltas belong to.
@@ -127,9 +127,10 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let pacer = Arc::new(Pacer::new(config.train.max_yield));
     let engine_config = engine_config(&config, &base);
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
-    publish::sweep(&config.data_dir).context("remove half-written models")?;
-    let publisher = publish::publisher(&base, &parts.name, &registry, &config.data_dir);
-    let trainer_parts = TrainerParts { base: Arc::clone(&base), pacer, log: JobLog::new(store.clone()), publisher };
+    let publisher = publish::publisher(&base, &parts.name, &registry, store.models());
+    let memory = MemoryProbe::of_machine(config.train.max_bytes, base.device.is_cpu());
+    let log = JobLog::new(store.clone());
+    let trainer_parts = TrainerParts { base: Arc::clone(&base), pacer, log, publisher, memory };
     let trainer_config = TrainerConfig { max_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
     let limits = ServiceLimits {
@@ -141,7 +142,6 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         max_batch_tokens: engine_config.max_batch_tokens,
         kv_positions: engine_config.kv_pages * PAGE_SIZE,
         max_train_jobs: config.train.max_jobs,
-        max_train_bytes: config.train.max_bytes,
     };
     let service = Service::new(ServiceParts {
         base,
@@ -155,7 +155,6 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         engine: engine.clone(),
         trainer: trainer.clone(),
         limits,
-        models: config.data_dir.join(publish::MODELS),
     });
     if let Some(dir) = &config.adapters_dir {
         register_samples(&service, dir).await?;

@@ -1,38 +1,34 @@
 //! What becomes of finished jobs: versions of deltas, or folders of whole models.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use crate::{
     admission::{params::ServeError, train_params::ModelResult},
-    ids::DeltaName,
+    ids::{BaseFingerprint, DeltaName},
     interop::{self, EncodeMeta, InteropError},
-    model::{Base, LoadOptions, ModelFolder, write_folder},
+    model::{Base, ModelError, ModelFolder, folder_fingerprint, write_folder},
     registry::{Publication, Registry},
-    store::Origin,
+    store::{Models, Origin},
     train::{PublishFailure, PublishJob, Published, Publisher},
 };
-
-/// Folder of the data directory that holds models, one folder per job.
-pub(super) const MODELS: &str = "models";
 
 fn failure(code: &str, message: impl ToString) -> PublishFailure {
     PublishFailure { code: code.into(), message: message.to_string() }
 }
 
+fn internal(e: impl ToString) -> PublishFailure {
+    failure("INTERNAL", e)
+}
+
 /// Turns what finished jobs made into files and publishes them.
-pub(super) fn publisher(base: &Arc<Base>, base_name: &str, registry: &Registry, data_dir: &Path) -> Publisher {
+pub(super) fn publisher(base: &Arc<Base>, base_name: &str, registry: &Registry, models: Models) -> Publisher {
     let (base, base_name, registry) = (Arc::clone(base), base_name.to_owned(), registry.clone());
-    let data_dir = data_dir.to_path_buf();
     Arc::new(move |mut job: PublishJob| {
         let (base, base_name, registry) = (Arc::clone(&base), base_name.clone(), registry.clone());
-        let data_dir = data_dir.clone();
+        let models = models.clone();
         Box::pin(async move {
             match job.model.take() {
-                Some(model) => keep_model(base, model, data_dir, job.job).await,
+                Some(model) => keep_model(base, model, models, job.job).await,
                 None => publish_delta(&base, base_name, &registry, job).await,
             }
         })
@@ -54,8 +50,8 @@ async fn publish_delta(
         let spec = interop::decode(&files, &base)?.spec;
         Ok::<_, InteropError>((files, spec))
     };
-    let encoded = tokio::task::spawn_blocking(encode).await.map_err(|e| failure("INTERNAL", e))?;
-    let (files, spec) = encoded.map_err(|e| failure("INTERNAL", e))?;
+    let encoded = tokio::task::spawn_blocking(encode).await.map_err(internal)?;
+    let (files, spec) = encoded.map_err(internal)?;
     let name = DeltaName::new(&name).map_err(|e| failure("INVALID_REQUEST", format!("name {e}")))?;
     let publication = Publication { name, files, spec, policy, origin: Origin::Job(job) };
     let version = registry.publish(&tenant, publication).await.map_err(|e| {
@@ -65,63 +61,102 @@ async fn publish_delta(
     Ok(Published::Version { number: version.number, id: version.id })
 }
 
-/// Writes the folder beside its place, loads it as a server would, and moves it there.
+/// Room that small files beside the weights may take.
+const BESIDE: u64 = 64 << 20;
+
+/// Writes the folder beside its place, reads it back, and takes it as the job's model.
 async fn keep_model(
     base: Arc<Base>,
     model: ModelFolder,
-    data_dir: PathBuf,
+    models: Models,
     job: String,
 ) -> Result<Published, PublishFailure> {
     let keep = move || {
-        let (part, path) = (data_dir.join(MODELS).join(format!("{job}.part")), data_dir.join(MODELS).join(&job));
-        let kept = write_and_read_back(&base, model, &part).and_then(|(fingerprint, bytes)| {
-            move_into_place(&part, &path).map_err(|e| failure("INTERNAL", format!("{}: {e}", path.display())))?;
-            Ok(ModelResult { path: format!("{MODELS}/{job}"), fingerprint, bytes })
-        });
-        if kept.is_err() {
+        let need = model.bytes() + BESIDE;
+        check_room(need, models.free_bytes().map_err(internal)?)?;
+        let part = models.begin(&job).map_err(internal)?;
+        let written = write_folder(&base, &model, &part);
+        drop(model);
+        let written = written.map_err(|e| {
             // best effort: swept at the next start
-            let _ = fs::remove_dir_all(&part);
-        }
-        kept
+            let _ = models.discard(&job);
+            failure("INTERNAL", format!("the model could not be written: {e}"))
+        })?;
+        accept(&models, &job, written, folder_fingerprint(&part))
     };
-    let kept = tokio::task::spawn_blocking(keep).await.map_err(|e| failure("INTERNAL", e))?;
+    let kept = tokio::task::spawn_blocking(keep).await.map_err(internal)?;
     kept.map(Published::Model)
 }
 
-/// The folder's fingerprint as a base, and its bytes.
-fn write_and_read_back(base: &Base, model: ModelFolder, part: &Path) -> Result<(String, u64), PublishFailure> {
-    if part.exists() {
-        fs::remove_dir_all(part).map_err(|e| failure("INTERNAL", e))?;
+/// A disk that is too full is found out ahead of writing.
+fn check_room(need: u64, free: u64) -> Result<(), PublishFailure> {
+    if need <= free {
+        return Ok(());
     }
-    write_folder(base, &model, part).map_err(|e| failure("INTERNAL", e))?;
-    drop(model); // its memory is wanted for the reading
-    let options = LoadOptions { device: base.device.clone(), ..LoadOptions::default() };
-    let read = Base::load(part, &options).map_err(|e| failure("INTERNAL", e))?;
-    let size = |entry: io::Result<fs::DirEntry>| Ok::<u64, io::Error>(entry?.metadata()?.len());
-    let bytes = fs::read_dir(part).and_then(|files| files.map(size).sum::<io::Result<u64>>());
-    Ok((read.fingerprint.to_string(), bytes.map_err(|e| failure("INTERNAL", e))?))
+    let message = format!("the model needs {need} bytes in the data directory, whose disk has {free} left");
+    Err(failure("DISK_FULL", message))
 }
 
-fn move_into_place(part: &Path, path: &Path) -> io::Result<()> {
-    if path.exists() {
-        fs::remove_dir_all(path)?; // of a run that ended before its end was written
-    }
-    fs::rename(part, path)?;
-    path.parent().map_or(Ok(()), |models| fs::File::open(models)?.sync_all())
-}
-
-/// Removes half-written models that an earlier process left.
-pub(super) fn sweep(data_dir: &Path) -> io::Result<()> {
-    let entries = match fs::read_dir(data_dir.join(MODELS)) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
+/// Takes a folder that says what was written to it. One that does not, or cannot be read, is kept for a look: it may be
+/// all that is left of a long run.
+fn accept(
+    models: &Models,
+    job: &str,
+    written: BaseFingerprint,
+    found: Result<BaseFingerprint, ModelError>,
+) -> Result<ModelResult, PublishFailure> {
+    let problem = match found {
+        Ok(found) if found == written => return models.keep(job, written.to_string()).map_err(internal),
+        Ok(found) => format!("its fingerprint is {found}, and what was written has {written}"),
+        Err(e) => e.to_string(),
     };
-    for entry in entries {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "part") {
-            fs::remove_dir_all(&path)?;
+    let place = match models.set_aside(job) {
+        Ok(place) => format!("it is kept as {}", place.display()),
+        Err(e) => format!("and it could not be kept: {e}"),
+    };
+    Err(failure("MODEL_UNREADABLE", format!("the model was written but cannot be read back: {problem}; {place}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        delta::Task,
+        model::{LoadOptions, PrivateCopy, testing},
+        store::Store,
+    };
+
+    #[tokio::test]
+    async fn a_model_is_kept_when_it_was_read_back_and_set_aside_when_not() {
+        let dir = tempfile::tempdir().unwrap();
+        testing::write_random(&dir.path().join("base"), &testing::tiny_gpt2(), 5).unwrap();
+        let base = Arc::new(Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap());
+        let store = Store::open(&dir.path().join("data")).await.unwrap();
+        let model = || {
+            let (copy, weights) = PrivateCopy::read(&base, Task::CausalLm).unwrap();
+            let weights = copy.names().iter().cloned().zip(weights).collect();
+            ModelFolder { weights, head: None, task: Task::CausalLm, labels: vec![] }
+        };
+        let kept = keep_model(Arc::clone(&base), model(), store.models(), "a".into()).await.unwrap();
+        let Published::Model(kept) = kept else { panic!("a model") };
+        let served = Base::load(&store.models().path("a"), &LoadOptions::default()).unwrap();
+        assert_eq!(kept.fingerprint, served.fingerprint.to_string());
+        assert_eq!(store.models().find("a").unwrap(), Some(kept.clone()));
+        assert!(model().bytes() < kept.bytes && kept.bytes < model().bytes() + BESIDE);
+
+        let unreadable = || ModelError::Checkpoint("torn".into());
+        for (found, says) in [(Ok(BaseFingerprint::from_bytes([1; 32])), "fingerprint is"), (Err(unreadable()), "torn")]
+        {
+            write_folder(&base, &model(), &store.models().begin("b").unwrap()).unwrap();
+            let failed = accept(&store.models(), "b", served.fingerprint, found).unwrap_err();
+            let place = dir.path().join("data/models/b.unverified");
+            assert_eq!(failed.code, "MODEL_UNREADABLE");
+            assert!(failed.message.contains(says), "{}", failed.message);
+            assert!(failed.message.contains(&place.display().to_string()), "{}", failed.message);
+            assert!(place.join("model.safetensors").is_file() && store.models().find("b").unwrap().is_none());
         }
+        assert!(check_room(10, 10).is_ok());
+        let full = check_room(11, 10).unwrap_err();
+        assert!(full.code == "DISK_FULL" && full.message.contains("11 bytes") && full.message.contains("10 left"));
     }
-    Ok(())
 }

@@ -30,7 +30,9 @@ impl From<ServeError> for Status {
         let mut details = ErrorDetails::with_error_info(error.reason(), DOMAIN, HashMap::new());
         match &error {
             ServeError::Invalid(violations) => add_violations(&mut details, violations),
-            ServeError::Overloaded(_) | ServeError::ResidentBudget(_) => {
+            ServeError::Overloaded(_)
+            | ServeError::ResidentBudget(_)
+            | ServeError::NotEnoughMemory { lasting: false, .. } => {
                 details.set_retry_info(Some(RETRY_AFTER));
             }
             _ => {}
@@ -44,10 +46,14 @@ fn code(error: &ServeError) -> Code {
     match error {
         ServeError::Invalid(_) => Code::InvalidArgument,
         ServeError::DeltaNotFound(_) | ServeError::NotFound { .. } => Code::NotFound,
-        ServeError::BaseMismatch(_) | ServeError::WrongTask(_) => Code::FailedPrecondition,
+        ServeError::BaseMismatch(_) | ServeError::WrongTask(_) | ServeError::NotEnoughMemory { lasting: true, .. } => {
+            Code::FailedPrecondition
+        }
         ServeError::AlreadyExists(_) | ServeError::IdempotencyConflict(_) => Code::AlreadyExists,
         ServeError::Conflict(_) => Code::Aborted,
-        ServeError::Overloaded(_) | ServeError::ResidentBudget(_) => Code::ResourceExhausted,
+        ServeError::Overloaded(_)
+        | ServeError::ResidentBudget(_)
+        | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
         ServeError::Corrupt(_) => Code::DataLoss,
         ServeError::Draining => Code::Unavailable,
         ServeError::DeadlineExceeded(_) => Code::DeadlineExceeded,
@@ -93,6 +99,7 @@ mod tests {
     #[test]
     fn every_error_has_its_code_and_reason() {
         let s = || "x".to_owned();
+        let memory = |lasting| ServeError::NotEnoughMemory { message: s(), lasting };
         let table = [
             (ServeError::field("f", "m"), Code::InvalidArgument, "INVALID_REQUEST"),
             (ServeError::DeltaNotFound(s()), Code::NotFound, "DELTA_NOT_FOUND"),
@@ -104,6 +111,8 @@ mod tests {
             (ServeError::IdempotencyConflict(s()), Code::AlreadyExists, "IDEMPOTENCY_CONFLICT"),
             (ServeError::Overloaded(s()), Code::ResourceExhausted, "OVERLOADED"),
             (ServeError::ResidentBudget(s()), Code::ResourceExhausted, "RESIDENT_BUDGET"),
+            (memory(false), Code::ResourceExhausted, "NOT_ENOUGH_MEMORY"),
+            (memory(true), Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"),
             (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
             (ServeError::Draining, Code::Unavailable, "DRAINING"),
             (ServeError::DeadlineExceeded(Duration::from_secs(1)), Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
@@ -111,7 +120,7 @@ mod tests {
             (ServeError::Internal(s()), Code::Internal, "INTERNAL"),
         ];
         for (error, code, reason) in table {
-            let retry = matches!(error, ServeError::Overloaded(_) | ServeError::ResidentBudget(_));
+            let retry = code == Code::ResourceExhausted;
             let status = Status::from(error);
             let details = status.get_error_details();
             assert_eq!(status.code(), code);

@@ -6,11 +6,14 @@ use std::{
     path::Path,
 };
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::{Base, ModelError, weights};
-use crate::delta::{Head, Task};
+use super::{Base, ModelError, family, weights};
+use crate::{
+    delta::{Head, Task},
+    ids::BaseFingerprint,
+};
 
 /// Files beside weights and config that go with a model, where the base's folder has them.
 const COMPANIONS: &[&str] = &[
@@ -42,26 +45,28 @@ pub struct ModelFolder {
     pub labels: Vec<String>,
 }
 
-/// Writes the folder, which must not exist: all files are durable when this returns. Backbone tensors are stored under the
-/// family's prefix, as `transformers` saves a model with a head; a tied head is stored once, as the embedding table.
+/// Writes the folder, which must not exist while its parent must: all files are durable when this returns. Backbone tensors
+/// are stored under the family's prefix, as `transformers` saves a model with a head; a tied head is stored once, as the
+/// embedding table. Gives the fingerprint that [`folder_fingerprint`] must find.
 ///
 /// # Errors
 /// [`ModelError`] names the file.
-pub fn write_folder(base: &Base, model: &ModelFolder, dir: &Path) -> Result<(), ModelError> {
+pub fn write_folder(base: &Base, model: &ModelFolder, dir: &Path) -> Result<BaseFingerprint, ModelError> {
     let io = |path: &Path| {
         let path = path.to_path_buf();
         move |source| ModelError::Io { path, source }
     };
-    fs::create_dir_all(dir).map_err(io(dir))?;
+    fs::create_dir(dir).map_err(io(dir))?;
     let config: Value = serde_json::from_slice(&weights::read(&base.dir, "config.json")?)
         .map_err(|e| ModelError::Config(e.to_string()))?;
-    let text =
-        serde_json::to_vec_pretty(&configured(config, base, model)).map_err(|e| ModelError::Config(e.to_string()))?;
+    let config = configured(config, base, model);
+    let text = serde_json::to_vec_pretty(&config).map_err(|e| ModelError::Config(e.to_string()))?;
     let path = dir.join("config.json");
     fs::write(&path, text).map_err(io(&path))?;
     let info = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let path = dir.join("model.safetensors");
-    safetensors::serialize_to_file(&tensors(base, model)?, Some(info), &path)
+    let tensors = tensors(base, model)?;
+    safetensors::serialize_to_file(&tensors, Some(info), &path)
         .map_err(|e| ModelError::Checkpoint(format!("cannot write {}: {e}", path.display())))?;
     for name in COMPANIONS {
         let from = base.dir.join(name);
@@ -74,7 +79,29 @@ pub fn write_folder(base: &Base, model: &ModelFolder, dir: &Path) -> Result<(), 
         let path = entry.map_err(io(dir))?.path();
         fs::File::open(&path).and_then(|f| f.sync_all()).map_err(io(&path))?;
     }
-    fs::File::open(dir).and_then(|f| f.sync_all()).map_err(io(dir))
+    fs::File::open(dir).and_then(|f| f.sync_all()).map_err(io(dir))?;
+    Ok(weights::fingerprint(&config, tensors.iter().map(|(name, t)| (name.as_str(), t))))
+}
+
+/// The fingerprint of a folder as a base, from what is on disk: its config must be one of a known family, its tensors are
+/// not kept.
+///
+/// # Errors
+/// [`ModelError`] names the file.
+pub fn folder_fingerprint(dir: &Path) -> Result<BaseFingerprint, ModelError> {
+    let config: Value =
+        serde_json::from_slice(&weights::read(dir, "config.json")?).map_err(|e| ModelError::Config(e.to_string()))?;
+    let arch = family::from_config(&config)?;
+    weights::Checkpoint::open(dir, arch.names.prefix, DType::F32, &Device::Cpu)?.fingerprint(&config)
+}
+
+impl ModelFolder {
+    /// Bytes of its weights as a file, without the small files beside.
+    pub fn bytes(&self) -> u64 {
+        let numbers: usize = self.weights.iter().map(|(_, t)| t.elem_count()).sum();
+        let head = self.head.iter().flat_map(Head::tensors).map(|(_, t)| t.elem_count());
+        ((numbers + head.sum::<usize>()) * DType::F32.size_in_bytes()) as u64
+    }
 }
 
 /// Tensors by the names in the file.
@@ -188,8 +215,9 @@ mod tests {
             assert!(hidden(&copy.base(&base, &weights).unwrap(), false) == hidden(&base, false), "{kind}");
             let named = copy.names().iter().cloned().zip(weights).collect();
             let model = ModelFolder { weights: named, head: None, task, labels: vec![] };
-            write_folder(&base, &model, &dir.path().join("out")).unwrap();
+            let written = write_folder(&base, &model, &dir.path().join("out")).unwrap();
             let back = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
+            assert_eq!((written, folder_fingerprint(&dir.path().join("out")).unwrap()), (back.fingerprint, written));
             assert!(hidden(&back, false) == hidden(&base, false), "{kind} as a folder");
             assert_eq!(back.arch.tied_head, base.arch.tied_head, "{kind}");
         }

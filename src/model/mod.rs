@@ -23,7 +23,7 @@ pub use arch::{
 };
 pub use base::{Base, LoadOptions};
 pub use copy::PrivateCopy;
-pub use export::{ModelFolder, write_folder};
+pub use export::{ModelFolder, folder_fingerprint, write_folder};
 pub use heads::HeadLogits;
 pub use source::Source;
 pub use transformer::{Input, Transformer};

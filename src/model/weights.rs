@@ -6,6 +6,7 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor, safetensors::MmapedSafetensors};
+use safetensors::View;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -48,6 +49,30 @@ pub(super) struct Checkpoint {
     prefix: &'static str,
     dtype: DType,
     device: Device,
+}
+
+/// SHA-256 over the config's lasting fields and all tensors (name, type, shape, bytes) in order of name, independent of
+/// sharding.
+pub(super) fn fingerprint<'t, V: View + 't>(
+    config: &Value,
+    tensors: impl Iterator<Item = (&'t str, &'t V)>,
+) -> BaseFingerprint {
+    let mut h = Sha256::new();
+    h.update(b"deltaserve/base/v1\0");
+    let mut lasting = config.clone();
+    if let Some(map) = lasting.as_object_mut() {
+        VOLATILE.iter().for_each(|key| {
+            map.remove(*key);
+        });
+    }
+    h.update(canonical(&lasting));
+    for (name, view) in tensors {
+        h.update((name.len() as u64).to_le_bytes());
+        h.update(name.as_bytes());
+        h.update(format!("{:?}{:?}", view.dtype(), view.shape()));
+        h.update(view.data());
+    }
+    BaseFingerprint::from_bytes(h.finalize().into())
 }
 
 /// Reads a file of the folder.
@@ -110,29 +135,14 @@ impl Checkpoint {
         Self { tensors: Tensors::Given(tensors), names, prefix, dtype, device: device.clone() }
     }
 
-    /// SHA-256 over the config's lasting fields and all tensors (name, type, shape, bytes), independent of sharding.
+    /// The [`fingerprint`] of what is on disk.
     pub(super) fn fingerprint(&self, config: &Value) -> Result<BaseFingerprint, ModelError> {
-        let mut h = Sha256::new();
-        h.update(b"deltaserve/base/v1\0");
-        let mut lasting = config.clone();
-        if let Some(map) = lasting.as_object_mut() {
-            VOLATILE.iter().for_each(|key| {
-                map.remove(*key);
-            });
-        }
-        h.update(canonical(&lasting));
         let Tensors::Files(files) = &self.tensors else {
-            return Err(ModelError::Unsupported("tensors in memory have no fingerprint".into()));
+            return Err(ModelError::Unsupported("a checkpoint in memory is not asked for a fingerprint".into()));
         };
         let mut tensors = files.tensors();
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
-        for (name, view) in tensors {
-            h.update((name.len() as u64).to_le_bytes());
-            h.update(name.as_bytes());
-            h.update(format!("{:?}{:?}", view.dtype(), view.shape()));
-            h.update(view.data());
-        }
-        Ok(BaseFingerprint::from_bytes(h.finalize().into()))
+        Ok(fingerprint(config, tensors.iter().map(|(name, view)| (name.as_str(), view))))
     }
 
     /// The stored name of a module's tensor: with the family's prefix, or bare.

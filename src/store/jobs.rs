@@ -227,6 +227,15 @@ impl Store {
         record(&query.fetch_optional(self.db().readers()).await?.ok_or_else(|| not_found(id))?)
     }
 
+    /// A job of any tenant: for what the server itself has to know.
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn any_job(&self, id: &str) -> Result<Option<JobRecord>, StoreError> {
+        let query = sqlx::query(select_jobs!("WHERE id = $1")).bind(id);
+        query.fetch_optional(self.db().readers()).await?.as_ref().map(record).transpose()
+    }
+
     /// A tenant's jobs, newest first; of one state, if given. `page_token` is empty or what the last page gave.
     ///
     /// # Errors

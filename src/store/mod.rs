@@ -1,7 +1,7 @@
 //! The store: what must survive a restart and `kill -9`. Content-addressed blobs, and one transactional database of
 //! names, versions, datasets and jobs.
 //!
-//! Owns the data directory: `lock`, `meta.sqlite3`, `blobs/`. A row names a blob only after the blob is durable, and
+//! Owns the data directory: `lock`, `meta.sqlite3`, `blobs/`, `models/`. A row names a blob only after the blob is durable, and
 //! rows that belong together are written in one transaction; so a crash leaves blobs without a row at worst, and
 //! [`Store::collect_garbage`] removes those. Never looks into a delta's tensors, never keeps anything resident.
 
@@ -12,6 +12,7 @@ mod error;
 mod garbage;
 mod holds;
 mod jobs;
+mod models;
 mod versions;
 
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub use datasets::{DatasetRecord, NewDataset};
 pub use error::StoreError;
 pub use garbage::Garbage;
 pub use jobs::{CreateJob, EventRecord, JobPage, JobRecord, NewJob, is_terminal};
+pub use models::Models;
 pub use versions::{NameRecord, NewVersion, Origin, StoredFile, VersionRecord};
 
 use self::{blobs::Blobs, db::Db, holds::Holds};
@@ -73,6 +75,11 @@ impl Store {
     /// The data directory.
     pub fn dir(&self) -> &Path {
         &self.inner.dir
+    }
+
+    /// Whole models that jobs made.
+    pub fn models(&self) -> Models {
+        Models::new(self.dir())
     }
 
     /// Closes the database connections; operations fail from now on. The lock goes with the last clone.

@@ -11,7 +11,6 @@ use super::{
     laws::{examples, hyper, input, tiny},
     objective::losses,
     optim::global_norm,
-    plan::Prepared,
     run::{Advance, Outcome, Run, RunInput, Trained},
     spec::{BaseShape, TrainSpec},
     trainable::Trainable,
@@ -25,7 +24,7 @@ use crate::{
 };
 
 /// A base whose folder stays.
-fn kept(kind: &str) -> (tempfile::TempDir, Arc<Base>) {
+pub(super) fn kept(kind: &str) -> (tempfile::TempDir, Arc<Base>) {
     let config = match kind {
         "llama" => testing::tiny_llama(),
         "gpt2" => testing::tiny_gpt2(),
@@ -211,28 +210,41 @@ fn full_is_alone_and_never_on_encoder_decoders() {
 }
 
 #[test]
-fn memory_that_is_not_there_is_refused_with_the_numbers() {
+fn the_estimate_counts_the_weights() {
     use super::{encode::tests::byte_codec, plan::tests::params};
     let base = tiny("gpt2");
     let text = "{\"text\": \"one two\"}\n{\"text\": \"three four\"}\n";
     let mut params = params(Task::CausalLm, vec![MethodPart::Full]);
     params.hyper.max_length = Some(16);
-    let plan = |memory: Option<u64>| -> Result<Prepared, _> {
-        let inputs = super::Inputs { params: &params, train: text.as_bytes(), validation: None, start: None };
-        let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256, memory };
-        super::prepare(inputs, info, &byte_codec(true))
-    };
-    let need = plan(None).unwrap().reply.memory;
+    let inputs = super::Inputs { params: &params, train: text.as_bytes(), validation: None, start: None };
+    let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256 };
+    let need = super::prepare(inputs, info, &byte_codec(true)).unwrap().reply.memory;
     let weights = 4 * base.trained_by(Task::CausalLm);
     assert!(need.parameters >= weights && need.optimizer == 2 * weights);
-    assert!(plan(Some(need.total())).is_ok());
-    let found = plan(Some(need.total() - 1)).unwrap_err();
-    assert_eq!((found.len(), found[0].code.as_str()), (1, "NOT_ENOUGH_MEMORY"));
-    for number in [need.total(), need.total() - 1, need.optimizer] {
-        assert!(found[0].message.contains(&number.to_string()), "{}", found[0].message);
+}
+
+#[test]
+fn a_failure_after_an_evaluation_keeps_no_whole_model() {
+    let (_dir, base) = kept("gpt2");
+    let mut input = full(&base, Task::CausalLm, ResolvedTraining { eval_every: 1, ..hyper(9) });
+    input.validation = examples(Task::CausalLm, 4);
+    let mut run = Run::new(Arc::clone(&base), None, input).unwrap();
+    let evaluated = |events: &[JobEventBody]| events.iter().any(|e| matches!(e, JobEventBody::Eval(_)));
+    loop {
+        match run.advance() {
+            Advance::More(events) if evaluated(&events) => break,
+            Advance::More(_) => {}
+            Advance::Done(_, outcome) => panic!("{outcome:?}"),
+        }
     }
-    params.methods = vec![MethodPart::Lora(Default::default())];
-    let inputs = super::Inputs { params: &params, train: text.as_bytes(), validation: None, start: None };
-    let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256, memory: Some(1) };
-    assert!(super::prepare(inputs, info, &byte_codec(true)).is_ok(), "deltas are small");
+    let var = &run.trainable().vars()[0].var;
+    var.set(&(var.as_detached_tensor() * f64::NAN).unwrap()).unwrap();
+    let failed = loop {
+        match run.advance() {
+            Advance::More(_) => {}
+            Advance::Done(_, outcome) => break *outcome,
+        }
+    };
+    let Outcome::Failed(failed) = failed else { panic!("{failed:?}") };
+    assert_eq!((failed.code, failed.checkpoint), ("NON_FINITE_LOSS", None));
 }

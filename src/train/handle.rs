@@ -22,6 +22,7 @@ use crate::{
     pacing::Pacer,
     train::{
         joblog::{JobLog, LogError, NewJob},
+        memory::{MemoryProbe, Shortage},
         plan::Prepared,
         run::RunInput,
         supervisor::{Command, Parts, Pending, Publisher, Supervisor, interrupted},
@@ -58,6 +59,9 @@ pub enum TrainError {
     /// No such job, or another tenant's.
     #[error("no job {0:?}")]
     NotFound(String),
+    /// No room for full fine-tuning.
+    #[error(transparent)]
+    Memory(#[from] Shortage),
     /// The log.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -69,6 +73,8 @@ pub(crate) struct Live {
     pub(crate) seq: watch::Sender<u64>,
     step: u32,
     tenant: TenantId,
+    /// Trains every weight.
+    full: bool,
 }
 
 /// What handles and the supervisor share.
@@ -112,8 +118,13 @@ impl Shared {
         self.live.lock().get(id).map(|l| l.seq.subscribe())
     }
 
+    /// Whether a job that trains every weight waits or runs.
+    fn full_jobs(&self) -> bool {
+        self.live.lock().values().any(|l| l.full)
+    }
+
     /// Enters a job unless its tenant has too many.
-    fn enter(&self, id: &str, tenant: &TenantId, most: usize) -> Result<(), TrainError> {
+    fn enter(&self, id: &str, tenant: &TenantId, full: bool, most: usize) -> Result<(), TrainError> {
         let mut live = self.live.lock();
         let own = live.values().filter(|l| l.tenant == *tenant).count();
         if own >= most {
@@ -121,7 +132,7 @@ impl Shared {
                 "{own} jobs of this tenant are waiting or running; at most {most}"
             )));
         }
-        let entry = Live { seq: watch::Sender::new(0), step: 0, tenant: tenant.clone() };
+        let entry = Live { seq: watch::Sender::new(0), step: 0, tenant: tenant.clone(), full };
         live.insert(id.to_owned(), entry);
         Ok(())
     }
@@ -137,6 +148,8 @@ pub struct TrainerParts {
     pub log: JobLog,
     /// Makes versions of finished deltas.
     pub publisher: Publisher,
+    /// What full fine-tuning may take.
+    pub memory: MemoryProbe,
 }
 
 /// The trainer.
@@ -145,17 +158,19 @@ pub struct TrainerHandle {
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     room: Arc<Semaphore>,
+    memory: MemoryProbe,
     config: TrainerConfig,
 }
 
 impl TrainerHandle {
-    /// Ends jobs that an earlier process left behind, then starts the trainer thread and its supervisor (on the current
+    /// Ends jobs that an earlier process left behind (those that had published succeed) and removes models that no job
+    /// made, then starts the trainer thread and its supervisor (on the current
     /// tokio runtime). The thread ends after [`Self::drain`], or when every handle is gone.
     ///
     /// # Errors
     /// The log's, or no thread.
     pub async fn spawn(parts: TrainerParts, config: TrainerConfig) -> Result<(Self, JoinHandle<()>), SpawnError> {
-        let TrainerParts { base, pacer, log, publisher } = parts;
+        let TrainerParts { base, pacer, log, publisher, memory } = parts;
         for job in log.unfinished().await? {
             let (id, was) = (&job.info.id, job.info.state.as_str());
             let end = match log.published(&job).await? {
@@ -168,6 +183,7 @@ impl TrainerHandle {
             tracing::warn!(job = id, state = was, end = end.state.as_str(), "ended a job that an earlier process left");
             log.append(id, job.info.step, JobEventBody::State(end)).await?;
         }
+        log.sweep_models().await?;
         let max_running = config.max_concurrent_jobs.max(1);
         let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
         let (report, reports) = mpsc::channel(256);
@@ -177,6 +193,7 @@ impl TrainerHandle {
         let supervisor = Supervisor::new(Parts {
             shared: Arc::clone(&shared),
             publisher,
+            memory: memory.clone(),
             max_running,
             starts,
             commands: commanded,
@@ -185,7 +202,7 @@ impl TrainerHandle {
         });
         tokio::spawn(supervisor.run());
         let room = Arc::new(Semaphore::new(config.max_jobs.max(1)));
-        Ok((Self { shared, commands, room, config }, thread))
+        Ok((Self { shared, commands, room, memory, config }, thread))
     }
 
     /// Enqueues a prepared job; with an idempotency key that was used for the same request, returns that job.
@@ -202,8 +219,9 @@ impl TrainerHandle {
             return Err(TrainError::Draining);
         }
         let id = uuid::Uuid::now_v7().to_string();
+        let most = self.config.max_jobs_per_tenant;
         let entered = match Arc::clone(&self.room).try_acquire_owned() {
-            Ok(permit) => self.shared.enter(&id, tenant, self.config.max_jobs_per_tenant).map(|()| permit),
+            Ok(permit) => self.shared.enter(&id, tenant, prepared.spec.full.is_some(), most).map(|()| permit),
             Err(_) => {
                 let most = self.config.max_jobs;
                 Err(TrainError::Overloaded(format!("{most} training jobs are waiting or running; at most {most}")))
@@ -212,7 +230,7 @@ impl TrainerHandle {
         let permit = match entered {
             Ok(permit) => permit,
             // a retry asks for no place: its job has one already
-            Err(full) => return self.made_before(tenant, params, prepared).await?.ok_or(full),
+            Err(full) => return self.made_before(tenant, params).await?.ok_or(full),
         };
         let (this, tenant) = (self.clone(), tenant.clone());
         let (params, prepared) = (params.clone(), prepared.clone());
@@ -221,16 +239,26 @@ impl TrainerHandle {
         made.await.unwrap_or_else(|e| Err(LogError::Runtime(e.to_string()).into()))
     }
 
-    /// The job that this very request made earlier with its idempotency key.
-    async fn made_before(
-        &self,
-        tenant: &TenantId,
-        params: &TrainParams,
-        prepared: &Prepared,
-    ) -> Result<Option<JobInfo>, TrainError> {
+    /// The job that this very request made earlier with its idempotency key, whatever has become of its data since.
+    ///
+    /// # Errors
+    /// [`LogError::IdempotencyConflict`] for another request, or the log's.
+    pub async fn made_before(&self, tenant: &TenantId, params: &TrainParams) -> Result<Option<JobInfo>, TrainError> {
         let Some(key) = &params.idempotency_key else { return Ok(None) };
-        let found = self.shared.log.made_with(tenant, key, &request_digest(params, prepared)).await?;
+        let found = self.shared.log.made_with(tenant, key, &request_digest(params)?).await?;
         Ok(found.map(|job| job.info))
+    }
+
+    /// Whether a prepared job will have its memory. One that trains every weight needs what is available now, unless
+    /// another such job waits or runs: it will start after that, and is asked again then.
+    ///
+    /// # Errors
+    /// [`TrainError::Memory`].
+    pub fn check_memory(&self, prepared: &Prepared) -> Result<(), TrainError> {
+        if prepared.spec.full.is_none() {
+            return Ok(());
+        }
+        Ok(self.memory.now().check(&prepared.reply.memory, self.shared.full_jobs())?)
     }
 
     async fn make(
@@ -248,7 +276,7 @@ impl TrainerHandle {
             request_json: serde_json::to_string(&params).map_err(|e| LogError::Runtime(e.to_string()))?,
             resolved: prepared.reply.resolved.clone(),
             idempotency_key: params.idempotency_key.clone(),
-            request_digest: request_digest(&params, &prepared),
+            request_digest: request_digest(&params)?,
         };
         let job = match self.shared.log.create(new).await {
             Ok((job, true)) => job,
@@ -271,7 +299,8 @@ impl TrainerHandle {
         };
         self.shared.notify(&id, seq);
         let input = RunInput::from(&prepared);
-        let pending = Pending { id, name: params.output_name, policy: params.publish, tenant, input, permit };
+        let memory = prepared.spec.full.map(|_| prepared.reply.memory);
+        let pending = Pending { id, name: params.output_name, policy: params.publish, tenant, memory, input, permit };
         let sent = self.commands.send(Command::Enqueue(Box::new(pending))).await;
         sent.map_err(|_| TrainError::Draining)?;
         Ok(JobInfo { last_seq: seq, ..job.info })
@@ -359,15 +388,10 @@ pub enum SpawnError {
     Thread(#[from] io::Error),
 }
 
-/// What "the same request" means for an idempotency key: the request and the very examples.
-fn request_digest(params: &TrainParams, prepared: &Prepared) -> String {
-    let mut h = Sha256::new();
-    h.update(serde_json::to_vec(&TrainParams { idempotency_key: None, ..params.clone() }).unwrap_or_default());
-    for example in prepared.train.iter().chain(prepared.validation.iter()) {
-        h.update((example.tokens.len() as u64).to_le_bytes());
-        example.tokens.iter().chain(&example.source).for_each(|t| h.update(t.to_le_bytes()));
-    }
-    hex::encode(h.finalize())
+/// What "the same request" means for an idempotency key: the request as it came. What its names stand for may change.
+fn request_digest(params: &TrainParams) -> Result<String, LogError> {
+    let request = serde_json::to_vec(&TrainParams { idempotency_key: None, ..params.clone() });
+    Ok(hex::encode(Sha256::digest(request.map_err(|e| LogError::Runtime(e.to_string()))?)))
 }
 
 /// A gap-free stream of a job's events: always read from the log, woken by the supervisor. A slow reader delays nobody

@@ -1,12 +1,14 @@
 //! Jobs and their events in the store. The one place of `train` that knows the store's form of them: rows with JSON.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     admission::train_params::{JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, ResolvedTraining},
     ids::{BlobId, TenantId},
-    store::{CreateJob, EventRecord, JobRecord, Store, StoreError},
+    store::{CreateJob, EventRecord, JobRecord, Models, Store, StoreError},
 };
 
 /// Why the log could not answer.
@@ -98,6 +100,11 @@ impl JobLog {
     /// The jobs of a store.
     pub fn new(store: Store) -> Self {
         Self { store }
+    }
+
+    /// Where whole models are.
+    pub fn models(&self) -> Models {
+        self.store.models()
     }
 
     /// Makes a job in state `queued`, or finds the one that the key made: (job, whether it is new).
@@ -194,17 +201,24 @@ impl JobLog {
     }
 
     /// What an unfinished job had published before its process died, if it came so far: the version and the move of the
-    /// name are one transaction, the job's end comes after it.
+    /// name are one transaction, a model is whole when it has its record, and the job's end comes after either.
     ///
     /// # Errors
     /// The store's.
     pub async fn published(&self, job: &StoredJob) -> Result<Option<JobResult>, LogError> {
         let StoredJob { tenant, info } = job;
-        if info.state != JobState::Publishing {
-            return Ok(None);
-        }
-        let Some((number, version)) = self.store.version_of_job(tenant, &info.output_name, &info.id).await? else {
-            return Ok(None);
+        // a record is written by publishing only, so it also speaks for a job whose change of state was lost
+        let (models, id) = (self.models(), info.id.clone());
+        let model = blocking(move || models.find(&id)).await?;
+        let (number, version) = match (&model, info.state) {
+            (Some(_), _) => (0, String::new()),
+            (None, JobState::Publishing) => {
+                match self.store.version_of_job(tenant, &info.output_name, &info.id).await? {
+                    Some((number, version)) => (number, version.to_string()),
+                    None => return Ok(None),
+                }
+            }
+            (None, _) => return Ok(None),
         };
         let (mut final_loss, mut best_eval, mut from) = (f64::NAN, None, 1);
         loop {
@@ -219,8 +233,27 @@ impl JobLog {
                 }
             }
         }
-        let (name, id) = (info.output_name.clone(), version.to_string());
-        Ok(Some(JobResult { name, number, id, final_loss, best_eval, model: None }))
+        Ok(Some(JobResult { name: info.output_name.clone(), number, id: version, final_loss, best_eval, model }))
+    }
+
+    /// Removes the models that no succeeded job made, and half-written ones: for the start, when no job publishes.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn sweep_models(&self) -> Result<(), LogError> {
+        let models = self.models();
+        let recorded = {
+            let models = models.clone();
+            blocking(move || models.recorded()).await?
+        };
+        let mut keep = BTreeSet::new();
+        for id in recorded {
+            let job = self.store.any_job(&id).await?.map(stored).transpose()?;
+            if job.is_some_and(|job| job.info.result.is_some_and(|r| r.model.is_some())) {
+                keep.insert(id);
+            }
+        }
+        blocking(move || models.sweep(&keep)).await
     }
 
     /// Keeps a checkpoint's bytes for as long as the job is kept.
@@ -232,6 +265,14 @@ impl JobLog {
         self.store.set_job_blob(id, "checkpoint", blob).await?;
         Ok(blob)
     }
+}
+
+/// Runs what waits for the disk beside the async threads.
+async fn blocking<T: Send + 'static>(
+    f: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, LogError> {
+    let done = tokio::task::spawn_blocking(f).await.map_err(|e| LogError::Runtime(e.to_string()))?;
+    done.map_err(LogError::from)
 }
 
 fn stored(record: JobRecord) -> Result<StoredJob, LogError> {

@@ -16,11 +16,14 @@ pub mod eval;
 pub mod ewc;
 #[cfg(test)]
 mod full_laws;
+#[cfg(test)]
+mod full_tests;
 mod handle;
 pub mod issue;
 pub mod joblog;
 #[cfg(test)]
 mod laws;
+pub mod memory;
 #[cfg(test)]
 mod method_laws;
 pub mod metrics;

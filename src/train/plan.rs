@@ -12,8 +12,8 @@ use crate::{
     admission::{
         params::Violation,
         train_params::{
-            AdapterPart, AdapterVariant, EvalMetric, HyperParams, LoraPart, MemoryEstimate, MethodPart, PlanReply,
-            ResolvedTraining, Schedule, TrainParams, Validation,
+            AdapterPart, AdapterVariant, EvalMetric, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining,
+            Schedule, TrainParams, Validation,
         },
     },
     delta::Task,
@@ -54,8 +54,6 @@ pub struct BaseInfo<'a> {
     pub shape: BaseShape<'a>,
     /// Longest sequence.
     pub max_positions: usize,
-    /// Bytes that a run may take, if it is known: full fine-tuning is refused above.
-    pub memory: Option<u64>,
 }
 
 /// A job, ready to run.
@@ -153,9 +151,6 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     if resolved.ewc.is_some() {
         memory.optimizer += 2 * memory.parameters;
     }
-    if spec.full.is_some() {
-        check_memory(&memory, base.memory)?;
-    }
     let reply = PlanReply {
         trainable_parameters: start.as_ref().map_or(parameters, |s| s.parameters(&spec, parameters)),
         train_examples: train.len() as u64,
@@ -168,19 +163,6 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         resolved,
     };
     Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), start })
-}
-
-/// Full fine-tuning only where its memory is there, with the numbers.
-fn check_memory(need: &MemoryEstimate, available: Option<u64>) -> Result<(), Vec<Violation>> {
-    let Some(available) = available.filter(|a| *a < need.total()) else { return Ok(()) };
-    let MemoryEstimate { parameters, gradients, optimizer, activations } = need;
-    let message = format!(
-        "full fine-tuning needs {} bytes beside the resident base (weights {parameters}, gradients {gradients}, optimizer \
-         {optimizer}, activations {activations}); {available} are available: train a delta, shorten hyper.max_length or \
-         lower hyper.batch_size",
-        need.total()
-    );
-    Err(vec![Violation { field: "methods".into(), code: "NOT_ENOUGH_MEMORY".into(), message }])
 }
 
 /// Shortest examples that a base must have room for.
@@ -423,7 +405,7 @@ pub(crate) mod tests {
         let shape =
             BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None, base: None };
         let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes), start: None };
-        prepare(inputs, BaseInfo { shape, max_positions: 64, memory: Some(1000) }, &byte_codec(true))
+        prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
     }
 
     fn lines(n: usize) -> String {

@@ -403,7 +403,7 @@ impl Run {
         };
         let delta = self.trainable.publishable(&snapshot)?;
         let model = self.trainable.model(&snapshot)?;
-        let checkpoint = if model.is_some() { Vec::new() } else { self.trainable.checkpoint_bytes(&snapshot)? };
+        let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
         let final_loss = self.last_loss;
         Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, checkpoint })))
     }
@@ -418,6 +418,7 @@ impl Run {
             bytes
                 .inspect_err(|e| tracing::warn!(error = %e, "the last good checkpoint could not be kept"))
                 .ok()
+                .flatten()
                 .map(|bytes| (step, bytes))
         });
         Outcome::Failed(Failed { code, message, checkpoint })

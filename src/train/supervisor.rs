@@ -21,8 +21,8 @@ use crate::{
     admission::{
         params::PublishPolicy,
         train_params::{
-            CheckpointEvent, EvalEvent, JobEventBody, JobFailure, JobResult, JobState, ModelResult, NoteEvent,
-            StateEvent,
+            CheckpointEvent, EvalEvent, JobEventBody, JobFailure, JobResult, JobState, MemoryEstimate, ModelResult,
+            NoteEvent, StateEvent,
         },
     },
     delta::Delta,
@@ -30,6 +30,7 @@ use crate::{
     model::ModelFolder,
     train::{
         handle::{Live, Shared},
+        memory::{MemoryProbe, Shortage},
         metrics::JobGauges,
         run::{Failed, RunInput, Trained},
         worker::{End, Report, Start},
@@ -98,6 +99,8 @@ pub(crate) struct Pending {
     pub(crate) tenant: TenantId,
     pub(crate) name: String,
     pub(crate) policy: PublishPolicy,
+    /// What it needs, if it trains every weight.
+    pub(crate) memory: Option<MemoryEstimate>,
     pub(crate) input: RunInput,
     pub(crate) permit: OwnedSemaphorePermit,
 }
@@ -119,6 +122,8 @@ struct Running {
     name: String,
     policy: PublishPolicy,
     info: PublishInfo,
+    /// Trains every weight.
+    full: bool,
     slot: usize,
     cancel: Arc<AtomicBool>,
     phase: Phase,
@@ -127,12 +132,13 @@ struct Running {
 
 enum Phase {
     Training,
-    Publishing { final_loss: f64, best_eval: Option<EvalEvent>, checkpoint: Bytes },
+    Publishing { final_loss: f64, best_eval: Option<EvalEvent>, checkpoint: Option<Bytes> },
 }
 
 pub(crate) struct Supervisor {
     pub(crate) shared: Arc<Shared>,
     pub(crate) publisher: Publisher,
+    pub(crate) memory: MemoryProbe,
     pub(crate) max_running: usize,
     pub(crate) starts: Option<SyncSender<Start>>,
     pub(crate) commands: mpsc::Receiver<Command>,
@@ -149,6 +155,7 @@ pub(crate) struct Supervisor {
 pub(crate) struct Parts {
     pub(crate) shared: Arc<Shared>,
     pub(crate) publisher: Publisher,
+    pub(crate) memory: MemoryProbe,
     pub(crate) max_running: usize,
     pub(crate) starts: SyncSender<Start>,
     pub(crate) commands: mpsc::Receiver<Command>,
@@ -158,10 +165,11 @@ pub(crate) struct Parts {
 
 impl Supervisor {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { shared, publisher, max_running, starts, commands, to_self, reports } = parts;
+        let Parts { shared, publisher, memory, max_running, starts, commands, to_self, reports } = parts;
         Self {
             shared,
             publisher,
+            memory,
             max_running,
             starts: Some(starts),
             commands,
@@ -258,17 +266,35 @@ impl Supervisor {
         }
     }
 
-    /// Starts what fits, the tenant with the fewest running jobs first, oldest first among equals.
+    /// The place in the queue of the job to start: of the tenant with the fewest running jobs, the oldest among equals. A
+    /// job that trains every weight waits while another does, and while anything runs that it has no room beside.
+    fn next(&self) -> Option<usize> {
+        let full_runs = self.running.values().any(|r| r.full);
+        let has_room = |job: &Pending| match &job.memory {
+            Some(need) => !full_runs && (self.running.is_empty() || self.memory.now().check(need, false).is_ok()),
+            None => true,
+        };
+        let load = |tenant: &TenantId| self.running.values().filter(|r| r.tenant == *tenant).count();
+        let jobs = self.queue.iter().enumerate().filter(|(_, job)| has_room(job));
+        jobs.min_by_key(|(i, job)| (load(&job.tenant), *i)).map(|(i, _)| i)
+    }
+
+    /// Starts what fits.
     async fn start_waiting(&mut self) {
-        while self.running.len() < self.max_running && !self.queue.is_empty() && !self.shared.is_draining() {
-            let load = |tenant: &TenantId| self.running.values().filter(|r| r.tenant == *tenant).count();
-            let Some(at) = (0..self.queue.len()).min_by_key(|i| (load(&self.queue[*i].tenant), *i)) else { return };
-            let Some(job) = self.queue.remove(at) else { return };
+        while self.running.len() < self.max_running && !self.shared.is_draining() {
+            let Some(job) = self.next().and_then(|at| self.queue.remove(at)) else { return };
+            // nothing else runs: memory that is not there now was taken by other processes
+            if let Some(Err(Shortage { message, .. })) = job.memory.map(|need| self.memory.now().check(&need, false)) {
+                let failure = JobFailure { code: "NOT_ENOUGH_MEMORY".into(), message };
+                self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
+                continue;
+            }
             let slot = (0..).find(|s| self.running.values().all(|r| r.slot != *s)).unwrap_or(0);
             let cancel = Arc::new(AtomicBool::new(false));
             let start = Start { id: job.id.clone(), input: job.input, cancel: Arc::clone(&cancel), slot };
             let running = Running {
                 info: publish_info(&start.input),
+                full: job.memory.is_some(),
                 tenant: job.tenant,
                 name: job.name,
                 policy: job.policy,
@@ -293,7 +319,7 @@ impl Supervisor {
         self.append(id, state(JobState::Publishing)).await;
         let Some(job) = self.running.get_mut(id) else { return };
         let Trained { delta, model, checkpoint, final_loss, best_eval } = trained;
-        job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.into() };
+        job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.map(Bytes::from) };
         let request = PublishJob {
             job: id.to_owned(),
             tenant: job.tenant.clone(),
@@ -306,7 +332,7 @@ impl Supervisor {
         let (publisher, id, done) = (Arc::clone(&self.publisher), id.to_owned(), self.to_self.clone());
         // a task of its own, so that a slow disk delays no other job's events; a panic in it is an answer, too
         tokio::spawn(async move {
-            let result = tokio::spawn(publisher(request)).await.unwrap_or_else(|e| {
+            let result = tokio::spawn(async move { publisher(request).await }).await.unwrap_or_else(|e| {
                 Err(PublishFailure { code: "INTERNAL".into(), message: format!("publishing: {e}") })
             });
             if let Some(done) = done.upgrade() {
@@ -332,7 +358,9 @@ impl Supervisor {
             }
             Err(PublishFailure { code, message }) => {
                 let step = self.shared.step(id);
-                self.keep_checkpoint(id, step, checkpoint).await;
+                if let Some(bytes) = checkpoint {
+                    self.keep_checkpoint(id, step, bytes).await;
+                }
                 self.terminal(id, JobState::Failed, None, Some(JobFailure { code, message })).await;
             }
         }
@@ -348,9 +376,6 @@ impl Supervisor {
     }
 
     async fn keep_checkpoint(&mut self, id: &str, step: u32, bytes: Bytes) {
-        if bytes.is_empty() {
-            return; // a whole model is not kept
-        }
         let event = match self.shared.log.keep_checkpoint(id, bytes).await {
             Ok(blob) => JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() }),
             Err(e) => {

@@ -15,34 +15,40 @@ use super::{
     JobWatch, PublishFailure, PublishJob, Published, Publisher, TrainError, TrainerConfig, TrainerHandle, TrainerParts,
     joblog::{JobLog, LogError, NewJob},
     laws::{shape, tiny},
+    memory::MemoryProbe,
     plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
 };
 use crate::{
     admission::train_params::{JobEventBody, JobEventInfo, JobState, LoraPart, MethodPart, TrainParams},
     delta::Task,
     ids::{DeltaId, TenantId},
+    model::Base,
     pacing::Pacer,
     store::Store,
     train::encode::tests::byte_codec,
 };
 
-async fn log() -> (tempfile::TempDir, JobLog) {
+pub(super) async fn log() -> (tempfile::TempDir, JobLog) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).await.unwrap();
     (dir, JobLog::new(store))
 }
 
-fn tenant(name: &str) -> TenantId {
+pub(super) fn tenant(name: &str) -> TenantId {
     TenantId::new(name).unwrap()
 }
 
 fn request(max_steps: u32) -> (TrainParams, Prepared) {
-    let base = tiny("llama");
-    let mut p = params(Task::CausalLm, vec![MethodPart::Lora(LoraPart { rank: Some(2), ..LoraPart::default() })]);
+    let lora = MethodPart::Lora(LoraPart { rank: Some(2), ..LoraPart::default() });
+    request_of(&tiny("llama"), lora, max_steps)
+}
+
+pub(super) fn request_of(base: &Base, method: MethodPart, max_steps: u32) -> (TrainParams, Prepared) {
+    let mut p = params(Task::CausalLm, vec![method]);
     p.hyper.max_steps = Some(max_steps);
     let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
     let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None, start: None };
-    let info = BaseInfo { shape: shape(&base), max_positions: base.arch.max_positions, memory: None };
+    let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
     let prepared = prepare(inputs, info, &byte_codec(true)).unwrap();
     (p, prepared)
 }
@@ -61,11 +67,12 @@ fn accept(count: &Arc<AtomicUsize>) -> Publisher {
 
 async fn trainer(log: &JobLog, publisher: Publisher, config: TrainerConfig) -> TrainerHandle {
     let pacer = Arc::new(Pacer::new(Duration::from_millis(5)));
-    let parts = TrainerParts { base: tiny("llama"), pacer, log: log.clone(), publisher };
+    let memory = MemoryProbe::of_machine(None, false);
+    let parts = TrainerParts { base: tiny("llama"), pacer, log: log.clone(), publisher, memory };
     TrainerHandle::spawn(parts, config).await.unwrap().0
 }
 
-async fn all(mut watch: JobWatch) -> Vec<JobEventInfo> {
+pub(super) async fn all(mut watch: JobWatch) -> Vec<JobEventInfo> {
     let mut out = Vec::new();
     while let Some(event) = watch.next().await.unwrap() {
         out.push(event);
@@ -73,7 +80,7 @@ async fn all(mut watch: JobWatch) -> Vec<JobEventInfo> {
     out
 }
 
-fn states(events: &[JobEventInfo]) -> Vec<JobState> {
+pub(super) fn states(events: &[JobEventInfo]) -> Vec<JobState> {
     let state = |e: &JobEventInfo| match &e.body {
         JobEventBody::State(s) => Some(s.state),
         _ => None,
@@ -172,7 +179,8 @@ async fn a_failed_publish_fails_the_job_and_keeps_its_weights() {
         async { Err(PublishFailure { code: "PUBLISH_CONFLICT".into(), message: "replaced meanwhile".into() }) }.boxed()
     });
     let panics: Publisher = Arc::new(|_| async { panic!("disk") }.boxed());
-    for (publisher, code) in [(refuse, "PUBLISH_CONFLICT"), (panics, "INTERNAL")] {
+    let at_once: Publisher = Arc::new(|_| panic!("before it waits"));
+    for (publisher, code) in [(refuse, "PUBLISH_CONFLICT"), (panics, "INTERNAL"), (at_once, "INTERNAL")] {
         let trainer = trainer(&log, publisher, TrainerConfig::default()).await;
         let (p, prepared) = request(2);
         let job = trainer.create(&tenant("a"), &p, &prepared).await.unwrap();

@@ -270,16 +270,20 @@ impl Trainable {
         self.vars.iter().zip(&snapshot.0).try_for_each(|(v, t)| v.var.set(t))
     }
 
-    /// A snapshot as safetensors bytes, named as [`NamedVar::name`]: the form of kept checkpoints.
+    /// A snapshot as safetensors bytes, named as [`NamedVar::name`]: the form of kept checkpoints. `None` of a whole model,
+    /// which is too large to be kept in memory and as a blob.
     ///
     /// # Errors
     /// The device or the encoding.
-    pub fn checkpoint_bytes(&self, snapshot: &Snapshot) -> Result<Vec<u8>> {
+    pub fn checkpoint_bytes(&self, snapshot: &Snapshot) -> Result<Option<Vec<u8>>> {
+        if self.is_full() {
+            return Ok(None);
+        }
         let on_host = |t: &Tensor| t.to_device(&Device::Cpu);
         let named: HashMap<String, Tensor> = (self.vars.iter().zip(&snapshot.0))
             .map(|(v, t)| Ok((v.name.clone(), on_host(t)?)))
             .collect::<Result<_>>()?;
-        safetensors::serialize(&named, None).map_err(candle_core::Error::wrap)
+        safetensors::serialize(&named, None).map(Some).map_err(candle_core::Error::wrap)
     }
 
     fn with_live(mut self) -> Result<Self> {

@@ -102,7 +102,13 @@ impl Worker {
             while at < self.active.len() {
                 match self.turn(at) {
                     Turn::Again => at += 1,
-                    Turn::Over => drop(self.active.remove(at)),
+                    Turn::Over(end) => {
+                        // its memory is free before anyone hears of its end and starts another
+                        let id = self.active.remove(at).id;
+                        if !self.end(id, end) {
+                            return;
+                        }
+                    }
                     Turn::Deaf => return,
                 }
             }
@@ -132,7 +138,7 @@ impl Worker {
         let Active { id, cancel, run } = &mut self.active[at];
         let id = id.clone();
         if cancel.load(Ordering::Relaxed) {
-            return self.end(id, End::Cancelled);
+            return Turn::Over(End::Cancelled);
         }
         self.pacer.yield_now();
         let step = run.step() + 1;
@@ -151,22 +157,20 @@ impl Worker {
         }
         match outcome {
             None => Turn::Again,
-            Some(Outcome::Trained(trained)) => self.end(id, End::Trained(trained)),
-            Some(Outcome::Failed(failed)) => self.end(id, End::Failed(failed)),
+            Some(Outcome::Trained(trained)) => Turn::Over(End::Trained(trained)),
+            Some(Outcome::Failed(failed)) => Turn::Over(End::Failed(failed)),
         }
     }
 
-    fn end(&self, id: String, end: End) -> Turn {
-        match self.reports.blocking_send(Report::Ended(id, Box::new(end))) {
-            Ok(()) => Turn::Over,
-            Err(_) => Turn::Deaf,
-        }
+    /// False if nobody listens.
+    fn end(&self, id: String, end: End) -> bool {
+        self.reports.blocking_send(Report::Ended(id, Box::new(end))).is_ok()
     }
 }
 
 enum Turn {
     Again,
-    Over,
+    Over(End),
     /// Nobody listens: the process is going down.
     Deaf,
 }

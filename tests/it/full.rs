@@ -3,6 +3,7 @@
 use deltaserve::grpc::proto;
 use proto::{JobState, download_model_response::Message, method_part::Part};
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use crate::support::*;
 
@@ -75,9 +76,55 @@ async fn a_model_that_does_not_fit_is_refused_with_the_numbers() {
     let running = world.start().await;
     let client = &running.client;
     let refused = client.create_job(full("whole"), "").await.expect_err("it does not fit");
-    assert_eq!(refused.code(), Code::InvalidArgument);
-    let text = format!("{} {}", refused.message(), String::from_utf8_lossy(refused.details()));
-    assert!(text.contains("1000 are available"), "{text}");
+    let reason = refused.get_error_details().error_info().map(|i| i.reason.clone()).unwrap_or_default();
+    assert_eq!((refused.code(), reason.as_str()), (Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"));
+    assert!(refused.message().contains("1000 is all"), "{}", refused.message());
     client.create_job(spec("small", proto::Task::CausalLm, stories(8), 2), "").await.expect("a delta fits");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_stays_over_a_restart_and_only_jobs_that_made_one_have_one() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    let mut short = full("whole");
+    short.hyper.as_mut().expect("hyper").max_steps = Some(2);
+    let job = client.create_job(short, "").await.expect("a job");
+    let model = client.ended(&job.id).await.result.and_then(|r| r.model).expect("a model");
+    let delta = client.create_job(spec("small", proto::Task::CausalLm, stories(8), 2), "").await.expect("a job");
+    client.ended(&delta.id).await;
+    running.stop().await;
+
+    let running = world.start().await;
+    let client = &running.client;
+    let copy = world.data_dir().with_file_name("copy");
+    assert_eq!(download(client, &job.id, &copy).await.expect("it is still there"), model);
+    for id in [delta.id.as_str(), "nothing"] {
+        assert_eq!(download(client, id, &copy).await.expect_err("no model").code(), Code::NotFound);
+    }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_with_its_key_finds_the_job_though_its_data_and_delta_are_gone() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    client.upload("old", &world.delta(1)).await.expect("an upload");
+    let dataset = client.upload_dataset("texts", &stories(8)).await;
+    let mut next = spec("new", proto::Task::CausalLm, String::new(), 1);
+    next.data = Some(proto::TrainingData { source: Some(proto::training_data::Source::DatasetId(dataset.clone())) });
+    (next.methods, next.from_delta) = (vec![], "old".into());
+    let first = client.create_job(next.clone(), "key").await.expect("a job");
+    client.ended(&first.id).await;
+    let request = client.request(proto::DeleteDatasetRequest { id: dataset });
+    client.training().delete_dataset(request).await.expect("the data goes");
+    let request = client.request(proto::DeleteDeltaRequest { name: "old".into(), expected_id: None });
+    client.deltas().delete_delta(request).await.expect("the delta goes");
+    assert_eq!(client.create_job(next.clone(), "key").await.expect("the same job").id, first.id);
+    assert_eq!(client.create_job(next.clone(), "other").await.expect_err("no data").code(), Code::NotFound);
+    next.output_name = "newer".into();
+    assert_eq!(client.create_job(next, "key").await.expect_err("another request").code(), Code::AlreadyExists);
     running.stop().await;
 }

@@ -37,7 +37,7 @@ async fn anothers_things_are_answered_like_unknown_ones() {
     let (a, b) = (running.client.tenant("acme"), running.client.tenant("bolt"));
     let made = a.upload("secret", &world.delta(1)).await.expect("an upload");
     let job = a.create_job(spec("mine", proto::Task::CausalLm, stories(8), 1), "").await.expect("a job");
-    let dataset = upload_dataset(&a, "texts", &stories(8)).await;
+    let dataset = a.upload_dataset("texts", &stories(8)).await;
     let same = |mine: tonic::Status, unknown: tonic::Status, name: &str, other: &str| {
         assert_eq!(kind(&mine), kind(&unknown));
         assert_eq!(mine.code(), Code::NotFound);
@@ -90,14 +90,4 @@ async fn anothers_things_are_answered_like_unknown_ones() {
     b.upload("secret", &world.delta(2)).await.expect("names are per tenant");
     assert_eq!(a.delta("secret").await.expect("theirs").delta.unwrap_or_default().id, made.id);
     running.stop().await;
-}
-
-async fn upload_dataset(client: &Client, name: &str, jsonl: &str) -> String {
-    use proto::upload_dataset_request::Message;
-    let messages =
-        [Message::Header(proto::DatasetHeader { name: name.into() }), Message::Data(jsonl.as_bytes().to_vec().into())];
-    let messages = messages.map(|m| proto::UploadDatasetRequest { message: Some(m) });
-    let request = client.request(futures::stream::iter(messages));
-    let reply = client.training().upload_dataset(request).await.expect("an upload").into_inner();
-    reply.dataset.expect("a dataset").id
 }

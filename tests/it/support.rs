@@ -379,6 +379,16 @@ impl Client {
         Ok(self.inference().classify(request).await?.into_inner())
     }
 
+    pub(crate) async fn upload_dataset(&self, name: &str, jsonl: &str) -> String {
+        use proto::upload_dataset_request::Message;
+        let header = Message::Header(proto::DatasetHeader { name: name.into() });
+        let messages = [header, Message::Data(jsonl.as_bytes().to_vec().into())];
+        let messages = messages.map(|m| proto::UploadDatasetRequest { message: Some(m) });
+        let request = self.request(futures::stream::iter(messages));
+        let reply = self.training().upload_dataset(request).await.expect("an upload").into_inner();
+        reply.dataset.expect("a dataset").id
+    }
+
     pub(crate) async fn create_job(&self, spec: proto::TrainingSpec, key: &str) -> Result<proto::Job, Status> {
         let request = proto::CreateJobRequest { spec: Some(spec), idempotency_key: key.into() };
         Ok(self.training().create_job(self.request(request)).await?.into_inner().job.expect("a job"))

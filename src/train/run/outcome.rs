@@ -38,8 +38,9 @@ pub struct Trained {
     pub final_loss: f64,
     /// The evaluation of the published checkpoint.
     pub best_eval: Option<EvalEvent>,
-    /// A delta's weights as safetensors bytes: kept when publishing fails, so that no training is lost.
-    pub checkpoint: Vec<u8>,
+    /// A delta's weights as safetensors bytes: kept when publishing fails, so that no training is lost. None of a whole
+    /// model, whose publisher keeps what it could write.
+    pub checkpoint: Option<Vec<u8>>,
 }
 
 /// Why a run stopped.
@@ -49,6 +50,6 @@ pub struct Failed {
     pub code: &'static str,
     /// What happened, with the step.
     pub message: String,
-    /// The last good checkpoint: its step and safetensors bytes.
+    /// The last good checkpoint of a delta: its step and safetensors bytes.
     pub checkpoint: Option<(u32, Vec<u8>)>,
 }
