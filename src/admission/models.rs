@@ -30,7 +30,7 @@ impl Service {
         id: &str,
     ) -> Result<(ModelResult, Pieces<FilePiece>), ServeError> {
         let job = self.get_job(tenant, id).await?;
-        let gone = || ServeError::NotFound { kind: "model of job", name: id.to_owned() };
+        let gone = || no_model(id);
         let model = job.result.and_then(|r| r.model).ok_or_else(gone)?;
         let folder = self.parts().store.models().path(&job.id);
         let mut entries = tokio::fs::read_dir(&folder).await.map_err(|e| match e.kind() {
@@ -46,6 +46,23 @@ impl Service {
         let pieces = stream::iter(files).flat_map(move |(name, path)| file(job.clone(), name, path));
         Ok((model, pieces.boxed()))
     }
+
+    /// Removes what a job's full fine-tuning left in the data directory; the job's record stays.
+    ///
+    /// # Errors
+    /// An unknown job or another tenant's; one that has not ended, made no model, or whose model was removed.
+    pub async fn delete_model(&self, tenant: &TenantId, id: &str) -> Result<(), ServeError> {
+        let job = self.get_job(tenant, id).await?;
+        if !job.state.is_terminal() {
+            return Err(no_model(id));
+        }
+        let removed = self.blocking(move |parts| Ok(parts.store.models().remove(&job.id)?)).await?;
+        if removed { Ok(()) } else { Err(no_model(id)) }
+    }
+}
+
+fn no_model(id: &str) -> ServeError {
+    ServeError::NotFound { kind: "model of job", name: id.to_owned() }
 }
 
 fn unreadable(job: &str, e: &std::io::Error) -> ServeError {

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     ids::TenantId,
     interop::{self, EncodeMeta},
-    registry::DeltaLease,
+    model::Base,
     store::{DatasetRecord, NewDataset},
     train::{
         BaseInfo, Inputs, Prepared, TrainError,
@@ -26,7 +26,7 @@ use crate::{
         memory::Shortage,
         prepare,
         spec::BaseShape,
-        transfer::{Continue, StartingDelta},
+        transfer::{Continue, Continued, StartingDelta},
     },
 };
 
@@ -138,16 +138,14 @@ impl Service {
         };
         self.blocking(move |parts| {
             let base = &parts.base;
-            if let Some((_, lease)) = &from {
-                // found out now, not when the job is done: what cannot be written cannot be published
-                interop::encode(lease.delta(), base, &EncodeMeta::default())
-                    .map_err(|e| ServeError::field("spec.from_delta", format!("cannot be trained further: {e}")))?;
-            }
-            let start = from.as_ref().map(|(from, _)| Continue { from, old: old.as_deref() });
+            let start = from.as_ref().map(|from| Continue { from, old: old.as_deref() });
             let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
             let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref(), start };
             let prepared = prepare(inputs, info, &parts.codec);
             let prepared = prepared.map_err(|found| ServeError::Invalid(in_request(found)))?;
+            if let Some(start) = &prepared.start {
+                check_writable(start, base)?;
+            }
             parts.trainer.check_memory(&prepared)?;
             Ok(prepared)
         })
@@ -159,13 +157,12 @@ impl Service {
         &self,
         tenant: &TenantId,
         params: &TrainParams,
-    ) -> Result<Option<(StartingDelta, DeltaLease)>, ServeError> {
+    ) -> Result<Option<StartingDelta>, ServeError> {
         let reference = params.from_delta.as_deref().unwrap_or_default();
         let Some(lease) = self.lease(tenant, reference).await? else { return Ok(None) };
         let version = lease.version();
         let name = format!("{}@{}", version.name, version.number);
-        let start = StartingDelta::new(name, lease.id(), Arc::clone(lease.delta()), lease.clone());
-        Ok(Some((start, lease)))
+        Ok(Some(StartingDelta::new(name, lease.id(), Arc::clone(lease.delta()), lease)))
     }
 
     /// The bytes of a request's data.
@@ -228,6 +225,12 @@ impl Service {
     }
 }
 
+/// Finds out now, not when the job is done: what cannot be written cannot be published.
+fn check_writable(start: &Continued, base: &Base) -> Result<(), ServeError> {
+    let written = interop::encode(&start.delta, base, &EncodeMeta::default());
+    written.map_err(|e| ServeError::field("spec.from_delta", format!("cannot be trained further: {e}"))).map(|_| ())
+}
+
 /// Names the fields as requests do: training knows the spec's own fields, and two words of its own for the data.
 fn in_request(mut found: Vec<Violation>) -> Vec<Violation> {
     for violation in &mut found {
@@ -253,5 +256,50 @@ impl From<TrainError> for ServeError {
             TrainError::Log(LogError::Store(e)) => e.into(),
             TrainError::Log(e) => Self::Internal(e.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::{
+        delta::{Delta, DeltaSpec, Head, HeadLayer, LowRank, Patch, Task},
+        ids::DeltaId,
+        model::testing,
+        train::{encode::tests::byte_codec, plan::tests::params},
+    };
+
+    #[test]
+    fn what_will_be_written_is_tried_and_not_a_head_that_is_left_behind() {
+        let base = testing::random_base(&testing::tiny_bert(), 7).unwrap();
+        let ones = |rows: usize, columns: usize| Tensor::ones((rows, columns), DType::F32, &Device::Cpu).unwrap();
+        let (site, entry) = base.sites.linears().next().unwrap();
+        let pair = LowRank { a: ones(2, entry.in_dim), b: ones(2, entry.out_dim), scale: 1.0 };
+        let spec = DeltaSpec {
+            methods: vec!["lora".into()],
+            task: Task::SeqCls,
+            labels: vec!["x".into(), "y".into()],
+            num_virtual_tokens: 0,
+            parameters: 0,
+            resident_bytes: 0,
+        };
+        // such a head has a place in an adapter's folder only
+        let layers = vec![HeadLayer { weight: ones(base.arch.hidden, base.arch.hidden), bias: None, act: None }];
+        let head = Head { layers, ..Head::linear(ones(2, base.arch.hidden), None) };
+        let old = Arc::new(Delta::new(spec, vec![(site, Patch::LowRank(pair))], Some(head)));
+        let from = StartingDelta::new("old@1".into(), DeltaId::from_bytes([1; 32]), old, ());
+        let check = |labels: [&str; 2]| {
+            let row = |i: usize| format!("{{\"text\": \"{}\", \"label\": \"{}\"}}\n", "#".repeat(i + 1), labels[i % 2]);
+            let data: String = (0..6).map(row).collect();
+            let params = params(Task::SeqCls, vec![]);
+            let start = Some(Continue { from: &from, old: None });
+            let inputs = Inputs { params: &params, train: data.as_bytes(), validation: None, start };
+            let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
+            check_writable(&prepare(inputs, info, &byte_codec(true)).unwrap().start.unwrap(), &base)
+        };
+        assert!(check(["p", "q"]).is_ok(), "a fresh head");
+        assert!(matches!(check(["x", "y"]), Err(ServeError::Invalid(v)) if v[0].field == "spec.from_delta"));
     }
 }

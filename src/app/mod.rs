@@ -127,22 +127,15 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let pacer = Arc::new(Pacer::new(config.train.max_yield));
     let engine_config = engine_config(&config, &base);
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
-    let publisher = publish::publisher(&base, &parts.name, &registry, store.models());
-    let memory = MemoryProbe::of_machine(config.train.max_bytes, base.device.is_cpu());
-    let log = JobLog::new(store.clone());
-    let trainer_parts = TrainerParts { base: Arc::clone(&base), pacer, log, publisher, memory };
+    let trainer_parts = TrainerParts {
+        publisher: publish::publisher(&base, &parts.name, &registry, store.models()),
+        memory: MemoryProbe::of_machine(config.train.max_bytes, base.device.is_cpu()),
+        log: JobLog::new(store.clone()),
+        base: Arc::clone(&base),
+        pacer,
+    };
     let trainer_config = TrainerConfig { max_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
-    let limits = ServiceLimits {
-        max_admitted: config.engine.max_queue + config.engine.max_sequences,
-        max_message_bytes: config.grpc.max_message_bytes as u64,
-        max_upload_bytes: config.grpc.max_upload_bytes,
-        max_queue: config.engine.max_queue,
-        max_sequences: engine_config.max_sequences,
-        max_batch_tokens: engine_config.max_batch_tokens,
-        kv_positions: engine_config.kv_pages * PAGE_SIZE,
-        max_train_jobs: config.train.max_jobs,
-    };
     let service = Service::new(ServiceParts {
         base,
         base_name: parts.name,
@@ -154,7 +147,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         store: store.clone(),
         engine: engine.clone(),
         trainer: trainer.clone(),
-        limits,
+        limits: limits(&config, &engine_config),
     });
     if let Some(dir) = &config.adapters_dir {
         register_samples(&service, dir).await?;
@@ -164,13 +157,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let grpc = listener.local_addr()?;
     let http = match (config.http, metrics) {
-        (Some(address), Some(metrics)) => {
-            let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
-            let local = listener.local_addr()?;
-            // not waited for at the end: probes watch the drain until the grace period is over
-            tokio::spawn(http::serve(listener, metrics, readiness.clone(), drain.clone()));
-            Some(local)
-        }
+        (Some(address), Some(metrics)) => Some(probes(address, metrics, &readiness, &drain).await?),
         _ => None,
     };
     let edge = drain.spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
@@ -189,6 +176,34 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         edge,
         threads: vec![engine_thread, trainer_thread],
     })
+}
+
+/// Serves metrics and probes; where.
+async fn probes(
+    address: SocketAddr,
+    metrics: PrometheusHandle,
+    readiness: &watch::Receiver<bool>,
+    drain: &Drain,
+) -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
+    let local = listener.local_addr()?;
+    // not waited for at the end: probes watch the drain until the grace period is over
+    tokio::spawn(http::serve(listener, metrics, readiness.clone(), drain.clone()));
+    Ok(local)
+}
+
+/// What admission enforces or reports.
+fn limits(config: &Config, engine: &EngineConfig) -> ServiceLimits {
+    ServiceLimits {
+        max_admitted: config.engine.max_queue + config.engine.max_sequences,
+        max_message_bytes: config.grpc.max_message_bytes as u64,
+        max_upload_bytes: config.grpc.max_upload_bytes,
+        max_queue: config.engine.max_queue,
+        max_sequences: engine.max_sequences,
+        max_batch_tokens: engine.max_batch_tokens,
+        kv_positions: engine.kv_pages * PAGE_SIZE,
+        max_train_jobs: config.train.max_jobs,
+    }
 }
 
 /// Removes blobs that nothing refers to, now and every hour, until the server drains.

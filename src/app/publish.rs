@@ -133,8 +133,8 @@ mod tests {
         let base = Arc::new(Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap());
         let store = Store::open(&dir.path().join("data")).await.unwrap();
         let model = || {
-            let (copy, weights) = PrivateCopy::read(&base, Task::CausalLm).unwrap();
-            let weights = copy.names().iter().cloned().zip(weights).collect();
+            let mut weights = Vec::new();
+            PrivateCopy::read(&base, Task::CausalLm, |name, t| Ok(weights.push((name.to_owned(), t)))).unwrap();
             ModelFolder { weights, head: None, task: Task::CausalLm, labels: vec![] }
         };
         let kept = keep_model(Arc::clone(&base), model(), store.models(), "a".into()).await.unwrap();

@@ -40,6 +40,11 @@ enum JobsCommand {
         /// The folder; made if it is not there.
         folder: std::path::PathBuf,
     },
+    /// Remove the model that full fine-tuning made; the job's record stays.
+    DeleteModel {
+        /// The job's id.
+        id: String,
+    },
     /// Ask a job to end.
     Cancel {
         /// The job's id.
@@ -97,6 +102,10 @@ pub(super) async fn jobs(common: &Common, args: JobsArgs) -> anyhow::Result<()> 
         }
         JobsCommand::Watch { id, from } => train::watch(common, &client, &id, from).await,
         JobsCommand::Download { id, folder } => super::models::download(common, &client, id, &folder).await,
+        JobsCommand::DeleteModel { id } => {
+            training.delete_model(proto::DeleteModelRequest { id: id.clone() }).await?;
+            if common.json { output::json(&serde_json::json!({ "deleted": id })) } else { Ok(()) }
+        }
         JobsCommand::Cancel { id } => {
             let reply = training.cancel_job(proto::CancelJobRequest { id }).await?.into_inner();
             print_jobs(common, reply.job.as_slice())

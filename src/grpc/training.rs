@@ -130,6 +130,16 @@ impl TrainingService for Training {
         Ok(Response::new(head.chain(pieces.map_err(Status::from)).boxed()))
     }
 
+    async fn delete_model(
+        &self,
+        request: Request<proto::DeleteModelRequest>,
+    ) -> Result<Response<proto::DeleteModelResponse>, Status> {
+        let tenant = tenant(request.metadata())?;
+        let id = convert::required("id", request.into_inner().id)?;
+        self.service.delete_model(&tenant, &id).await?;
+        Ok(Response::new(proto::DeleteModelResponse {}))
+    }
+
     async fn cancel_job(
         &self,
         request: Request<proto::CancelJobRequest>,

@@ -77,6 +77,8 @@ impl Base {
         if !arch.is_causal() && !ckpt.has(arch.names.lm_dense, "weight") {
             arch.names.lm_head = "";
         }
+        // a classification checkpoint has no head of its own: the table then serves, whatever the config says
+        arch.tied_head |= !ckpt.has(arch.names.lm_head, "weight");
         let sites = sites::table(&arch, |module| ckpt.has(module, "bias"));
         let transformer = Transformer::load(&arch, &ckpt, &sites, options)?;
         let fingerprint = ckpt.fingerprint(&config)?;
@@ -122,6 +124,12 @@ impl Base {
             return linear.bias.as_ref().map(|b| b.narrow(0, columns.start, columns.len())).transpose();
         }
         Ok(self.transformer.norm_at(site).and_then(|n| n.norm.bias.clone()))
+    }
+
+    /// Numbers in projections that lie side by side here and apart in the checkpoint: full fine-tuning joins them anew in
+    /// every forward.
+    pub fn joined_parameters(&self) -> u64 {
+        self.transformer.joined_parameters()
     }
 
     /// The frozen norm of a norm site.

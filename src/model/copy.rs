@@ -19,14 +19,18 @@ pub struct PrivateCopy {
 }
 
 impl PrivateCopy {
-    /// Reads the copy from the base's folder: names, and their tensors in f32 on the base's device, in order of name. Left
-    /// out is what the task's forward does not pass: the pooler of an encoder that does not classify texts by it, a
+    /// Reads the copy from the base's folder: names, and their tensors in f32 on the base's device, in order of name, each
+    /// given to `take` before the next is read, so that no second set of them lies about. Left out is what the task's forward does not pass: the pooler of an encoder that does not classify texts by it, a
     /// language-model head of a classifier, classification heads.
     ///
     /// # Errors
     /// A folder that cannot be read or has changed since the base was loaded; an encoder-decoder, whose distance biases
-    /// the forward keeps as numbers.
-    pub fn read(base: &Base, task: Task) -> Result<(Self, Vec<Tensor>), ModelError> {
+    /// the forward keeps as numbers; those of `take`.
+    pub fn read(
+        base: &Base,
+        task: Task,
+        mut take: impl FnMut(&str, Tensor) -> candle_core::Result<()>,
+    ) -> Result<Self, ModelError> {
         if base.arch.is_encoder_decoder() {
             return Err(ModelError::Unsupported("full fine-tuning of an encoder-decoder is not supported".into()));
         }
@@ -42,8 +46,10 @@ impl PrivateCopy {
             .flat_map(|module| ["weight", "bias"].map(|suffix| ckpt.name(module, suffix)))
             .flatten()
             .collect();
-        let tensors = names.iter().map(|name| ckpt.stored(name)).collect::<Result<_, _>>()?;
-        Ok((Self { arch, names: names.into_iter().collect() }, tensors))
+        for name in &names {
+            take(name, ckpt.stored(name)?)?;
+        }
+        Ok(Self { arch, names: names.into_iter().collect() })
     }
 
     /// Stored names, in order.

@@ -141,6 +141,10 @@ fn configured(mut config: Value, base: &Base, model: &ModelFolder) -> Value {
             map.remove(*key);
         });
     }
+    if model.task.generates() {
+        // as it was resolved when the base was loaded: what is stored goes by that
+        config["tie_word_embeddings"] = base.arch.tied_head.into();
+    }
     if model.head.is_some() {
         let labels = model.labels.iter().enumerate();
         config["id2label"] =
@@ -198,7 +202,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         testing::write_random(&dir.path().join("base"), config, 5).unwrap();
         let base = Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap();
-        let (copy, weights) = PrivateCopy::read(&base, task).unwrap();
+        let mut weights = Vec::new();
+        let copy = PrivateCopy::read(&base, task, |_, t| Ok(weights.push(t))).unwrap();
         (dir, base, copy, weights)
     }
 
@@ -221,6 +226,27 @@ mod tests {
             assert!(hidden(&back, false) == hidden(&base, false), "{kind} as a folder");
             assert_eq!(back.arch.tied_head, base.arch.tied_head, "{kind}");
         }
+    }
+
+    #[test]
+    fn a_checkpoint_without_the_head_that_its_config_speaks_of_is_tied_and_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = testing::tiny_llama();
+        config["tie_word_embeddings"] = true.into();
+        let folder = dir.path().join("base");
+        testing::write_random(&folder, &config, 5).unwrap();
+        config["tie_word_embeddings"] = false.into();
+        fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        let base = Base::load(&folder, &LoadOptions::default()).unwrap();
+        assert!(base.arch.tied_head);
+        let mut weights = Vec::new();
+        PrivateCopy::read(&base, Task::CausalLm, |name, t| Ok(weights.push((name.to_owned(), t)))).unwrap();
+        let numbers: usize = weights.iter().map(|(_, t)| t.elem_count()).sum();
+        assert_eq!(numbers as u64, base.trained_by(Task::CausalLm), "the table counts once");
+        let model = ModelFolder { weights, head: None, task: Task::CausalLm, labels: vec![] };
+        write_folder(&base, &model, &dir.path().join("out")).unwrap();
+        let written: Value = serde_json::from_slice(&fs::read(dir.path().join("out/config.json")).unwrap()).unwrap();
+        assert_eq!(written["tie_word_embeddings"], true, "other readers would make a head of their own");
     }
 
     #[test]
@@ -249,8 +275,9 @@ mod tests {
     fn a_folder_that_changed_and_an_encoder_decoder_are_refused() {
         let (dir, base, ..) = copy(&testing::tiny_gpt2(), Task::CausalLm);
         testing::write_random(&dir.path().join("base"), &testing::tiny_gpt2(), 6).unwrap();
-        assert!(PrivateCopy::read(&base, Task::CausalLm).unwrap_err().to_string().contains("has changed"));
+        let read = |base: &Base, task| PrivateCopy::read(base, task, |_, _| Ok(()));
+        assert!(read(&base, Task::CausalLm).unwrap_err().to_string().contains("has changed"));
         let t5 = testing::random_base(&testing::tiny_t5(), 3).unwrap();
-        assert!(matches!(PrivateCopy::read(&t5, Task::Seq2Seq), Err(ModelError::Unsupported(_))));
+        assert!(matches!(read(&t5, Task::Seq2Seq), Err(ModelError::Unsupported(_))));
     }
 }

@@ -32,7 +32,7 @@ impl Transformer {
         let lm_head = loader.lm_head(&embed)?;
         // an encoder's head is rarely asked, its table at every row; a table that is trained stays a plain tensor
         let shared = lm_head.as_ref().map(|head| &head.weight).filter(|w| !w.is_trained());
-        let shared = shared.filter(|_| arch.is_causal() && loader.ties_head()).cloned();
+        let shared = shared.filter(|_| arch.is_causal() && arch.tied_head).cloned();
         let table = |name: &str, rows: usize| -> Loaded<Option<Tensor>> {
             if name.is_empty() || rows == 0 { Ok(None) } else { ckpt.get(name, "weight", &[rows, h]).map(Some) }
         };
@@ -209,12 +209,6 @@ impl Loader<'_> {
         Ok(Some(RelativeBias { reach: max_distance, values }))
     }
 
-    /// Whether the embedding table is the head's weight: a classification checkpoint has no head of its own; the table
-    /// then serves, as when tied.
-    fn ties_head(&self) -> bool {
-        self.arch.tied_head || !self.ckpt.has(self.arch.names.lm_head, "weight")
-    }
-
     fn lm_head(&self, embed: &Tensor) -> Loaded<Option<Linear>> {
         let a = self.arch;
         let n = &a.names;
@@ -222,7 +216,7 @@ impl Loader<'_> {
             return Ok(None);
         }
         let part: Option<Part> = self.sites.id(Site::LmHead).map(|site| (site, 0..a.vocab));
-        let weight = if self.ties_head() {
+        let weight = if a.tied_head {
             if a.is_causal() { Weight::from_out_in(embed)? } else { Weight::view_of(embed)? }
         } else {
             Weight::from_out_in(&self.ckpt.get(n.lm_head, "weight", &[a.vocab, a.hidden])?)?

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use crate::ops::Weight;
 
-/// A frozen `[vocab, hidden]` table.
+/// A `[vocab, hidden]` table; a variable where every weight is trained, then as it is.
 pub(super) enum Table {
     /// As it is.
     Own(Tensor),
@@ -13,7 +13,7 @@ pub(super) enum Table {
 }
 
 impl Table {
-    /// Rows of it, `[ids, hidden]`. No gradient.
+    /// Rows of it, `[ids, hidden]`. Gradients reach a table that is as it is, never one in the head's form.
     ///
     /// # Errors
     /// Ids outside the vocabulary.

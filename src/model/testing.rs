@@ -137,6 +137,17 @@ pub fn tiny_gemma2() -> Value {
     })
 }
 
+/// Config of a 2-layer Gemma 3, a layer with a short window and one without: vocabulary 128, hidden 32, 4 heads of 12 over 2.
+pub fn tiny_gemma3() -> Value {
+    json!({
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 64, "vocab_size": 128,
+        "max_position_embeddings": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+        "bos_token_id": 1, "eos_token_id": 2
+    })
+}
+
 /// Config of a 2-layer Qwen 3: vocabulary 128, hidden 32, 4 heads of 12 over 2, context 256.
 pub fn tiny_qwen3() -> Value {
     json!({

@@ -131,6 +131,11 @@ impl Transformer {
         (self.linears().map(linear).sum::<usize>() + tables + norms) as u64
     }
 
+    /// Numbers in matrices of several projections.
+    pub(super) fn joined_parameters(&self) -> u64 {
+        self.linears().filter(|l| l.parts.len() > 1).map(|l| l.weight.elem_count() as u64).sum()
+    }
+
     /// The embeddings of tokens as a prompt's rows stand for them, scaled where the base scales its table's rows:
     /// `[tokens, hidden]`.
     ///

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::{
     batches::{Stream, rng},
     encode::Encoded,
-    laws::{examples, hyper, input, tiny},
+    laws::{config, examples, hyper, input, slope, tiny},
     objective::losses,
     optim::global_norm,
     run::{Advance, Outcome, Run, RunInput, Trained},
@@ -25,21 +25,13 @@ use crate::{
 
 /// A base whose folder stays.
 pub(super) fn kept(kind: &str) -> (tempfile::TempDir, Arc<Base>) {
-    let config = match kind {
-        "llama" => testing::tiny_llama(),
-        "gpt2" => testing::tiny_gpt2(),
-        "qwen3" => testing::tiny_qwen3(),
-        "gemma2" => testing::tiny_gemma2(),
-        "roberta" => testing::tiny_roberta(),
-        _ => testing::tiny_bert(),
-    };
     let dir = tempfile::tempdir().unwrap();
-    testing::write_random(&dir.path().join("base"), &config, 7).unwrap();
+    testing::write_random(&dir.path().join("base"), &config(kind), 7).unwrap();
     let base = Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap();
     (dir, Arc::new(base))
 }
 
-const CASES: [(&str, Task); 9] = [
+const CASES: [(&str, Task); 12] = [
     ("llama", Task::CausalLm),
     ("gpt2", Task::CausalLm),
     ("qwen3", Task::CausalLm),
@@ -49,6 +41,9 @@ const CASES: [(&str, Task); 9] = [
     ("bert", Task::SeqCls),
     ("bert", Task::TokenCls),
     ("roberta", Task::SeqCls),
+    ("distilbert", Task::SeqCls),
+    ("phi3", Task::CausalLm),
+    ("gemma3", Task::CausalLm),
 ];
 
 fn full(base: &Base, task: Task, resolved: ResolvedTraining) -> RunInput {
@@ -110,14 +105,7 @@ fn every_weight_gets_its_gradient_equal_to_central_differences() {
             let norm = global_norm([g]).unwrap();
             // a key's bias shifts all scores of a query alike
             assert!(norm.is_finite() && (norm > 0.0 || v.name.ends_with("key.bias")), "{what}: {norm}");
-            let unit = (g.detach() / norm.max(1e-9)).unwrap();
-            let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 5e-3);
-            let value = |step: f64| {
-                v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
-                f64::from(loss().to_scalar::<f32>().unwrap())
-            };
-            let slope = (value(h) - value(-h)) / (2.0 * h);
-            v.var.set(&at).unwrap();
+            let slope = slope(v, g, norm, loss);
             assert!((slope - norm).abs() <= 0.03 * norm + 5e-4, "{what}: {slope} {norm}");
         }
     }
@@ -221,6 +209,18 @@ fn the_estimate_counts_the_weights() {
     let need = super::prepare(inputs, info, &byte_codec(true)).unwrap().reply.memory;
     let weights = 4 * base.trained_by(Task::CausalLm);
     assert!(need.parameters >= weights && need.optimizer == 2 * weights);
+    let llama = tiny("llama");
+    let joined = |base: &Base| -> usize {
+        use crate::delta::{Proj, Site};
+        let joins =
+            |site| matches!(site, Site::Linear { proj: Proj::Q | Proj::K | Proj::V | Proj::Gate | Proj::Up, .. });
+        base.sites.iter().filter(|(_, e)| joins(e.site)).map(|(_, e)| e.in_dim * e.out_dim).sum()
+    };
+    assert_eq!((llama.joined_parameters(), base.joined_parameters()), (joined(&llama) as u64, 0));
+    let spec = TrainSpec::resolve(&[MethodPart::Full], Task::CausalLm, &[], BaseShape::of(&llama)).unwrap();
+    let of = |base: BaseShape<'_>| spec.memory(base, 1, 8, 8).activations;
+    let without = BaseShape { base: None, ..BaseShape::of(&llama) };
+    assert_eq!(of(BaseShape::of(&llama)) - of(without), 8 * joined(&llama) as u64, "copies and their gradients");
 }
 
 #[test]

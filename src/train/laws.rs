@@ -16,7 +16,7 @@ use super::{
     plan::{Prepared, tests::params},
     run::{Advance, Outcome, Run, RunInput, Trained},
     spec::{BaseShape, TrainSpec},
-    trainable::Trainable,
+    trainable::{NamedVar, Trainable},
 };
 use crate::{
     admission::train_params::{
@@ -28,12 +28,13 @@ use crate::{
     rows::RowLayout,
 };
 
-pub(super) fn tiny(kind: &str) -> Arc<Base> {
-    let config = match kind {
+pub(super) fn config(kind: &str) -> serde_json::Value {
+    match kind {
         "llama" => testing::tiny_llama(),
         "gpt2" => testing::tiny_gpt2(),
         "qwen3" => testing::tiny_qwen3(),
         "gemma2" => testing::tiny_gemma2(),
+        "gemma3" => testing::tiny_gemma3(),
         "roberta" => testing::tiny_roberta(),
         "distilbert" => testing::tiny_distilbert(),
         "phi3" => testing::tiny_phi3(),
@@ -44,8 +45,24 @@ pub(super) fn tiny(kind: &str) -> Arc<Base> {
             config
         }
         _ => testing::tiny_bert(),
+    }
+}
+
+pub(super) fn tiny(kind: &str) -> Arc<Base> {
+    Arc::new(testing::random_base(&config(kind), 7).unwrap())
+}
+
+/// The slope of a loss along a variable's gradient of this norm, by central differences: the norm, if the gradient is right.
+pub(super) fn slope(v: &NamedVar, grad: &Tensor, norm: f64, loss: impl Fn() -> Tensor) -> f64 {
+    let unit = (grad.detach() / norm.max(1e-9)).unwrap();
+    let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 5e-3);
+    let value = |step: f64| {
+        v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
+        f64::from(loss().to_scalar::<f32>().unwrap())
     };
-    Arc::new(testing::random_base(&config, 7).unwrap())
+    let slope = (value(h) - value(-h)) / (2.0 * h);
+    v.var.set(&at).unwrap();
+    slope
 }
 
 pub(super) fn shape(base: &Base) -> BaseShape<'_> {
@@ -243,14 +260,7 @@ fn gradients_match_central_differences() {
             // along the gradient itself: the change of the loss is the gradient's norm
             let g = grads.get(&v.var).unwrap();
             let norm = global_norm([g]).unwrap();
-            let unit = (g.detach() / norm).unwrap();
-            let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 5e-3);
-            let value = |step: f64| {
-                v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
-                f64::from(loss().to_scalar::<f32>().unwrap())
-            };
-            let slope = (value(h) - value(-h)) / (2.0 * h);
-            v.var.set(&at).unwrap();
+            let slope = slope(v, g, norm, loss);
             assert!((slope - norm).abs() <= 0.02 * norm + 2e-4, "{family} {}: {slope} {norm}", v.name);
         }
     }

@@ -123,11 +123,14 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         warnings.extend(self::warnings("validation", &report));
     }
     let continued = inputs.start.filter(|_| fits).map(|start| {
-        let context = transfer::Context { params, labels: labels.names(), codec, max_length, data: &data };
+        let context = transfer::Context { params, labels: labels.names(), codec, max_length, room };
         transfer::continued(start, &context)
     });
     let start = match continued.transpose() {
-        Ok(start) => start,
+        Ok(found) => found.map(|(start, report)| {
+            warnings.extend(self::warnings("ewc.data", &report));
+            start
+        }),
         Err(found) => {
             problems.extend(found);
             None
@@ -146,13 +149,13 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
     let longest_rows = longest + spec.positions.count();
     let rows = (resolved.batch_size as usize * longest_rows).min(MICRO_TOKENS.max(longest_rows));
-    let parameters = spec.parameters(base.shape.sites);
-    let mut memory = spec.memory(base.shape, rows, longest_rows);
+    let parameters = start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec));
+    let mut memory = spec.memory(base.shape, parameters, rows, longest_rows);
     if resolved.ewc.is_some() {
         memory.optimizer += 2 * memory.parameters;
     }
     let reply = PlanReply {
-        trainable_parameters: start.as_ref().map_or(parameters, |s| s.parameters(&spec, parameters)),
+        trainable_parameters: parameters,
         train_examples: train.len() as u64,
         validation_examples: validation.len() as u64,
         train_tokens: train.iter().map(|e| e.rows() as u64).sum(),
@@ -305,8 +308,12 @@ fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
 }
 
 fn max_length(h: &HyperParams, task: Task, max_positions: usize) -> usize {
-    let default = if task.generates() { 512 } else { 128 };
-    h.max_length.map_or(default, |n| n as usize).min(max_positions)
+    h.max_length.map_or(default_length(task), |n| n as usize).min(max_positions)
+}
+
+/// Longest example in tokens, unless a request says otherwise.
+pub(super) fn default_length(task: Task) -> usize {
+    if task.generates() { 512 } else { 128 }
 }
 
 /// What the hyper-parameters depend on.

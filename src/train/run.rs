@@ -245,7 +245,10 @@ impl Run {
         if let Some(mut fisher) = self.fisher.take() {
             match fisher.advance(&self.base, self.pacer.as_ref())? {
                 true => self.fisher = Some(fisher),
-                false => self.penalty = Some(fisher.penalty(self.trainable.vars())?),
+                false => {
+                    self.penalty = Some(fisher.penalty(self.trainable.vars())?);
+                    self.started = Instant::now(); // what is expected of the steps goes by the steps
+                }
             }
             return Ok(None);
         }

@@ -121,13 +121,7 @@ impl TrainSpec {
         labels: &[String],
         base: BaseShape<'_>,
     ) -> Result<Self, Vec<Violation>> {
-        let mut r = Resolver {
-            base,
-            task,
-            problems: Vec::new(),
-            patches: BTreeMap::new(),
-            positions: PositionPlans::default(),
-        };
+        let mut r = Resolver::new(base, task);
         r.check_task(methods, task, labels);
         let mut kinds = BTreeSet::new();
         for (i, part) in methods.iter().enumerate() {
@@ -170,26 +164,28 @@ impl TrainSpec {
         (head + self.positions.encoder_parameters() + patches) as u64 + self.full.unwrap_or(0)
     }
 
-    /// Bytes that a run needs beside the base: `rows` of a micro-batch, `longest` example in it. An estimate: every
-    /// linear keeps its input and output once, attention its probabilities, a language model one chunk of logits. Full
-    /// fine-tuning keeps what norms and the head make on their way, all logits included.
-    pub fn memory(&self, base: BaseShape<'_>, rows: usize, longest: usize) -> MemoryEstimate {
+    /// Bytes that a run of so many trained `parameters` needs beside the base: `rows` of a micro-batch, `longest` example in
+    /// it. An estimate: every linear keeps its input and output once, attention its probabilities, a language model one
+    /// chunk of logits. Full fine-tuning keeps what norms and the head make on their way, all logits included, and
+    /// projections that are joined, with their gradients.
+    pub fn memory(&self, base: BaseShape<'_>, parameters: u64, rows: usize, longest: usize) -> MemoryEstimate {
         const F32: usize = 4;
         const LOGIT_ROWS: usize = 512;
-        let parameters = self.parameters(base.sites) * F32 as u64;
+        let parameters = parameters * F32 as u64;
         let widths: usize = base.sites.linears().map(|(_, e)| e.in_dim + e.out_dim).sum();
         let layers = base.sites.iter().filter(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::O, .. })).count();
         let heads = base.hidden.div_ceil(64).max(1);
         let (logit_rows, copies) = if self.full.is_some() { (2 * rows, 2) } else { (LOGIT_ROWS.min(rows), 1) };
         let logits = if self.task.generates() { logit_rows * base.vocab * 2 } else { 0 };
         let activations = (copies * rows * widths + rows * longest * heads * layers + logits) * F32;
+        let joined = base.base.filter(|_| self.full.is_some()).map_or(0, Base::joined_parameters);
         // a whole model's snapshot and the sum of its gradients over micro-batches count
         let twice = if self.full.is_some() { 2 * parameters } else { parameters };
         MemoryEstimate {
             parameters: twice,
             gradients: twice,
             optimizer: 2 * parameters,
-            activations: activations as u64,
+            activations: activations as u64 + 2 * joined * F32 as u64,
         }
     }
 }
@@ -209,7 +205,12 @@ struct Resolver<'a> {
     positions: PositionPlans,
 }
 
-impl Resolver<'_> {
+impl<'a> Resolver<'a> {
+    fn new(base: BaseShape<'a>, task: Task) -> Self {
+        let (problems, positions) = (Vec::new(), PositionPlans::default());
+        Self { base, task, problems, patches: BTreeMap::new(), positions }
+    }
+
     fn problem(&mut self, field: &str, message: impl Into<String>) {
         self.problems.push(Violation { field: field.to_owned(), code: String::new(), message: message.into() });
     }

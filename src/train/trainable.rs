@@ -9,7 +9,7 @@ mod positions;
 
 use std::{collections::HashMap, sync::Arc};
 
-use candle_core::{DType, Device, Result, Tensor, TensorId, Var};
+use candle_core::{Device, Result, Tensor, TensorId, Var};
 use rand::rngs::StdRng;
 
 use positions::{Encoder, Positions, Source, prefix_name};
@@ -109,7 +109,7 @@ impl Trainable {
             if let Some(i) = seen.get(&t.id()) {
                 return Ok(*i);
             }
-            let var = Var::from_tensor(&t.to_dtype(DType::F32)?.copy()?)?;
+            let var = init::own_var(t)?;
             vars.push(NamedVar { name, var, decays: t.rank() > 1, rate: 1.0 });
             seen.insert(t.id(), vars.len() - 1);
             Ok(vars.len() - 1)

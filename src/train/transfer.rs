@@ -1,6 +1,10 @@
 //! Starting from an existing delta: which values a job takes from it, and what it holds on to (EWC).
 
-use std::{any::Any, collections::BTreeSet, sync::Arc};
+use std::{
+    any::Any,
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+};
 
 use candle_core::Tensor;
 
@@ -16,9 +20,10 @@ use crate::{
         dataset::Dataset,
         encode::{Encoded, TextCodec, encode},
         issue::Report,
-        spec::{self, BaseShape, TrainSpec},
+        plan::default_length,
+        spec::{self, BaseShape, HeadPlan, TrainSpec},
         trainable::Trainable,
-        validate::{LabelSet, check_validation},
+        validate::{LabelSet, check_common},
     },
 };
 
@@ -91,11 +96,14 @@ impl Continued {
         self.ewc.as_ref().map(|e| ResolvedEwc { lambda: e.lambda, examples: e.examples.len() as u32 })
     }
 
-    /// Numbers of its head in place of a planned one's.
-    pub(super) fn parameters(&self, spec: &TrainSpec, planned: u64) -> u64 {
-        let (Some(own), Some(plan)) = (self.delta.head(), spec.head) else { return planned };
-        let own: usize = own.tensors().iter().map(|(_, t)| t.elem_count()).sum();
-        planned - plan.parameters() as u64 + own as u64
+    /// Numbers that are trained: the delta's own, and a fresh head's where it brings none.
+    pub(super) fn parameters(&self, spec: &TrainSpec) -> u64 {
+        let mut seen = HashSet::new(); // a tensor that two patches share is one variable
+        let patches = self.delta.patches().iter().flat_map(|(_, p)| p.tensors()).map(|(_, t)| t);
+        let head = self.delta.head().into_iter().flat_map(Head::tensors).map(|(_, t)| t);
+        let own: usize = patches.chain(head).filter(|t| seen.insert(t.id())).map(Tensor::elem_count).sum();
+        let fresh = spec.head.filter(|_| self.delta.head().is_none()).map_or(0, HeadPlan::parameters);
+        (own + fresh) as u64
     }
 
     /// The job's variables.
@@ -142,16 +150,17 @@ pub(super) struct Context<'a> {
     pub(super) params: &'a TrainParams,
     pub(super) labels: &'a [String],
     pub(super) codec: &'a TextCodec,
+    /// Longest example of the job.
     pub(super) max_length: usize,
-    /// The job's own examples.
-    pub(super) data: &'a Dataset,
+    /// Longest example that the context has room for.
+    pub(super) room: usize,
 }
 
-/// The values and, for EWC, the old examples.
+/// The values and, for EWC, the old examples with what is to be said of them.
 ///
 /// # Errors
 /// Every problem of the old examples.
-pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<Continued, Vec<Violation>> {
+pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<(Continued, Report), Vec<Violation>> {
     let old = &start.from.delta;
     let bare = || Delta::new(old.spec.clone(), old.patches().to_vec(), None);
     let head = (cx.params.task == old.spec.task).then(|| ordered_head(old, cx.labels)).flatten();
@@ -161,6 +170,7 @@ pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<Continu
         None => bare(),
     };
     let delta = Arc::new(delta);
+    let mut report = Report::default();
     let ewc = match (&cx.params.ewc, start.old) {
         (Some(ewc), Some(bytes)) => {
             // the old head speaks of its own labels, in the order that its rows have
@@ -168,14 +178,14 @@ pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<Continu
                 Some(_) => (Arc::clone(&delta), cx.labels.to_vec()),
                 None => (Arc::clone(old), old.spec.labels.clone()),
             };
-            let examples = old_examples(bytes, old.spec.task, &LabelSet::new(labels), cx)?;
+            let examples = old_examples(bytes, old.spec.task, &LabelSet::new(labels), cx, &mut report)?;
             let most = ewc.max_examples.unwrap_or(FISHER_EXAMPLES) as usize;
             let head = delta.head().is_some();
             Some(Ewc { lambda: ewc.lambda, delta: good, head, examples: spread(&examples, most).into() })
         }
         _ => None,
     };
-    Ok(Continued { delta, ewc, from: start.from.clone() })
+    Ok((Continued { delta, ewc, from: start.from.clone() }, report))
 }
 
 /// The head with its rows in the order of these labels; `None` if it has other labels, or there is none.
@@ -195,10 +205,19 @@ fn ordered_head(delta: &Delta, labels: &[String]) -> Option<candle_core::Result<
     }))
 }
 
-fn old_examples(bytes: &[u8], task: Task, labels: &LabelSet, cx: &Context<'_>) -> Result<Vec<Encoded>, Vec<Violation>> {
-    let (data, mut report): (Dataset, Report) = Dataset::parse(bytes);
-    check_validation(&data, cx.data, task, labels, &mut report);
-    let examples = encode(&data, cx.codec, labels, cx.max_length, &mut report);
+/// Encoded as the old task's: its own labels and, unless the job's task is the same, its own length.
+fn old_examples(
+    bytes: &[u8],
+    task: Task,
+    labels: &LabelSet,
+    cx: &Context<'_>,
+    report: &mut Report,
+) -> Result<Vec<Encoded>, Vec<Violation>> {
+    let (data, found) = Dataset::parse(bytes);
+    *report = found;
+    check_common(&data, task, labels, report);
+    let max_length = if task == cx.params.task { cx.max_length } else { default_length(task).min(cx.room) };
+    let examples = encode(&data, cx.codec, labels, max_length, report);
     match report.is_ok() {
         true => Ok(examples),
         false => Err(report.violations("ewc.data")),

@@ -6,19 +6,23 @@ use candle_core::Tensor;
 
 use super::{
     batches::{Stream, rng},
-    encode::{Encoded, Target},
+    encode::{Encoded, Target, tests::byte_codec},
     ewc::Fisher,
     laws::{examples, hyper, input, shape, tiny},
     method_laws::all,
     objective::losses,
+    plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
     run::{Advance, Outcome, Run, RunInput, Trained},
     spec::{TrainSpec, adopt, parts_of},
     trainable::Trainable,
-    transfer::Ewc,
+    transfer::{Continue, Ewc, StartingDelta},
 };
 use crate::{
-    admission::train_params::{JobEventBody, LoraPart, MethodPart, PromptPart, ResolvedTraining},
-    delta::{Delta, Task},
+    admission::train_params::{
+        EwcParams, JobEventBody, LoraPart, MethodPart, PromptPart, ResolvedTraining, TrainData, TrainParams,
+    },
+    delta::{Delta, DeltaSpec, HeadLayer, Matrix, Patch, Task},
+    ids::DeltaId,
     model::Base,
 };
 
@@ -95,6 +99,131 @@ fn a_request_continues_what_is_the_same_and_is_told_what_differs() {
     let pissa = LoraPart { init: crate::admission::train_params::LoraInit::Pissa, ..LoraPart::default() };
     let (_, clashes) = adopt(&[MethodPart::Lora(pissa)], &old, base.arch.hidden);
     assert_eq!(clashes[0].field, "methods[0].init");
+}
+
+#[test]
+fn a_continued_lora_has_the_request_s_dropout_and_rates() {
+    let base = tiny("llama");
+    let old = train(&base, input(&base, Task::CausalLm, &lora(Some(4)), hyper(1))).delta;
+    let part = LoraPart { rank: Some(4), dropout: Some(0.25), plus_ratio: Some(8.0), ..LoraPart::default() };
+    for dora in [false, true] {
+        let parts = [MethodPart::Lora(LoraPart { dora, dropout: part.dropout.filter(|_| !dora), ..part.clone() })];
+        let old = if dora { train(&base, input(&base, Task::CausalLm, &parts, hyper(1))).delta } else { old.clone() };
+        let spec = TrainSpec::resolve(&parts, Task::CausalLm, &[], shape(&base)).unwrap();
+        let own = Trainable::continuing(&old, &spec, &base.sites, 5, &base.device).unwrap();
+        assert_eq!(own.has_dropout(), !dora);
+        for v in own.vars() {
+            assert_eq!(v.rate, if v.name.ends_with(".lora_B") { 8.0 } else { 1.0 }, "{}", v.name);
+        }
+    }
+}
+
+/// A planned job on byte tokens.
+fn plan(base: &Base, params: &TrainParams, data: &str, from: &StartingDelta, old: &str) -> Prepared {
+    let start = Some(Continue { from, old: Some(old.as_bytes()) });
+    let inputs = Inputs { params, train: data.as_bytes(), validation: None, start };
+    let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
+    prepare(inputs, info, &byte_codec(true)).unwrap()
+}
+
+/// Byte tokens of the tiny vocabularies: letters only.
+fn labelled(label: [&str; 2]) -> String {
+    let row = |i: usize| {
+        format!("{{\"text\": \"{}\", \"label\": \"{}\"}}\n", "!#$%&"[i % 2..].repeat(1 + i / 2), label[i % 2])
+    };
+    (0..12).map(row).collect()
+}
+
+fn continuing(task: Task) -> TrainParams {
+    let ewc = EwcParams { data: TrainData::Jsonl(String::new()), lambda: 2.0, max_examples: None };
+    TrainParams { from_delta: Some("old".into()), ewc: Some(ewc), ..params(task, vec![]) }
+}
+
+#[test]
+fn old_examples_have_their_own_length_and_warnings() {
+    let base = tiny("llama");
+    let old = Arc::new(train(&base, input(&base, Task::CausalLm, &lora(Some(2)), hyper(1))).delta);
+    let from = StartingDelta::new("old@1".into(), DeltaId::from_bytes([1; 32]), old, ());
+    let text = format!("{{\"text\": \"{}\"}}\n", "! ".repeat(40));
+    let mut p = continuing(Task::SeqCls);
+    p.hyper.max_length = Some(8);
+    let planned = plan(&base, &p, &labelled(["x", "y"]), &from, &[text.as_str(); 2].concat());
+    let ewc = planned.start.as_ref().and_then(|s| s.ewc.as_ref()).unwrap();
+    assert!(ewc.examples[0].tokens.len() > 60, "{}", ewc.examples[0].tokens.len());
+    assert!(planned.train.iter().all(|e| e.tokens.len() <= 8));
+    let of_old = planned.reply.warnings.iter().filter(|w| w.field.starts_with("ewc.data"));
+    assert_eq!(of_old.map(|w| w.code.as_str()).collect::<Vec<_>>(), ["DUPLICATE"]);
+    // the same task has the same length, and examples that are trained on may be old ones, too
+    let mut p = continuing(Task::CausalLm);
+    p.hyper.max_length = Some(8);
+    let other = "{\"text\": \"#$%\"}\n";
+    let planned = plan(&base, &p, &format!("{text}{other}"), &from, &text);
+    let ewc = planned.start.as_ref().and_then(|s| s.ewc.as_ref()).unwrap();
+    assert_eq!(ewc.examples[0].tokens.len(), 8);
+    assert!(planned.reply.warnings.iter().all(|w| w.code != "TRAIN_VALID_OVERLAP"));
+}
+
+#[test]
+fn ewc_holds_a_head_in_either_order_of_its_labels() {
+    let base = tiny("bert");
+    let old = Arc::new(train(&base, input(&base, Task::SeqCls, &lora(Some(2)), hyper(20))).delta);
+    let from = StartingDelta::new("old@1".into(), DeltaId::from_bytes([1; 32]), Arc::clone(&old), ());
+    let data = labelled(["a", "b"]);
+    let mut seen = Vec::new();
+    for labels in [["a", "b"], ["b", "a"]] {
+        let mut p = continuing(Task::SeqCls);
+        p.labels = labels.map(str::to_owned).to_vec();
+        let planned = plan(&base, &p, &data, &from, &data);
+        let start = planned.start.clone().unwrap();
+        let ewc = start.ewc.clone().unwrap();
+        assert!(ewc.head && start.delta.head().is_some());
+        let before = loss(&base, &ewc.delta, &ewc.examples);
+        let own = Trainable::continuing(&start.delta, &planned.spec, &base.sites, 3, &base.device).unwrap();
+        let numbers: usize = own.vars().iter().map(|v| v.var.elem_count()).sum();
+        assert_eq!(planned.reply.trainable_parameters, numbers as u64);
+        let mut fisher = Fisher::new(ewc, &base).unwrap();
+        while fisher.advance(&base, None).unwrap() {}
+        let penalty = fisher.penalty(own.vars()).unwrap();
+        let zeros = || -> Vec<Tensor> { own.vars().iter().map(|v| v.var.zeros_like().unwrap().detach()).collect() };
+        assert_eq!(penalty.add_to(own.vars(), &mut zeros()).unwrap(), 0.0);
+        for v in own.vars().iter().filter(|v| v.name.starts_with("head.")) {
+            v.var.set(&(v.var.as_detached_tensor() + 0.5).unwrap()).unwrap();
+        }
+        let held = penalty.add_to(own.vars(), &mut zeros()).unwrap();
+        assert!(held > 0.0, "the head is held");
+        seen.push((f64::from(before), held));
+        // it trains to its end
+        let run = RunInput { start: Some(start), ..RunInput::from(&planned) };
+        finish(Run::new(Arc::clone(&base), None, run).unwrap());
+    }
+    let [(a, held_a), (b, held_b)] = seen[..] else { panic!("two orders") };
+    assert!((a - b).abs() < 1e-5 && (held_a - held_b).abs() < 1e-4 * held_a, "{seen:?}");
+}
+
+#[test]
+fn a_carried_head_of_any_form_counts_and_a_matrix_alone_is_refused_with_its_name() {
+    let base = tiny("bert");
+    let old = train(&base, input(&base, Task::SeqCls, &lora(Some(2)), hyper(1))).delta;
+    let mut head = old.head().unwrap().clone();
+    let square = Tensor::eye(base.arch.hidden, candle_core::DType::F32, &base.device).unwrap();
+    head.layers = vec![HeadLayer { weight: square, bias: None, act: None }];
+    let spec = DeltaSpec { labels: labels(Task::SeqCls), ..old.spec.clone() };
+    let old = Arc::new(Delta::new(spec, old.patches().to_vec(), Some(head)));
+    let from = StartingDelta::new("old@1".into(), DeltaId::from_bytes([1; 32]), Arc::clone(&old), ());
+    let data = labelled(["a", "b"]);
+    let planned = plan(&base, &continuing(Task::SeqCls), &data, &from, &data);
+    let own = Trainable::from_delta(&old, &base.sites).unwrap();
+    let numbers: usize = own.vars().iter().map(|v| v.var.elem_count()).sum();
+    assert_eq!(planned.reply.trainable_parameters, numbers as u64);
+    assert_eq!(planned.reply.memory.gradients, 4 * numbers as u64);
+
+    let (site, entry) = base.sites.linears().next().unwrap();
+    let (weight, bias) = base.linear(site).unwrap().unwrap();
+    let matrix = Patch::Matrix(Matrix { weight: weight.contiguous().unwrap(), bias });
+    let whole = Delta::new(old.spec.clone(), vec![(site, matrix)], None);
+    let found = TrainSpec::of_delta(&whole, Task::SeqCls, &labels(Task::SeqCls), shape(&base)).unwrap_err();
+    assert!(found.len() == 1 && found[0].field == "from_delta", "{found:?}");
+    assert!(found[0].message.contains(&entry.label()) && found[0].message.contains("whole"), "{found:?}");
 }
 
 /// Texts of a task of its own: other starts, counting downwards.

@@ -127,7 +127,8 @@ pub fn check_validation(data: &Dataset, train: &Dataset, task: Task, labels: &La
     }
 }
 
-fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
+/// What any set of examples must be for a task.
+pub(super) fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
     let Some(format) = data.format else { return };
     let fits = match format {
         Format::PromptCompletion => task.generates(),

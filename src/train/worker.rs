@@ -9,9 +9,10 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::Receiver,
+        mpsc::{Receiver, TryRecvError},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use tokio::sync::mpsc::Sender;
@@ -73,8 +74,17 @@ pub(crate) fn spawn(
 struct Active {
     id: String,
     cancel: Arc<AtomicBool>,
-    run: Run,
+    stage: Stage,
 }
+
+enum Stage {
+    /// A thread of its own sets the run up.
+    Setup(Receiver<Result<Run, String>>),
+    Run(Box<Run>),
+}
+
+/// How long the thread rests when all of its jobs are being set up.
+const REST: Duration = Duration::from_millis(5);
 
 struct Worker {
     base: Arc<Base>,
@@ -112,30 +122,43 @@ impl Worker {
                     Turn::Deaf => return,
                 }
             }
+            if !self.active.is_empty() && self.active.iter().all(|a| matches!(a.stage, Stage::Setup(_))) {
+                std::thread::sleep(REST);
+            }
         }
     }
 
     fn begin(&mut self, start: Start) {
         let Start { id, input, cancel, slot } = start;
-        let new = || {
-            let mut run = Run::new(Arc::clone(&self.base), Some(Arc::clone(&self.pacer)), input)?;
-            run.show_in_slot(slot);
-            Ok::<_, candle_core::Error>(run)
-        };
-        let failure = match catch_unwind(AssertUnwindSafe(new)) {
-            Ok(Ok(run)) => {
-                self.active.push(Active { id, cancel, run });
-                return;
+        // a whole model is read from the disk and hashed: too long for the others to wait
+        let apart = input.spec.full.is_some();
+        let (base, pacer) = (Arc::clone(&self.base), Arc::clone(&self.pacer));
+        let new = move || set_up(base, pacer, input, slot);
+        let stage = if apart { set_up_apart(new) } else { new().map(|run| Stage::Run(Box::new(run))) };
+        match stage {
+            Ok(stage) => self.active.push(Active { id, cancel, stage }),
+            Err(message) => {
+                self.end(id, End::Failed(internal(message)));
             }
-            Ok(Err(e)) => format!("setting up: {e}"),
-            Err(panic) => panic_text(panic.as_ref()),
-        };
-        self.end(id, End::Failed(internal(failure)));
+        }
     }
 
     /// One micro-step of one job.
     fn turn(&mut self, at: usize) -> Turn {
-        let Active { id, cancel, run } = &mut self.active[at];
+        let Active { id, cancel, stage } = &mut self.active[at];
+        let run = match stage {
+            Stage::Run(run) => run,
+            // also if it is cancelled: the thread ends by itself, and until then has the run's memory
+            Stage::Setup(made) => match made.try_recv() {
+                Err(TryRecvError::Empty) => return Turn::Again,
+                Err(TryRecvError::Disconnected) => return Turn::Over(End::Failed(internal("setting up ended".into()))),
+                Ok(Err(message)) => return Turn::Over(End::Failed(internal(message))),
+                Ok(Ok(run)) => {
+                    *stage = Stage::Run(Box::new(run));
+                    return Turn::Again;
+                }
+            },
+        };
         let id = id.clone();
         if cancel.load(Ordering::Relaxed) {
             return Turn::Over(End::Cancelled);
@@ -166,6 +189,29 @@ impl Worker {
     fn end(&self, id: String, end: End) -> bool {
         self.reports.blocking_send(Report::Ended(id, Box::new(end))).is_ok()
     }
+}
+
+/// Makes a run; a panic is a message, too.
+fn set_up(base: Arc<Base>, pacer: Arc<Pacer>, input: RunInput, slot: usize) -> Result<Run, String> {
+    let new = || {
+        let mut run = Run::new(base, Some(pacer), input)?;
+        run.show_in_slot(slot);
+        Ok::<_, candle_core::Error>(run)
+    };
+    match catch_unwind(AssertUnwindSafe(new)) {
+        Ok(made) => made.map_err(|e| format!("setting up: {e}")),
+        Err(panic) => Err(panic_text(panic.as_ref())),
+    }
+}
+
+/// The same on a thread of its own.
+fn set_up_apart(new: impl FnOnce() -> Result<Run, String> + Send + 'static) -> Result<Stage, String> {
+    let (send, made) = std::sync::mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new().name("trainer-setup".into()).spawn(move || {
+        // nobody takes it if the trainer thread has ended
+        let _ = send.send(new());
+    });
+    thread.map(|_| Stage::Setup(made)).map_err(|e| format!("no thread to set up: {e}"))
 }
 
 enum Turn {

@@ -62,16 +62,6 @@ async fn embed(client: &Client, delta: &str, text: &str) -> Vec<f32> {
     reply.embeddings[0].values.clone()
 }
 
-fn scored(prompt: &str, completion: &str) -> proto::ScoreInput {
-    proto::ScoreInput { prompt: prompt.into(), completion: completion.into() }
-}
-
-async fn score(client: &Client, delta: &str, input: proto::ScoreInput) -> Result<f64, tonic::Status> {
-    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input] };
-    let reply = client.inference().score(client.request(request)).await?.into_inner();
-    Ok(reply.results[0].log_likelihood)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn different_deltas_and_sources_in_one_batch_answer_as_if_alone() {
     let world = t5();

@@ -517,3 +517,14 @@ pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool)
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+pub(crate) fn scored(prompt: &str, completion: &str) -> proto::ScoreInput {
+    proto::ScoreInput { prompt: prompt.into(), completion: completion.into() }
+}
+
+/// The log-likelihood of a completion.
+pub(crate) async fn score(client: &Client, delta: &str, input: proto::ScoreInput) -> Result<f64, Status> {
+    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input] };
+    let reply = client.inference().score(client.request(request)).await?.into_inner();
+    Ok(reply.results[0].log_likelihood)
+}

@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{
-    AdapterPlan, BaseShape, LowRankPlan, PatchPlan, PositionPlan, PositionPlans, Resolver, ScalingPlan, Start,
-    TrainSpec,
-};
+use super::{AdapterPlan, BaseShape, LowRankPlan, PatchPlan, PositionPlan, Resolver, ScalingPlan, Start, TrainSpec};
 use crate::{
     admission::{
         params::Violation,
@@ -25,14 +22,16 @@ impl TrainSpec {
     /// # Errors
     /// A task that does not fit the base or the delta's sites.
     pub fn of_delta(delta: &Delta, task: Task, labels: &[String], base: BaseShape<'_>) -> Result<Self, Vec<Violation>> {
-        let mut r = Resolver {
-            base,
-            task,
-            problems: Vec::new(),
-            patches: BTreeMap::new(),
-            positions: PositionPlans::default(),
-        };
+        let mut r = Resolver::new(base, task);
         let parts = parts_of(delta, base.sites);
+        let whole = delta.patches().iter().find(|(_, p)| matches!(p, Patch::Matrix(_)));
+        if let Some((site, _)) = whole
+            && !parts.iter().any(|p| p.kind() == "lora")
+        {
+            let module = base.sites.get(*site).map(|e| e.label()).unwrap_or_default();
+            r.problem("from_delta", format!("holds {module} whole without a LoRA beside it, which no method trains"));
+            return Err(r.problems);
+        }
         r.check_task(&parts, task, labels);
         for (site, patch) in delta.patches() {
             let Some(entry) = base.sites.get(*site) else { continue };

@@ -23,10 +23,10 @@ pub(super) struct Copied {
 impl Builder<'_> {
     /// Makes the copy's variables, ahead of all others.
     pub(super) fn copied(&mut self, task: Task) -> Result<Copied> {
-        let (copy, tensors) = PrivateCopy::read(self.base()?, task).map_err(Error::wrap)?;
-        for (name, t) in copy.names().iter().zip(&tensors) {
-            self.add(name.clone(), t, t.rank() > 1, 1.0)?;
-        }
+        let base = self.base()?;
+        let copy =
+            PrivateCopy::read(base, task, |name, t| self.add(name.to_owned(), &t, t.rank() > 1, 1.0).map(|_| ()));
+        let copy = copy.map_err(Error::wrap)?;
         Ok(Copied { copy, plain: Mutex::new(None) })
     }
 }

@@ -106,7 +106,7 @@ impl<'a> Builder<'a> {
     }
 
     pub(super) fn add(&mut self, name: String, t: &Tensor, decays: bool, rate: f64) -> Result<usize> {
-        let var = Var::from_tensor(&t.to_dtype(DType::F32)?.contiguous()?.copy()?)?;
+        let var = own_var(t)?;
         self.vars.push(NamedVar { name, var, decays, rate });
         Ok(self.vars.len() - 1)
     }
@@ -238,6 +238,11 @@ impl<'a> Builder<'a> {
         let bias = plan.bias.then(|| self.filled(&[out], 0.0)).transpose()?;
         Ok((weight, bias))
     }
+}
+
+/// A variable with a tensor's values, in f32: one copy.
+pub(super) fn own_var(t: &Tensor) -> Result<Var> {
+    Var::from_tensor(&t.to_dtype(DType::F32)?.detach())
 }
 
 /// A standard normal draw (Box and Muller 1958).
