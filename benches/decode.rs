@@ -75,6 +75,7 @@ fn random_lora(base: &Base, rank: usize, seed: u64) -> Arc<Delta> {
         task: Task::CausalLm,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

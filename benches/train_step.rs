@@ -43,6 +43,7 @@ fn trainable(base: &Base, rank: usize) -> (Arc<Delta>, Vec<Tensor>) {
         task: Task::CausalLm,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

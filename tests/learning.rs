@@ -56,6 +56,8 @@ fn a_classifier_learns() {
         methods: vec![method],
         labels,
         k_per_class: None,
+        problem: Default::default(),
+        forgetting: None,
         // evaluates once, at the end: the published delta is the last one
         hyper: HyperParams {
             eval_every: Some(1_000_000),
@@ -69,9 +71,8 @@ fn a_classifier_learns() {
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));
     let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
-    let prepared =
-        prepare(Inputs { params: &params, train: &train, validation: Some(&test), start: None }, info, &codec)
-            .unwrap_or_else(|problems| panic!("{problems:#?}"));
+    let inputs = Inputs { params: &params, train: &train, validation: Some(&test), forgetting: None, start: None };
+    let prepared = prepare(inputs, info, &codec).unwrap_or_else(|problems| panic!("{problems:#?}"));
     println!("{} parameters, {:?}", prepared.reply.trainable_parameters, prepared.reply.memory);
     let start = Instant::now();
     let mut run = Run::new(base, None, RunInput::from(&prepared)).unwrap();

@@ -8,7 +8,7 @@ use super::{
     service::Service,
 };
 use crate::{
-    delta::DeltaFiles,
+    delta::{DeltaFiles, Task},
     ids::{DeltaId, DeltaName, TenantId},
     interop,
     registry::{DeltaRef, DeltaStatus, ListQuery, Publication, VersionSel},
@@ -36,6 +36,7 @@ fn info(status: &DeltaStatus) -> DeltaInfo {
         pinned: status.pinned,
         origin: v.origin.clone(),
         created_ms: v.created_ms,
+        problem: (v.spec.task == Task::SeqCls).then_some(v.spec.problem),
     }
 }
 

@@ -181,6 +181,7 @@ impl ClassifyParams {
     pub fn check(&self) -> Result<(), ServeError> {
         let mut problems = Problems::default();
         problems.count("inputs", self.inputs.len(), 1, MAX_INPUTS);
+        problems.range("threshold", self.threshold.into(), &Range::closed(0.0, 1.0));
         for (i, input) in self.inputs.iter().enumerate().take(MAX_INPUTS) {
             match input {
                 ClassifyInput::Text { text, .. } => {
@@ -244,6 +245,7 @@ impl TrainParams {
                 problems.range("spec.validation_fraction", *share, &Range::above(0.0, 0.5))
             }
         }
+        self.forgetting.iter().for_each(|data| data.check("spec.forgetting", &mut problems));
         self.check_methods(&mut problems);
         self.check_ewc(&mut problems);
         self.check_labels(&mut problems);

@@ -8,7 +8,7 @@ use super::{
     service::{Admitted, Input, Service, text_error},
 };
 use crate::{
-    delta::Task,
+    delta::{Problem, Task},
     engine::{Output, Work},
     ids::TenantId,
     text::{Encoded, TextModel},
@@ -27,7 +27,7 @@ impl Service {
             return Err(ServeError::WrongTask(format!("the base is {}, which does not classify", arch.kind())));
         }
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
-        let (task, labels) = self.head(&params.delta, &admitted)?;
+        let (task, problem, labels) = self.head(&params.delta, &admitted)?;
         let inputs = params.inputs.clone();
         let room = params.truncate.then(|| self.room(&admitted));
         let encoded = self.blocking(move |parts| encode(&parts.text, &inputs, task, room)).await?;
@@ -49,30 +49,36 @@ impl Service {
         let mut outputs = results.outputs.into_iter();
         for ((encoded, cut), input) in encoded.iter().zip(&params.inputs) {
             let output = if is_blank(encoded, input) { Some(Output::TokenLogits(vec![])) } else { outputs.next() };
-            let (ranked, tokens) = match output.ok_or_else(|| ServeError::Internal("an output is missing".into()))? {
-                Output::Logits(logits) => (ranked(&logits, &labels), vec![]),
-                Output::TokenLogits(rows) => (vec![], token_labels(&rows, encoded, input, &labels)),
+            let output = output.ok_or_else(|| ServeError::Internal("an output is missing".into()))?;
+            let (labels, tokens, value) = match output {
+                Output::Logits(logits) => {
+                    let (mut labels, value) = read(&logits, problem, &labels);
+                    labels.retain(|l| l.probability >= params.threshold);
+                    (labels, vec![], value)
+                }
+                Output::TokenLogits(rows) => (vec![], token_labels(&rows, encoded, input, &labels), None),
                 _ => return Err(ServeError::Internal("the engine mixed up its work".into())),
             };
             let tokens_read = encoded.ids.len() as u32;
-            out.push(Classification { labels: ranked, tokens, tokens_read, cut: *cut });
+            out.push(Classification { labels, tokens, value, tokens_read, cut: *cut });
         }
         Ok(ClassifyReply {
             results: out,
+            problem: (task == Task::SeqCls).then_some(problem),
             served_by: admitted.served_by(),
             usage: results.usage,
             timings: results.timings,
         })
     }
 
-    /// Which head answers, and its label names.
-    fn head(&self, reference: &str, admitted: &Admitted) -> Result<(Task, Vec<String>), ServeError> {
+    /// Which head answers, how its outputs are read, and its label names.
+    fn head(&self, reference: &str, admitted: &Admitted) -> Result<(Task, Problem, Vec<String>), ServeError> {
         let base = &self.parts().base;
         if let Some(lease) = &admitted.lease {
             let spec = &lease.delta().spec;
             if lease.delta().head().is_some() || !spec.labels.is_empty() {
                 let task = if spec.task == Task::TokenCls { Task::TokenCls } else { Task::SeqCls };
-                return Ok((task, spec.labels.clone()));
+                return Ok((task, spec.problem, spec.labels.clone()));
             }
             let task = spec.task.as_str();
             return Err(ServeError::WrongTask(format!(
@@ -80,7 +86,7 @@ impl Service {
             )));
         }
         match &base.arch.head {
-            Some(head) if base.transformer.has_head() => Ok((head.task, head.labels.clone())),
+            Some(head) if base.transformer.has_head() => Ok((head.task, head.problem, head.labels.clone())),
             _ => Err(ServeError::WrongTask("the base has no classification head; name a delta that brings one".into())),
         }
     }
@@ -126,9 +132,28 @@ fn score(index: usize, probability: f32, labels: &[String]) -> LabelScore {
     LabelScore { label, index: index as u32, probability }
 }
 
+/// Outputs of a text head: labels with probabilities, or a number.
+fn read(outputs: &[f32], problem: Problem, labels: &[String]) -> (Vec<LabelScore>, Option<f32>) {
+    match problem {
+        Problem::SingleLabel => (ranked(outputs, labels), None),
+        Problem::MultiLabel => (sorted(sigmoid(outputs), labels), None),
+        Problem::Regression => (vec![], outputs.first().copied()),
+    }
+}
+
 /// All labels, best first.
 fn ranked(logits: &[f32], labels: &[String]) -> Vec<LabelScore> {
-    let mut all: Vec<LabelScore> = softmax(logits).into_iter().enumerate().map(|(i, p)| score(i, p, labels)).collect();
+    sorted(softmax(logits), labels)
+}
+
+/// The probability of each label by itself.
+fn sigmoid(logits: &[f32]) -> Vec<f32> {
+    logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect()
+}
+
+/// All labels with these probabilities, best first.
+fn sorted(probabilities: Vec<f32>, labels: &[String]) -> Vec<LabelScore> {
+    let mut all: Vec<LabelScore> = probabilities.into_iter().enumerate().map(|(i, p)| score(i, p, labels)).collect();
     all.sort_by(|a, b| b.probability.total_cmp(&a.probability).then(a.index.cmp(&b.index)));
     all
 }
@@ -189,6 +214,9 @@ mod tests {
         assert_eq!(names, ["b", "LABEL_2", "a"]);
         assert!((out.iter().map(|l| l.probability).sum::<f32>() - 1.0).abs() < 1e-6);
         assert!(softmax(&[1000.0, 0.0])[0] > 0.999, "large logits do not overflow");
+        let each = sorted(sigmoid(&[-1000.0, 0.0, 1000.0]), &labels);
+        let each: Vec<_> = each.iter().map(|l| (l.index, l.probability)).collect();
+        assert_eq!(each, [(2, 1.0), (1, 0.5), (0, 0.0)]);
     }
 
     /// `[CLS] san francisco(2 pieces) '' is [SEP]`, cut ahead of `is`.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::delta::Problem;
+
 use super::params::{ServedBy, Timings, Usage};
 
 /// One input to classify.
@@ -34,6 +36,8 @@ pub struct ClassifyParams {
     pub inputs: Vec<ClassifyInput>,
     /// Cut inputs that exceed the context instead of refusing them.
     pub truncate: bool,
+    /// Heads for whole texts: only labels of at least this probability are told, [0, 1]; 0 = all.
+    pub threshold: f32,
     /// Give up when this much time has passed since arrival.
     pub timeout: Option<Duration>,
 }
@@ -65,10 +69,12 @@ pub struct TokenLabel {
 /// One classified text.
 #[derive(Debug, Clone)]
 pub struct Classification {
-    /// All labels, best first; empty for token classification.
+    /// Labels, best first; empty for token classification and regression.
     pub labels: Vec<LabelScore>,
     /// Token classification: one entry per word piece, or per word of words (byte range in the text, best label).
     pub tokens: Vec<TokenLabel>,
+    /// Of a head for regression: its output.
+    pub value: Option<f32>,
     /// Tokens read.
     pub tokens_read: u32,
     /// Whether the input was cut to fit.
@@ -78,6 +84,8 @@ pub struct Classification {
 /// A classify reply.
 #[derive(Debug, Clone)]
 pub struct ClassifyReply {
+    /// How the head's outputs are read; `None` where it labels tokens.
+    pub problem: Option<Problem>,
     /// One per input, in order.
     pub results: Vec<Classification>,
     /// Which version served it.

@@ -21,11 +21,27 @@ pub enum EvalMetric {
     Mcc,
     /// F1 of spans.
     SpanF1,
+    /// F1 over all labels of all texts.
+    MicroF1,
+    /// Mean squared error.
+    Mse,
+    /// Pearson's correlation.
+    Pearson,
 }
 
 impl EvalMetric {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Loss, Self::Perplexity, Self::Accuracy, Self::MacroF1, Self::Mcc, Self::SpanF1];
+    pub const ALL: [Self; 9] = [
+        Self::Loss,
+        Self::Perplexity,
+        Self::Accuracy,
+        Self::MacroF1,
+        Self::Mcc,
+        Self::SpanF1,
+        Self::MicroF1,
+        Self::Mse,
+        Self::Pearson,
+    ];
 
     /// Its name in requests.
     pub fn as_str(self) -> &'static str {
@@ -36,12 +52,15 @@ impl EvalMetric {
             Self::MacroF1 => "macro_f1",
             Self::Mcc => "mcc",
             Self::SpanF1 => "span_f1",
+            Self::MicroF1 => "micro_f1",
+            Self::Mse => "mse",
+            Self::Pearson => "pearson",
         }
     }
 
     /// Whether more is better.
     pub fn rises(self) -> bool {
-        !matches!(self, Self::Loss | Self::Perplexity)
+        !matches!(self, Self::Loss | Self::Perplexity | Self::Mse)
     }
 
     /// Its value in an evaluation, if the evaluation has it.
@@ -53,6 +72,9 @@ impl EvalMetric {
             Self::MacroF1 => eval.macro_f1,
             Self::Mcc => eval.mcc,
             Self::SpanF1 => eval.span_f1,
+            Self::MicroF1 => eval.micro_f1,
+            Self::Mse => eval.mse,
+            Self::Pearson => eval.pearson,
         }
     }
 

@@ -150,6 +150,19 @@ pub enum JobEventBody {
     Warning(NoteEvent),
     /// A line for people.
     Log(NoteEvent),
+    /// What the delta does to a held text.
+    Forgetting(ForgettingEvent),
+}
+
+/// Loss on a held text, with the delta that is published and without it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ForgettingEvent {
+    /// After this many optimizer steps.
+    pub step: u32,
+    /// Mean loss of the bare base.
+    pub base_loss: f64,
+    /// Mean loss with the delta.
+    pub delta_loss: f64,
 }
 
 /// A change of state.
@@ -212,6 +225,12 @@ pub struct EvalEvent {
     pub span_recall: Option<f64>,
     /// Harmonic mean of the two; as `span_precision`.
     pub span_f1: Option<f64>,
+    /// F1 over all labels of all texts; multi-label classification only.
+    pub micro_f1: Option<f64>,
+    /// Mean squared error; regression only.
+    pub mse: Option<f64>,
+    /// Pearson's correlation; regression only.
+    pub pearson: Option<f64>,
     /// Whether it is the best so far.
     pub best: bool,
 }

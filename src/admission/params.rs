@@ -9,7 +9,7 @@ use bytes::Bytes;
 pub use super::classify_params::{
     Classification, ClassifyInput, ClassifyParams, ClassifyReply, LabelScore, TokenLabel,
 };
-use crate::ids::DeltaId;
+use crate::{delta::Problem, ids::DeltaId};
 
 /// How the next token is chosen. Neutral values switch a filter off.
 #[derive(Debug, Clone, PartialEq)]
@@ -304,6 +304,8 @@ pub struct DeltaInfo {
     pub methods: Vec<String>,
     /// `causal_lm`, `seq2seq`, `seq_cls`, `token_cls`, `feature`.
     pub task: String,
+    /// How its head's outputs are read; `None` unless it labels whole texts.
+    pub problem: Option<Problem>,
     /// Label names of its head.
     pub labels: Vec<String>,
     /// Trained numbers.

@@ -10,15 +10,15 @@ use serde::{Deserialize, Serialize};
 
 pub use super::eval_metric::EvalMetric;
 pub use super::jobs::{
-    CheckpointEvent, EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent,
-    ModelResult, NoteEvent, StateEvent,
+    CheckpointEvent, EvalEvent, ForgettingEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState,
+    MetricsEvent, ModelResult, NoteEvent, StateEvent,
 };
 pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
 };
 use super::params::{PublishPolicy, Violation};
 pub use super::position_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart};
-use crate::delta::Task;
+use crate::delta::{Problem, Task};
 
 /// A training request (`CreateJob`, `Plan`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,10 +27,16 @@ pub struct TrainParams {
     pub output_name: String,
     /// What the delta is for; a classification task brings a head.
     pub task: Task,
+    /// What a text head's outputs are; `SingleLabel` for other tasks.
+    #[serde(default)]
+    pub problem: Problem,
     /// The examples.
     pub data: TrainData,
     /// The examples for evaluation; `None` = no evaluation.
     pub validation: Option<Validation>,
+    /// A held text of language modelling, whose loss with and without the delta is compared at the end.
+    #[serde(default)]
+    pub forgetting: Option<TrainData>,
     /// What is trained beside the head; at least one part unless `from_delta` says it. Kinds do not repeat.
     pub methods: Vec<MethodPart>,
     /// Label names in index order; empty = sorted names found in the data.
@@ -291,6 +297,9 @@ pub struct HyperParams {
 pub struct ResolvedTraining {
     /// Task.
     pub task: Task,
+    /// What a text head's outputs are.
+    #[serde(default)]
+    pub problem: Problem,
     /// Method parts with every field set.
     pub methods: Vec<MethodPart>,
     /// Label names in index order (classification).
@@ -406,7 +415,7 @@ pub struct DatasetInfo {
     pub id: String,
     /// Its name, if it has one.
     pub name: Option<String>,
-    /// `text`, `prompt_completion`, `messages`, `label`, `tags`.
+    /// `text`, `prompt_completion`, `messages`, `label`, `labels`, `tags`.
     pub format: String,
     /// Examples.
     pub rows: u64,
@@ -438,6 +447,7 @@ mod tests {
         let params = TrainParams {
             output_name: "style".into(),
             task: Task::SeqCls,
+            problem: Problem::MultiLabel,
             data: TrainData::Dataset("d1".into()),
             validation: Some(Validation::Fraction(0.1)),
             methods: vec![
@@ -450,6 +460,7 @@ mod tests {
             ],
             labels: vec!["no".into(), "yes".into()],
             k_per_class: Some(16),
+            forgetting: Some(TrainData::Jsonl("{}".into())),
             hyper: HyperParams { learning_rate: Some(3e-4), ..HyperParams::default() },
             publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
             from_delta: Some("old@2".into()),

@@ -131,6 +131,10 @@ impl Service {
             Some(Validation::Data(data)) => Some(self.data(tenant, data).await?),
             _ => None,
         };
+        let held = match &params.forgetting {
+            Some(data) => Some(self.data(tenant, data).await?),
+            None => None,
+        };
         let from = self.starting_delta(tenant, &params).await?;
         let old = match &params.ewc {
             Some(ewc) => Some(self.data(tenant, &ewc.data).await?),
@@ -140,7 +144,8 @@ impl Service {
             let base = &parts.base;
             let start = from.as_ref().map(|from| Continue { from, old: old.as_deref() });
             let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
-            let inputs = Inputs { params: &params, train: &train, validation: validation.as_deref(), start };
+            let (validation, forgetting) = (validation.as_deref(), held.as_deref());
+            let inputs = Inputs { params: &params, train: &train, validation, forgetting, start };
             let prepared = prepare(inputs, info, &parts.codec);
             let prepared = prepared.map_err(|found| ServeError::Invalid(in_request(found)))?;
             if let Some(start) = &prepared.start {
@@ -280,6 +285,7 @@ mod tests {
         let spec = DeltaSpec {
             methods: vec!["lora".into()],
             task: Task::SeqCls,
+            problem: Default::default(),
             labels: vec!["x".into(), "y".into()],
             num_virtual_tokens: 0,
             parameters: 0,
@@ -295,7 +301,7 @@ mod tests {
             let data: String = (0..6).map(row).collect();
             let params = params(Task::SeqCls, vec![]);
             let start = Some(Continue { from: &from, old: None });
-            let inputs = Inputs { params: &params, train: data.as_bytes(), validation: None, start };
+            let inputs = Inputs { params: &params, train: data.as_bytes(), validation: None, forgetting: None, start };
             let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
             check_writable(&prepare(inputs, info, &byte_codec(true)).unwrap().start.unwrap(), &base)
         };

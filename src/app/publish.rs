@@ -135,7 +135,7 @@ mod tests {
         let model = || {
             let mut weights = Vec::new();
             PrivateCopy::read(&base, Task::CausalLm, |name, t| Ok(weights.push((name.to_owned(), t)))).unwrap();
-            ModelFolder { weights, head: None, task: Task::CausalLm, labels: vec![] }
+            ModelFolder { weights, head: None, task: Task::CausalLm, problem: Default::default(), labels: vec![] }
         };
         let kept = keep_model(Arc::clone(&base), model(), store.models(), "a".into()).await.unwrap();
         let Published::Model(kept) = kept else { panic!("a model") };

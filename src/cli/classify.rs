@@ -9,7 +9,7 @@ mod rows;
 mod scores;
 
 use super::{Common, client::Client, infer::arguments_or_lines, output};
-use crate::grpc::proto;
+use crate::{delta::Problem, grpc::proto};
 
 /// Options of `classify`.
 #[derive(Debug, Clone, Args)]
@@ -28,6 +28,9 @@ pub(super) struct ClassifyArgs {
     /// Labels in `probabilities`, the best ones; 0 = all.
     #[arg(long, default_value_t = 0, requires = "file")]
     top_k: usize,
+    /// Heads with several labels per text: a label applies from this probability on.
+    #[arg(long, default_value_t = 0.5, value_name = "P")]
+    threshold: f32,
     /// Rows in one request.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024), requires = "file")]
     batch_size: u16,
@@ -44,14 +47,20 @@ pub(super) async fn classify(common: &Common, args: ClassifyArgs) -> anyhow::Res
     let texts = arguments_or_lines(args.texts)?;
     let inputs = texts.iter().map(|text| proto::ClassifyInput { text: text.clone(), ..Default::default() }).collect();
     let mut client = Client::connect(common).await?.inference();
-    let request = proto::ClassifyRequest { delta: args.delta, inputs, truncate: false };
+    let request = proto::ClassifyRequest { delta: args.delta, inputs, ..Default::default() };
     let reply = client.classify(request).await?.into_inner();
     if common.json {
         return output::json(&reply);
     }
+    let several = reply.problem_type == Problem::MultiLabel.as_str();
     for (text, result) in texts.iter().zip(&reply.results) {
-        if let Some(best) = result.labels.first() {
-            output::line(&format!("{:<20} {:.3}  {text}", best.label, best.probability))?;
+        let applies = |l: &&proto::LabelScore| !several || l.probability >= args.threshold;
+        let shown = if several { result.labels.len() } else { 1 };
+        for label in result.labels.iter().take(shown).filter(applies) {
+            output::line(&format!("{:<20} {:.3}  {text}", label.label, label.probability))?;
+        }
+        if let Some(value) = result.value {
+            output::line(&format!("{value:<20} {text}"))?;
         }
         for token in &result.tokens {
             let label = token.label.clone().unwrap_or_default();

@@ -39,6 +39,9 @@ pub(super) struct TrainArgs {
     /// What the delta is for.
     #[arg(long, default_value = "causal-lm")]
     task: TaskArg,
+    /// What a text head's outputs are: with multi-label, rows have `labels`; with regression, `label` is a number.
+    #[arg(long, default_value = "single-label")]
+    problem_type: ProblemArg,
     /// What is trained; may be repeated. Default: lora, or what --from-delta is made of.
     #[arg(long)]
     method: Vec<MethodArg>,
@@ -55,6 +58,9 @@ pub(super) struct TrainArgs {
     /// Label names in index order, separated by commas.
     #[arg(long, value_delimiter = ',')]
     labels: Vec<String>,
+    /// JSON Lines file with a held text, whose loss with and without the delta is compared at the end.
+    #[arg(long, value_name = "FILE")]
+    forgetting: Option<std::path::PathBuf>,
     /// Train on this many examples of each label only, drawn by the seed.
     #[arg(long, value_name = "K")]
     k_per_class: Option<u32>,
@@ -98,9 +104,15 @@ impl StartArgs {
     async fn ewc(&self, common: &Common, client: &Client) -> anyhow::Result<Option<proto::Ewc>> {
         let (Some(file), Some(lambda)) = (&self.ewc_file, self.ewc_lambda) else { return Ok(None) };
         let id = upload(common, client, file).await?;
-        let data = Some(proto::TrainingData { source: Some(proto::training_data::Source::DatasetId(id)) });
-        Ok(Some(proto::Ewc { data, lambda, max_examples: self.ewc_examples }))
+        Ok(Some(proto::Ewc { data: Some(source(id)), lambda, max_examples: self.ewc_examples }))
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProblemArg {
+    SingleLabel,
+    MultiLabel,
+    Regression,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -177,8 +189,12 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
         Some(file) => Some(upload(common, &client, file).await?),
         None => None,
     };
+    let held = match &args.forgetting {
+        Some(file) => Some(upload(common, &client, file).await?),
+        None => None,
+    };
     let ewc = args.start.ewc(common, &client).await?;
-    let spec = proto::TrainingSpec { ewc, ..spec(&args, dataset, validation)? };
+    let spec = proto::TrainingSpec { ewc, forgetting: held.map(source), ..spec(&args, dataset, validation)? };
     if args.plan {
         return plan(common, &client, spec).await;
     }
@@ -210,9 +226,12 @@ async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result
     Ok(dataset.id)
 }
 
+fn source(id: String) -> proto::TrainingData {
+    proto::TrainingData { source: Some(proto::training_data::Source::DatasetId(id)) }
+}
+
 fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow::Result<proto::TrainingSpec> {
-    use proto::{training_data::Source, training_spec::Validation};
-    let data = |id| proto::TrainingData { source: Some(Source::DatasetId(id)) };
+    use proto::training_spec::Validation;
     let task = match args.task {
         TaskArg::CausalLm => proto::Task::CausalLm,
         TaskArg::SeqCls => proto::Task::SeqCls,
@@ -226,9 +245,9 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
     Ok(proto::TrainingSpec {
         output_name: args.name.clone(),
         task: task.into(),
-        data: Some(data(dataset)),
+        data: Some(source(dataset)),
         validation: validation
-            .map(|id| Validation::ValidationData(data(id)))
+            .map(|id| Validation::ValidationData(source(id)))
             .or(args.validation_fraction.map(Validation::ValidationFraction)),
         methods: methods.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
@@ -237,6 +256,13 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         publish: Some(args.publish.policy()),
         from_delta: args.start.from_delta.clone().unwrap_or_default(),
         ewc: None,
+        forgetting: None,
+        problem_type: match args.problem_type {
+            ProblemArg::SingleLabel => proto::ProblemType::SingleLabel,
+            ProblemArg::MultiLabel => proto::ProblemType::MultiLabel,
+            ProblemArg::Regression => proto::ProblemType::Regression,
+        }
+        .into(),
     })
 }
 

@@ -59,6 +59,34 @@ impl Task {
     }
 }
 
+/// How the outputs of a sequence-classification head are read and trained (`problem_type` of Hugging Face).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Problem {
+    /// One label of several: softmax, cross-entropy.
+    #[default]
+    SingleLabel,
+    /// Any of the labels: sigmoid of each, binary cross-entropy.
+    MultiLabel,
+    /// One number: the output itself, squared error.
+    Regression,
+}
+
+impl Problem {
+    /// The name that Hugging Face's configurations have for it.
+    pub fn as_str(self) -> &'static str {
+        Self::NAMES[self as usize]
+    }
+
+    /// All names.
+    pub const NAMES: [&'static str; 3] = ["single_label_classification", "multi_label_classification", "regression"];
+
+    /// The problem of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::SingleLabel, Self::MultiLabel, Self::Regression].into_iter().find(|p| p.as_str() == name)
+    }
+}
+
 /// What is known of a delta without its tensors: stored with each version.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DeltaSpec {
@@ -66,6 +94,9 @@ pub struct DeltaSpec {
     pub methods: Vec<String>,
     /// What it was made for.
     pub task: Task,
+    /// How its head's outputs are read; `SingleLabel` without such a head.
+    #[serde(default)]
+    pub problem: Problem,
     /// Label names of its head, in index order; `LABEL_i` where the files had none.
     pub labels: Vec<String>,
     /// Virtual positions ahead of the tokens (prompt and prefix methods); [`Delta::new`] counts them.

@@ -38,6 +38,7 @@ pub(crate) mod json {
         prompt_init: PromptInit, "PROMPT_INIT_";
         prefix_init: PrefixInit, "PREFIX_INIT_";
         schedule: Schedule, "SCHEDULE_";
+        problem_type: ProblemType, "PROBLEM_TYPE_";
         job_state: JobState, "JOB_STATE_";
     }
 }

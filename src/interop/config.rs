@@ -57,6 +57,7 @@ const KNOWN: &[&str] = &[
     "peft_type",
     "peft_version",
     "prefix_projection",
+    "problem_type",
     "prompt_tuning_init",
     "prompt_tuning_init_state_dict_path",
     "prompt_tuning_init_text",

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::{InteropError, adapterhub, container, keys};
 use crate::{
-    delta::{Delta, DeltaFiles, HeadPool, Patch, Site, SiteId, Task},
+    delta::{Delta, DeltaFiles, HeadPool, Patch, Problem, Site, SiteId, Task},
     model::Base,
 };
 use split::Kind;
@@ -107,7 +107,11 @@ impl Writer<'_> {
             ("peft_type", json!(kind)),
             ("task_type", json!(task)),
         ];
-        all.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+        // what is not said is the usual, so that other deltas' files stay as they are
+        let problem = self.delta.spec.problem;
+        let special = (problem != Problem::SingleLabel && self.delta.head().is_some())
+            .then(|| ("problem_type", json!(problem.as_str())));
+        all.into_iter().chain(special).map(|(k, v)| (k.to_owned(), v)).collect()
     }
 
     /// PEFT's folder of these.

@@ -29,7 +29,7 @@ use serde_json::Value;
 
 use crate::{
     admission::params::ServeError,
-    delta::{Delta, DeltaFiles, DeltaSpec, Head, Patch, SiteId, Task},
+    delta::{Delta, DeltaFiles, DeltaSpec, Head, Patch, Problem, SiteId, Task},
     ids::BaseFingerprint,
     model::Base,
 };
@@ -120,6 +120,8 @@ struct Parts {
     methods: Vec<String>,
     /// Label names that came with the head.
     labels: Option<Vec<String>>,
+    /// How the head's outputs are read, where its files say so.
+    problem: Option<Problem>,
     /// Numbers of further files.
     more_elements: u64,
 }
@@ -170,9 +172,10 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     };
     let labels = labels(files, &tensors, &parts, base, task)?;
     let parameters = tensors.elements() + parts.more_elements;
+    let problem = problem(config_name, &config, &parts, base, task)?;
     let mut methods = parts.methods;
     methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
-    let spec = DeltaSpec { methods, task, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
+    let spec = DeltaSpec { methods, task, problem, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
     let delta = Delta::new(spec, parts.patches, parts.head);
     check::applicable(&delta, base)?;
     Ok(delta)
@@ -250,6 +253,40 @@ fn check_fingerprint(tensors: &TensorFile<'_>, base: &Base) -> Result<(), Intero
             base.fingerprint.short()
         ))),
         Err(e) => Err(InteropError::invalid(WEIGHTS[0], format!("metadata deltaserve.base_fingerprint {e}"))),
+    }
+}
+
+/// How a text head's outputs are read: what the files say, else as Hugging Face does: one output is a number. Without a
+/// head of its own, as the base's.
+fn problem(file: &str, config: &Value, parts: &Parts, base: &Base, task: Task) -> Result<Problem, InteropError> {
+    let bad = |message: String| InteropError::invalid(file, message);
+    let said =
+        match config.get("problem_type") {
+            None | Some(Value::Null) => parts.problem,
+            Some(value) => {
+                let known = value.as_str().and_then(Problem::from_name);
+                Some(known.ok_or_else(|| {
+                    bad(format!("problem_type is {value}; accepted are {}", Problem::NAMES.join(", ")))
+                })?)
+            }
+        };
+    let own = parts.head.as_ref().map(|head| head.weight.dims()[0]);
+    let of_base = base.arch.head.as_ref().filter(|head| head.task == Task::SeqCls);
+    let outputs = own.or(of_base.map(|head| head.labels.len()));
+    match said {
+        Some(problem) if task != Task::SeqCls && problem != Problem::SingleLabel => {
+            Err(bad(format!("problem_type is {}, which is for SEQ_CLS, not {}", problem.as_str(), task.as_str())))
+        }
+        Some(Problem::Regression) if outputs.is_some_and(|n| n != 1) => {
+            Err(bad(format!("problem_type is regression, but the head has {} outputs", outputs.unwrap_or_default())))
+        }
+        Some(problem) => Ok(problem),
+        None if task != Task::SeqCls => Ok(Problem::SingleLabel),
+        None => Ok(match (own, of_base) {
+            (Some(1), _) => Problem::Regression,
+            (None, Some(head)) => head.problem,
+            (Some(_), _) | (None, None) => Problem::SingleLabel,
+        }),
     }
 }
 

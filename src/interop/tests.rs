@@ -118,6 +118,53 @@ fn broken_containers_are_refused_without_allocation() {
 }
 
 #[test]
+fn a_head_is_read_as_its_files_say() {
+    let base = random_base(&tiny_bert(), 3).unwrap();
+    let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
+    let delta = |outputs: usize, problem: Problem| {
+        let (id, entry) = base.sites.linears().next().unwrap();
+        let pair = LowRank { a: rand((2, entry.in_dim)), b: rand((2, entry.out_dim)), scale: 1.0 };
+        let spec = DeltaSpec {
+            methods: vec!["lora".into()],
+            task: Task::SeqCls,
+            labels: (0..outputs).map(|i| format!("l{i}")).collect(),
+            num_virtual_tokens: 0,
+            problem,
+            parameters: 0,
+            resident_bytes: 0,
+        };
+        Delta::new(spec, vec![(id, Patch::LowRank(pair))], Some(Head::linear(rand((outputs, 32)), None)))
+    };
+    let files = |outputs, problem| encode(&delta(outputs, problem), &base, &EncodeMeta::default()).unwrap();
+    let config = |files: &DeltaFiles| -> Value { serde_json::from_slice(&files.files["adapter_config.json"]).unwrap() };
+    for (outputs, problem) in
+        [(3, Problem::SingleLabel), (3, Problem::MultiLabel), (1, Problem::MultiLabel), (1, Problem::Regression)]
+    {
+        let files = files(outputs, problem);
+        assert_eq!(decode(&files, &base).unwrap().spec.problem, problem, "{outputs} outputs");
+        let said = config(&files).get("problem_type").and_then(|v| v.as_str().map(str::to_owned));
+        assert_eq!(said.as_deref(), (problem != Problem::SingleLabel).then_some(problem.as_str()));
+    }
+    let with = |outputs, change: &dyn Fn(&mut Value)| {
+        let mut files = files(outputs, Problem::SingleLabel);
+        let mut config = config(&files);
+        change(&mut config);
+        files.files.insert("adapter_config.json".into(), serde_json::to_vec(&config).unwrap().into());
+        decode(&files, &base).map(|d| d.spec.problem).map_err(|e| e.to_string())
+    };
+    // as transformers has it: one output is a number unless something else is said
+    assert_eq!(with(1, &|_| {}), Ok(Problem::Regression));
+    assert_eq!(with(1, &|c| c["problem_type"] = "multi_label_classification".into()), Ok(Problem::MultiLabel));
+    assert_eq!(with(3, &|c| c["problem_type"] = Value::Null), Ok(Problem::SingleLabel));
+    assert!(with(3, &|c| c["problem_type"] = "regression".into()).unwrap_err().contains("the head has 3 outputs"));
+    for odd in [json!("ranking"), json!(3), json!(["regression"])] {
+        assert!(with(3, &|c| c["problem_type"] = odd.clone()).unwrap_err().contains("accepted are single_label"));
+    }
+    let tags = with(3, &|c| (c["task_type"], c["problem_type"]) = ("TOKEN_CLS".into(), "regression".into()));
+    assert!(tags.unwrap_err().contains("is for SEQ_CLS"));
+}
+
+#[test]
 fn a_delta_survives_encode_and_decode() {
     for config in [tiny_llama(), tiny_gpt2(), tiny_bert()] {
         let base = random_base(&config, 3).unwrap();
@@ -142,6 +189,7 @@ fn a_delta_survives_encode_and_decode() {
             task: Task::SeqCls,
             labels: vec!["x".into(), "y".into(), "z".into()],
             num_virtual_tokens: 0,
+            problem: Default::default(),
             parameters: 0,
             resident_bytes: 0,
         };
@@ -179,6 +227,7 @@ fn target_modules_name_exactly_the_patched_modules() {
         task: Task::Feature,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

@@ -2,10 +2,14 @@
 //! that are classified. Conventions are those of scikit-learn and seqeval.
 
 mod classes;
+mod sets;
 mod spans;
+mod values;
 
 pub use classes::Classes;
+pub use sets::Sets;
 pub use spans::{Span, Spans, has_spans, spans};
+pub use values::Values;
 
 /// Harmonic mean of precision and recall from counts; 0 where nothing was claimed or due.
 fn f1(right: u64, claimed: u64, due: u64) -> f64 {

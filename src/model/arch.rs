@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    delta::Task,
+    delta::{Problem, Task},
     nn::{HeadShape, RopeScaling},
     ops::Act,
 };
@@ -104,6 +104,8 @@ pub enum MlpKind {
 pub struct BaseHead {
     /// `SeqCls` or `TokenCls`.
     pub task: Task,
+    /// How its outputs are read.
+    pub problem: Problem,
     /// Label names in index order.
     pub labels: Vec<String>,
 }

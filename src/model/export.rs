@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{Base, ModelError, family, weights};
 use crate::{
-    delta::{Head, Task},
+    delta::{Head, Problem, Task},
     ids::BaseFingerprint,
 };
 
@@ -41,6 +41,8 @@ pub struct ModelFolder {
     pub head: Option<Head>,
     /// The task it was trained for.
     pub task: Task,
+    /// How the head's outputs are read.
+    pub problem: Problem,
     /// Label names in index order, with a head.
     pub labels: Vec<String>,
 }
@@ -149,6 +151,9 @@ fn configured(mut config: Value, base: &Base, model: &ModelFolder) -> Value {
         let labels = model.labels.iter().enumerate();
         config["id2label"] =
             labels.clone().map(|(i, l)| (i.to_string(), json!(l))).collect::<serde_json::Map<_, _>>().into();
+        if model.task == Task::SeqCls {
+            config["problem_type"] = model.problem.as_str().into();
+        }
         config["label2id"] = labels.map(|(i, l)| (l.clone(), json!(i))).collect::<serde_json::Map<_, _>>().into();
     }
     config
@@ -219,7 +224,7 @@ mod tests {
             assert_eq!(numbers as u64, base.trained_by(task), "{kind}");
             assert!(hidden(&copy.base(&base, &weights).unwrap(), false) == hidden(&base, false), "{kind}");
             let named = copy.names().iter().cloned().zip(weights).collect();
-            let model = ModelFolder { weights: named, head: None, task, labels: vec![] };
+            let model = ModelFolder { weights: named, head: None, task, problem: Problem::SingleLabel, labels: vec![] };
             let written = write_folder(&base, &model, &dir.path().join("out")).unwrap();
             let back = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
             assert_eq!((written, folder_fingerprint(&dir.path().join("out")).unwrap()), (back.fingerprint, written));
@@ -243,7 +248,8 @@ mod tests {
         PrivateCopy::read(&base, Task::CausalLm, |name, t| Ok(weights.push((name.to_owned(), t)))).unwrap();
         let numbers: usize = weights.iter().map(|(_, t)| t.elem_count()).sum();
         assert_eq!(numbers as u64, base.trained_by(Task::CausalLm), "the table counts once");
-        let model = ModelFolder { weights, head: None, task: Task::CausalLm, labels: vec![] };
+        let model =
+            ModelFolder { weights, head: None, task: Task::CausalLm, problem: Problem::SingleLabel, labels: vec![] };
         write_folder(&base, &model, &dir.path().join("out")).unwrap();
         let written: Value = serde_json::from_slice(&fs::read(dir.path().join("out/config.json")).unwrap()).unwrap();
         assert_eq!(written["tie_word_embeddings"], true, "other readers would make a head of their own");
@@ -263,10 +269,12 @@ mod tests {
             }
             let labels = vec!["a".to_owned(), "b".to_owned(), "c".to_owned()];
             let named = copy.names().iter().cloned().zip(weights).collect();
-            let model = ModelFolder { weights: named, head: Some(head), task: Task::SeqCls, labels: labels.clone() };
+            let (task, problem) = (Task::SeqCls, Problem::MultiLabel);
+            let model = ModelFolder { weights: named, head: Some(head), task, problem, labels: labels.clone() };
             write_folder(&base, &model, &dir.path().join("out")).unwrap();
             let back = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
-            assert_eq!(back.arch.head.as_ref().unwrap().labels, labels);
+            let head = back.arch.head.as_ref().unwrap();
+            assert_eq!((&head.labels, head.problem), (&labels, Problem::MultiLabel));
             assert_eq!(hidden(&back, true).len(), 2 * 3, "{}", base.arch.model_type);
         }
     }

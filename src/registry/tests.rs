@@ -67,6 +67,7 @@ fn spec(size: u64) -> DeltaSpec {
         task: Task::CausalLm,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: size / 4,
         resident_bytes: size,
     }

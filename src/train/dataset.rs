@@ -21,6 +21,8 @@ pub enum Format {
     Messages,
     /// `{"text", "label"}`: sequence classification.
     TextLabel,
+    /// `{"text", "labels": [..]}`: any number of labels per text.
+    TextLabels,
     /// `{"tokens": [..], "labels": [..]}`: one label per word.
     TokenLabels,
 }
@@ -33,6 +35,7 @@ impl Format {
             Self::PromptCompletion => "prompt_completion",
             Self::Messages => "messages",
             Self::TextLabel => "label",
+            Self::TextLabels => "labels",
             Self::TokenLabels => "tags",
         }
     }
@@ -44,6 +47,8 @@ impl Format {
             Some(Self::Messages)
         } else if has("prompt") || has("completion") {
             Some(Self::PromptCompletion)
+        } else if has("text") && has("labels") && !has("tokens") {
+            Some(Self::TextLabels)
         } else if has("tokens") || TAG_FIELDS.iter().any(|f| has(f)) {
             Some(Self::TokenLabels)
         } else if has("label") {
@@ -66,6 +71,19 @@ pub enum Label {
     Name(String),
     /// By index.
     Index(u64),
+    /// A number that is no index: the target of a regression (bits of an f64).
+    Number(u64),
+}
+
+impl Label {
+    /// The number that it is, if it is one.
+    pub fn number(&self) -> Option<f64> {
+        match self {
+            Self::Name(_) => None,
+            Self::Index(i) => Some(*i as f64),
+            Self::Number(bits) => Some(f64::from_bits(*bits)),
+        }
+    }
 }
 
 impl std::fmt::Display for Label {
@@ -73,6 +91,7 @@ impl std::fmt::Display for Label {
         match self {
             Self::Name(name) => write!(f, "{name:?}"),
             Self::Index(i) => write!(f, "{i}"),
+            Self::Number(bits) => write!(f, "{}", f64::from_bits(*bits)),
         }
     }
 }
@@ -97,6 +116,13 @@ pub enum Example {
         text: String,
         /// Learned.
         label: Label,
+    },
+    /// A text and the labels that apply to it.
+    TextLabels {
+        /// Read.
+        text: String,
+        /// Learned; may be empty.
+        labels: Vec<Label>,
     },
     /// Words and their labels.
     TokenLabels {
@@ -190,7 +216,7 @@ fn parse_object(line: u64, bytes: &[u8], report: &mut Report) -> Option<Map<Stri
 fn unknown_format(object: &Map<String, Value>) -> String {
     let fields: Vec<_> = object.keys().take(8).map(String::as_str).collect();
     format!(
-        "has the fields [{}]; accepted are {{text}}, {{prompt, completion}}, {{messages}}, {{text, label}}, {{tokens, labels}}",
+        "has the fields [{}]; accepted are {{text}}, {{prompt, completion}}, {{messages}}, {{text, label}}, {{text, labels}}, {{tokens, labels}}",
         fields.join(", ")
     )
 }
@@ -230,6 +256,13 @@ impl<'a> Fields<'a> {
             Format::TextLabel => {
                 let (text, label) = (self.filled("text"), self.label());
                 Some(Example::TextLabel { text: text?, label: label? })
+            }
+            Format::TextLabels => {
+                let (text, labels) = (self.filled("text"), self.array("labels"));
+                let (text, list) = (text?, labels?);
+                let labels: Vec<_> =
+                    list.iter().enumerate().filter_map(|(i, v)| self.one_label(v, &format!("/labels/{i}"))).collect();
+                (labels.len() == list.len()).then_some(Example::TextLabels { text, labels })
             }
             Format::TokenLabels => self.token_labels(),
         }
@@ -280,9 +313,16 @@ impl<'a> Fields<'a> {
             }
             Value::String(s) => Some(Label::Name(s.clone())),
             Value::Number(n) if n.is_u64() => n.as_u64().map(Label::Index),
+            Value::Number(n) if n.as_f64().is_some_and(f64::is_finite) => {
+                n.as_f64().map(|x| Label::Number(x.to_bits()))
+            }
             other => {
                 let what = kind(other);
-                self.error(Code::WrongType, pointer, format!("is {what}; a label is a string or an index from 0"));
+                self.error(
+                    Code::WrongType,
+                    pointer,
+                    format!("is {what}; a label is a string, an index from 0, or a number to learn"),
+                );
                 None
             }
         }
@@ -393,86 +433,4 @@ impl<'a> Fields<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn codes(text: &str) -> Vec<(Code, u64, String)> {
-        Dataset::parse(text.as_bytes()).1.issues.into_iter().map(|i| (i.code, i.line, i.pointer)).collect()
-    }
-
-    #[test]
-    fn every_format_is_known_by_its_fields() {
-        for (line, format) in [
-            (r#"{"text": "a"}"#, Format::Text),
-            (r#"{"prompt": "", "completion": "b"}"#, Format::PromptCompletion),
-            (r#"{"messages": [{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#, Format::Messages),
-            (r#"{"text": "a", "label": "x", "fine_label": "y"}"#, Format::TextLabel),
-            (r#"{"text": "a", "label": 1}"#, Format::TextLabel),
-            (r#"{"tokens": ["a"], "labels": ["O"]}"#, Format::TokenLabels),
-            (r#"{"tokens": ["a"], "tags": ["O"]}"#, Format::TokenLabels),
-            (r#"{"tokens": ["a"], "ner_tags": [3]}"#, Format::TokenLabels),
-        ] {
-            let (data, report) = Dataset::parse(line.as_bytes());
-            assert!(report.is_ok(), "{line}: {report:?}");
-            assert_eq!((data.format, data.rows.len()), (Some(format), 1), "{line}");
-        }
-    }
-
-    #[test]
-    fn all_problems_are_reported_with_line_and_pointer_not_only_the_first() {
-        let text = "{\"prompt\": \"a\", \"completion\": \"b\"}\n\
-                    {\"prompt\": 1, \"completion\": []}\n\
-                    nonsense\n\
-                    \n\
-                    {\"prompt\": \"a\", \"completion\": \" \"}\n\
-                    {\"text\": \"a\"}\n\
-                    {\"x\": 1}\n\
-                    [1]\n\
-                    {\"prompt\": \"a\"}\n";
-        assert_eq!(
-            codes(text),
-            vec![
-                (Code::WrongType, 2, "/prompt".into()),
-                (Code::WrongType, 2, "/completion".into()),
-                (Code::NotJson, 3, String::new()),
-                (Code::EmptyCompletion, 5, "/completion".into()),
-                (Code::MixedFormats, 6, String::new()),
-                (Code::UnknownFormat, 7, String::new()),
-                (Code::WrongType, 8, String::new()),
-                (Code::MissingField, 9, "/completion".into()),
-            ]
-        );
-    }
-
-    #[test]
-    fn conversations_have_known_roles_in_turns_and_an_assistant() {
-        let m = |roles: &[&str]| {
-            let list: Vec<_> = roles.iter().map(|r| serde_json::json!({"role": r, "content": "x"})).collect();
-            serde_json::json!({ "messages": list }).to_string()
-        };
-        assert!(codes(&m(&["system", "user", "assistant", "user", "assistant"])).is_empty());
-        assert_eq!(codes(&m(&["user", "tool"])), vec![(Code::BadRole, 1, "/messages/1/role".into())]);
-        assert_eq!(codes(&m(&["user", "user"])), vec![(Code::RolesNotAlternating, 1, "/messages/1/role".into())]);
-        assert_eq!(codes(&m(&["assistant"])), vec![(Code::RolesNotAlternating, 1, "/messages/0/role".into())]);
-        assert_eq!(codes(&m(&["user"])), vec![(Code::NoAssistant, 1, "/messages".into())]);
-        assert_eq!(codes(&m(&[])), vec![(Code::NoAssistant, 1, "/messages".into())]);
-    }
-
-    #[test]
-    fn odd_bytes_are_problems_of_their_line() {
-        assert_eq!(codes(""), vec![(Code::EmptyFile, 0, String::new())]);
-        assert_eq!(codes("\n \r\n"), vec![(Code::EmptyFile, 0, String::new())]);
-        let (data, report) =
-            Dataset::parse(b"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": \"\xff\"}\n{\"text\": \"\\ud800\"}");
-        assert_eq!(data.rows.len(), 1);
-        let found: Vec<_> = report.issues.iter().map(|i| (i.code, i.line)).collect();
-        assert_eq!(found, vec![(Code::NotUtf8, 2), (Code::NotJson, 3)]);
-        assert_eq!(
-            codes(r#"{"tokens": ["a", "b"], "labels": ["O"]}"#),
-            vec![(Code::TagLengthMismatch, 1, "/labels".into())]
-        );
-        assert_eq!(codes(r#"{"text": "a", "label": -1}"#), vec![(Code::WrongType, 1, "/label".into())]);
-        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(codes(&deep), vec![(Code::NotJson, 1, String::new())]);
-    }
-}
+mod tests;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::{
     admission::params::ChatMessage,
+    delta::Problem,
     train::{
         dataset::{Dataset, Example, Row},
         issue::{Code, Report},
@@ -121,6 +122,10 @@ pub enum Target {
     Tokens(Vec<bool>),
     /// The label of the whole text.
     Label(u32),
+    /// The labels that apply to the whole text.
+    Labels(Vec<u32>),
+    /// The number of the whole text (bits of an f32).
+    Value(u32),
     /// (position, label) of every word's first piece.
     Tags(Vec<(u32, u32)>),
 }
@@ -151,7 +156,7 @@ impl Encoded {
     pub fn weight(&self) -> usize {
         match &self.target {
             Target::Tokens(mask) => mask.iter().filter(|m| **m).count(),
-            Target::Label(_) => 1,
+            Target::Label(_) | Target::Labels(_) | Target::Value(_) => 1,
             Target::Tags(tags) => tags.len(),
         }
     }
@@ -197,10 +202,16 @@ impl Encoder<'_> {
                 None => self.completion(row.line, prompt, completion),
             },
             Example::Messages(messages) => self.messages(row.line, messages),
-            Example::TextLabel { text, label } => match self.labels.get(label) {
-                Some(label) => self.label(row.line, text, label),
-                None => Ok(()), // reported by validate
+            Example::TextLabel { text, label } => match (self.labels.problem(), self.labels.get(label), label.number())
+            {
+                (Problem::Regression, _, Some(x)) => self.label(row.line, text, Target::Value((x as f32).to_bits())),
+                (Problem::SingleLabel, Some(label), _) => self.label(row.line, text, Target::Label(label)),
+                _ => Ok(()), // reported by validate
             },
+            Example::TextLabels { text, labels } => {
+                let all: Option<Vec<u32>> = labels.iter().map(|l| self.labels.get(l)).collect();
+                all.map_or(Ok(()), |all| self.label(row.line, text, Target::Labels(all)))
+            }
             Example::TokenLabels { tokens, labels } => {
                 let tags: Option<Vec<u32>> = labels.iter().map(|l| self.labels.get(l)).collect();
                 tags.map_or(Ok(()), |tags| self.tags(row.line, tokens, &tags))
@@ -306,13 +317,13 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    fn label(&mut self, line: u64, text: &str, label: u32) -> RowResult {
+    fn label(&mut self, line: u64, text: &str, target: Target) -> RowResult {
         let body = self.codec.plain(text).map_err(tokenizer)?;
         if body.is_empty() {
             return Err((Code::EmptyText, "has no tokens".to_owned()));
         }
         let (tokens, _) = self.surround(line, body);
-        self.out.push(Encoded::new(tokens, Target::Label(label)));
+        self.out.push(Encoded::new(tokens, target));
         Ok(())
     }
 

@@ -1,19 +1,23 @@
 //! Evaluation: mean loss and the figures of a task, gathered over micro-batches; which evaluation is better, and when there
 //! is no more to gain.
 
+use std::collections::BTreeSet;
+
 use candle_core::{D, Result};
 
 use crate::{
     admission::train_params::{EvalEvent, EvalMetric},
-    delta::Task,
-    measures::{Classes, Spans, has_spans},
+    delta::{Problem, Task},
+    measures::{Classes, Sets, Spans, Values, has_spans},
     train::objective::Losses,
 };
 
 /// Figures that evaluations of a task have; the first is the default.
-pub fn metrics_of(task: Task, labels: &[String]) -> Vec<EvalMetric> {
-    use EvalMetric::{Accuracy, Loss, MacroF1, Mcc, Perplexity, SpanF1};
+pub fn metrics_of(task: Task, problem: Problem, labels: &[String]) -> Vec<EvalMetric> {
+    use EvalMetric::{Accuracy, Loss, MacroF1, Mcc, MicroF1, Mse, Pearson, Perplexity, SpanF1};
     match task {
+        Task::SeqCls if problem == Problem::MultiLabel => vec![MicroF1, MacroF1, Accuracy, Loss],
+        Task::SeqCls if problem == Problem::Regression => vec![Mse, Pearson, Loss],
         Task::TokenCls if has_spans(labels) => vec![SpanF1, Accuracy, MacroF1, Mcc, Loss],
         Task::SeqCls | Task::TokenCls => vec![Accuracy, MacroF1, Mcc, Loss],
         _ => vec![Loss, Perplexity],
@@ -28,13 +32,16 @@ pub struct Tally {
     labels: Vec<String>,
     classes: Classes<u32>,
     spans: Option<Spans>,
+    problem: Problem,
+    sets: Sets<usize>,
+    values: Values,
 }
 
 impl Tally {
     /// An empty tally for these labels (none for language modelling).
-    pub fn new(task: Task, labels: &[String]) -> Self {
+    pub fn new(task: Task, problem: Problem, labels: &[String]) -> Self {
         let spans = (task == Task::TokenCls && has_spans(labels)).then(Spans::default);
-        Self { labels: if task.generates() { vec![] } else { labels.to_vec() }, spans, ..Self::default() }
+        Self { labels: if task.generates() { vec![] } else { labels.to_vec() }, spans, problem, ..Self::default() }
     }
 
     /// Adds a micro-batch.
@@ -46,6 +53,10 @@ impl Tally {
         self.loss += each.iter().map(|l| f64::from(*l)).sum::<f64>();
         self.count += each.len() as u64;
         let Some(logits) = &losses.logits else { return Ok(()) };
+        if !losses.targets.is_empty() {
+            self.add_targets(&logits.to_vec2::<f32>()?, &losses.targets);
+            return Ok(());
+        }
         let guesses = logits.argmax(D::Minus1)?.to_vec1::<u32>()?; // [n]
         guesses.iter().zip(&losses.gold).for_each(|(guess, gold)| self.classes.add(*gold, Some(*guess)));
         if let Some(spans) = &mut self.spans {
@@ -61,14 +72,38 @@ impl Tally {
         Ok(())
     }
 
+    /// Outputs and targets of texts with one number per output: labels that apply are over 0 (a probability of one half).
+    fn add_targets(&mut self, outputs: &[Vec<f32>], targets: &[Vec<f32>]) {
+        let set = |row: &[f32], least: f32| (0..row.len()).filter(|i| row[*i] >= least).collect::<BTreeSet<_>>();
+        for (output, target) in outputs.iter().zip(targets) {
+            match (self.problem, output.first(), target.first()) {
+                (Problem::Regression, Some(guess), Some(gold)) => self.values.add((*gold).into(), (*guess).into()),
+                _ => self.sets.add(&set(target, 1.0), &set(output, 0.0)),
+            }
+        }
+    }
+
     /// The figures after `step` optimizer steps.
     pub fn finish(&self, step: u32) -> EvalEvent {
         let loss = self.loss / self.count.max(1) as f64;
         let classifies = !self.labels.is_empty();
         let spans = self.spans.as_ref().map(Spans::micro);
+        let event = EvalEvent { step, loss, ..EvalEvent::default() };
+        match self.problem {
+            Problem::Regression => {
+                return EvalEvent { mse: Some(self.values.mse()), pearson: Some(self.values.pearson()), ..event };
+            }
+            Problem::MultiLabel => {
+                return EvalEvent {
+                    accuracy: Some(self.sets.accuracy()),
+                    micro_f1: Some(self.sets.micro_f1()),
+                    macro_f1: Some(self.sets.macro_f1()),
+                    ..event
+                };
+            }
+            Problem::SingleLabel => {}
+        }
         EvalEvent {
-            step,
-            loss,
             perplexity: (!classifies).then(|| loss.exp()),
             accuracy: classifies.then(|| self.classes.accuracy()),
             macro_f1: classifies.then(|| self.classes.macro_f1()),
@@ -76,7 +111,7 @@ impl Tally {
             span_precision: spans.map(|s| s[0]),
             span_recall: spans.map(|s| s[1]),
             span_f1: spans.map(|s| s[2]),
-            best: false,
+            ..event
         }
     }
 }
@@ -135,16 +170,16 @@ mod tests {
     fn figures_by_hand() {
         let logits = Tensor::new(&[[1f32, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], &Device::Cpu).unwrap();
         let each = Tensor::new(&[0.5f32, 0.5, 1.0, 2.0], &Device::Cpu).unwrap();
-        let mut t = Tally::new(Task::SeqCls, &names(&["a", "b"]));
-        t.add(&Losses { each, logits: Some(logits), gold: vec![0, 0, 1, 1], words: vec![] }).unwrap();
+        let mut t = Tally::new(Task::SeqCls, Problem::SingleLabel, &names(&["a", "b"]));
+        t.add(&Losses { each, logits: Some(logits), gold: vec![0, 0, 1, 1], targets: vec![], words: vec![] }).unwrap();
         let e = t.finish(7);
         assert_eq!((e.step, e.loss, e.accuracy, e.perplexity, e.span_f1), (7, 1.0, Some(0.75), None, None));
         // label 0: 2 right, 1 wrongly claimed; label 1: 1 right, 1 missed
         assert!((e.macro_f1.unwrap() - (4.0 / 5.0 + 2.0 / 3.0) / 2.0).abs() < 1e-12);
         assert!((e.mcc.unwrap() - (2.0 - 0.0) / 12f64.sqrt()).abs() < 1e-12);
-        let mut t = Tally::new(Task::CausalLm, &[]);
+        let mut t = Tally::new(Task::CausalLm, Problem::SingleLabel, &[]);
         let each = Tensor::new(&[1f32, 3.0], &Device::Cpu).unwrap();
-        t.add(&Losses { each, logits: None, gold: vec![], words: vec![] }).unwrap();
+        t.add(&Losses { each, logits: None, gold: vec![], targets: vec![], words: vec![] }).unwrap();
         let lm = t.finish(1);
         assert_eq!((lm.loss, lm.accuracy), (2.0, None));
         assert!((lm.perplexity.unwrap() - 2f64.exp()).abs() < 1e-9);
@@ -154,13 +189,16 @@ mod tests {
     fn spans_end_where_their_text_ends() {
         // gold B I | I, predicted B I | O: as one text the last I would belong to the first span
         let logits = Tensor::new(&[[0f32, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], &Device::Cpu).unwrap();
-        let mut t = Tally::new(Task::TokenCls, &names(&["O", "B-x", "I-x"]));
+        let mut t = Tally::new(Task::TokenCls, Problem::SingleLabel, &names(&["O", "B-x", "I-x"]));
         let each = Tensor::new(&[0f32; 3], &Device::Cpu).unwrap();
-        t.add(&Losses { each, logits: Some(logits), gold: vec![1, 2, 2], words: vec![2, 1] }).unwrap();
+        t.add(&Losses { each, logits: Some(logits), gold: vec![1, 2, 2], targets: vec![], words: vec![2, 1] }).unwrap();
         let e = t.finish(1);
         assert_eq!((e.span_precision, e.span_recall, e.span_f1), (Some(1.0), Some(0.5), Some(2.0 / 3.0)));
-        assert_eq!(metrics_of(Task::TokenCls, &names(&["O", "B-x"]))[0], EvalMetric::SpanF1);
-        assert_eq!(metrics_of(Task::TokenCls, &names(&["NOUN", "VERB"]))[0], EvalMetric::Accuracy);
+        assert_eq!(metrics_of(Task::TokenCls, Problem::SingleLabel, &names(&["O", "B-x"]))[0], EvalMetric::SpanF1);
+        assert_eq!(
+            metrics_of(Task::TokenCls, Problem::SingleLabel, &names(&["NOUN", "VERB"]))[0],
+            EvalMetric::Accuracy
+        );
     }
 
     #[test]
@@ -188,5 +226,22 @@ mod tests {
         assert_eq!(stops(EvalMetric::Loss, 2, 0.1, &[3.0, 2.95, 2.85, 2.8, 2.7]), None, "gains add up");
         assert_eq!(stops(EvalMetric::Accuracy, 1, 0.0, &[0.1, 0.2, 0.2]), Some(2));
         assert_eq!(stops(EvalMetric::Accuracy, 0, 0.0, &[0.2; 50]), None);
+    }
+
+    #[test]
+    fn sets_and_numbers_have_figures_of_their_own() {
+        let dev = Device::Cpu;
+        let tally = |problem, outputs: &[[f32; 2]; 2], targets: Vec<Vec<f32>>| {
+            let each = Tensor::new(&[1f32, 1.0], &dev).unwrap();
+            let logits = Tensor::new(outputs, &dev).unwrap();
+            let mut t = Tally::new(Task::SeqCls, problem, &names(&["a", "b"]));
+            t.add(&Losses { each, logits: Some(logits), gold: vec![], targets, words: vec![] }).unwrap();
+            t.finish(1)
+        };
+        let e = tally(Problem::MultiLabel, &[[1.0, -1.0], [1.0, 2.0]], vec![vec![1.0, 0.0], vec![0.0, 1.0]]);
+        assert_eq!((e.accuracy, e.micro_f1, e.mcc), (Some(0.5), Some(0.8), None));
+        let e = tally(Problem::Regression, &[[1.0, 0.0], [3.0, 0.0]], vec![vec![1.0], vec![2.0]]);
+        assert_eq!((e.mse, e.pearson.map(|r| (r * 1e6).round()), e.accuracy), (Some(0.5), Some(1e6), None));
+        assert_eq!(metrics_of(Task::SeqCls, Problem::Regression, &[])[0], EvalMetric::Mse);
     }
 }

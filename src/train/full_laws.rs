@@ -14,6 +14,7 @@ use super::{
     run::{Advance, Outcome, Run, RunInput, Trained},
     spec::{BaseShape, TrainSpec},
     trainable::Trainable,
+    transfer_laws::other,
 };
 use crate::{
     admission::train_params::{JobEventBody, MethodPart, ResolvedTraining},
@@ -143,6 +144,7 @@ fn spec_of(spec: &TrainSpec) -> crate::delta::DeltaSpec {
     crate::delta::DeltaSpec {
         methods: spec.methods.clone(),
         task: spec.task,
+        problem: spec.problem,
         labels: spec.labels.clone(),
         num_virtual_tokens: 0,
         parameters: 0,
@@ -187,6 +189,31 @@ fn a_job_whose_patience_runs_out_makes_the_model_of_its_best_evaluation() {
 }
 
 #[test]
+fn forgetting_compares_the_model_of_the_best_evaluation_with_the_base() {
+    let (dir, base) = kept("llama");
+    let resolved = ResolvedTraining { eval_every: 1, learning_rate: 3e-2, ..hyper(6) };
+    let mut input = full(&base, Task::CausalLm, resolved);
+    // texts of another kind: the more it learns of the others, the worse
+    input.validation = other(8);
+    input.held = examples(Task::CausalLm, 9);
+    let (held, spec) = (Arc::clone(&input.held), input.spec.clone());
+    let (events, outcome) = drive(&mut Run::new(Arc::clone(&base), None, input).unwrap());
+    let Outcome::Trained(trained) = outcome else { panic!("{outcome:?}") };
+    assert!(trained.best_eval.as_ref().is_some_and(|e| e.step < 6), "the last is not the best: {events:?}");
+    let Some(JobEventBody::Forgetting(f)) = events.last() else { panic!("{events:?}") };
+    write_folder(&base, &trained.model.expect("a model"), &dir.path().join("out")).unwrap();
+    let served = Base::load(&dir.path().join("out"), &LoadOptions::default()).unwrap();
+    let held: Vec<&Encoded> = held.iter().collect();
+    let mean = |base: &Base| {
+        let plain = crate::delta::Delta::new(spec_of(&spec), vec![], None);
+        let each = losses(base, Arc::new(plain), &held, None).unwrap().each;
+        f64::from(each.mean_all().unwrap().to_scalar::<f32>().unwrap())
+    };
+    assert!((mean(&base) - f.base_loss).abs() < 1e-4 && (mean(&served) - f.delta_loss).abs() < 1e-4, "{f:?}");
+    assert!((f.base_loss - f.delta_loss).abs() > 1e-3, "{f:?}");
+}
+
+#[test]
 fn full_is_alone_and_never_on_encoder_decoders() {
     let gpt2 = tiny("gpt2");
     let methods = [MethodPart::Full, MethodPart::Lora(Default::default())];
@@ -204,7 +231,8 @@ fn the_estimate_counts_the_weights() {
     let text = "{\"text\": \"one two\"}\n{\"text\": \"three four\"}\n";
     let mut params = params(Task::CausalLm, vec![MethodPart::Full]);
     params.hyper.max_length = Some(16);
-    let inputs = super::Inputs { params: &params, train: text.as_bytes(), validation: None, start: None };
+    let inputs =
+        super::Inputs { params: &params, train: text.as_bytes(), validation: None, forgetting: None, start: None };
     let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256 };
     let need = super::prepare(inputs, info, &byte_codec(true)).unwrap().reply.memory;
     let weights = 4 * base.trained_by(Task::CausalLm);

@@ -88,6 +88,7 @@ pub(super) fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
 pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
     ResolvedTraining {
         task: Task::CausalLm,
+        problem: Default::default(),
         methods: vec![],
         labels: vec![],
         epochs: 1.0,
@@ -119,7 +120,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
     let labels: Vec<String> = if task.generates() { vec![] } else { vec!["a".into(), "b".into()] };
     let spec = TrainSpec::resolve(methods, task, &labels, shape(base)).unwrap();
     let resolved = ResolvedTraining { task, labels, methods: methods.to_vec(), ..resolved };
-    RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]), start: None }
+    RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]), held: Arc::from([]), start: None }
 }
 
 fn lora() -> Vec<MethodPart> {
@@ -374,6 +375,24 @@ fn the_best_evaluation_is_what_is_published() {
 }
 
 #[test]
+fn forgetting_is_the_loss_with_the_delta_less_the_loss_without() {
+    let base = tiny("llama");
+    let held = examples(Task::CausalLm, 70);
+    let input = RunInput { held: Arc::clone(&held), ..input(&base, Task::CausalLm, &lora(), hyper(5)) };
+    let (events, outcome) = finish(Run::new(Arc::clone(&base), None, input).unwrap());
+    let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };
+    let Some(JobEventBody::Forgetting(f)) = events.last() else { panic!("{events:?}") };
+    let all: Vec<&Encoded> = held.iter().collect();
+    let mean = |delta| {
+        let each = flat(&losses(&base, Arc::new(delta), &all, None).unwrap().each);
+        f64::from(each.iter().sum::<f32>()) / each.len() as f64
+    };
+    let bare = crate::delta::Delta::new(end.delta.spec.clone(), vec![], None);
+    assert!((mean(bare) - f.base_loss).abs() < 1e-4 && (mean(end.delta) - f.delta_loss).abs() < 1e-4);
+    assert!((f.base_loss - f.delta_loss).abs() > 1e-3, "the delta was trained on such texts: {f:?}");
+}
+
+#[test]
 fn packing_changes_what_shares_a_step_not_what_an_example_sees() {
     let base = tiny("llama");
     let input = input(&base, Task::CausalLm, &lora(), hyper(10));
@@ -408,6 +427,7 @@ fn a_prepared_request_runs() {
         },
         spec,
         train: examples(Task::CausalLm, 5),
+        held: Arc::from([]),
         validation: Arc::from([]),
         start: None,
     };

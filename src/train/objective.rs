@@ -23,6 +23,8 @@ pub struct Losses {
     pub logits: Option<Tensor>,
     /// Classification: the right label of each row of `logits`.
     pub gold: Vec<u32>,
+    /// Multi-label classification and regression: what `logits` should become, of the same shape; else empty.
+    pub targets: Vec<Vec<f32>>,
     /// Token classification: rows of `logits` of each example.
     pub words: Vec<usize>,
 }
@@ -57,6 +59,8 @@ pub fn smoothed_losses(
     match examples.first().map(|e| &e.target) {
         Some(Target::Tokens(_)) => next_token(base, &hidden, examples, smoothing, &cx),
         Some(Target::Label(_)) => text_label(base, &hidden, examples, smoothing, &cx),
+        Some(Target::Labels(_)) => text_targets(base, &hidden, examples, several, &cx),
+        Some(Target::Value(_)) => text_targets(base, &hidden, examples, squared, &cx),
         Some(Target::Tags(_)) => word_labels(base, &hidden, examples, smoothing, &cx),
         None => candle_core::bail!("an empty micro-batch"),
     }
@@ -89,7 +93,7 @@ fn next_token(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f6
         }
     }
     let each = base.transformer.smoothed_nll(hidden, (&pick, &targets), smoothing, cx)?; // [n]
-    Ok(Losses { each, logits: None, gold: Vec::new(), words: Vec::new() })
+    Ok(Losses { each, logits: None, gold: Vec::new(), targets: Vec::new(), words: Vec::new() })
 }
 
 fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
@@ -100,6 +104,42 @@ fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f6
     }
     let logits = only_group(base.transformer.head_logits(hidden, cx)?, examples.len())?; // [texts, labels]
     cross_entropy(logits, gold, smoothing)
+}
+
+/// Losses of targets with one number per output.
+fn text_targets(
+    base: &Base,
+    hidden: &Tensor,
+    examples: &[&Encoded],
+    loss: fn(&Tensor, &Tensor) -> Result<Tensor>,
+    cx: &Cx<'_>,
+) -> Result<Losses> {
+    let logits = only_group(base.transformer.head_logits(hidden, cx)?, examples.len())?.to_dtype(DType::F32)?; // [texts, outputs]
+    let outputs = logits.dim(1)?;
+    let mut targets = Vec::with_capacity(examples.len());
+    for example in examples {
+        let mut row = vec![0f32; outputs];
+        match &example.target {
+            Target::Labels(all) => all.iter().filter_map(|l| row.get_mut(*l as usize).map(|x| *x = 1.0)).for_each(drop),
+            Target::Value(bits) => row.fill(f32::from_bits(*bits)),
+            _ => candle_core::bail!("mixed targets in a micro-batch"),
+        }
+        targets.push(row);
+    }
+    let wanted = Tensor::new(targets.concat(), logits.device())?.reshape(logits.shape())?; // [texts, outputs]
+    let each = loss(&logits, &wanted)?.mean(1)?; // [texts]
+    Ok(Losses { each, logits: Some(logits), gold: Vec::new(), targets, words: Vec::new() })
+}
+
+/// Binary cross-entropy of each output by itself, as torch's `BCEWithLogitsLoss`: `ln(1 + exp(z)) - z y`.
+fn several(logits: &Tensor, wanted: &Tensor) -> Result<Tensor> {
+    let softplus = Tensor::stack(&[logits, &logits.zeros_like()?], 2)?.log_sum_exp(2)?; // [texts, outputs]
+    softplus - (logits * wanted)?
+}
+
+/// Squared error, as torch's `MSELoss`.
+fn squared(outputs: &Tensor, wanted: &Tensor) -> Result<Tensor> {
+    (outputs - wanted)?.sqr()
 }
 
 fn word_labels(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
@@ -129,5 +169,36 @@ fn cross_entropy(logits: Tensor, gold: Vec<u32>, smoothing: f64) -> Result<Losse
     let log_probs = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
     let index = Tensor::new(gold.as_slice(), logits.device())?.unsqueeze(1)?; // [n, 1]
     let each = ops::smoothed_nll(&log_probs, &index, smoothing)?; // [n]
-    Ok(Losses { each, logits: Some(logits), gold, words: Vec::new() })
+    Ok(Losses { each, logits: Some(logits), gold, targets: Vec::new(), words: Vec::new() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn losses_of_numbers_and_their_gradients_equal_the_formulas() {
+        let dev = Device::Cpu;
+        let z = Var::new(&[[0.5f32, -2.0, 60.0], [-60.0, 0.0, 3.0]], &dev).unwrap();
+        let y = Tensor::new(&[[1f32, 0.0, 1.0], [0.0, 1.0, 0.0]], &dev).unwrap();
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let pairs: Vec<(f32, f32)> = flat(z.as_tensor()).into_iter().zip(flat(&y)).collect();
+        let near = |got: Vec<f32>, want: &dyn Fn(f32, f32) -> f32| {
+            got.iter().zip(&pairs).all(|(g, (z, y))| (g - want(*z, *y)).abs() < 1e-4)
+        };
+        let sigmoid = |z: f32| 1.0 / (1.0 + (-z).exp());
+        let loss = several(&z, &y).unwrap();
+        // -y ln s(z) - (1 - y) ln s(-z); far from 0 the logarithm is the logit
+        let ln_sigmoid = |z: f32| if z < -30.0 { z } else { sigmoid(z).ln() };
+        assert!(near(flat(&loss), &|z, y| -y * ln_sigmoid(z) - (1.0 - y) * ln_sigmoid(-z)), "{loss}");
+        let grads = loss.sum_all().unwrap().backward().unwrap();
+        assert!(near(flat(grads.get(&z).unwrap()), &|z, y| sigmoid(z) - y));
+        // torch.nn.BCEWithLogitsLoss() of these, the mean over texts and labels
+        assert!((loss.mean_all().unwrap().to_scalar::<f32>().unwrap() - 0.7237899).abs() < 1e-6);
+        let loss = squared(&z, &y).unwrap();
+        assert!(near(flat(&loss), &|z, y| (z - y) * (z - y)));
+        let grads = loss.sum_all().unwrap().backward().unwrap();
+        assert!(near(flat(grads.get(&z).unwrap()), &|z, y| 2.0 * (z - y)));
+    }
 }

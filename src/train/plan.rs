@@ -3,26 +3,27 @@
 //! `Plan` and `CreateJob` both end here, so a dry run says exactly what a job would do. Every problem is reported, not
 //! only the first. No tensors.
 
+mod defaults;
 mod evaluation;
 mod few_shot;
+mod held;
 
 use std::sync::Arc;
+
+pub(super) use defaults::default_length;
+use defaults::{Chosen, max_length, with_defaults};
 
 use crate::{
     admission::{
         params::Violation,
-        train_params::{
-            AdapterPart, AdapterVariant, EvalMetric, HyperParams, LoraPart, MethodPart, PlanReply, ResolvedTraining,
-            Schedule, TrainParams, Validation,
-        },
+        train_params::{HyperParams, PlanReply, TrainParams, Validation},
     },
-    delta::Task,
     train::{
-        batches::{self, Batches},
+        batches,
         dataset::Dataset,
         encode::{Encoded, TextCodec, encode},
         issue::{Report, Severity},
-        spec::{self, BaseShape, Start, TrainSpec},
+        spec::{BaseShape, Start, TrainSpec},
         transfer::{self, Continue, Continued},
         validate::{LabelSet, check_train, check_validation},
     },
@@ -45,6 +46,8 @@ pub struct Inputs<'a> {
     pub validation: Option<&'a [u8]>,
     /// The delta to continue.
     pub start: Option<Continue<'a>>,
+    /// JSON lines of the held text, if the request has one.
+    pub forgetting: Option<&'a [u8]>,
 }
 
 /// What planning needs to know of the base.
@@ -69,6 +72,8 @@ pub struct Prepared {
     pub validation: Arc<[Encoded]>,
     /// The delta to continue.
     pub start: Option<Continued>,
+    /// The held text whose loss is compared at the end; may be empty.
+    pub held: Arc<[Encoded]>,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -84,7 +89,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         problems.push(violation("validation.fraction", format!("is {f}; accepted is (0, 0.5]")));
     }
     let (mut data, mut report) = Dataset::parse(inputs.train);
-    let labels = LabelSet::resolve(&params.labels, &data, &mut report);
+    let labels = LabelSet::resolve_for(params.problem, &params.labels, &data, &mut report);
     check_train(&data, params.task, &labels, &mut report);
     if report.is_ok() {
         problems.extend(few_shot::take(params, &labels, &mut data));
@@ -122,6 +127,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
     }
+    let held = held::examples(&inputs, codec, max_length, &mut problems);
     let continued = inputs.start.filter(|_| fits).map(|start| {
         let context = transfer::Context { params, labels: labels.names(), codec, max_length, room };
         transfer::continued(start, &context)
@@ -165,7 +171,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         warnings,
         resolved,
     };
-    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), start })
+    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), held: held.into(), start })
 }
 
 /// Shortest examples that a base must have room for.
@@ -255,133 +261,15 @@ fn check_hyper(h: &HyperParams, room: usize, max_positions: usize) -> Vec<Violat
     out
 }
 
-/// Method parts with every field set.
-fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec<MethodPart> {
-    let rank_default = if task.generates() && base.causal { 16 } else { 8 };
-    let part = |part: &MethodPart| match part {
-        MethodPart::Lora(p) => {
-            let rank = p.rank.unwrap_or(rank_default);
-            MethodPart::Lora(LoraPart {
-                rank: Some(rank),
-                alpha: p.alpha.or(Some(2.0 * f64::from(rank))),
-                dropout: p.dropout.or(Some(0.0)),
-                ..p.clone()
-            })
-        }
-        MethodPart::Adapter(p) => MethodPart::Adapter(AdapterPart {
-            reduction_factor: p.reduction_factor.or(Some(match p.variant {
-                AdapterVariant::Houlsby | AdapterVariant::Pfeiffer => 16.0,
-                AdapterVariant::Parallel => 2.0,
-            })),
-            ..p.clone()
-        }),
-        MethodPart::Prefix(p) => MethodPart::Prefix(spec::prefix_defaults(p, base.encoder_decoder)),
-        MethodPart::Prompt(p) => MethodPart::Prompt(spec::prompt_defaults(p)),
-        MethodPart::PTuning(p) => MethodPart::PTuning(spec::p_tuning_defaults(p)),
-        MethodPart::Bitfit(_) | MethodPart::Ia3(_) | MethodPart::Ln(_) | MethodPart::Tokens(_) | MethodPart::Full => {
-            part.clone()
-        }
-    };
-    methods.iter().map(part).collect()
-}
-
-/// Learning rates that are known to work (FORMATS 5.5); of a combination, the smallest.
-fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
-    let lm = task.generates();
-    let of = |part: &MethodPart| match part {
-        MethodPart::Lora(_) if lm => (5e-4 * (2000.0 / hidden as f64).sqrt()).clamp(1e-4, 3e-3),
-        MethodPart::Lora(_) => 1e-3,
-        MethodPart::Bitfit(_) => 2e-3,
-        MethodPart::Ia3(_) => 5e-3,
-        MethodPart::Ln(_) => 2e-3,
-        MethodPart::Adapter(_) if lm => 5e-4,
-        MethodPart::Adapter(_) => 1e-3,
-        MethodPart::Tokens(_) => 1e-2,
-        MethodPart::Prefix(p) if p.projection => 3e-4,
-        MethodPart::Prefix(_) => 5e-3,
-        MethodPart::Prompt(_) => 1e-2,
-        MethodPart::PTuning(_) => 1e-3,
-        MethodPart::Full if lm => 5e-5,
-        MethodPart::Full => 2e-5,
-    };
-    methods.iter().map(of).fold(None, |least: Option<f64>, lr| Some(least.map_or(lr, |l| l.min(lr)))).unwrap_or(5e-3)
-}
-
-fn max_length(h: &HyperParams, task: Task, max_positions: usize) -> usize {
-    h.max_length.map_or(default_length(task), |n| n as usize).min(max_positions)
-}
-
-/// Longest example in tokens, unless a request says otherwise.
-pub(super) fn default_length(task: Task) -> usize {
-    if task.generates() { 512 } else { 128 }
-}
-
-/// What the hyper-parameters depend on.
-struct Chosen<'a> {
-    params: &'a TrainParams,
-    methods: &'a [MethodPart],
-    labels: &'a LabelSet,
-    max_length: usize,
-    eval_metric: EvalMetric,
-    base: BaseShape<'a>,
-}
-
-impl Chosen<'_> {
-    fn resolve(&self, train: &[Encoded], start: Option<&Continued>) -> ResolvedTraining {
-        let Self { params, methods, labels, max_length, eval_metric, base } = *self;
-        let h = &params.hyper;
-        let lm = params.task.generates();
-        let batch_size = h.batch_size.unwrap_or(if lm { 8 } else { 32 });
-        let grad_accumulation = h.grad_accumulation.unwrap_or(1);
-        let packing = h.packing.unwrap_or(false);
-        let seed = h.seed.unwrap_or(0);
-        let lens: Vec<usize> = train.iter().map(Encoded::rows).collect();
-        let size = batch_size as usize * grad_accumulation as usize;
-        let per_epoch = Batches::new(&lens, size, packing.then_some(max_length), seed).per_epoch();
-        let cap = h.max_steps.unwrap_or(MAX_STEPS);
-        // a step limit alone decides how long a job is
-        let epochs = h.epochs.unwrap_or(match h.max_steps {
-            Some(steps) => f64::from(steps) / per_epoch.max(1) as f64,
-            None if lm => 3.0,
-            None => 4.0,
-        });
-        let total_steps = ((epochs * per_epoch as f64).ceil().max(1.0) as u32).min(cap);
-        let warmup_ratio = h.warmup_ratio.unwrap_or(if lm { 0.03 } else { 0.06 });
-        ResolvedTraining {
-            task: params.task,
-            methods: methods.to_vec(),
-            labels: if lm { Vec::new() } else { labels.names().to_vec() },
-            epochs,
-            total_steps,
-            batch_size,
-            grad_accumulation,
-            learning_rate: h.learning_rate.unwrap_or_else(|| learning_rate(methods, params.task, base.hidden)),
-            schedule: h.schedule.unwrap_or(Schedule::Linear),
-            warmup_steps: (warmup_ratio * f64::from(total_steps)).floor() as u32,
-            weight_decay: h.weight_decay.unwrap_or(0.0),
-            beta1: h.beta1.unwrap_or(0.9),
-            beta2: h.beta2.unwrap_or(0.999),
-            eps: h.eps.unwrap_or(1e-8),
-            clip_norm: h.clip_norm.unwrap_or(1.0),
-            max_length: max_length as u32,
-            seed,
-            eval_every: h.eval_every.unwrap_or(0),
-            packing,
-            started_from: start.map(Continued::record),
-            ewc: start.and_then(Continued::ewc_record),
-            eval_metric,
-            patience: h.patience.unwrap_or(0),
-            min_delta: h.min_delta.unwrap_or(0.0),
-            label_smoothing: h.label_smoothing.unwrap_or(0.0),
-        }
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        admission::{params::PublishPolicy, train_params::TrainData},
+        admission::{
+            params::PublishPolicy,
+            train_params::{LoraPart, MethodPart, TrainData},
+        },
+        delta::{Problem, Task},
         train::{encode::tests::byte_codec, spec::tests::table},
     };
 
@@ -389,11 +277,13 @@ pub(crate) mod tests {
         TrainParams {
             output_name: "out".into(),
             task,
+            problem: Problem::SingleLabel,
             data: TrainData::Jsonl(String::new()),
             validation: None,
             methods,
             labels: vec![],
             k_per_class: None,
+            forgetting: None,
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
             from_delta: None,
@@ -411,7 +301,8 @@ pub(crate) mod tests {
         let causal = params.task == Task::CausalLm;
         let shape =
             BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None, base: None };
-        let inputs = Inputs { params, train: train.as_bytes(), validation: validation.map(str::as_bytes), start: None };
+        let validation = validation.map(str::as_bytes);
+        let inputs = Inputs { params, train: train.as_bytes(), validation, forgetting: None, start: None };
         prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
     }
 

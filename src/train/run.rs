@@ -4,6 +4,7 @@
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
 mod evaluation;
+mod held;
 mod outcome;
 
 use std::{
@@ -36,6 +37,7 @@ use crate::{
         transfer::{Continued, Ewc},
     },
 };
+use held::Held;
 
 /// Weights beyond half precision's range are no delta any more: the run has diverged even if its loss is still a number.
 const MAX_WEIGHT_NORM: f64 = 65_504.0;
@@ -59,6 +61,8 @@ pub struct RunInput {
     pub validation: Arc<[Encoded]>,
     /// The delta to continue; taken by the run when it has copied its values.
     pub start: Option<Continued>,
+    /// The held text whose loss is compared at the end; may be empty.
+    pub held: Arc<[Encoded]>,
 }
 
 impl From<&Prepared> for RunInput {
@@ -69,6 +73,7 @@ impl From<&Prepared> for RunInput {
             train: Arc::clone(&p.train),
             validation: Arc::clone(&p.validation),
             start: p.start.clone(),
+            held: Arc::clone(&p.held),
         }
     }
 }
@@ -90,6 +95,7 @@ struct Step {
 enum Phase {
     Train(Step),
     Eval { todo: VecDeque<Vec<usize>>, tally: Tally },
+    Held(Held),
 }
 
 #[derive(Debug)]
@@ -258,8 +264,18 @@ impl Run {
                 None => self.finish_eval(events),
             };
         }
+        if let Phase::Held(held) = &mut self.phase {
+            return match held.todo.pop_front() {
+                Some(batch) => self.held_micro(&batch).map(|()| None),
+                None => self.finish_held(events).map(Some),
+            };
+        }
         if self.stopped || self.step >= self.input.resolved.total_steps {
-            return self.trained().map(Some);
+            return if self.input.held.is_empty() {
+                self.trained().map(Some)
+            } else {
+                self.begin_held().map(|()| None)
+            };
         }
         self.train_micro(events)
     }

@@ -24,7 +24,7 @@ use crate::{
         params::Violation,
         train_params::{BiasSubset, BitfitPart, MemoryEstimate, MethodPart, Targets},
     },
-    delta::{Proj, Site, SiteEntry, SiteId, SiteTable, Task},
+    delta::{Problem, Proj, Site, SiteEntry, SiteId, SiteTable, Task},
     model::Base,
     ops::Act,
     train::validate::{MAX_LABELS, some_of},
@@ -61,6 +61,8 @@ pub struct TrainSpec {
     pub task: Task,
     /// Methods in it, `head` included.
     pub methods: Vec<String>,
+    /// What a text head's outputs are.
+    pub problem: Problem,
     /// Label names.
     pub labels: Vec<String>,
     /// What is trained where, by site.
@@ -121,8 +123,21 @@ impl TrainSpec {
         labels: &[String],
         base: BaseShape<'_>,
     ) -> Result<Self, Vec<Violation>> {
+        Self::resolve_for(methods, (task, Problem::SingleLabel), labels, base)
+    }
+
+    /// Resolves a request for any problem of a text head.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn resolve_for(
+        methods: &[MethodPart],
+        (task, problem): (Task, Problem),
+        labels: &[String],
+        base: BaseShape<'_>,
+    ) -> Result<Self, Vec<Violation>> {
         let mut r = Resolver::new(base, task);
-        r.check_task(methods, task, labels);
+        r.check_task(methods, (task, problem), labels);
         let mut kinds = BTreeSet::new();
         for (i, part) in methods.iter().enumerate() {
             let field = format!("methods[{i}]");
@@ -153,7 +168,7 @@ impl TrainSpec {
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if head.is_some() { labels.to_vec() } else { Vec::new() };
         let full = if methods.iter().any(|m| m == "full") { base.base.map(|b| b.trained_by(task)) } else { None };
-        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions, full })
+        Ok(Self { task, problem, methods, labels, patches, head, vocab: base.vocab, positions: r.positions, full })
     }
 
     /// Numbers that are trained.
@@ -224,7 +239,10 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    fn check_task(&mut self, methods: &[MethodPart], task: Task, labels: &[String]) {
+    fn check_task(&mut self, methods: &[MethodPart], (task, problem): (Task, Problem), labels: &[String]) {
+        if problem != Problem::SingleLabel && task != Task::SeqCls {
+            self.problem("problem_type", format!("is {}, which is for the task seq_cls", problem.as_str()));
+        }
         let accepted: &[Task] = match (self.base.encoder_decoder, self.base.causal) {
             (true, _) => &[Task::Seq2Seq],
             (false, true) => &[Task::CausalLm, Task::SeqCls, Task::TokenCls],
@@ -240,7 +258,7 @@ impl<'a> Resolver<'a> {
             let names = names.join(", ");
             self.problem("task", format!("is {}, but the base is a {kind}; accepted are {names}", task.as_str()));
         } else if !task.generates() {
-            self.check_labels(labels);
+            self.check_labels(labels, problem);
         } else if methods.is_empty() {
             self.problem("methods", "is empty; give at least one method");
         } else if !labels.is_empty() {
@@ -248,10 +266,16 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    fn check_labels(&mut self, labels: &[String]) {
+    fn check_labels(&mut self, labels: &[String], problem: Problem) {
         let mut seen = BTreeSet::new();
-        if !(2..=MAX_LABELS).contains(&labels.len()) {
-            self.problem("labels", format!("has {} labels; 2 to {MAX_LABELS} are accepted", labels.len()));
+        let (least, most) = match problem {
+            Problem::SingleLabel => (2, MAX_LABELS),
+            Problem::MultiLabel => (1, MAX_LABELS),
+            Problem::Regression => (1, 1),
+        };
+        if !(least..=most).contains(&labels.len()) {
+            let (name, n) = (problem.as_str(), labels.len());
+            self.problem("labels", format!("has {n} labels; {least} to {most} are accepted for {name}"));
         }
         for (i, label) in labels.iter().enumerate() {
             if label.trim().is_empty() {

@@ -132,7 +132,7 @@ struct Running {
 
 enum Phase {
     Training,
-    Publishing { final_loss: f64, best_eval: Option<EvalEvent>, checkpoint: Option<Bytes> },
+    Publishing { final_loss: f64, best_eval: Option<Box<EvalEvent>>, checkpoint: Option<Bytes> },
 }
 
 pub(crate) struct Supervisor {
@@ -319,6 +319,7 @@ impl Supervisor {
         self.append(id, state(JobState::Publishing)).await;
         let Some(job) = self.running.get_mut(id) else { return };
         let Trained { delta, model, checkpoint, final_loss, best_eval } = trained;
+        let best_eval = best_eval.map(Box::new);
         job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.map(Bytes::from) };
         let request = PublishJob {
             job: id.to_owned(),
@@ -353,6 +354,7 @@ impl Supervisor {
                     Published::Version { number, id } => (number, id.to_string(), None),
                     Published::Model(model) => (0, String::new(), Some(model)),
                 };
+                let best_eval = best_eval.map(|e| *e);
                 let result = JobResult { name, number, id: version, final_loss, best_eval, model };
                 self.terminal(id, JobState::Succeeded, Some(result), None).await;
             }

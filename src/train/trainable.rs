@@ -187,6 +187,7 @@ impl Trainable {
         own.spec = DeltaSpec {
             methods: spec.methods.clone(),
             task: spec.task,
+            problem: spec.problem,
             labels: spec.labels.clone(),
             parameters: own.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
             ..own.spec
@@ -267,6 +268,7 @@ impl Trainable {
     /// # Errors
     /// The device.
     pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
+        self.full.iter().for_each(|full| full.changes());
         self.vars.iter().zip(&snapshot.0).try_for_each(|(v, t)| v.var.set(t))
     }
 

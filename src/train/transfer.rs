@@ -134,14 +134,15 @@ pub(super) fn resolve(
     base: BaseShape<'_>,
     start: Option<Continue<'_>>,
 ) -> Result<TrainSpec, Vec<Violation>> {
+    let kind = (params.task, params.problem);
     match start {
-        Some(start) if params.methods.is_empty() => TrainSpec::of_delta(&start.from.delta, params.task, labels, base),
+        Some(start) if params.methods.is_empty() => TrainSpec::of_delta(&start.from.delta, kind, labels, base),
         Some(start) => {
-            let spec = TrainSpec::resolve(methods, params.task, labels, base)?;
+            let spec = TrainSpec::resolve_for(methods, kind, labels, base)?;
             spec.check_continues(&start.from.delta, base.sites).map_err(|v| vec![v])?;
             Ok(spec)
         }
-        None => TrainSpec::resolve(methods, params.task, labels, base),
+        None => TrainSpec::resolve_for(methods, kind, labels, base),
     }
 }
 
@@ -163,7 +164,8 @@ pub(super) struct Context<'a> {
 pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<(Continued, Report), Vec<Violation>> {
     let old = &start.from.delta;
     let bare = || Delta::new(old.spec.clone(), old.patches().to_vec(), None);
-    let head = (cx.params.task == old.spec.task).then(|| ordered_head(old, cx.labels)).flatten();
+    let same = (cx.params.task, cx.params.problem) == (old.spec.task, old.spec.problem);
+    let head = same.then(|| ordered_head(old, cx.labels)).flatten();
     let delta = match head {
         Some(Ok(head)) => Delta::new(old.spec.clone(), old.patches().to_vec(), Some(head)),
         Some(Err(e)) => return Err(vec![violation("from_delta", e.to_string())]),
@@ -178,7 +180,8 @@ pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<(Contin
                 Some(_) => (Arc::clone(&delta), cx.labels.to_vec()),
                 None => (Arc::clone(old), old.spec.labels.clone()),
             };
-            let examples = old_examples(bytes, old.spec.task, &LabelSet::new(labels), cx, &mut report)?;
+            let labels = LabelSet::new(labels).of_problem(old.spec.problem);
+            let examples = old_examples(bytes, old.spec.task, &labels, cx, &mut report)?;
             let most = ewc.max_examples.unwrap_or(FISHER_EXAMPLES) as usize;
             let head = delta.head().is_some();
             Some(Ewc { lambda: ewc.lambda, delta: good, head, examples: spread(&examples, most).into() })

@@ -21,7 +21,7 @@ use crate::{
     admission::train_params::{
         EwcParams, JobEventBody, LoraPart, MethodPart, PromptPart, ResolvedTraining, TrainData, TrainParams,
     },
-    delta::{Delta, DeltaSpec, HeadLayer, Matrix, Patch, Task},
+    delta::{Delta, DeltaSpec, HeadLayer, Matrix, Patch, Problem, Task},
     ids::DeltaId,
     model::Base,
 };
@@ -62,7 +62,7 @@ fn every_method_goes_on_from_where_its_delta_ended() {
         for (name, methods) in all() {
             let old = Arc::new(train(&base, input(&base, task, &methods, hyper(3))).delta);
             let data = examples(task, 12);
-            let spec = TrainSpec::of_delta(&old, task, &labels(task), shape(&base))
+            let spec = TrainSpec::of_delta(&old, (task, Problem::SingleLabel), &labels(task), shape(&base))
                 .unwrap_or_else(|e| panic!("{family} {name}: {e:?}"));
             let own = Trainable::continuing(&old, &spec, &base.sites, 5, &base.device).unwrap();
             let start = own.delta(&mut rng(0, Stream::Dropout)).unwrap();
@@ -121,7 +121,7 @@ fn a_continued_lora_has_the_request_s_dropout_and_rates() {
 /// A planned job on byte tokens.
 fn plan(base: &Base, params: &TrainParams, data: &str, from: &StartingDelta, old: &str) -> Prepared {
     let start = Some(Continue { from, old: Some(old.as_bytes()) });
-    let inputs = Inputs { params, train: data.as_bytes(), validation: None, start };
+    let inputs = Inputs { params, train: data.as_bytes(), validation: None, forgetting: None, start };
     let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
     prepare(inputs, info, &byte_codec(true)).unwrap()
 }
@@ -221,13 +221,14 @@ fn a_carried_head_of_any_form_counts_and_a_matrix_alone_is_refused_with_its_name
     let (weight, bias) = base.linear(site).unwrap().unwrap();
     let matrix = Patch::Matrix(Matrix { weight: weight.contiguous().unwrap(), bias });
     let whole = Delta::new(old.spec.clone(), vec![(site, matrix)], None);
-    let found = TrainSpec::of_delta(&whole, Task::SeqCls, &labels(Task::SeqCls), shape(&base)).unwrap_err();
+    let found = TrainSpec::of_delta(&whole, (Task::SeqCls, Problem::SingleLabel), &labels(Task::SeqCls), shape(&base))
+        .unwrap_err();
     assert!(found.len() == 1 && found[0].field == "from_delta", "{found:?}");
     assert!(found[0].message.contains(&entry.label()) && found[0].message.contains("whole"), "{found:?}");
 }
 
 /// Texts of a task of its own: other starts, counting downwards.
-fn other(n: usize) -> Arc<[Encoded]> {
+pub(super) fn other(n: usize) -> Arc<[Encoded]> {
     let one = |i: usize| {
         let tokens: Vec<u32> = (0..5 + i % 3).map(|j| (60 + (i * 7) % 30 - j) as u32).collect();
         let target = Target::Tokens((0..tokens.len()).map(|t| t > 0).collect());

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    delta::Task,
+    delta::{Problem, Task},
     train::{
         dataset::{Dataset, Example, Format, Label, Row},
         issue::{Code, Report},
@@ -26,13 +26,33 @@ pub const MAX_LABELS: usize = 10_000;
 pub struct LabelSet {
     names: Vec<String>,
     index: HashMap<String, u32>,
+    problem: Problem,
 }
 
 impl LabelSet {
     /// Label names in index order.
     pub fn new(names: Vec<String>) -> Self {
         let index = names.iter().enumerate().map(|(i, n)| (n.clone(), i as u32)).collect();
-        Self { names, index }
+        Self { names, index, problem: Problem::SingleLabel }
+    }
+
+    /// The same labels for a problem.
+    pub fn of_problem(self, problem: Problem) -> Self {
+        Self { problem, ..self }
+    }
+
+    /// As [`Self::resolve`] for any problem: a regression has one output, `LABEL_0` unless it is given a name.
+    pub fn resolve_for(problem: Problem, given: &[String], data: &Dataset, report: &mut Report) -> Self {
+        let labels = match (problem, given.is_empty()) {
+            (Problem::Regression, true) => Self::new(vec!["LABEL_0".to_owned()]),
+            _ => Self::resolve(given, data, report),
+        };
+        labels.of_problem(problem)
+    }
+
+    /// What the labels are for.
+    pub fn problem(&self) -> Problem {
+        self.problem
     }
 
     /// The names, in index order.
@@ -55,6 +75,7 @@ impl LabelSet {
         match label {
             Label::Name(name) => self.index.get(name).copied(),
             Label::Index(i) => u32::try_from(*i).ok().filter(|i| (*i as usize) < self.names.len()),
+            Label::Number(_) => None,
         }
     }
 
@@ -71,6 +92,7 @@ impl LabelSet {
                     names.insert(name.clone());
                 }
                 Label::Index(i) => largest = largest.max(Some(*i)),
+                Label::Number(_) => {} // check_labels names its line
             }
         }
         match largest {
@@ -99,7 +121,7 @@ impl LabelSet {
 fn labels_of(example: &Example) -> &[Label] {
     match example {
         Example::TextLabel { label, .. } => std::slice::from_ref(label),
-        Example::TokenLabels { labels, .. } => labels,
+        Example::TextLabels { labels, .. } | Example::TokenLabels { labels, .. } => labels,
         Example::Text(_) | Example::PromptCompletion { .. } | Example::Messages(_) => &[],
     }
 }
@@ -113,7 +135,7 @@ pub fn check_train(data: &Dataset, task: Task, labels: &LabelSet, report: &mut R
     }
     if task.generates() {
         check_completions(data, report);
-    } else if report.is_ok() {
+    } else if report.is_ok() && labels.problem != Problem::Regression {
         check_variety(data, labels, report);
     }
 }
@@ -129,20 +151,31 @@ pub fn check_validation(data: &Dataset, train: &Dataset, task: Task, labels: &La
 
 /// What any set of examples must be for a task.
 pub(super) fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
+    let problem = labels.problem;
     let Some(format) = data.format else { return };
     let fits = match format {
         Format::PromptCompletion => task.generates(),
         Format::Text | Format::Messages => task == Task::CausalLm,
-        Format::TextLabel => task == Task::SeqCls,
+        Format::TextLabel | Format::TextLabels => task == Task::SeqCls,
         Format::TokenLabels => task == Task::TokenCls,
     };
+    let several = format == Format::TextLabels;
+    if task == Task::SeqCls && fits && several != (problem == Problem::MultiLabel) {
+        let (line, wanted) = (data.rows.first().map_or(0, |r| r.line), if several { "label" } else { "labels" });
+        let message = format!("has {}, but {} needs {wanted} of each text", format.as_str(), problem.as_str());
+        report.error(Code::WrongTask, line, "", message);
+        return;
+    }
     if !fits {
         let message = format!("has {} lines, which the task {} cannot use", format.as_str(), task.as_str());
         report.error(Code::WrongTask, 0, "", message);
         return;
     }
     for row in &data.rows {
-        check_labels(row, labels, report);
+        match problem {
+            Problem::Regression => check_number(row, report),
+            _ => check_labels(row, labels, report),
+        }
     }
     let mut first_line = HashMap::new();
     for row in &data.rows {
@@ -150,6 +183,13 @@ pub(super) fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report
         if line != row.line {
             report.warn(Code::Duplicate, row.line, "", format!("is the same example as line {line}"));
         }
+    }
+}
+
+/// A regression learns numbers.
+fn check_number(row: &Row, report: &mut Report) {
+    if let Some(label) = labels_of(&row.example).iter().find(|l| !l.number().is_some_and(|x| (x as f32).is_finite())) {
+        report.error(Code::WrongType, row.line, "/label", format!("is {label}; a regression needs a number"));
     }
 }
 
@@ -196,7 +236,8 @@ fn check_completions(data: &Dataset, report: &mut Report) {
 fn check_variety(data: &Dataset, labels: &LabelSet, report: &mut Report) {
     let used: BTreeSet<u32> =
         data.rows.iter().flat_map(|r| labels_of(&r.example)).filter_map(|l| labels.get(l)).collect();
-    if let (1, Some(only)) = (used.len(), used.first()) {
+    // with several labels allowed, a text without the only one is what it is told apart from
+    if let (1, Some(only), Problem::SingleLabel) = (used.len(), used.first(), labels.problem) {
         let name = labels.names().get(*only as usize).map_or("", String::as_str);
         report.error(Code::OneLabel, 0, "", format!("has the label {name:?} only; a classifier needs at least two"));
     }
@@ -279,5 +320,33 @@ mod tests {
         let (valid, _) = Dataset::parse(b"{\"text\":\"z\"}\n{\"text\":\"y\"}");
         check_validation(&valid, &train, Task::CausalLm, &LabelSet::default(), &mut report);
         assert_eq!(codes(&report), vec![(Code::TrainValidOverlap, Severity::Warning, 2)]);
+    }
+
+    #[test]
+    fn each_problem_has_its_own_targets() {
+        let check = |problem: Problem, text: &str, names: &[&str]| {
+            let (data, mut report) = Dataset::parse(text.as_bytes());
+            let labels = LabelSet::new(names.iter().map(|s| (*s).to_owned()).collect()).of_problem(problem);
+            check_train(&data, Task::SeqCls, &labels, &mut report);
+            codes(&report)
+        };
+        let one = "{\"text\":\"x\",\"label\":\"a\"}\n{\"text\":\"y\",\"label\":\"b\"}";
+        let many = "{\"text\":\"x\",\"labels\":[\"a\",\"b\"]}\n{\"text\":\"y\",\"labels\":[]}";
+        let numbers = "{\"text\":\"x\",\"label\":-1.5}\n{\"text\":\"y\",\"label\":2}";
+        assert!(check(Problem::SingleLabel, one, &["a", "b"]).is_empty());
+        assert!(check(Problem::MultiLabel, many, &["a", "b"]).is_empty());
+        assert!(check(Problem::Regression, numbers, &["LABEL_0"]).is_empty());
+        let yes_or_no = "{\"text\":\"x\",\"labels\":[\"a\"]}\n{\"text\":\"y\",\"labels\":[]}";
+        assert!(check(Problem::MultiLabel, yes_or_no, &["a"]).is_empty());
+        let large = "{\"text\":\"x\",\"label\":1e300}\n{\"text\":\"y\",\"label\":2}";
+        assert_eq!(check(Problem::Regression, large, &["LABEL_0"]), [(Code::WrongType, Severity::Error, 1)]);
+        assert_eq!(check(Problem::SingleLabel, many, &["a", "b"]), [(Code::WrongTask, Severity::Error, 1)]);
+        assert_eq!(check(Problem::MultiLabel, one, &["a", "b"]), [(Code::WrongTask, Severity::Error, 1)]);
+        assert_eq!(
+            check(Problem::Regression, one, &["LABEL_0"]),
+            [(Code::WrongType, Severity::Error, 1), (Code::WrongType, Severity::Error, 2)]
+        );
+        assert_eq!(check(Problem::MultiLabel, many, &["a", "c"])[0], (Code::LabelUnknown, Severity::Error, 1));
+        assert_eq!(check(Problem::SingleLabel, numbers, &["a", "b", "c"])[0], (Code::LabelUnknown, Severity::Error, 1));
     }
 }

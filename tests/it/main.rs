@@ -13,6 +13,7 @@ mod evaluation;
 mod folders;
 mod full;
 mod generate;
+mod heads;
 mod hostile;
 mod hot_swap;
 mod isolation;

@@ -26,6 +26,7 @@ fn files(world: &World, method: &str, patches: Vec<(usize, Patch)>) -> DeltaFile
     let spec = DeltaSpec {
         methods: vec![method.into()],
         task: Task::Seq2Seq,
+        problem: Default::default(),
         labels: vec![],
         num_virtual_tokens: 0,
         parameters: 0,

@@ -169,6 +169,7 @@ impl World {
             task,
             labels: vec![],
             num_virtual_tokens: 0,
+            problem: Default::default(),
             parameters: 0,
             resident_bytes: 0,
         };
@@ -375,7 +376,7 @@ impl Client {
 
     pub(crate) async fn classify(&self, delta: &str, texts: &[&str]) -> Result<proto::ClassifyResponse, Status> {
         let inputs = texts.iter().map(|t| proto::ClassifyInput { text: (*t).into(), ..Default::default() }).collect();
-        let request = self.request(proto::ClassifyRequest { delta: delta.into(), inputs, truncate: false });
+        let request = self.request(proto::ClassifyRequest { delta: delta.into(), inputs, ..Default::default() });
         Ok(self.inference().classify(request).await?.into_inner())
     }
 

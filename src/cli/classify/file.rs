@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     cli::{Common, client::Client, output},
+    delta::Problem,
     grpc::proto,
 };
 
@@ -53,7 +54,7 @@ pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) 
         let mut results = results.into_iter();
         for row in batch {
             let result = if row.input == Input::Nothing { None } else { results.next() };
-            writeln!(out, "{}", answered(row, result, &head, args.top_k, &mut scores)?)?;
+            writeln!(out, "{}", answered(row, result, &head, args, &mut scores)?)?;
         }
         progress.advance(batch.len() as u64);
     }
@@ -79,16 +80,19 @@ async fn head(client: &Client, delta: &str) -> anyhow::Result<HeadInfo> {
         return Ok(HeadInfo {
             reference: format!("{}@{}", delta.name, delta.id),
             tokens: delta.task() == proto::Task::TokenCls,
+            problem: Problem::from_name(&delta.problem_type).unwrap_or_default(),
             labels: delta.labels,
         });
     }
     let inputs = vec![proto::ClassifyInput { text: "a".into(), ..Default::default() }];
     let request = proto::ClassifyRequest { inputs, ..Default::default() };
-    let result = client.inference().classify(request).await?.into_inner().results.pop().unwrap_or_default();
+    let mut reply = client.inference().classify(request).await?.into_inner();
+    let problem = Problem::from_name(&reply.problem_type).unwrap_or_default();
+    let result = reply.results.pop().unwrap_or_default();
     let mut labels = result.labels;
     labels.sort_by_key(|l| l.index);
     let labels = labels.into_iter().map(|l| l.label).collect();
-    Ok(HeadInfo { reference: String::new(), labels, tokens: !result.tokens.is_empty() })
+    Ok(HeadInfo { reference: String::new(), labels, tokens: !result.tokens.is_empty(), problem })
 }
 
 fn batches(rows: &[Row], most: usize) -> Vec<&[Row]> {
@@ -117,7 +121,7 @@ async fn call<'a>(
         return Ok((batch, Vec::new()));
     }
     let count = inputs.len();
-    let request = proto::ClassifyRequest { delta: reference.to_owned(), inputs, truncate: true };
+    let request = proto::ClassifyRequest { delta: reference.to_owned(), inputs, truncate: true, threshold: 0.0 };
     let (start, mut pause) = (Instant::now(), Duration::from_millis(20));
     loop {
         match client.inference().classify(request.clone()).await {
@@ -154,7 +158,7 @@ fn answered(
     row: &Row,
     result: Option<proto::Classification>,
     head: &HeadInfo,
-    top_k: usize,
+    args: &ClassifyArgs,
     scores: &mut Scores,
 ) -> anyhow::Result<String> {
     scores.rows += 1;
@@ -170,17 +174,29 @@ fn answered(
         fields.insert("prediction".into(), json!(predicted));
         let probabilities = labels.iter().map(|l| l.as_ref().map_or(Value::Null, |l| probability(l.probability)));
         fields.insert("probabilities".into(), probabilities.collect());
+    } else if head.problem == Problem::Regression {
+        predicted = result.value.map(|v| v.to_string()).into_iter().collect();
+        fields.insert("prediction".into(), json!(result.value));
+    } else if head.problem == Problem::MultiLabel {
+        let applies = result.labels.iter().filter(|l| l.probability >= args.threshold);
+        predicted = applies.map(|l| l.label.clone()).collect();
+        fields.insert("prediction".into(), json!(predicted));
+        fields.insert("probabilities".into(), probabilities(&result.labels, args.top_k));
     } else {
         predicted = result.labels.first().map(|l| l.label.clone()).into_iter().collect();
-        let shown = if top_k == 0 { result.labels.len() } else { top_k };
-        let probabilities = result.labels.iter().take(shown).map(|l| (l.label.clone(), probability(l.probability)));
         fields.insert("prediction".into(), json!(predicted.first()));
-        fields.insert("probabilities".into(), Value::Object(probabilities.collect()));
+        fields.insert("probabilities".into(), probabilities(&result.labels, args.top_k));
     }
     if let Some(gold) = &row.gold {
         scores.add(gold, &predicted);
     }
     Ok(serde_json::to_string(&fields)?)
+}
+
+/// The best labels with their probabilities.
+fn probabilities(labels: &[proto::LabelScore], top_k: usize) -> Value {
+    let shown = if top_k == 0 { labels.len() } else { top_k };
+    Value::Object(labels.iter().take(shown).map(|l| (l.label.clone(), probability(l.probability))).collect())
 }
 
 /// Six digits are all that a probability in f32 has.

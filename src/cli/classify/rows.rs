@@ -3,6 +3,8 @@
 use anyhow::bail;
 use serde_json::{Map, Value};
 
+use crate::delta::Problem;
+
 /// What answers.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HeadInfo {
@@ -12,6 +14,8 @@ pub(super) struct HeadInfo {
     pub(super) labels: Vec<String>,
     /// Whether it labels tokens.
     pub(super) tokens: bool,
+    /// How its outputs are read.
+    pub(super) problem: Problem,
 }
 
 /// What is sent for a row.
@@ -37,10 +41,14 @@ impl Input {
 }
 
 /// What a row should have been given.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Gold {
     /// One label.
     Label(String),
+    /// Any number of labels.
+    Set(Vec<String>),
+    /// A number.
+    Value(f64),
     /// One per word.
     Tags(Vec<String>),
 }
@@ -99,7 +107,7 @@ fn row(line: &[u8], head: &HeadInfo) -> Result<Row, String> {
         let gold = tags(&fields, words.len(), &head.labels)?;
         (input, words, gold)
     } else {
-        (whole(&fields)?, Vec::new(), label(&fields, &head.labels)?)
+        (whole(&fields)?, Vec::new(), label(&fields, head)?)
     };
     Ok(Row { fields, input, words, gold })
 }
@@ -146,7 +154,20 @@ fn words(fields: &Map<String, Value>) -> Result<Vec<String>, String> {
 }
 
 /// `label`, or `labels` if that is one label.
-fn label(fields: &Map<String, Value>, names: &[String]) -> Result<Option<Gold>, String> {
+fn label(fields: &Map<String, Value>, head: &HeadInfo) -> Result<Option<Gold>, String> {
+    let names = &head.labels;
+    match head.problem {
+        Problem::SingleLabel => {}
+        Problem::MultiLabel => return set(fields, names),
+        Problem::Regression => {
+            return match fields.get("label") {
+                None | Some(Value::Null) => Ok(None),
+                Some(value) => {
+                    value.as_f64().map(|x| Some(Gold::Value(x))).ok_or_else(|| "label is not a number".to_owned())
+                }
+            };
+        }
+    }
     let (field, value) = match (fields.get("label"), fields.get("labels")) {
         (Some(value), _) => ("label", value),
         (None, Some(Value::Array(list))) if list.len() == 1 => ("labels[0]", &list[0]),
@@ -156,6 +177,19 @@ fn label(fields: &Map<String, Value>, names: &[String]) -> Result<Option<Gold>, 
     match value {
         Value::Null => Ok(None),
         value => Ok(Some(Gold::Label(name(field, value, names)?))),
+    }
+}
+
+/// `labels`, a list, or `label`, one.
+fn set(fields: &Map<String, Value>, names: &[String]) -> Result<Option<Gold>, String> {
+    match (fields.get("labels"), fields.get("label")) {
+        (Some(Value::Array(list)), _) => {
+            let all = list.iter().enumerate().map(|(i, v)| name(&format!("labels[{i}]"), v, names));
+            Ok(Some(Gold::Set(all.collect::<Result<_, _>>()?)))
+        }
+        (None | Some(Value::Null), None | Some(Value::Null)) => Ok(None),
+        (None | Some(Value::Null), Some(value)) => Ok(Some(Gold::Set(vec![name("label", value, names)?]))),
+        (Some(_), _) => Err("labels is not an array".to_owned()),
     }
 }
 
@@ -195,7 +229,12 @@ mod tests {
     use super::*;
 
     fn head(tokens: bool) -> HeadInfo {
-        HeadInfo { reference: String::new(), labels: vec!["O".into(), "B-x".into()], tokens }
+        HeadInfo {
+            reference: String::new(),
+            labels: vec!["O".into(), "B-x".into()],
+            tokens,
+            problem: Problem::SingleLabel,
+        }
     }
 
     fn golds(text: &str, tokens: bool) -> Vec<Option<Gold>> {
@@ -215,6 +254,21 @@ mod tests {
         let rows = parse(text.as_bytes(), &head(true)).unwrap();
         assert_eq!((rows[2].input.clone(), rows[3].words.len()), (Input::Nothing, 2));
         assert_eq!(parse("{\"text\":\" \"}".as_bytes(), &head(false)).unwrap()[0].input, Input::Nothing);
+    }
+
+    #[test]
+    fn sets_and_numbers_are_gold_where_the_head_gives_them() {
+        let golds = |problem, text: &str| {
+            let rows = parse(text.as_bytes(), &HeadInfo { problem, ..head(false) });
+            rows.map(|rows| rows.into_iter().map(|r| r.gold).collect::<Vec<_>>()).map_err(|e| e.to_string())
+        };
+        let text = "{\"text\":\"a\",\"labels\":[\"O\",1]}\n{\"text\":\"a\",\"labels\":[]}\n{\"text\":\"a\"}";
+        let set = |all: &[&str]| Some(Gold::Set(all.iter().map(|s| (*s).to_owned()).collect()));
+        assert_eq!(golds(Problem::MultiLabel, text), Ok(vec![set(&["O", "B-x"]), set(&[]), None]));
+        let text = "{\"text\":\"a\",\"label\":-1.5}\n{\"text\":\"a\"}";
+        assert_eq!(golds(Problem::Regression, text), Ok(vec![Some(Gold::Value(-1.5)), None]));
+        let error = golds(Problem::Regression, "{\"text\":\"a\",\"label\":\"b\"}").unwrap_err();
+        assert!(error.contains("line 1: label is not a number"), "{error}");
     }
 
     #[test]

@@ -4,10 +4,11 @@ use serde::Serialize;
 
 use crate::{
     cli::output,
-    measures::{Classes, Spans, has_spans},
+    measures::{Classes, Sets, Spans, Values, has_spans},
 };
 
 use super::rows::Gold;
+use crate::delta::Problem;
 
 /// Figures of a file, as `--json` prints them.
 #[derive(Debug, Default, Serialize)]
@@ -23,6 +24,13 @@ pub(super) struct Scores {
     #[serde(skip)]
     classes: Classes<String>,
     #[serde(skip)]
+    sets: Sets<String>,
+    #[serde(skip)]
+    values: Values,
+    /// What the gold is.
+    #[serde(skip)]
+    problem: Problem,
+    #[serde(skip)]
     spans: Spans,
     /// Whether gold or predictions mark spans.
     #[serde(skip)]
@@ -34,6 +42,18 @@ impl Scores {
     pub(super) fn add(&mut self, gold: &Gold, predicted: &[String]) {
         self.scored += 1;
         match gold {
+            Gold::Set(labels) => {
+                self.problem = Problem::MultiLabel;
+                self.sets.add(&labels.iter().cloned().collect(), &predicted.iter().cloned().collect());
+            }
+            // a text without anything to read has no value, and cannot be scored
+            Gold::Value(gold) => {
+                self.problem = Problem::Regression;
+                match predicted.first().and_then(|p| p.parse().ok()) {
+                    Some(predicted) => self.values.add(*gold, predicted),
+                    None => self.scored -= 1,
+                }
+            }
             Gold::Label(label) => self.classes.add(label.clone(), predicted.first().cloned()),
             Gold::Tags(tags) => {
                 self.has_spans |= has_spans(tags) || has_spans(predicted);
@@ -47,6 +67,17 @@ impl Scores {
 
     /// Figures by name, the most telling last.
     fn figures(&self) -> Vec<(&'static str, f64)> {
+        match self.problem {
+            Problem::SingleLabel => {}
+            Problem::MultiLabel => {
+                let s = &self.sets;
+                return vec![("accuracy", s.accuracy()), ("macro_f1", s.macro_f1()), ("micro_f1", s.micro_f1())];
+            }
+            Problem::Regression => {
+                let v = &self.values;
+                return vec![("mae", v.mae()), ("pearson", v.pearson()), ("mse", v.mse())];
+            }
+        }
         let c = &self.classes;
         let mut all = vec![("accuracy", c.accuracy())];
         if self.has_spans {
@@ -82,6 +113,9 @@ impl Scores {
             return Ok(());
         }
         self.figures().iter().try_for_each(|(name, x)| say(&format!("{name:<16} {x:.4}")))?;
+        if self.problem != Problem::SingleLabel {
+            return Ok(());
+        }
         say(&format!("{:<24} {:>9} {:>9} {:>9} {:>8}", "LABEL", "PRECISION", "RECALL", "F1", "GOLD"))?;
         let line = |label: &str, [p, r, f]: [f64; 3], due: u64| {
             say(&format!("{label:<24} {p:>9.4} {r:>9.4} {f:>9.4} {due:>8}"))
@@ -112,6 +146,14 @@ mod tests {
         s.add(&Gold::Tags(strings(&["B-x", "I-x", "O"])), &strings(&["B-x", "I-x", "B-y"]));
         s.add(&Gold::Tags(vec![]), &[]);
         assert_eq!(s.figures().last(), Some(&("span_f1", 2.0 / 3.0)));
+        let mut s = Scores::default();
+        s.add(&Gold::Set(strings(&["a", "b"])), &strings(&["b", "a"]));
+        s.add(&Gold::Set(vec![]), &strings(&["a"]));
+        assert_eq!(s.figures(), [("accuracy", 0.5), ("macro_f1", (2.0 / 3.0 + 1.0) / 2.0), ("micro_f1", 0.8)]);
+        let mut s = Scores::default();
+        s.add(&Gold::Value(1.0), &strings(&["3"]));
+        s.add(&Gold::Value(1.0), &[]);
+        assert_eq!((s.scored, s.figures()[2]), (1, ("mse", 4.0)));
         let mut pos = Scores::default();
         pos.add(&Gold::Tags(strings(&["NOUN", "VERB"])), &strings(&["NOUN", "NOUN"]));
         assert_eq!(pos.figures().last().map(|f| f.0), Some("macro_f1"));

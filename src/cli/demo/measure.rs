@@ -100,7 +100,10 @@ async fn accuracy(service: &Service, tenant: &TenantId, delta: &str, adapters: &
     let rows = rows(adapters, "text-kind")?;
     let inputs = rows.iter().map(|r| ClassifyInput::text(field(r, "text"))).collect();
     let reply = service
-        .classify(tenant, ClassifyParams { delta: delta.into(), inputs, truncate: false, timeout: None })
+        .classify(
+            tenant,
+            ClassifyParams { delta: delta.into(), inputs, truncate: false, threshold: 0.0, timeout: None },
+        )
         .await?;
     let best = |labels: &[crate::admission::params::LabelScore]| labels.first().map(|l| l.label.clone());
     let right = reply.results.iter().zip(&rows).filter(|(c, r)| best(&c.labels).as_deref() == Some(field(r, "label")));

@@ -157,6 +157,8 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
             })],
             labels: vec![],
             k_per_class: None,
+            problem: Default::default(),
+            forgetting: None,
             hyper: HyperParams {
                 epochs: Some(t.epochs * effort),
                 batch_size: Some(t.batch),

@@ -41,6 +41,10 @@ impl View {
             Some(Body::Eval(e)) => self.say(&eval_line(e))?,
             Some(Body::Checkpoint(c)) => self.say(&format!("checkpoint at step {}", c.step))?,
             Some(Body::Warning(n)) => self.say(&format!("warning: {} {}", n.code, n.message))?,
+            Some(Body::Forgetting(f)) => self.say(&format!(
+                "held text: loss {:.4} with the delta, {:.4} without ({:+.4})",
+                f.delta_loss, f.base_loss, f.forgetting
+            ))?,
             Some(Body::Log(n)) => self.say(&n.message)?,
             None => {}
         }
@@ -116,7 +120,7 @@ impl View {
 fn eval_line(e: &proto::EvalResult) -> String {
     let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
     format!(
-        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}",
+        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}",
         e.step,
         e.loss,
         number("perplexity", e.perplexity),
@@ -124,6 +128,9 @@ fn eval_line(e: &proto::EvalResult) -> String {
         number("macro-F1", e.macro_f1),
         number("MCC", e.mcc),
         number("span-F1", e.span_f1),
+        number("micro-F1", e.micro_f1),
+        number("MSE", e.mse),
+        number("Pearson", e.pearson),
         if e.best { "  (best)" } else { "" }
     )
 }

@@ -194,6 +194,7 @@ mod tests {
             task: Task::CausalLm,
             labels: vec![],
             num_virtual_tokens: 0,
+            problem: Default::default(),
             parameters: 0,
             resident_bytes: 0,
         };

@@ -54,6 +54,7 @@ fn delta(patches: Vec<(SiteId, Patch)>) -> Arc<Delta> {
         task: Task::CausalLm,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

@@ -186,6 +186,7 @@ fn spec(task: Task) -> DeltaSpec {
         task,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     }

@@ -113,7 +113,8 @@ pub(in crate::grpc) fn classify(
     let inputs = request.inputs.into_iter().enumerate().map(|(i, input)| classify_input(i, input, &mut problems));
     let inputs = inputs.collect();
     problems.finish()?;
-    let params = ClassifyParams { delta: request.delta, inputs, truncate: request.truncate, timeout };
+    let proto::ClassifyRequest { delta, truncate, threshold, .. } = request;
+    let params = ClassifyParams { delta, inputs, truncate, threshold, timeout };
     params.check()?;
     Ok(params)
 }
@@ -212,6 +213,7 @@ pub(in crate::grpc) fn served_by(s: ServedBy) -> proto::ServedBy {
 /// The reply of Classify.
 pub(in crate::grpc) fn classify_response(reply: ClassifyReply) -> proto::ClassifyResponse {
     proto::ClassifyResponse {
+        problem_type: reply.problem.map(|p| p.as_str().to_owned()).unwrap_or_default(),
         results: reply.results.into_iter().map(classification).collect(),
         served_by: Some(served_by(reply.served_by)),
         usage: Some(usage(reply.usage)),
@@ -225,6 +227,7 @@ fn classification(c: Classification) -> proto::Classification {
         tokens: c.tokens.into_iter().map(token_label).collect(),
         tokens_read: c.tokens_read,
         cut: c.cut,
+        value: c.value,
     }
 }
 
@@ -342,6 +345,11 @@ mod tests {
             let inputs = vec![proto::ClassifyInput { text: "a".into(), ..Default::default() }; count];
             let request = proto::ClassifyRequest { inputs, ..Default::default() };
             assert_eq!(fields(classify(request, None).expect_err("count")), ["inputs"]);
+        }
+        for threshold in [f32::NAN, -0.1, 1.1] {
+            let inputs = vec![proto::ClassifyInput { text: "a".into(), ..Default::default() }];
+            let request = proto::ClassifyRequest { inputs, threshold, ..Default::default() };
+            assert_eq!(fields(classify(request, None).expect_err("no probability")), ["threshold"]);
         }
         let both = proto::ClassifyInput { text: "a".into(), words: vec!["a".into()], pair: None };
         let request = proto::ClassifyRequest { inputs: vec![both], ..Default::default() };

@@ -76,6 +76,9 @@ fn eval(e: EvalEvent) -> proto::EvalResult {
         span_precision: e.span_precision,
         span_recall: e.span_recall,
         span_f1: e.span_f1,
+        micro_f1: e.micro_f1,
+        mse: e.mse,
+        pearson: e.pearson,
         best: e.best,
     }
 }
@@ -94,6 +97,12 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
         JobEventBody::Checkpoint(c) => Body::Checkpoint(proto::Checkpoint { step: c.step, blob: c.blob }),
         JobEventBody::Warning(n) => Body::Warning(note(n)),
         JobEventBody::Log(n) => Body::Log(note(n)),
+        JobEventBody::Forgetting(f) => Body::Forgetting(proto::Forgetting {
+            step: f.step,
+            base_loss: f.base_loss,
+            delta_loss: f.delta_loss,
+            forgetting: f.delta_loss - f.base_loss,
+        }),
     };
     proto::JobEvent { seq: event.seq, time_ms: event.at_ms, body: Some(body) }
 }

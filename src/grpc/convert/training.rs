@@ -11,6 +11,7 @@ use crate::{
             TrainData, TrainParams, Validation,
         },
     },
+    delta::Problem,
     grpc::proto,
 };
 
@@ -24,11 +25,13 @@ pub(in crate::grpc) fn train(
     let params = TrainParams {
         output_name: spec.output_name,
         task: super::task("spec.task", spec.task, &mut problems),
+        problem: problem(spec.problem_type, &mut problems),
         data: data("spec.data", spec.data, &mut problems),
         validation: spec.validation.map(|v| validation(v, &mut problems)),
         methods: super::methods::from_wire(spec.methods, spec.from_delta.is_empty(), &mut problems),
         labels: spec.labels,
         k_per_class: spec.k_per_class,
+        forgetting: spec.forgetting.map(|m| data("spec.forgetting", Some(m), &mut problems)),
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
         ewc: spec.ewc.map(|e| EwcParams {
@@ -42,6 +45,19 @@ pub(in crate::grpc) fn train(
     problems.finish()?;
     params.check()?;
     Ok(params)
+}
+
+fn problem(value: i32, problems: &mut Problems) -> Problem {
+    use proto::ProblemType as Wire;
+    match Wire::try_from(value) {
+        Ok(Wire::Unspecified | Wire::SingleLabel) => Problem::SingleLabel,
+        Ok(Wire::MultiLabel) => Problem::MultiLabel,
+        Ok(Wire::Regression) => Problem::Regression,
+        Err(unknown) => {
+            problems.push("spec.problem_type", unknown.to_string());
+            Problem::SingleLabel
+        }
+    }
 }
 
 fn data(at: &str, message: Option<proto::TrainingData>, problems: &mut Problems) -> TrainData {
@@ -196,6 +212,12 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         started_from: r.started_from.map(|s| proto::StartedFrom { name: s.name, id: s.id, head: s.head }),
         ewc_lambda: r.ewc.map_or(0.0, |e| e.lambda),
         ewc_examples: r.ewc.map_or(0, |e| e.examples),
+        problem_type: match r.problem {
+            Problem::SingleLabel => proto::ProblemType::SingleLabel,
+            Problem::MultiLabel => proto::ProblemType::MultiLabel,
+            Problem::Regression => proto::ProblemType::Regression,
+        }
+        .into(),
         eval_metric: r.eval_metric.as_str().to_owned(),
         patience: r.patience,
         min_delta: r.min_delta,

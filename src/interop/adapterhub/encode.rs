@@ -12,7 +12,9 @@ use super::{
     HEAD_CONFIG, HEAD_WEIGHTS, WEIGHTS, places,
 };
 use crate::{
-    delta::{Act, AdapterInput, AdapterResidual, Bottleneck, DeltaFiles, Half, HeadPool, Patch, Scaling, Task},
+    delta::{
+        Act, AdapterInput, AdapterResidual, Bottleneck, DeltaFiles, Half, HeadPool, Patch, Problem, Scaling, Task,
+    },
     model::Base,
 };
 
@@ -228,7 +230,11 @@ fn head(w: &Writer<'_>) -> Result<(Value, Named), InteropError> {
         "activation_function": act.map(Act::hf_name),
         "bias": head.bias.is_some(),
         "dropout_prob": Value::Null,
-        "head_type": if tags { "tagging" } else { "classification" },
+        "head_type": match (tags, w.delta.spec.problem) {
+            (true, _) => "tagging",
+            (false, Problem::MultiLabel) => "multilabel_classification",
+            (false, _) => "classification", // of one output: a number
+        },
         "label2id": labels,
         "layers": head.layers.len() + 1,
         "num_labels": head.weight.dims()[0],

@@ -10,7 +10,7 @@ use super::{
     HEAD_CONFIG,
 };
 use crate::{
-    delta::{Act, Head, HeadLayer, HeadPool, Task},
+    delta::{Act, Head, HeadLayer, HeadPool, Problem, Task},
     interop::MAX_LABELS,
     model::Base,
 };
@@ -31,11 +31,11 @@ pub(super) fn decode(
     let own = config.get("config").filter(|c| c.is_object()).ok_or_else(|| bad("config is not an object".into()))?;
     let text = |key: &str| own.get(key).and_then(Value::as_str);
     let task = match text("head_type") {
-        Some("classification") => Task::SeqCls,
+        Some("classification" | "multilabel_classification") => Task::SeqCls,
         Some("tagging") => Task::TokenCls,
         other => {
             return Err(bad(format!(
-                "config.head_type is {}; supported are \"classification\", \"tagging\"",
+                "config.head_type is {}; supported are \"classification\", \"multilabel_classification\", \"tagging\"",
                 other.map_or("missing".to_owned(), |o| format!("{o:?}"))
             )));
         }
@@ -60,6 +60,7 @@ pub(super) fn decode(
     }
     let pooled = own.get("use_pooler").and_then(Value::as_bool).unwrap_or(false);
     let pool = if pooled || base.arch.is_causal() { HeadPool::Base } else { HeadPool::First };
+    parts.problem = (text("head_type") == Some("multilabel_classification")).then_some(Problem::MultiLabel);
     parts.labels = labels(own, weight.dim(0)?)?;
     parts.head = Some(Head { weight: put(weight)?, bias: bias.map(put).transpose()?, layers, pool });
     Ok(task)

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use crate::{
-    delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Task},
+    delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Problem, Task},
     interop::{EncodeMeta, InteropError, decode, encode},
     model::{
         Base,
@@ -180,9 +180,15 @@ fn heads_bring_their_layers_and_labels() {
     assert_eq!((h.layers.len(), h.pool, h.layers[0].act), (1, HeadPool::First, Some(Act::Tanh)));
     let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
     assert_eq!((again.spec.labels.join(""), again.head().unwrap().layers.len()), ("abc".to_owned(), 1));
-    let mut regression = head;
-    regression["head_type"] = json!("multiple_choice");
-    files.files.insert("head_config.json".into(), config(&base, regression).to_string().into());
+    assert_eq!(again.spec.problem, Problem::SingleLabel);
+    let mut other = head;
+    other["head_type"] = json!("multilabel_classification");
+    files.files.insert("head_config.json".into(), config(&base, other.clone()).to_string().into());
+    let several = decode(&files, &base).unwrap();
+    let again = decode(&encode(&several, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    assert_eq!((several.spec.problem, again.spec.problem), (Problem::MultiLabel, Problem::MultiLabel));
+    other["head_type"] = json!("multiple_choice");
+    files.files.insert("head_config.json".into(), config(&base, other).to_string().into());
     assert!(decode(&files, &base).unwrap_err().to_string().contains("multiple_choice"));
     assert_eq!(h.weight.dtype(), DType::F32);
 }

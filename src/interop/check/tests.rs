@@ -61,6 +61,7 @@ fn delta(patches: Vec<(SiteId, Patch)>) -> Delta {
         task: Task::Feature,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

@@ -24,6 +24,7 @@ fn spec(methods: &[&str], task: Task) -> DeltaSpec {
         task,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     }

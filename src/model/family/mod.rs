@@ -12,7 +12,11 @@ mod t5;
 use serde_json::Value;
 
 use super::{Architecture, BaseHead, LayerAttn, MlpKind, ModelError, Names, NormKind, Placement, Positions};
-use crate::{delta::Task, nn::HeadShape, ops::Act};
+use crate::{
+    delta::{Problem, Task},
+    nn::HeadShape,
+    ops::Act,
+};
 
 /// Supported values of `model_type`.
 pub const MODEL_TYPES: &[&str] = &[
@@ -210,6 +214,11 @@ impl Config<'_> {
             None => (0..self.usize_or("num_labels", 2)).map(|i| (i, format!("LABEL_{i}"))).collect(),
         };
         labels.sort();
-        Some(BaseHead { task, labels: labels.into_iter().map(|(_, l)| l).collect() })
+        let said = self.get("problem_type").and_then(Value::as_str).and_then(Problem::from_name);
+        let usual = if labels.len() == 1 && task == Task::SeqCls { Problem::Regression } else { Problem::SingleLabel };
+        // several numbers per text are not a problem that is served
+        let fits = |p: &Problem| task == Task::SeqCls && (*p != Problem::Regression || labels.len() == 1);
+        let problem = said.filter(fits).unwrap_or(usual);
+        Some(BaseHead { task, problem, labels: labels.into_iter().map(|(_, l)| l).collect() })
     }
 }

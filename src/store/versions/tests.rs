@@ -17,6 +17,7 @@ pub(in crate::store) fn new_version(name: &str, content: &str, policy: PublishPo
             task: Task::CausalLm,
             labels: vec!["no".into()],
             num_virtual_tokens: 0,
+            problem: Default::default(),
             parameters: 10,
             resident_bytes: 40,
         },

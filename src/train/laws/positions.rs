@@ -31,6 +31,7 @@ fn of(parts: Vec<(usize, Tensor, Tensor)>) -> Arc<Delta> {
         task: Task::CausalLm,
         labels: vec![],
         num_virtual_tokens: 0,
+        problem: Default::default(),
         parameters: 0,
         resident_bytes: 0,
     };

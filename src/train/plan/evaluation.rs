@@ -6,13 +6,14 @@ use crate::{
         params::Violation,
         train_params::{EvalMetric, TrainParams},
     },
+    delta::Problem,
     train::eval::metrics_of,
 };
 
 /// The figure that chooses the best checkpoint. Adds a figure that the task's evaluations do not have, and wishes that need
 /// an evaluation where there is none, to the problems.
 pub(super) fn metric(params: &TrainParams, labels: &[String], problems: &mut Vec<Violation>) -> EvalMetric {
-    let (h, known) = (&params.hyper, metrics_of(params.task, labels));
+    let (h, known) = (&params.hyper, metrics_of(params.task, params.problem, labels));
     let metric = match &h.eval_metric {
         None => known.first().copied(),
         Some(name) => known.iter().copied().find(|m| m.as_str() == name),
@@ -29,6 +30,10 @@ pub(super) fn metric(params: &TrainParams, labels: &[String], problems: &mut Vec
     }
     if h.min_delta.is_some() && h.patience.is_none() {
         problems.push(violation("hyper.min_delta", "is given without patience, which it is for"));
+    }
+    if params.problem != Problem::SingleLabel && h.label_smoothing.is_some_and(|s| s > 0.0) {
+        let message = format!("smooths one label of several; this job is {}", params.problem.as_str());
+        problems.push(violation("hyper.label_smoothing", message));
     }
     metric.unwrap_or_default()
 }

@@ -6,7 +6,7 @@ use crate::{
         params::Violation,
         train_params::{TrainParams, Validation},
     },
-    delta::Task,
+    delta::{Problem, Task},
     train::{
         batches,
         dataset::{Dataset, Example},
@@ -20,6 +20,9 @@ pub(super) fn take(params: &TrainParams, labels: &LabelSet, data: &mut Dataset) 
     let field = "k_per_class";
     if params.task != Task::SeqCls {
         return vec![violation(field, format!("is for the task seq_cls, this one is {}", params.task.as_str()))];
+    }
+    if params.problem != Problem::SingleLabel {
+        return vec![violation(field, format!("needs one label per text, this job is {}", params.problem.as_str()))];
     }
     if matches!(params.validation, Some(Validation::Fraction(_))) {
         return vec![violation(field, "leaves nothing for validation_fraction; give validation_data")];

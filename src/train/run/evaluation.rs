@@ -34,7 +34,7 @@ impl Run {
         order.sort_by_key(|i| lens[*i]);
         let todo = micro_batches(&order, &self.rows(&lens), 64, MICRO_TOKENS).into();
         let r = &self.input.resolved;
-        Phase::Eval { todo, tally: Tally::new(r.task, &r.labels) }
+        Phase::Eval { todo, tally: Tally::new(r.task, r.problem, &r.labels) }
     }
 
     pub(super) fn eval_micro(&mut self, batch: &[usize]) -> Result<()> {

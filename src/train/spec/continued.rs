@@ -11,7 +11,7 @@ use crate::{
             PrefixPart, PromptInit, PromptPart, Targets, TokensPart,
         },
     },
-    delta::{AdapterInput, Delta, Patch, Scaling, SiteId, SiteTable, Task},
+    delta::{AdapterInput, Delta, Patch, Problem, Scaling, SiteId, SiteTable, Task},
 };
 
 const FIELD: &str = "methods";
@@ -21,7 +21,12 @@ impl TrainSpec {
     ///
     /// # Errors
     /// A task that does not fit the base or the delta's sites.
-    pub fn of_delta(delta: &Delta, task: Task, labels: &[String], base: BaseShape<'_>) -> Result<Self, Vec<Violation>> {
+    pub fn of_delta(
+        delta: &Delta,
+        (task, problem): (Task, Problem),
+        labels: &[String],
+        base: BaseShape<'_>,
+    ) -> Result<Self, Vec<Violation>> {
         let mut r = Resolver::new(base, task);
         let parts = parts_of(delta, base.sites);
         let whole = delta.patches().iter().find(|(_, p)| matches!(p, Patch::Matrix(_)));
@@ -32,7 +37,7 @@ impl TrainSpec {
             r.problem("from_delta", format!("holds {module} whole without a LoRA beside it, which no method trains"));
             return Err(r.problems);
         }
-        r.check_task(&parts, task, labels);
+        r.check_task(&parts, (task, problem), labels);
         for (site, patch) in delta.patches() {
             let Some(entry) = base.sites.get(*site) else { continue };
             let plan = plan_of(patch);
@@ -66,7 +71,8 @@ impl TrainSpec {
         let patches =
             r.patches.into_iter().flat_map(|(site, plans)| plans.into_iter().map(move |p| (site, p))).collect();
         let labels = if head.is_some() { labels.to_vec() } else { Vec::new() };
-        Ok(Self { task, methods, labels, patches, head, vocab: base.vocab, positions: r.positions, full: None })
+        let (vocab, positions) = (base.vocab, r.positions);
+        Ok(Self { task, problem, methods, labels, patches, head, vocab, positions, full: None })
     }
 
     /// The first difference between what this trains and what a delta is made of.

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use super::{NamedVar, Snapshot, Trainable, init::Builder};
 use crate::{
-    delta::Task,
+    delta::{Problem, Task},
     model::{Base, ModelFolder, PrivateCopy},
     train::spec::TrainSpec,
 };
@@ -18,6 +18,13 @@ pub(super) struct Copied {
     copy: PrivateCopy,
     /// The base with the weights as they are, in the kernels' form, until the next step.
     plain: Mutex<Option<Arc<Base>>>,
+}
+
+impl Copied {
+    /// The variables are about to change.
+    pub(super) fn changes(&self) {
+        *self.plain.lock() = None;
+    }
 }
 
 impl Builder<'_> {
@@ -39,6 +46,7 @@ impl Trainable {
     pub fn of_base(base: &Base, task: Task) -> Result<Self> {
         let spec = TrainSpec {
             task,
+            problem: Problem::SingleLabel,
             methods: vec!["full".into()],
             labels: vec![],
             patches: vec![],
@@ -66,7 +74,7 @@ impl Trainable {
     /// The device.
     pub fn base(&self, resident: &Arc<Base>) -> Result<Arc<Base>> {
         let Some(full) = &self.full else { return Ok(Arc::clone(resident)) };
-        *full.plain.lock() = None; // about to change
+        full.changes();
         let tensors: Vec<Tensor> = self.weights().iter().map(|v| v.var.as_tensor().clone()).collect();
         full.copy.base(resident, &tensors).map(Arc::new).map_err(Error::wrap)
     }
@@ -99,6 +107,7 @@ impl Trainable {
         }
         let weights = self.weights().iter().zip(&snapshot.0).map(|(v, t)| (v.name.clone(), t.clone())).collect();
         let head = self.publishable(snapshot)?.head().cloned();
-        Ok(Some(ModelFolder { weights, head, task: self.spec.task, labels: self.spec.labels.clone() }))
+        let (task, problem, labels) = (self.spec.task, self.spec.problem, self.spec.labels.clone());
+        Ok(Some(ModelFolder { weights, head, task, problem, labels }))
     }
 }

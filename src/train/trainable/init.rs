@@ -49,6 +49,7 @@ pub(super) fn build(
         task: spec.task,
         labels: spec.labels.clone(),
         num_virtual_tokens: 0,
+        problem: spec.problem,
         parameters: b.vars.iter().map(|v| v.var.elem_count() as u64).sum(),
         resident_bytes: 0,
     };
