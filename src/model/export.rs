@@ -207,8 +207,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         testing::write_random(&dir.path().join("base"), config, 5).unwrap();
         let base = Base::load(&dir.path().join("base"), &LoadOptions::default()).unwrap();
-        let mut weights = Vec::new();
-        let copy = PrivateCopy::read(&base, task, |_, t| Ok(weights.push(t))).unwrap();
+        let (copy, weights) = testing::private_copy(&base, task).unwrap();
+        let weights = weights.into_iter().map(|(_, t)| t).collect();
         (dir, base, copy, weights)
     }
 
@@ -244,8 +244,7 @@ mod tests {
         fs::write(folder.join("config.json"), config.to_string()).unwrap();
         let base = Base::load(&folder, &LoadOptions::default()).unwrap();
         assert!(base.arch.tied_head);
-        let mut weights = Vec::new();
-        PrivateCopy::read(&base, Task::CausalLm, |name, t| Ok(weights.push((name.to_owned(), t)))).unwrap();
+        let weights = testing::private_copy(&base, Task::CausalLm).unwrap().1;
         let numbers: usize = weights.iter().map(|(_, t)| t.elem_count()).sum();
         assert_eq!(numbers as u64, base.trained_by(Task::CausalLm), "the table counts once");
         let model =

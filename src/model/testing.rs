@@ -5,7 +5,8 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::{Architecture, Base, LoadOptions, ModelError};
+use super::{Architecture, Base, LoadOptions, ModelError, PrivateCopy};
+use crate::delta::Task;
 
 /// Writes a folder with `config.json` and seeded random weights for it.
 ///
@@ -183,6 +184,19 @@ pub fn tiny_phi3() -> Value {
         "max_position_embeddings": 256, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0
     })
+}
+
+/// A base's private copy, and its weights by name.
+///
+/// # Errors
+/// Those of [`PrivateCopy::read`].
+pub fn private_copy(base: &Base, task: Task) -> Result<(PrivateCopy, Vec<(String, Tensor)>), ModelError> {
+    let mut weights = Vec::new();
+    let copy = PrivateCopy::read(base, task, |name, t| {
+        weights.push((name.to_owned(), t));
+        Ok(())
+    })?;
+    Ok((copy, weights))
 }
 
 /// A small seeded generator, so that test weights do not depend on a crate's version.

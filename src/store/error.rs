@@ -21,6 +21,14 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
+    /// The disk of the data directory is too full.
+    #[error("{need} bytes are needed in the data directory, whose disk has {free} left")]
+    DiskFull {
+        /// Bytes that are needed.
+        need: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// The database refused.
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
@@ -134,6 +142,7 @@ impl From<&StoreError> for ServeError {
             StoreError::Invalid { field, message } => Self::field(*field, message.clone()),
             StoreError::Locked(_)
             | StoreError::Io { .. }
+            | StoreError::DiskFull { .. }
             | StoreError::Database(_)
             | StoreError::Migrate(_)
             | StoreError::Blob(_)

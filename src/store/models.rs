@@ -16,6 +16,8 @@ use crate::admission::train_params::ModelResult;
 
 /// Folder of the data directory.
 const DIR: &str = "models";
+/// Room for the small files beside a model's weights, in bytes.
+const BESIDE: u64 = 64 << 20;
 /// Ending of what is not whole yet.
 const PART: &str = "part";
 /// Ending of a model that was written but could not be read back.
@@ -58,13 +60,14 @@ impl Models {
         Ok(part)
     }
 
-    /// Bytes that the file system of the data directory has left for this process.
+    /// Whether the disk has room for so many bytes of weights and the small files beside them.
     ///
     /// # Errors
-    /// The file system's.
-    pub fn free_bytes(&self) -> Result<u64, StoreError> {
+    /// [`StoreError::DiskFull`] with the numbers, or the file system's.
+    pub fn check_room(&self, weights: u64) -> Result<(), StoreError> {
         let found = rustix::fs::statvfs(&self.data).map_err(|e| StoreError::io(&self.data)(e.into()))?;
-        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+        let (need, free) = (weights.saturating_add(BESIDE), found.f_bavail.saturating_mul(found.f_frsize));
+        if need <= free { Ok(()) } else { Err(StoreError::DiskFull { need, free }) }
     }
 
     /// Takes what was written to [`Self::begin`]'s path as a job's model of this fingerprint; durable on return.
@@ -243,7 +246,9 @@ mod tests {
         assert_eq!(names(&models), ["a", "a.json"]);
         assert!(models.remove("a").unwrap() && !models.remove("a").unwrap());
         assert!(models.find("a").unwrap().is_none() && names(&models).is_empty());
-        assert!(models.free_bytes().unwrap() > 0);
+        models.check_room(0).unwrap();
+        let full = models.check_room(u64::MAX - BESIDE).unwrap_err();
+        assert!(matches!(full, StoreError::DiskFull { need: u64::MAX, .. }), "{full}");
     }
 
     #[test]

@@ -104,6 +104,14 @@ async fn one_trains_every_weight_at_a_time_and_memory_is_asked_again_when_its_tu
     let Err(TrainError::Memory(shortage)) = trainer.check_memory(&prepared) else { panic!("17 bytes do") };
     assert!(!shortage.lasting);
     assert!(trainer.check_memory(&small).is_ok(), "deltas are small");
+    bytes.0.store(u64::MAX, Ordering::SeqCst);
+    let mut large = prepared.clone();
+    large.spec.full = Some(u64::MAX / 8);
+    let failure = {
+        let job = trainer.create(&a, &p, &large).await.unwrap();
+        ended(&trainer, &job).await.failure.unwrap()
+    };
+    assert!(failure.code == "DISK_FULL" && failure.message.contains(" left"), "{failure:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

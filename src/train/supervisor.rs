@@ -28,6 +28,7 @@ use crate::{
     delta::Delta,
     ids::{DeltaId, TenantId},
     model::ModelFolder,
+    store::StoreError,
     train::{
         handle::{Live, Shared},
         memory::{MemoryProbe, Shortage},
@@ -279,13 +280,31 @@ impl Supervisor {
         jobs.min_by_key(|(i, job)| (load(&job.tenant), *i)).map(|(i, _)| i)
     }
 
+    /// What stands against a job whose turn it is. Of one that trains every weight: memory that is not there though
+    /// nothing else runs (other processes have it), and a disk that could not take its model in the end.
+    fn obstacle(&self, job: &Pending) -> Option<JobFailure> {
+        let need = job.memory?;
+        if let Err(Shortage { message, .. }) = self.memory.now().check(&need, false) {
+            return Some(JobFailure { code: "NOT_ENOUGH_MEMORY".into(), message });
+        }
+        let numbers = job.input.spec.full.unwrap_or(0);
+        match self.shared.log.models().check_room(numbers.saturating_mul(size_of::<f32>() as u64)) {
+            Err(e @ StoreError::DiskFull { .. }) => {
+                Some(JobFailure { code: "DISK_FULL".into(), message: format!("the model would have no room: {e}") })
+            }
+            Err(e) => {
+                tracing::warn!(job = job.id, error = %e, "the disk's free space is not known");
+                None
+            }
+            Ok(()) => None,
+        }
+    }
+
     /// Starts what fits.
     async fn start_waiting(&mut self) {
         while self.running.len() < self.max_running && !self.shared.is_draining() {
             let Some(job) = self.next().and_then(|at| self.queue.remove(at)) else { return };
-            // nothing else runs: memory that is not there now was taken by other processes
-            if let Some(Err(Shortage { message, .. })) = job.memory.map(|need| self.memory.now().check(&need, false)) {
-                let failure = JobFailure { code: "NOT_ENOUGH_MEMORY".into(), message };
+            if let Some(failure) = self.obstacle(&job) {
                 self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
                 continue;
             }
