@@ -178,6 +178,7 @@ fn main() {
             testing::random_base(&config, 7).expect("random base")
         }
     };
+    deltaserve::ops::keep_freed_memory();
     let largest = args.batches.iter().copied().max().unwrap_or(1);
     let loras = match &args.loras {
         Some(dir) => load_loras(&base, dir),

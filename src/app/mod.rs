@@ -119,6 +119,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     crate::train::metrics::describe();
     let parts = base::load(&config.base).await?;
     let base = Arc::clone(&parts.base);
+    crate::ops::keep_freed_memory();
     let store = Store::open(&config.data_dir).await.context("open the data directory")?;
     let registry_config = RegistryConfig { max_resident_bytes: config.max_resident_bytes, ..RegistryConfig::default() };
     let registry = Registry::open(store.clone(), base.fingerprint, loader(&base), registry_config)

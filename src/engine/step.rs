@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use candle_core::{D, DType, Result, Storage, Tensor};
-use rayon::prelude::*;
 
 use super::{
     request::{TokenOut, Work},
@@ -19,6 +18,7 @@ use crate::{
     kv::KvCache,
     model::{Base, Input, Source},
     nn::{Cx, Memory},
+    ops::each,
     rows::{RowLayout, Span},
 };
 
@@ -163,8 +163,11 @@ impl Reader<'_> {
         let logits = self.base.transformer.logits(self.hidden, &pick, self.cx)?; // [pick, vocab]
         let vocab = logits.dim(D::Minus1)?;
         let chosen = with_numbers(&logits, |numbers| {
-            let rows = numbers.par_chunks_exact(vocab).zip(&which);
-            rows.map(|(row, &i)| choose(row, self.tasks[i].sequence)).collect::<Vec<_>>()
+            let mut chosen: Vec<Got> = which.iter().map(|_| Got::Nothing).collect();
+            each(numbers.chunks_exact(vocab).zip(&which).zip(&mut chosen).collect(), |((row, &i), chosen)| {
+                *chosen = choose(row, self.tasks[i].sequence);
+            });
+            chosen
         })?;
         which.into_iter().zip(chosen).for_each(|(i, token)| got[i] = token);
         Ok(())

@@ -17,7 +17,11 @@ impl KvCache {
     /// # Errors
     /// Out of device memory.
     pub fn new(layers: usize, slots: usize, width: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let make = || Tensor::zeros((slots, width), dtype, device);
+        let make = || -> Result<Tensor> {
+            let numbers = Tensor::zeros((slots, width), dtype, device)?;
+            ops::huge_pages_of(&numbers)?;
+            Ok(numbers)
+        };
         let layers = (0..layers).map(|_| Ok((make()?, make()?))).collect::<Result<_>>()?;
         Ok(Self { layers, slots })
     }

@@ -6,9 +6,8 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
-use rayon::prelude::*;
 
-use super::{Act, f32_slice, math::dot, vectorized};
+use super::{Act, f32_slice, math::dot, par_rows, vectorized};
 
 /// The factor of an adapter's result.
 #[derive(Debug, Clone, Copy)]
@@ -151,12 +150,15 @@ impl InplaceOp1 for AdaptInPlace<'_> {
             groups.push(numbers);
             g.rows.iter().for_each(|r| row_group[r.clone()].fill(i));
         }
-        let run = |scratch: &mut (Vec<f32>, Vec<f32>), (row, h): (usize, &mut [f32])| {
-            if let Some(group) = groups.get(row_group[row]) {
-                group.apply(row, h, &mut scratch.0, &mut scratch.1);
+        let cost = self.0.iter().map(|g| 2 * g.down.elem_count()).max().unwrap_or(0);
+        par_rows(h, width, cost, |first, h| {
+            let (mut low, mut sum) = (Vec::new(), Vec::new());
+            for (row, h) in h.chunks_exact_mut(width).enumerate().map(|(i, h)| (first + i, h)) {
+                if let Some(group) = groups.get(row_group[row]) {
+                    group.apply(row, h, &mut low, &mut sum);
+                }
             }
-        };
-        h.par_chunks_exact_mut(width).enumerate().for_each_init(Default::default, run);
+        });
         Ok(())
     }
 }

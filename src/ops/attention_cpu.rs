@@ -4,10 +4,9 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::attention::{AttnPlan, AttnSpan, RelativeBias, Seen};
-use super::{cpu_result, f32_slice, math, vectorized, with_f32};
+use super::{cpu_result, each, f32_slice, math, vectorized, with_f32};
 
 struct Attention(Arc<AttnPlan>);
 
@@ -140,7 +139,11 @@ impl CustomOp3 for Attention {
             tasks.into_iter().for_each(run);
         } else {
             let least = (32 * 1024 / (work / rows.max(1)).max(1)).max(1);
-            tasks.into_par_iter().with_min_len(least).for_each(run);
+            let mut parts = Vec::with_capacity(tasks.len() / least + 1);
+            while !tasks.is_empty() {
+                parts.push(tasks.split_off(tasks.len().saturating_sub(least)));
+            }
+            each(parts, |part: Vec<_>| part.into_iter().for_each(run));
         }
         cpu_result(out, (rows, width))
     }
@@ -165,17 +168,18 @@ impl CustomOp3 for Attention {
                     with_f32(&grad, |g| {
                         let jobs: Vec<_> =
                             plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))).collect();
-                        Ok(jobs
-                            .into_par_iter()
-                            .map(|(s, h)| head_backward(plan, s, h, [q, k, v, g]))
-                            .collect::<Vec<_>>())
+                        let mut parts: Vec<Option<HeadGrads>> = jobs.iter().map(|_| None).collect();
+                        each(jobs.into_iter().zip(&mut parts).collect(), |((s, h), part)| {
+                            *part = Some(head_backward(plan, s, h, [q, k, v, g]));
+                        });
+                        Ok(parts)
                     })
                 })
             })
         })?;
         let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
         for (part, (span, head)) in
-            parts.iter().zip(plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))))
+            parts.iter().flatten().zip(plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))))
         {
             for (i, row) in part.dq.chunks_exact(group * d).enumerate() {
                 let at = (span.q_start + i) * width + head * group * d;

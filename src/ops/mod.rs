@@ -13,25 +13,29 @@ mod attention;
 mod attention_cpu;
 mod linear;
 mod math;
+mod memory;
 mod nll;
 mod norm;
 mod packed;
 mod patch;
 mod rope;
 mod scatter;
+mod team;
 
 pub use activation::{Act, activate, gate};
 pub use adapter::{AdapterRows, RowScale, adapt_in_place};
 pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attention};
 pub use linear::{Weight, linear};
+pub(crate) use memory::huge_pages_of;
+pub use memory::keep_freed_memory;
 pub use nll::{head_nll, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use rope::{RopeTable, rope};
 pub use scatter::write_rows;
+pub(crate) use team::each;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
-use rayon::prelude::*;
 
 /// Whether the CPU kernels take this tensor.
 pub(crate) fn is_cpu_f32(t: &Tensor) -> bool {
@@ -61,20 +65,19 @@ fn cpu_result(data: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Sh
     Ok((CpuStorage::F32(data), shape.into()))
 }
 
-/// Splits rows of `width` elements over the pool; `f(first_row, rows)` gets whole rows. Small work stays on this thread,
-/// since waking another one costs some microseconds.
+/// Splits rows of `width` elements over the threads; `f(first_row, rows)` gets whole rows. Small work stays on this
+/// thread, since handing over costs some microseconds.
 fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     const WORTH_A_THREAD: usize = 16 * 1024;
     if width == 0 || out.is_empty() {
         return;
     }
     let rows = out.len() / width;
-    let threads = rayon::current_num_threads().max(1);
-    let per = rows.div_ceil(threads * 2).max(WORTH_A_THREAD.div_ceil(cost_per_row.max(1))).max(1);
+    let per = rows.div_ceil(team::threads() * 4).max(WORTH_A_THREAD.div_ceil(cost_per_row.max(1))).max(1);
     if per >= rows {
         f(0, out);
     } else {
-        out.par_chunks_mut(per * width).enumerate().for_each(|(i, chunk)| f(i * per, chunk));
+        each(out.chunks_mut(per * width).enumerate().collect(), |(i, chunk): (usize, &mut [f32])| f(i * per, chunk));
     }
 }
 

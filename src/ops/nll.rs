@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use parking_lot::Mutex;
 
-use super::{Weight, is_cpu_f32, math, vectorized};
+use super::{Weight, each, is_cpu_f32, math, vectorized};
 
 /// Elements of logits that live at a time (64 MiB of f32).
 const CHUNK_ELEMENTS: usize = 16 << 20;
@@ -70,44 +70,41 @@ fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option<Tensor>)> 
 
 /// Losses of a chunk, and `softmax - (1 - s) onehot - s / vocab` in the logits' place if wanted.
 fn chunk_cpu(logits: &Tensor, targets: &[u32], smoothing: f32, grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
-    use rayon::prelude::*;
     let (rows, vocab) = logits.dims2()?;
     let mut data = super::with_f32(logits, |l| Ok(l.to_vec()))?;
-    let (sharp, each) = (1.0 - smoothing, smoothing / vocab as f32);
-    let nll: Vec<f32> = data
-        .par_chunks_mut(vocab)
-        .zip(targets)
-        .map(|(row, &target)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut max = f32::NEG_INFINITY;
-                    for v in row.iter() {
-                        max = max.max(*v);
+    let (sharp, shared_out) = (1.0 - smoothing, smoothing / vocab as f32);
+    let mut nll = vec![0f32; rows];
+    let parts = data.chunks_mut(vocab).zip(targets).zip(&mut nll).collect();
+    each(parts, |((row, &target), nll): ((&mut [f32], &u32), &mut f32)| {
+        *nll = vectorized(
+            #[inline(always)]
+            || {
+                let mut max = f32::NEG_INFINITY;
+                for v in row.iter() {
+                    max = max.max(*v);
+                }
+                let picked = row[target as usize] - max;
+                let shared = if smoothing > 0.0 { mean(row) - max } else { 0.0 };
+                let mut acc = [0f32; 16];
+                for chunk in row.chunks_mut(16) {
+                    for (a, v) in acc.iter_mut().zip(chunk) {
+                        *v = math::exp(*v - max);
+                        *a += *v;
                     }
-                    let picked = row[target as usize] - max;
-                    let shared = if smoothing > 0.0 { mean(row) - max } else { 0.0 };
-                    let mut acc = [0f32; 16];
-                    for chunk in row.chunks_mut(16) {
-                        for (a, v) in acc.iter_mut().zip(chunk) {
-                            *v = math::exp(*v - max);
-                            *a += *v;
-                        }
+                }
+                let sum: f32 = acc.iter().sum();
+                if grad {
+                    let inv = 1.0 / sum;
+                    for v in row.iter_mut() {
+                        *v = *v * inv - shared_out;
                     }
-                    let sum: f32 = acc.iter().sum();
-                    if grad {
-                        let inv = 1.0 / sum;
-                        for v in row.iter_mut() {
-                            *v = *v * inv - each;
-                        }
-                        row[target as usize] -= sharp;
-                    }
-                    // a NaN anywhere in the row must reach the loss: max() skips it, the sum does not
-                    sum.ln() - sharp * picked - smoothing * shared
-                },
-            )
-        })
-        .collect();
+                    row[target as usize] -= sharp;
+                }
+                // a NaN anywhere in the row must reach the loss: max() skips it, the sum does not
+                sum.ln() - sharp * picked - smoothing * shared
+            },
+        );
+    });
     let probs = if grad { Some(Tensor::from_vec(data, (rows, vocab), &Device::Cpu)?) } else { None };
     Ok((nll, probs))
 }

@@ -10,7 +10,12 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{LINE, prefetch};
+use super::{
+    LINE,
+    memory::huge_pages,
+    prefetch,
+    team::{each, threads},
+};
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
 const PANEL: usize = 48;
@@ -38,6 +43,7 @@ fn packed_len(k: usize, n: usize) -> usize {
 /// Packs a matrix that `at(row, column)` reads.
 pub(super) fn pack(k: usize, n: usize, at: impl Fn(usize, usize) -> f32 + Sync) -> Vec<f32> {
     let mut out = vec![0f32; packed_len(k, n)];
+    huge_pages(&out);
     out.par_chunks_mut((PANEL * k).max(1)).enumerate().for_each(|(panel, out)| {
         let columns = PANEL.min(n - panel * PANEL);
         for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
@@ -63,7 +69,7 @@ pub(super) fn unpack(w: &[f32], k: usize, n: usize) -> Vec<f32> {
 
 /// `x [m, k] W + bias` -> `[m, n]`.
 pub(super) fn product(x: &[f32], w: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
-    let threads = rayon::current_num_threads().max(1);
+    let threads = threads();
     let panels = n.div_ceil(PANEL);
     let mut data = vec![0f32; m * n];
     let run = |x: &[f32], panels: Range<usize>, out: Vec<&mut [f32]>| {
@@ -73,16 +79,16 @@ pub(super) fn product(x: &[f32], w: &[f32], bias: Option<&[f32]>, (m, k, n): (us
         run(x, 0..panels, data.chunks_mut(n.max(1)).collect());
     } else if m >= SPLIT_ROWS {
         let rows = m.div_ceil(2 * threads).next_multiple_of(8);
-        let parts = data.par_chunks_mut(rows * n).zip(x.par_chunks(rows * k));
-        parts.for_each(|(out, x)| run(x, 0..panels, out.chunks_mut(n).collect()));
+        let parts = data.chunks_mut(rows * n).zip(x.chunks(rows * k)).collect();
+        each(parts, |(out, x): (&mut [f32], &[f32])| run(x, 0..panels, out.chunks_mut(n).collect()));
     } else {
         let per = panels.div_ceil(threads * 4).max(1);
         let mut parts: Vec<Vec<&mut [f32]>> = (0..panels.div_ceil(per)).map(|_| Vec::with_capacity(m)).collect();
         for row in data.chunks_mut(n) {
             parts.iter_mut().zip(row.chunks_mut(per * PANEL)).for_each(|(part, columns)| part.push(columns));
         }
-        let each = |(i, out)| run(x, i * per..panels.min((i + 1) * per), out);
-        parts.into_par_iter().enumerate().for_each(each);
+        let part = |(i, out)| run(x, i * per..panels.min((i + 1) * per), out);
+        each(parts.into_iter().enumerate().collect(), part);
     }
     data
 }
@@ -98,7 +104,7 @@ pub(super) fn columns(w: &[f32], k: usize, ids: &[u32]) -> Vec<f32> {
     if out.len() < WORTH_A_THREAD {
         ids.iter().zip(out.chunks_mut(k.max(1))).for_each(one);
     } else {
-        ids.par_iter().zip(out.par_chunks_mut(k.max(1))).for_each(one);
+        each(ids.iter().zip(out.chunks_mut(k.max(1))).collect(), one);
     }
     out
 }
@@ -281,12 +287,12 @@ impl Tile<'_> {
 pub(super) fn product_t(g: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     let mut out = vec![0f32; m * k];
     let run = |(g, out): (&[f32], &mut [f32])| Arch::new().dispatch(Backward { g, w, k, n, out });
-    let threads = rayon::current_num_threads().max(1);
+    let threads = threads();
     if threads == 1 || m * k * n < WORTH_A_THREAD {
         g.chunks(PANEL * n).zip(out.chunks_mut(PANEL * k)).for_each(run);
     } else {
         let rows = m.div_ceil(threads).next_multiple_of(16).min(PANEL);
-        g.par_chunks(rows * n).zip(out.par_chunks_mut(rows * k)).for_each(run);
+        each(g.chunks(rows * n).zip(out.chunks_mut(rows * k)).collect(), run);
     }
     out
 }

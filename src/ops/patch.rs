@@ -5,9 +5,8 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
-use rayon::prelude::*;
 
-use super::{f32_slice, math::dot, norm::norm_row, vectorized};
+use super::{f32_slice, math::dot, norm::norm_row, par_rows, vectorized};
 
 /// One operation on the rows of one delta.
 #[derive(Debug, Clone, Copy)]
@@ -135,7 +134,7 @@ impl InplaceOp2 for PatchInPlace<'_> {
             }
         }
         let columns = self.columns.clone();
-        let run = |(row, out): (usize, &mut [f32])| {
+        let run = |row: usize, out: &mut [f32]| {
             if let Some(ops) = groups.get(row_group[row]) {
                 let x = &x[row * in_dim..(row + 1) * in_dim];
                 let out = &mut out[columns.clone()];
@@ -150,12 +149,9 @@ impl InplaceOp2 for PatchInPlace<'_> {
                 );
             }
         };
-        if cost < 64 * 1024 {
-            out.chunks_exact_mut(width).enumerate().for_each(run);
-        } else {
-            let least = (rows * 32 * 1024 / cost).max(1);
-            out.par_chunks_exact_mut(width).enumerate().with_min_len(least).for_each(run);
-        }
+        par_rows(out, width, cost / rows.max(1), |first, out| {
+            out.chunks_exact_mut(width).enumerate().for_each(|(i, out)| run(first + i, out));
+        });
         Ok(())
     }
 }
