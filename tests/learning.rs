@@ -36,7 +36,7 @@ fn a_classifier_learns() {
     let mut tokenizer = tokenizer;
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).unwrap();
-    let codec = TextCodec::from_tokenizer(Arc::new(tokenizer), None, base.arch.eos.clone()).unwrap();
+    let codec = TextCodec::from_tokenizer(tokenizer, None, base.arch.eos.clone()).unwrap();
     let read = |name: &str| std::fs::read(data_dir.join(name)).unwrap();
     let labels: Vec<String> = serde_json::from_slice(&read("labels.json")).unwrap();
     let method = match std::env::var("DELTASERVE_LEARN_METHOD").as_deref() {

@@ -27,44 +27,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("store", &["ids", "delta", "telemetry", "admission"]),
     ("registry", &["ids", "delta", "store", "telemetry", "admission"]),
     ("text", &["admission"]),
-    (
-        "engine",
-        &[
-            "model",
-            "nn",
-            "delta",
-            "kv",
-            "rows",
-            "ids",
-            "ops",
-            "registry",
-            "shutdown",
-            "pacing",
-            "telemetry",
-            "admission",
-        ],
-    ),
-    (
-        "train",
-        &[
-            "model",
-            "nn",
-            "delta",
-            "kv",
-            "rows",
-            "ops",
-            "ids",
-            "interop",
-            "registry",
-            "store",
-            "text",
-            "shutdown",
-            "pacing",
-            "telemetry",
-            "admission",
-            "measures",
-        ],
-    ),
+    ("engine", &["model", "nn", "delta", "kv", "rows", "ids", "ops", "pacing", "admission"]),
+    ("train", &["model", "nn", "delta", "kv", "rows", "ops", "ids", "store", "pacing", "admission", "measures"]),
     (
         "admission",
         &[
@@ -168,11 +132,15 @@ impl Source {
         places.iter().any(|p| self.path == *p || self.path.strip_prefix(p).is_some_and(|rest| rest.starts_with('/')))
     }
 
-    /// Lines of code before the unit tests, numbered from 1, comments left out.
+    /// Lines of code before the unit tests, numbered from 1, comments left out; `mod tests;` may stand anywhere.
     fn code(&self) -> impl Iterator<Item = (usize, &str)> {
-        let numbered = self.text.lines().enumerate().map(|(i, line)| (i + 1, line));
-        numbered
-            .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
+        let lines: Vec<&str> = self.text.lines().collect();
+        let for_tests = |i: usize| lines.get(i).is_some_and(|line| line.starts_with("#[cfg(test)]"));
+        let opens = |i: usize| for_tests(i) && lines.get(i + 1).is_some_and(|l| l.contains("mod ") && l.ends_with('{'));
+        let end = (0..lines.len()).find(|&i| opens(i)).unwrap_or(lines.len());
+        let kept: Vec<(usize, &str)> =
+            (0..end).filter(|&i| !for_tests(i) && (i == 0 || !for_tests(i - 1))).map(|i| (i + 1, lines[i])).collect();
+        kept.into_iter()
             .map(|(n, line)| (n, line.split("//").next().unwrap_or_default()))
             .filter(|(_, line)| !line.trim().is_empty())
     }

@@ -141,14 +141,14 @@ impl Service {
         .await
     }
 
-    /// Runs one sequence per row and waits for all: at once as many as the server admits, then each as another ends.
+    /// Runs one sequence per row and waits for all: at once a share of the server's places, then each as another ends.
     pub(super) async fn run(&self, rows: Vec<Row>, admitted: &Admitted) -> Result<Results, ServeError> {
         for row in &rows {
             let field = format!("inputs[{}]", row.at);
             self.check_source(&field, &row.input, admitted)?;
             self.check_room(&field, &row.input, 0, admitted)?;
         }
-        let places = self.places().take(rows.len().min(self.places().most()))?;
+        let places = self.places().take(rows.len().min(self.places().share()))?;
         let read: usize = rows.iter().map(|r| r.input.given()).sum();
         let (all, mut rows) = (rows.len(), rows.into_iter());
         let mut waiting: VecDeque<mpsc::Receiver<Event>> = VecDeque::with_capacity(places.len());

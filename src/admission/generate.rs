@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{
     params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
+    places::Place,
     service::{Pieces, Service, ServiceParts, chat_error, text_error},
 };
 use crate::{
@@ -30,13 +31,50 @@ impl Service {
         tenant: &TenantId,
         params: GenerateParams,
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
-        let arrived = Instant::now();
         params.check()?;
+        self.can_generate()?;
+        let places = self.places().take(params.n as usize)?;
+        self.continue_prompt(tenant, params, Instant::now(), places).await
+    }
+
+    /// Continues one more prompt of a call that arrived then and was admitted with its first: waits for its places
+    /// instead of being refused.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub async fn generate_next(
+        &self,
+        tenant: &TenantId,
+        params: GenerateParams,
+        arrived: Instant,
+    ) -> Result<Pieces<GenerateChunk>, ServeError> {
+        params.check()?;
+        self.can_generate()?;
+        let deadline = params.timeout.map(|timeout| arrived + timeout);
+        let places = self.places().wait(params.n as usize, arrived, deadline).await?;
+        self.continue_prompt(tenant, params, arrived, places).await
+    }
+
+    /// Prompts with `n` continuations each that one call has in the engine at a time.
+    pub fn prompts_at_a_time(&self, n: u32) -> usize {
+        (self.places().share() / (n as usize).max(1)).max(1)
+    }
+
+    fn can_generate(&self) -> Result<(), ServeError> {
         let arch = &self.parts().base.arch;
         if !arch.is_causal() {
             return Err(ServeError::WrongTask(format!("the base is {}, which does not generate", arch.kind())));
         }
-        let places = self.places().take(params.n as usize)?;
+        Ok(())
+    }
+
+    async fn continue_prompt(
+        &self,
+        tenant: &TenantId,
+        params: GenerateParams,
+        arrived: Instant,
+        places: Vec<Place>,
+    ) -> Result<Pieces<GenerateChunk>, ServeError> {
         let prompt = params.prompt.clone();
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
         let (input, new) = (self.prompt(tokens)?, params.max_new_tokens as usize);

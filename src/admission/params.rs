@@ -358,6 +358,10 @@ pub enum ServeError {
     /// The delta or the base cannot do this task. FAILED_PRECONDITION, `WRONG_TASK`.
     #[error("{0}")]
     WrongTask(String),
+    /// The numbers of this request overflowed: weights or scale of its delta do not suit the base. FAILED_PRECONDITION,
+    /// `NON_FINITE`.
+    #[error("the model's output is not finite: the delta's weights or its scale are too large for this base")]
+    NonFinite,
     /// The name exists (policy create). ALREADY_EXISTS, `PUBLISH_CONFLICT`.
     #[error("delta {0:?} exists already; use upsert or compare-and-swap to replace it")]
     AlreadyExists(String),
@@ -413,6 +417,7 @@ impl ServeError {
             Self::NotFound { .. } => "NOT_FOUND",
             Self::BaseMismatch(_) => "BASE_MISMATCH",
             Self::WrongTask(_) => "WRONG_TASK",
+            Self::NonFinite => "NON_FINITE",
             Self::AlreadyExists(_) | Self::Conflict(_) => "PUBLISH_CONFLICT",
             Self::IdempotencyConflict(_) => "IDEMPOTENCY_CONFLICT",
             Self::Overloaded(_) => "OVERLOADED",

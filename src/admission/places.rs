@@ -35,9 +35,9 @@ impl Places {
         Self { free: Arc::new(Semaphore::new(most)), most, taken }
     }
 
-    /// How many there are.
-    pub(super) fn most(&self) -> usize {
-        self.most
+    /// How many one call of many sequences holds at a time, so that others find some free.
+    pub(super) fn share(&self) -> usize {
+        (self.most / 4).clamp(1, 64)
     }
 
     /// `n` places at once.
@@ -45,16 +45,24 @@ impl Places {
     /// # Errors
     /// [`ServeError::Overloaded`] if they are not free; a field error if there are not so many.
     pub(super) fn take(&self, n: usize) -> Result<Vec<Place>, ServeError> {
-        let most = self.most;
-        if n > most {
-            return Err(ServeError::field("n", format!("{n} sequences; this server admits at most {most} at a time")));
-        }
-        let take = u32::try_from(n).unwrap_or(u32::MAX);
-        let Ok(mut all) = Arc::clone(&self.free).try_acquire_many_owned(take) else {
+        let (most, take) = (self.most, self.fits(n)?);
+        let Ok(all) = Arc::clone(&self.free).try_acquire_many_owned(take) else {
             let free = self.free.available_permits();
             return Err(ServeError::Overloaded(format!("{n} sequences asked for, {free} of {most} places are free")));
         };
-        Ok((0..n).filter_map(|_| all.split(1)).map(|permit| self.place(permit)).collect())
+        Ok(self.places(n, all))
+    }
+
+    fn fits(&self, n: usize) -> Result<u32, ServeError> {
+        let most = self.most;
+        let fits = u32::try_from(n).ok().filter(|_| n <= most);
+        fits.ok_or_else(|| {
+            ServeError::field("n", format!("{n} sequences; this server admits at most {most} at a time"))
+        })
+    }
+
+    fn places(&self, n: usize, mut all: OwnedSemaphorePermit) -> Vec<Place> {
+        (0..n).filter_map(|_| all.split(1)).map(|permit| self.place(permit)).collect()
     }
 
     /// One more place for a call that has some already, when one gets free. Calls wait in order, and each place in use
@@ -63,14 +71,29 @@ impl Places {
     /// # Errors
     /// [`ServeError::DeadlineExceeded`].
     pub(super) async fn next(&self, since: Instant, deadline: Option<Instant>) -> Result<Place, ServeError> {
-        let acquire = Arc::clone(&self.free).acquire_owned();
+        let one = self.wait(1, since, deadline).await?.pop();
+        one.ok_or_else(|| ServeError::Internal("a place is missing".into()))
+    }
+
+    /// `n` places at once, as soon as they are free, for a call that was admitted already.
+    ///
+    /// # Errors
+    /// [`ServeError::DeadlineExceeded`]; a field error if there are not so many.
+    pub(super) async fn wait(
+        &self,
+        n: usize,
+        since: Instant,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<Place>, ServeError> {
+        let acquire = Arc::clone(&self.free).acquire_many_owned(self.fits(n)?);
         let permit = match deadline {
             Some(at) => tokio::time::timeout_at(at.into(), acquire)
                 .await
                 .map_err(|_| ServeError::DeadlineExceeded(since.elapsed()))?,
             None => acquire.await,
         };
-        permit.map(|p| self.place(p)).map_err(|_| ServeError::Internal("the places are gone".into()))
+        let all = permit.map_err(|_| ServeError::Internal("the places are gone".into()))?;
+        Ok(self.places(n, all))
     }
 
     fn place(&self, permit: OwnedSemaphorePermit) -> Place {

@@ -307,7 +307,8 @@ impl From<SubmitError> for ServeError {
 impl From<EngineError> for ServeError {
     fn from(e: EngineError) -> Self {
         match e {
-            EngineError::Internal(_) | EngineError::NonFinite => Self::Internal(e.to_string()),
+            EngineError::Internal(_) => Self::Internal(e.to_string()),
+            EngineError::NonFinite => Self::NonFinite,
             EngineError::NoHead => Self::WrongTask(e.to_string()),
             EngineError::DeadlineExceeded(after) => Self::DeadlineExceeded(after),
             EngineError::Draining => Self::Draining,

@@ -163,6 +163,19 @@ impl Delta {
         Ok(Self::new(self.spec.clone(), patches, head))
     }
 
+    /// The same delta, its DoRA patches over the base's matrices again, which a served one has let go of.
+    ///
+    /// # Errors
+    /// Those of `of`, and shapes that do not fit.
+    pub fn over(&self, of: impl Fn(SiteId) -> candle_core::Result<DoraBase>) -> candle_core::Result<Self> {
+        let one = |(site, patch): &(SiteId, Patch)| match patch {
+            Patch::Dora(dora) => Ok((*site, Patch::Dora(Box::new(dora.over(of(*site)?)?)))),
+            other => Ok((*site, other.clone())),
+        };
+        let patches = self.patches.iter().map(one).collect::<candle_core::Result<_>>()?;
+        Ok(Self::new(self.spec.clone(), patches, self.head.clone()))
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         let patches: usize = self.patches.iter().map(|(_, p)| p.bytes()).sum();

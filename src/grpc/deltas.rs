@@ -24,6 +24,7 @@ impl DeltaService for Deltas {
         request: Request<Streaming<proto::UploadRequest>>,
     ) -> Result<Response<proto::UploadResponse>, Status> {
         let tenant = tenant(request.metadata())?;
+        let _place = self.receiver.place()?;
         let params = self.receiver.delta(request.into_inner()).await?;
         let info = self.service.upload(&tenant, params).await?;
         Ok(Response::new(proto::UploadResponse { delta: Some(convert::delta(info)) }))

@@ -1,5 +1,7 @@
 //! `InferenceService`: decode, call, encode. Dropping a response stream drops the admission stream, which cancels.
 
+use std::time::Instant;
+
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use tonic::{Request, Response, Status};
 
@@ -15,9 +17,6 @@ use crate::{
     },
     ids::TenantId,
 };
-
-/// Prompts of one batch call that are in the engine at a time; the others wait here, not in the server's queue.
-const BATCH_CONCURRENCY: usize = 64;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -46,8 +45,10 @@ impl InferenceService for Inference {
     ) -> Result<Response<proto::GenerateBatchResponse>, Status> {
         let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
         let all = convert::generate_batch(request.into_inner(), timeout)?;
-        let work = all.into_iter().enumerate().map(|(i, params)| self.complete(&tenant, i, params));
-        let parts: Vec<_> = futures::stream::iter(work).buffered(BATCH_CONCURRENCY).try_collect().await?;
+        let at_a_time = self.service.prompts_at_a_time(all.first().map_or(1, |params| params.n));
+        let arrived = Instant::now();
+        let work = all.into_iter().enumerate().map(|(i, params)| self.complete(&tenant, i, params, arrived));
+        let parts: Vec<_> = futures::stream::iter(work).buffered(at_a_time).try_collect().await?;
         Ok(Response::new(batch_response(parts)))
     }
 
@@ -84,14 +85,19 @@ impl InferenceService for Inference {
 }
 
 impl Inference {
+    /// A prompt of a batch. The first finds the server with room or is refused; the others wait for room.
     async fn complete(
         &self,
         tenant: &TenantId,
         prompt_index: usize,
         params: GenerateParams,
+        arrived: Instant,
     ) -> Result<Vec<proto::Generation>, ServeError> {
         let n = params.n;
-        let pieces = self.service.generate(tenant, params).await?;
+        let pieces = match prompt_index {
+            0 => self.service.generate(tenant, params).await?,
+            _ => self.service.generate_next(tenant, params, arrived).await?,
+        };
         gather(pieces, prompt_index as u32, n).await
     }
 }

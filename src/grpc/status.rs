@@ -46,9 +46,10 @@ fn code(error: &ServeError) -> Code {
     match error {
         ServeError::Invalid(_) => Code::InvalidArgument,
         ServeError::DeltaNotFound(_) | ServeError::NotFound { .. } => Code::NotFound,
-        ServeError::BaseMismatch(_) | ServeError::WrongTask(_) | ServeError::NotEnoughMemory { lasting: true, .. } => {
-            Code::FailedPrecondition
-        }
+        ServeError::BaseMismatch(_)
+        | ServeError::WrongTask(_)
+        | ServeError::NonFinite
+        | ServeError::NotEnoughMemory { lasting: true, .. } => Code::FailedPrecondition,
         ServeError::AlreadyExists(_) | ServeError::IdempotencyConflict(_) => Code::AlreadyExists,
         ServeError::Conflict(_) => Code::Aborted,
         ServeError::Overloaded(_)
@@ -106,6 +107,7 @@ mod tests {
             (ServeError::NotFound { kind: "job", name: s() }, Code::NotFound, "NOT_FOUND"),
             (ServeError::BaseMismatch(s()), Code::FailedPrecondition, "BASE_MISMATCH"),
             (ServeError::WrongTask(s()), Code::FailedPrecondition, "WRONG_TASK"),
+            (ServeError::NonFinite, Code::FailedPrecondition, "NON_FINITE"),
             (ServeError::AlreadyExists(s()), Code::AlreadyExists, "PUBLISH_CONFLICT"),
             (ServeError::Conflict(s()), Code::Aborted, "PUBLISH_CONFLICT"),
             (ServeError::IdempotencyConflict(s()), Code::AlreadyExists, "IDEMPOTENCY_CONFLICT"),

@@ -25,6 +25,7 @@ impl TrainingService for Training {
         request: Request<Streaming<proto::UploadDatasetRequest>>,
     ) -> Result<Response<proto::UploadDatasetResponse>, Status> {
         let tenant = tenant(request.metadata())?;
+        let _place = self.receiver.place()?;
         let upload = self.receiver.dataset(request.into_inner()).await?;
         let dataset = self.service.upload_dataset(&tenant, upload).await?;
         Ok(Response::new(proto::UploadDatasetResponse { dataset: Some(convert::dataset(dataset)) }))

@@ -34,10 +34,18 @@ impl Receiver {
         Self { places: Arc::new(Semaphore::new(MAX_CONCURRENT)), max_bytes }
     }
 
+    /// A place among the uploads: taken before the first byte and held until what came is stored.
+    ///
+    /// # Errors
+    /// [`ServeError::Overloaded`].
+    pub(super) fn place(&self) -> Result<OwnedSemaphorePermit, ServeError> {
+        let full = |_| ServeError::Overloaded(format!("{MAX_CONCURRENT} uploads are in progress"));
+        Arc::clone(&self.places).try_acquire_owned().map_err(full)
+    }
+
     /// A delta's files.
     pub(super) async fn delta(&self, stream: Streaming<proto::UploadRequest>) -> Result<UploadParams, Status> {
         use proto::upload_request::Message;
-        let _place = self.place()?;
         let mut stream = stream;
         let Some(Message::Header(header)) = next(&mut stream).await?.and_then(|m| m.message) else {
             return Err(ServeError::field("header", "must be the first message").into());
@@ -60,7 +68,6 @@ impl Receiver {
         stream: Streaming<proto::UploadDatasetRequest>,
     ) -> Result<DatasetUpload, Status> {
         use proto::upload_dataset_request::Message;
-        let _place = self.place()?;
         let mut stream = stream;
         let Some(Message::Header(header)) = next(&mut stream).await?.and_then(|m| m.message) else {
             return Err(ServeError::field("header", "must be the first message").into());
@@ -82,11 +89,6 @@ impl Receiver {
         }
         let name = (!header.name.is_empty()).then_some(header.name);
         Ok(DatasetUpload { name, data: data.freeze() })
-    }
-
-    fn place(&self) -> Result<OwnedSemaphorePermit, ServeError> {
-        let full = |_| ServeError::Overloaded(format!("{MAX_CONCURRENT} uploads are in progress"));
-        Arc::clone(&self.places).try_acquire_owned().map_err(full)
     }
 }
 

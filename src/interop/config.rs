@@ -200,6 +200,13 @@ impl LoraConfig {
     }
 }
 
+/// Most patterns of a kind; each is tried on every module.
+const MAX_PATTERNS: usize = 1024;
+/// Longest pattern; PEFT writes module paths.
+const MAX_PATTERN_BYTES: usize = 1024;
+/// Most memory that a compiled pattern takes: repetitions of repetitions are short to write.
+const MAX_COMPILED_BYTES: usize = 1 << 18;
+
 fn find(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
     patterns.iter().find(|(re, _)| re.is_match(module)).map(|(_, v)| *v)
 }
@@ -211,14 +218,22 @@ fn patterns(file: &str, config: &Value, key: &str) -> Result<Vec<(Regex, f64)>, 
         Some(Value::Object(map)) => map,
         Some(_) => return Err(InteropError::invalid(file, format!("{key} is not an object"))),
     };
+    if map.len() > MAX_PATTERNS {
+        return Err(InteropError::invalid(file, format!("{key} has {} patterns; at most {MAX_PATTERNS}", map.len())));
+    }
     map.iter()
         .map(|(pattern, value)| {
+            if pattern.len() > MAX_PATTERN_BYTES {
+                let start: String = pattern.chars().take(40).collect();
+                let message = format!("{key}[\"{start}...\"] has {} bytes; at most {MAX_PATTERN_BYTES}", pattern.len());
+                return Err(InteropError::invalid(file, message));
+            }
             let value = value
                 .as_f64()
                 .filter(|v| v.is_finite())
                 .ok_or_else(|| InteropError::invalid(file, format!("{key}[{pattern:?}] is not a number")))?;
             let re = regex::RegexBuilder::new(&format!(r"^(.*\.)?({pattern})$"))
-                .size_limit(1 << 20)
+                .size_limit(MAX_COMPILED_BYTES)
                 .build()
                 .map_err(|e| InteropError::invalid(file, format!("{key}[{pattern:?}]: {e}")))?;
             Ok((re, value))

@@ -20,12 +20,24 @@ pub(super) const INDEX: &str = "delta.json";
 const FORMAT: &str = "deltaserve.combination";
 /// Most parts.
 const MAX_PARTS: usize = 16;
+/// Most bytes that parts may come to beyond those of their files (16-bit numbers become twice as many): networks and
+/// factors in a part may make large products of small files, and each part has that limit for itself.
+const MAX_MADE_BYTES: u64 = 1 << 30;
 
 /// Reads a combination; `one` reads a part.
 ///
 /// # Errors
 /// A bad index, files that belong to no part, parts that contradict each other, and those of the parts.
 pub(super) fn decode(
+    files: &DeltaFiles,
+    base: &Base,
+    one: impl Fn(&DeltaFiles, &Base) -> Result<Delta, InteropError>,
+) -> Result<Delta, InteropError> {
+    decode_within(MAX_MADE_BYTES, files, base, one)
+}
+
+fn decode_within(
+    made: u64,
     files: &DeltaFiles,
     base: &Base,
     one: impl Fn(&DeltaFiles, &Base) -> Result<Delta, InteropError>,
@@ -50,6 +62,8 @@ pub(super) fn decode(
     }
     let mut deltas = Vec::with_capacity(names.len());
     let mut says_task = Vec::with_capacity(names.len());
+    let most = 2 * files.files.values().map(|data| data.len() as u64).sum::<u64>() + made;
+    let mut bytes = 0;
     for name in &names {
         let part = parts.remove(name.as_str()).unwrap_or_default();
         if part.files.is_empty() {
@@ -59,6 +73,11 @@ pub(super) fn decode(
         let mut delta = one(&part, base).map_err(|e| e.in_part(name))?;
         if let (Some(head), Some(data)) = (delta.head(), files.files.get(LABELS)) {
             delta.spec.labels = label_names(LABELS, data, head.weight.dims()[0])?;
+        }
+        bytes += delta.bytes();
+        if bytes > most {
+            let message = format!("parts up to {name:?} come to {bytes} bytes in memory; {most} are accepted");
+            return Err(InteropError::invalid(INDEX, message));
         }
         deltas.push(delta);
     }

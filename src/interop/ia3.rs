@@ -21,7 +21,7 @@ pub(super) fn decode(tensors: &TensorFile<'_>, base: &Base) -> Result<Parts, Int
         let (module, kind) = keys::split(&name);
         match (keys::owner(module, base), kind) {
             (Some(Owner::Head(part)), "weight" | "bias") => head.take(part, &name, tensors.get(&name)?)?,
-            (Some(Owner::Site(site, path)), "ia3_l") if base.linear(site)?.is_some() => {
+            (Some(Owner::Site(site, path)), "ia3_l") if keys::is_linear(site, base) => {
                 let patch = scale(site, &path, &tensors.get(&name)?, base)?;
                 parts.add(site, patch, &name, tensors)?;
             }

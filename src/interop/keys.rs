@@ -3,7 +3,10 @@
 use candle_core::Tensor;
 
 use super::InteropError;
-use crate::{delta::SiteId, model::Base};
+use crate::{
+    delta::{Site, SiteId},
+    model::Base,
+};
 
 const PEFT_PREFIX: &str = "base_model.model.";
 /// What PEFT puts before a head that it saves with a prompt or prefix.
@@ -107,4 +110,10 @@ pub(super) fn unapplied(left: Vec<String>, applied: usize, base: &Base) -> Inter
         )),
         _ => InteropError::Unapplied(left),
     }
+}
+
+/// Whether a site is a linear map; its weight is not touched.
+pub(super) fn is_linear(site: SiteId, base: &Base) -> bool {
+    let kind = base.sites.get(site).map(|e| e.site);
+    matches!(kind, Some(Site::Linear { .. } | Site::Pooler | Site::LmHead))
 }

@@ -127,8 +127,7 @@ fn collect(tensors: &TensorFile<'_>, base: &Base) -> Result<(BTreeMap<SiteId, Mo
 
 /// Whether a module's matrix may be saved whole: a linear, or the embedding.
 fn has_matrix(site: SiteId, base: &Base) -> bool {
-    let kind = base.sites.get(site).map(|e| e.site);
-    matches!(kind, Some(Site::Embedding | Site::Linear { .. } | Site::Pooler | Site::LmHead))
+    keys::is_linear(site, base) || base.sites.get(site).is_some_and(|e| e.site == Site::Embedding)
 }
 
 /// The patches of one module, in order of application.
@@ -157,11 +156,10 @@ fn module_patches(
 /// A matrix saved whole; `None` if there is none or it is the base's own. Takes the bias that was saved with it.
 fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<Matrix>, InteropError> {
     let Some(weight) = module.weight.take() else { return Ok(None) };
-    let (own, bias) = match base.linear(site)? {
-        Some((w, b)) => (w, b),
-        None => (base.table()?, None),
+    let (own, bias, embedding) = match base.linear(site)? {
+        Some((w, b)) => (w, b, false),
+        None => (base.table()?, None, true),
     };
-    let embedding = base.linear(site)?.is_none();
     if weight.rank() != 2 {
         return Err(InteropError::invalid(
             super::WEIGHTS[0],
@@ -273,9 +271,5 @@ fn dora(site: SiteId, path: &str, low: LowRank, magnitude: Tensor, base: &Base) 
     if magnitude.dims() != [w.dim(1)?] {
         return Err(bad(format!("{path}: magnitude vector of {:?} for {} outputs", magnitude.dims(), w.dim(1)?)));
     }
-    let dora = Dora::new(low, magnitude, DoraBase::new(w, bias)?)?;
-    if dora.norm()?.to_vec1::<f32>()?.iter().any(|n| *n < 1e-12) {
-        return Err(bad(format!("{path}: a merged weight row is zero, DoRA's direction is undefined")));
-    }
-    Ok(dora)
+    Dora::served(low, magnitude, DoraBase::new(w, bias)?).map_err(|e| bad(format!("{path}: {e}")))
 }

@@ -166,6 +166,7 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let task = match (task.or(head_task), &parts.head) {
         (Some(task), _) => task,
         (None, Some(_)) => Task::SeqCls,
+        (None, None) if base.transformer.has_head() => base.arch.head.as_ref().map_or(Task::Feature, |h| h.task),
         (None, None) if base.arch.is_encoder_decoder() => Task::Seq2Seq,
         (None, None) if base.arch.is_causal() => Task::CausalLm,
         (None, None) => Task::Feature,
@@ -299,6 +300,9 @@ fn labels(
     task: Task,
 ) -> Result<Vec<String>, InteropError> {
     let Some(head) = &parts.head else {
+        if files.files.contains_key(LABELS) {
+            return Err(InteropError::invalid(LABELS, "names labels, but no head is in the files"));
+        }
         let own = base.arch.head.as_ref().filter(|h| h.task == task && base.transformer.has_head());
         return Ok(own.map(|h| h.labels.clone()).unwrap_or_default());
     };

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     delta::{LowRank, Proj, Site},
-    model::testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama},
+    model::testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama, write_random},
 };
 
 fn pack(config: &Value, tensors: &HashMap<String, Tensor>) -> DeltaFiles {
@@ -236,4 +236,79 @@ fn target_modules_name_exactly_the_patched_modules() {
     let config: Value = serde_json::from_slice(&files.files["adapter_config.json"]).unwrap();
     // "output.dense" alone would also name attention.output.dense of both layers
     assert_eq!(config["target_modules"], json!(["0.output.dense"]));
+}
+
+#[test]
+fn a_dora_delta_counts_all_that_it_holds_and_holds_no_matrix_of_the_base() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let mut tensors = pair(Q, 1, 32, 32);
+    let magnitude = Tensor::ones(32, candle_core::DType::F32, &Device::Cpu).unwrap();
+    tensors.insert(format!("base_model.model.{Q}.lora_magnitude_vector"), magnitude);
+    let mut config = lora(1);
+    config["use_dora"] = true.into();
+    let delta = decode(&pack(&config, &tensors), &base).unwrap();
+    assert!((5 * 128..32 * 32 * 4).contains(&delta.bytes()), "{} bytes", delta.bytes());
+}
+
+#[test]
+fn patterns_are_bounded_before_they_are_compiled() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let good = pair(Q, 4, 32, 32);
+    let with = |patterns: Value| {
+        let mut config = lora(4);
+        config["alpha_pattern"] = patterns;
+        decode(&pack(&config, &good), &base)
+    };
+    assert!(with(json!({"layers.1.self_attn.q_proj": 8})).is_ok());
+    let many: serde_json::Map<_, _> = (0..1025).map(|i| (format!("m{i}"), json!(8))).collect();
+    let long = "x".repeat(1025);
+    for (patterns, needle) in [(json!(many), "1024"), (json!({long: 8}), "1025"), (json!({"(a{200}){200}": 8}), "size")]
+    {
+        let error = with(patterns).unwrap_err().to_string();
+        assert!(error.contains(needle) && error.len() < 400, "{error}");
+    }
+}
+
+#[test]
+fn labels_need_a_head_and_a_headless_delta_takes_the_task_of_the_bases_own_head() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let mut files = pack(&lora(4), &pair(Q, 4, 32, 32));
+    files.files.insert(LABELS.into(), r#"["a", "b"]"#.into());
+    assert!(decode(&files, &base).unwrap_err().to_string().contains("no head"));
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = tiny_bert();
+    config["architectures"] = json!(["BertForSequenceClassification"]);
+    config["id2label"] = json!({"0": "no", "1": "yes"});
+    write_random(dir.path(), &config, 1).unwrap();
+    let path = dir.path().join("model.safetensors");
+    let mut weights = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    weights.insert("classifier.weight".into(), Tensor::ones((2, 32), candle_core::DType::F32, &Device::Cpu).unwrap());
+    weights.insert("classifier.bias".into(), Tensor::ones(2, candle_core::DType::F32, &Device::Cpu).unwrap());
+    candle_core::safetensors::save(&weights, &path).unwrap();
+    let options = crate::model::LoadOptions { device: Device::Cpu, dtype: candle_core::DType::F32 };
+    let base = Base::load(dir.path(), &options).unwrap();
+    assert!(base.transformer.has_head());
+    let mut config = lora(4);
+    config["task_type"] = Value::Null;
+    let files = pack(&config, &pair("encoder.layer.0.attention.self.query", 4, 32, 32));
+    let spec = decode(&files, &base).unwrap().spec;
+    let own = base.arch.head.as_ref().unwrap();
+    assert_eq!((spec.task, &spec.labels), (Task::SeqCls, &own.labels));
+}
+
+#[test]
+fn a_small_alpha_survives() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    for alpha in [4e-7, 0.1, 16.0, 3.25] {
+        let mut config = lora(4);
+        config["lora_alpha"] = json!(alpha);
+        let delta = decode(&pack(&config, &pair(Q, 4, 32, 32)), &base).unwrap();
+        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        let scale = |d: &Delta| match &d.patches()[0].1 {
+            Patch::LowRank(low) => low.scale,
+            other => panic!("{other:?}"),
+        };
+        assert!((scale(&again) / scale(&delta) - 1.0).abs() < 1e-6, "{alpha}");
+    }
 }

@@ -120,31 +120,44 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         text: &TextModel,
     ) -> Result<Vec<u32>, ChatError> {
-        let mut forged = Vec::new();
-        let guarded: Vec<ChatMessage> = messages.iter().map(|m| guard(m, text, &mut forged)).collect();
-        let rendered = self.render(&guarded, add_generation_prompt)?;
-        let mut ids = Vec::new();
-        let mut rest = rendered.as_str();
-        while let Some(at) = rest.find(MARK) {
-            ids.extend(text.encode(&rest[..at], false)?);
-            let after = &rest[at + MARK.len_utf8()..];
-            let (index, tail) = after.split_once(MARK).unwrap_or((after, ""));
-            let original = index.parse().ok().and_then(|i: usize| forged.get(i));
-            if let Some(original) = original {
-                ids.extend(text.encode_user(original, false)?);
-            }
-            rest = tail;
-        }
-        ids.extend(text.encode(rest, false)?);
-        Ok(ids)
+        let (guarded, forged) = guard(messages, text);
+        Ok(encode_guarded(&self.render(&guarded, add_generation_prompt)?, &forged, text)?)
     }
+}
+
+/// Takes special tokens out of messages: the messages with marks in their places, and what each mark stands for.
+pub fn guard(messages: &[ChatMessage], text: &TextModel) -> (Vec<ChatMessage>, Vec<String>) {
+    let mut forged = Vec::new();
+    let guarded = messages.iter().map(|m| guard_one(m, text, &mut forged)).collect();
+    (guarded, forged)
+}
+
+/// Ids of a rendering of guarded messages: special tokens are the template's; what the marks stand for is plain text.
+///
+/// # Errors
+/// What the tokenizer refuses.
+pub fn encode_guarded(rendered: &str, forged: &[String], text: &TextModel) -> Result<Vec<u32>, TextError> {
+    let mut ids = Vec::new();
+    let mut rest = rendered;
+    while let Some(at) = rest.find(MARK) {
+        ids.extend(text.encode(&rest[..at], false)?);
+        let after = &rest[at + MARK.len_utf8()..];
+        let (index, tail) = after.split_once(MARK).unwrap_or((after, ""));
+        let original = index.parse().ok().and_then(|i: usize| forged.get(i));
+        if let Some(original) = original {
+            ids.extend(text.encode_user(original, false)?);
+        }
+        rest = tail;
+    }
+    ids.extend(text.encode(rest, false)?);
+    Ok(ids)
 }
 
 /// Stands around the number of a piece that must not be read as a special token: a noncharacter, not for interchange.
 const MARK: char = '\u{FFFE}';
 
 /// Takes special tokens (and the mark itself) out of a message.
-fn guard(message: &ChatMessage, text: &TextModel, forged: &mut Vec<String>) -> ChatMessage {
+fn guard_one(message: &ChatMessage, text: &TextModel, forged: &mut Vec<String>) -> ChatMessage {
     let mut out = String::new();
     let mut rest = message.content.as_str();
     loop {

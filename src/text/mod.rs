@@ -9,7 +9,7 @@ mod stop;
 mod strftime;
 mod tokenizer;
 
-pub use chat::{ChatError, ChatTemplate};
+pub use chat::{ChatError, ChatTemplate, encode_guarded, guard};
 pub use decode_stream::DecodeStream;
 pub use stop::{StopOutcome, StopStrings};
 pub use tokenizer::{Encoded, MAX_TEXT_BYTES, SpecialIds, TextError, TextModel};

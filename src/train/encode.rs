@@ -15,12 +15,27 @@ use crate::{
     },
 };
 
-/// Text -> ids; the flag asks for the tokenizer's special tokens.
+/// Text -> ids, in which nothing but the tokenizer's own additions is special; the flag asks for those.
 pub type EncodeFn = Arc<dyn Fn(&str, bool) -> Result<Vec<u32>, String> + Send + Sync>;
 /// Words -> ids without special tokens, and for each id the index of its word.
 pub type EncodeWordsFn = Arc<dyn Fn(&[String]) -> Result<Vec<(u32, usize)>, String> + Send + Sync>;
 /// Conversation -> text; the flag asks for the opening of the assistant's next turn.
 pub type RenderFn = Arc<dyn Fn(&[ChatMessage], bool) -> Result<String, String> + Send + Sync>;
+/// Conversation -> the same with marks where a message reads like a special token, and what the marks stand for.
+pub type GuardFn = Arc<dyn Fn(&[ChatMessage]) -> (Vec<ChatMessage>, Vec<String>) + Send + Sync>;
+/// Rendered text and what its marks stand for -> ids; the template's special tokens are special, marked ones are text.
+pub type MarkedFn = Arc<dyn Fn(&str, &[String]) -> Result<Vec<u32>, String> + Send + Sync>;
+
+/// What training needs of a chat template: the steps that serving takes, one by one.
+#[derive(Clone)]
+pub struct ChatCodec {
+    /// Marks what must not be read as a turn.
+    pub guard: GuardFn,
+    /// Renders the marked messages.
+    pub render: RenderFn,
+    /// Encodes what was rendered.
+    pub encode: MarkedFn,
+}
 
 /// What training needs to know of the base's text side.
 #[derive(Clone)]
@@ -30,7 +45,7 @@ pub struct TextCodec {
     /// Words to ids.
     pub encode_words: EncodeWordsFn,
     /// The chat template, if the base has one.
-    pub render_chat: Option<RenderFn>,
+    pub chat: Option<ChatCodec>,
     /// Ids that end a text; the first is appended to completions.
     pub eos: Vec<u32>,
     /// First token of an encoder-decoder's output.
@@ -41,7 +56,7 @@ pub struct TextCodec {
 
 impl std::fmt::Debug for TextCodec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let chat = self.render_chat.is_some();
+        let chat = self.chat.is_some();
         write!(
             f,
             "TextCodec {{ eos: {:?}, prefix: {:?}, suffix: {:?}, chat: {chat} }}",
@@ -58,14 +73,14 @@ impl TextCodec {
     pub fn new(
         encode: EncodeFn,
         encode_words: EncodeWordsFn,
-        render_chat: Option<RenderFn>,
+        chat: Option<ChatCodec>,
         eos: Vec<u32>,
     ) -> Result<Self, String> {
         let (plain, full) = (encode("a", false)?, encode("a", true)?);
         let at = (0..=full.len().saturating_sub(plain.len())).find(|at| full[*at..].starts_with(&plain));
         let at = at.ok_or("special tokens do not surround the text")?;
         let (prefix, suffix) = (full[..at].to_vec(), full[at + plain.len()..].to_vec());
-        Ok(Self { encode, encode_words, render_chat, eos, decoder_start: None, prefix, suffix })
+        Ok(Self { encode, encode_words, chat, eos, decoder_start: None, prefix, suffix })
     }
 
     /// For an encoder-decoder, whose outputs start with this token.
@@ -75,15 +90,17 @@ impl TextCodec {
         self
     }
 
-    /// The codec of a tokenizer.
+    /// The codec of a tokenizer. As in serving, text that looks like a special token is plain text.
     ///
     /// # Errors
     /// As [`Self::new`].
     pub fn from_tokenizer(
-        tokenizer: Arc<tokenizers::Tokenizer>,
-        render_chat: Option<RenderFn>,
+        mut tokenizer: tokenizers::Tokenizer,
+        chat: Option<ChatCodec>,
         eos: Vec<u32>,
     ) -> Result<Self, String> {
+        tokenizer.set_encode_special_tokens(true);
+        let tokenizer = Arc::new(tokenizer);
         let words = Arc::clone(&tokenizer);
         let encode: EncodeFn = Arc::new(move |text, special| {
             tokenizer.encode_fast(text, special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string())
@@ -94,27 +111,31 @@ impl TextCodec {
             let ids = encoding.get_ids().iter().zip(encoding.get_word_ids());
             Ok(ids.filter_map(|(id, word)| word.map(|w| (*id, w as usize))).collect())
         });
-        Self::new(encode, encode_words, render_chat, eos)
+        Self::new(encode, encode_words, chat, eos)
     }
 
     /// Ids without special tokens.
     fn plain(&self, text: &str) -> Result<Vec<u32>, String> {
         (self.encode)(text, false)
     }
-
-    /// Ids of `text + piece`, given those of `text`, as (ids, where the piece begins). Encoded together where that
-    /// leaves the first part as it is (the tokens that a model would have produced), else apart.
-    fn extend(&self, ids: &[u32], text: &str, piece: &str) -> Result<Vec<u32>, String> {
-        let whole = self.plain(&format!("{text}{piece}"))?;
-        if whole.len() > ids.len() && whole.starts_with(ids) {
-            return Ok(whole);
-        }
-        let mut out = ids.to_vec();
-        out.extend(self.plain(piece)?);
-        Ok(out)
-    }
 }
 
+/// Ids of `text + piece`, given those of `text`. Encoded together where that leaves the first part as it is (the tokens
+/// that a model would have produced), else apart.
+fn extend(
+    encode: impl Fn(&str) -> Result<Vec<u32>, String>,
+    ids: &[u32],
+    text: &str,
+    piece: &str,
+) -> Result<Vec<u32>, String> {
+    let whole = encode(&format!("{text}{piece}"))?;
+    if whole.len() > ids.len() && whole.starts_with(ids) {
+        return Ok(whole);
+    }
+    let mut out = ids.to_vec();
+    out.extend(encode(piece)?);
+    Ok(out)
+}
 /// What an example teaches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
@@ -241,7 +262,7 @@ impl Encoder<'_> {
 
     fn completion(&mut self, line: u64, prompt: &str, completion: &str) -> RowResult {
         let head = self.codec.plain(prompt).map_err(tokenizer)?;
-        let whole = self.codec.extend(&head, prompt, completion).map_err(tokenizer)?;
+        let whole = extend(|text| self.codec.plain(text), &head, prompt, completion).map_err(tokenizer)?;
         let mut ids = self.codec.prefix.clone();
         let learn_from = ids.len() + head.len();
         ids.extend(whole);
@@ -269,11 +290,12 @@ impl Encoder<'_> {
     }
 
     fn messages(&mut self, line: u64, messages: &[ChatMessage]) -> RowResult {
-        let Some(render) = &self.codec.render_chat else {
+        let Some(ChatCodec { guard, render, encode }) = &self.codec.chat else {
             let message = "needs a chat template, which this base does not have; use prompt and completion";
             return Err((Code::ChatTemplate, message.to_owned()));
         };
         let bad = |e: String| (Code::ChatTemplate, format!("was refused by the chat template: {e}"));
+        let (messages, marked) = guard(messages);
         let (mut text, mut ids, mut mask) = (String::new(), Vec::new(), Vec::new());
         let turns = messages.iter().enumerate().filter(|(_, m)| m.role == "assistant").map(|(i, _)| i);
         for turn in turns {
@@ -283,7 +305,7 @@ impl Encoder<'_> {
                 let Some(piece) = upto.strip_prefix(text.as_str()) else {
                     return Err(bad("it renders earlier turns differently once later ones follow".to_owned()));
                 };
-                ids = self.codec.extend(&ids, &text, piece).map_err(tokenizer)?;
+                ids = extend(|text| encode(text, &marked), &ids, &text, piece).map_err(tokenizer)?;
                 mask.resize(ids.len(), learn);
                 text.clone_from(upto);
             }
@@ -393,7 +415,13 @@ pub(crate) mod tests {
             }
             Ok(s)
         });
-        TextCodec::new(encode, words, Some(render), vec![2]).unwrap()
+        let plain = Arc::clone(&encode);
+        let chat = ChatCodec {
+            guard: Arc::new(|messages| (messages.to_vec(), vec![])),
+            render,
+            encode: Arc::new(move |text, _| plain(text, false)),
+        };
+        TextCodec::new(encode, words, Some(chat), vec![2]).unwrap()
     }
 
     fn run(text: &str, codec: &TextCodec, labels: &[&str], max_length: usize) -> (Vec<Encoded>, Report) {
@@ -435,7 +463,7 @@ pub(crate) mod tests {
         assert!(report.is_ok(), "{report:?}");
         assert_eq!(learned(&out[0]), "x\ny\n$");
         let mut codec = byte_codec(false);
-        codec.render_chat = None;
+        codec.chat = None;
         assert_eq!(run(&line, &codec, &[], 64).1.issues[0].code, Code::ChatTemplate);
     }
 

@@ -97,7 +97,8 @@ impl Trainable {
         init::build(spec, &base.sites, Some(base), seed, &base.device)
     }
 
-    /// Variables with the values of an existing delta, to train it further.
+    /// Variables with the values of an existing delta, to train it further. (The norm of a DoRA patch that is served is that
+    /// of its values: right for gradients there; to change them, put it over its matrix first, [`Delta::over`].)
     ///
     /// # Errors
     /// The device, or a site that the table does not have.

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{Tensor, backprop::GradStore};
 use deltaserve::{
     admission::train_params::Schedule,
-    delta::{Delta, DeltaBatch, Half, NormAt, Patch, PrefixForm, PromptStage, Site, Task},
+    delta::{Delta, DeltaBatch, DoraBase, Half, NormAt, Patch, PrefixForm, PromptStage, Site, Task},
     model::{Base, Input, Source},
     nn::Cx,
     rows::RowLayout,
@@ -35,6 +35,11 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     let own = f.list("cases").iter().find(|c| c["delta"] == path);
     let own = own.ok_or_else(|| fail(format!("no case for {path}")))?;
     let delta = f.delta(&base, own)?.ok_or_else(|| fail("no delta"))?;
+    let matrix = |site| match base.linear(site)? {
+        Some((weight, bias)) => DoraBase::new(weight, bias),
+        None => candle_core::bail!("no matrix at {site}"),
+    };
+    let delta = delta.over(matrix).map_err(fail)?;
     let trainable = Trainable::from_delta(&delta, &base.sites).map_err(fail)?;
     let delta = trainable.delta(&mut rng(0, Stream::Dropout)).map_err(fail)?;
     let want = f.tensors(case["expected"].as_str().unwrap_or_default())?;

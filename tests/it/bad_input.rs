@@ -284,6 +284,31 @@ async fn more_than_the_queue_holds_is_refused_at_once_with_a_time_to_retry() {
     running.stop().await;
 }
 
+/// 80 places: neither a batch of 96 continuations nor a call of 100 inputs may ask for all at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_call_of_many_sequences_leaves_places_to_others_and_is_not_refused_half_way() {
+    let world = World::long();
+    let running = world.start().await;
+    let client = &running.client;
+    let other = client.stream(ask("", "once", 16_000)).await.expect("admitted");
+    let request = proto::GenerateBatchRequest {
+        delta: String::new(),
+        prompts: (0..12).map(|i| prompt(&format!("once {i}"))).collect(),
+        options: Some(proto::GenerateOptions { n: Some(8), ..options(2) }),
+    };
+    let said = client.batch(request).await.expect("its later prompts wait for room");
+    assert_eq!(said.generations.len(), 96);
+    assert!(
+        said.generations.iter().enumerate().all(|(i, g)| (g.prompt_index, g.index) == (i as u32 / 8, i as u32 % 8))
+    );
+    let texts = (0..100).map(|i| format!("text {i}")).collect();
+    let request = proto::EmbedRequest { inputs: texts, ..Default::default() };
+    let found = client.inference().embed(client.request(request)).await.expect("no more than its share at once");
+    assert_eq!(found.into_inner().embeddings.len(), 100);
+    drop(other);
+    running.stop().await;
+}
+
 /// Every file below a folder.
 fn walk(dir: &Path, out: &mut Vec<std::path::PathBuf>) {
     for entry in fs::read_dir(dir).expect("a folder").map(|e| e.expect("an entry").path()) {

@@ -1,7 +1,9 @@
 //! Combinations, and the folder forms of prompts and prefixes.
 
 use candle_core::{Device, Tensor};
+use serde_json::json;
 
+use super::{FORMAT, INDEX, decode_within};
 use crate::{
     delta::{
         Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Prefix, PrefixForm, Proj, Prompt, PromptStage, Site,
@@ -193,4 +195,25 @@ fn files_that_do_not_fit_the_base_name_both_numbers() {
     refused(&config, weights(4, 64), &["num_layers is 7", "has 2"]);
     let prompt = serde_json::json!({"peft_type": "PROMPT_TUNING"});
     refused(&prompt, weights(4, 48), &["48", "has 32"]);
+}
+
+/// Three parts of 64 KiB from files of some bytes: the third is not even read.
+#[test]
+fn parts_may_not_grow_without_end() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let names = ["a", "b", "c", "d"];
+    let mut files = DeltaFiles::default();
+    for name in names {
+        files.files.insert(format!("{name}.adapter_config.json"), "{}".into());
+    }
+    let index = json!({ "format": FORMAT, "version": 1, "parts": names });
+    files.files.insert(INDEX.to_owned(), index.to_string().into());
+    let read = std::cell::Cell::new(0);
+    let one = |_: &DeltaFiles, base: &Base| {
+        read.set(read.get() + 1);
+        Ok(Delta::new(spec(&["prompt"], Task::CausalLm), vec![prompt(base, 512, PromptStage::Tokens)], None)) // 64 KiB
+    };
+    let error = decode_within(100 << 10, &files, &base, one).unwrap_err().to_string();
+    assert!(error.contains("\"b\"") && error.contains("131072"), "{error}");
+    assert_eq!(read.get(), 2);
 }

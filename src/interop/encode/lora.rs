@@ -147,7 +147,7 @@ fn config(w: &Writer<'_>, g: &Gathered) -> Result<Value, InteropError> {
 /// Whole numbers without a fraction, as PEFT writes them.
 fn number(v: f64) -> Value {
     // scales were divided by the rank: undo rounding below f32's precision
-    let rounded = (v * 1e6).round() / 1e6;
+    let rounded = format!("{v:.8e}").parse().unwrap_or(v);
     if rounded.fract() == 0.0 { json!(rounded as i64) } else { json!(rounded) }
 }
 
