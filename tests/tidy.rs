@@ -125,7 +125,9 @@ impl Source {
 
     /// A file of unit tests: it may reach over floors to build what it tests.
     fn is_test(&self) -> bool {
-        self.path.contains("/tests/") || self.path.ends_with("tests.rs")
+        let name = self.path.rsplit('/').next().unwrap_or_default();
+        let folder = ["/tests/", "/laws/"].iter().any(|f| self.path.contains(f));
+        folder || name.ends_with("tests.rs") || name.ends_with("laws.rs")
     }
 
     fn is_in(&self, places: &[&str]) -> bool {

@@ -31,6 +31,7 @@ impl Service {
         let inputs = params.inputs.clone();
         let room = params.truncate.then(|| self.room(&admitted));
         let encoded = self.blocking(move |parts| encode(&parts.text, &inputs, task, room)).await?;
+        check_size(task, problem, &encoded, &labels, self.parts().limits.max_message_bytes)?;
         // a tokenizer may number the second text although the base knows one kind only (RoBERTa)
         let kinds = self.parts().base.arch.token_types as u32;
         // words of which nothing is left have no row; each is answered without a label
@@ -45,25 +46,11 @@ impl Service {
             work: if task == Task::TokenCls { Work::ClassifyTokens } else { Work::Classify },
         });
         let results = self.run(rows.collect(), &admitted).await?;
-        let mut out = Vec::with_capacity(encoded.len());
-        let mut outputs = results.outputs.into_iter();
-        for ((encoded, cut), input) in encoded.iter().zip(&params.inputs) {
-            let output = if is_blank(encoded, input) { Some(Output::TokenLogits(vec![])) } else { outputs.next() };
-            let output = output.ok_or_else(|| ServeError::Internal("an output is missing".into()))?;
-            let (labels, tokens, value) = match output {
-                Output::Logits(logits) => {
-                    let (mut labels, value) = read(&logits, problem, &labels);
-                    labels.retain(|l| l.probability >= params.threshold);
-                    (labels, vec![], value)
-                }
-                Output::TokenLogits(rows) => (vec![], token_labels(&rows, encoded, input, &labels), None),
-                _ => return Err(ServeError::Internal("the engine mixed up its work".into())),
-            };
-            let tokens_read = encoded.ids.len() as u32;
-            out.push(Classification { labels, tokens, value, tokens_read, cut: *cut });
-        }
+        let ClassifyParams { inputs, threshold, .. } = params;
+        let outputs = results.outputs;
+        let read = move |_: &_| classifications(outputs, &encoded, &inputs, (problem, threshold), &labels);
         Ok(ClassifyReply {
-            results: out,
+            results: self.blocking(read).await?,
             problem: (task == Task::SeqCls).then_some(problem),
             served_by: admitted.served_by(),
             usage: results.usage,
@@ -90,6 +77,69 @@ impl Service {
             _ => Err(ServeError::WrongTask("the base has no classification head; name a delta that brings one".into())),
         }
     }
+}
+
+/// Most numbers that a call's token heads may give: they are all in memory before the best are taken.
+const MAX_NUMBERS: usize = 1 << 26;
+
+/// Refuses, before anything is computed, what would be too much to hold or to answer.
+fn check_size(
+    task: Task,
+    problem: Problem,
+    encoded: &[(Encoded, bool)],
+    labels: &[String],
+    max_message_bytes: u64,
+) -> Result<(), ServeError> {
+    if task == Task::TokenCls {
+        let tokens: usize = encoded.iter().map(|(e, _)| e.ids.len()).sum();
+        if tokens.saturating_mul(labels.len()) > MAX_NUMBERS {
+            let l = labels.len();
+            let message =
+                format!("{tokens} tokens by {l} labels; at most {MAX_NUMBERS} scores a call: send fewer inputs");
+            return Err(ServeError::field("inputs", message));
+        }
+    } else if problem != Problem::Regression {
+        /// A label's index, probability and framing on the wire.
+        const FRAME: usize = 12;
+        let each: usize = labels.iter().map(|label| label.len() + FRAME).sum();
+        let all = encoded.len().saturating_mul(each) as u64;
+        if all > max_message_bytes {
+            let n = encoded.len();
+            let message = format!(
+                "{n} inputs with all {} labels make an answer of {all} bytes; at most {max_message_bytes}: send fewer inputs",
+                labels.len()
+            );
+            return Err(ServeError::field("inputs", message));
+        }
+    }
+    Ok(())
+}
+
+/// What each input is found to be, from the outputs of those that are not blank.
+fn classifications(
+    outputs: Vec<Output>,
+    encoded: &[(Encoded, bool)],
+    inputs: &[ClassifyInput],
+    (problem, threshold): (Problem, f32),
+    names: &[String],
+) -> Result<Vec<Classification>, ServeError> {
+    let mut outputs = outputs.into_iter();
+    let one = |((encoded, cut), input): (&(Encoded, bool), &ClassifyInput)| {
+        let output = if is_blank(encoded, input) { Some(Output::TokenLogits(vec![])) } else { outputs.next() };
+        let output = output.ok_or_else(|| ServeError::Internal("an output is missing".into()))?;
+        let (labels, tokens, value) = match output {
+            Output::Logits(logits) => {
+                let (mut labels, value) = read(&logits, problem, names);
+                labels.retain(|l| l.probability >= threshold);
+                (labels, vec![], value)
+            }
+            Output::TokenLogits(rows) => (vec![], token_labels(&rows, encoded, input, names), None),
+            _ => return Err(ServeError::Internal("the engine mixed up its work".into())),
+        };
+        let tokens_read = encoded.ids.len() as u32;
+        Ok(Classification { labels, tokens, value, tokens_read, cut: *cut })
+    };
+    encoded.iter().zip(inputs).map(one).collect()
 }
 
 /// Tokens of each input, and whether it was cut to `room`.
@@ -158,9 +208,16 @@ fn sorted(probabilities: Vec<f32>, labels: &[String]) -> Vec<LabelScore> {
     all
 }
 
+/// The most probable label; the first of equals.
+fn best(logits: &[f32], labels: &[String]) -> Option<LabelScore> {
+    let of_equals = |a: &(usize, &f32), b: &(usize, &f32)| a.1.total_cmp(b.1).then(b.0.cmp(&a.0));
+    let (index, _) = logits.iter().enumerate().max_by(of_equals)?;
+    Some(score(index, softmax(logits)[index], labels))
+}
+
 /// The best label of every word piece of the first text, or of every word; special tokens have none.
 fn token_labels(rows: &[Vec<f32>], encoded: &Encoded, input: &ClassifyInput, labels: &[String]) -> Vec<TokenLabel> {
-    let best = |row: &Vec<f32>| ranked(row, labels).into_iter().next();
+    let best = |row: &Vec<f32>| best(row, labels);
     let text = match input {
         ClassifyInput::Text { text, .. } => text,
         ClassifyInput::Words(words) => return word_labels(rows, encoded, words, best),
@@ -205,6 +262,35 @@ fn word_labels(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_best_is_the_first_of_the_ranked() {
+        let labels = ["a".to_owned(), "b".to_owned()];
+        for logits in [vec![1.0, 3.0, 2.0], vec![2.0, 2.0, 1.0], vec![-1e9, -1e9], vec![0.5]] {
+            assert_eq!(best(&logits, &labels), ranked(&logits, &labels).into_iter().next());
+        }
+        assert_eq!(best(&[], &labels), None);
+    }
+
+    #[test]
+    fn answers_that_nobody_could_hold_are_refused_before_they_are_computed() {
+        let encoded = |tokens: usize| (Encoded { ids: vec![1; tokens], ..Encoded::default() }, false);
+        let labels: Vec<String> = (0..10_000).map(|i| format!("label {i}")).collect();
+        let refused =
+            |task, problem, inputs: &[(Encoded, bool)]| match check_size(task, problem, inputs, &labels, 1 << 24) {
+                Ok(()) => None,
+                Err(e) => Some(e.to_string()),
+            };
+        let many: Vec<_> = (0..200).map(|_| encoded(512)).collect();
+        let single = Problem::SingleLabel;
+        assert!(refused(Task::TokenCls, single, &many).is_some_and(|m| m.contains("102400 tokens by 10000 labels")));
+        assert_eq!(refused(Task::TokenCls, single, &many[..10]), None);
+        assert!(
+            refused(Task::SeqCls, single, &many).is_some_and(|m| m.contains("200 inputs") && m.contains("16777216"))
+        );
+        assert_eq!(refused(Task::SeqCls, single, &many[..10]), None);
+        assert_eq!(refused(Task::SeqCls, Problem::Regression, &many), None);
+    }
 
     #[test]
     fn labels_are_ranked_and_their_probabilities_sum_to_one() {
