@@ -148,7 +148,7 @@ impl Service {
             self.check_source(&field, &row.input, admitted)?;
             self.check_room(&field, &row.input, 0, admitted)?;
         }
-        let places = self.places().take(rows.len().min(self.places().share()))?;
+        let places = self.places().take_bulk(rows.len().min(self.places().share()))?;
         let read: usize = rows.iter().map(|r| r.input.given()).sum();
         let (all, mut rows) = (rows.len(), rows.into_iter());
         let mut waiting: VecDeque<mpsc::Receiver<Event>> = VecDeque::with_capacity(places.len());

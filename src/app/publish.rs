@@ -96,7 +96,10 @@ fn accept(
     found: Result<BaseFingerprint, ModelError>,
 ) -> Result<ModelResult, PublishFailure> {
     let problem = match found {
-        Ok(found) if found == written => return models.keep(job, written.to_string()).map_err(internal),
+        Ok(found) if found == written => match models.keep(job, written.to_string()) {
+            Ok(model) => return Ok(model),
+            Err(e) => format!("it could not be moved to its place: {e}"),
+        },
         Ok(found) => format!("its fingerprint is {found}, and what was written has {written}"),
         Err(e) => e.to_string(),
     };
@@ -104,7 +107,7 @@ fn accept(
         Ok(place) => format!("it is kept as {}", place.display()),
         Err(e) => format!("and it could not be kept: {e}"),
     };
-    Err(failure("MODEL_UNREADABLE", format!("the model was written but cannot be read back: {problem}; {place}")))
+    Err(failure("MODEL_UNREADABLE", format!("the model was written but is not taken: {problem}; {place}")))
 }
 
 #[cfg(test)]

@@ -4,7 +4,12 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{convert, proto, proto::delta_service_server::DeltaService, tenant::tenant, upload::Receiver};
+use super::{
+    convert, proto,
+    proto::delta_service_server::DeltaService,
+    tenant::tenant,
+    upload::{Receiver, held},
+};
 use crate::admission::{Service, catalog_params::AliasParams};
 
 /// Bytes of a download's chunk: large enough to be fast, small enough for every client's message limit.
@@ -24,9 +29,10 @@ impl DeltaService for Deltas {
         request: Request<Streaming<proto::UploadRequest>>,
     ) -> Result<Response<proto::UploadResponse>, Status> {
         let tenant = tenant(request.metadata())?;
-        let _place = self.receiver.place()?;
+        let place = self.receiver.place()?;
         let params = self.receiver.delta(request.into_inner()).await?;
-        let info = self.service.upload(&tenant, params).await?;
+        let service = self.service.clone();
+        let info = held(place, async move { service.upload(&tenant, params).await }).await?;
         Ok(Response::new(proto::UploadResponse { delta: Some(convert::delta(info)) }))
     }
 

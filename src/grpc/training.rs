@@ -7,7 +7,7 @@ use super::{
     convert, proto,
     proto::training_service_server::TrainingService,
     tenant::{tenant, timeout},
-    upload::Receiver,
+    upload::{Receiver, held},
 };
 use crate::admission::{Service, train_params::WatchParams};
 
@@ -25,9 +25,10 @@ impl TrainingService for Training {
         request: Request<Streaming<proto::UploadDatasetRequest>>,
     ) -> Result<Response<proto::UploadDatasetResponse>, Status> {
         let tenant = tenant(request.metadata())?;
-        let _place = self.receiver.place()?;
+        let place = self.receiver.place()?;
         let upload = self.receiver.dataset(request.into_inner()).await?;
-        let dataset = self.service.upload_dataset(&tenant, upload).await?;
+        let service = self.service.clone();
+        let dataset = held(place, async move { service.upload_dataset(&tenant, upload).await }).await?;
         Ok(Response::new(proto::UploadDatasetResponse { dataset: Some(convert::dataset(dataset)) }))
     }
 

@@ -92,6 +92,20 @@ impl Receiver {
     }
 }
 
+/// Stores what came in a task of its own, which keeps the place although the client may have left: what was received is
+/// in memory until then.
+pub(super) async fn held<T: Send + 'static>(
+    place: OwnedSemaphorePermit,
+    store: impl Future<Output = Result<T, ServeError>> + Send + 'static,
+) -> Result<T, ServeError> {
+    let task = tokio::spawn(async move {
+        let stored = store.await;
+        drop(place);
+        stored
+    });
+    task.await.map_err(|e| ServeError::Internal(format!("an upload ended early: {e}")))?
+}
+
 async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Status> {
     match tokio::time::timeout(IDLE, stream.message()).await {
         Ok(message) => message,

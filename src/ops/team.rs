@@ -104,7 +104,10 @@ impl Team {
             // without a helper the others do its share
             thread::Builder::new().name(name).spawn(move || desk.help(i)).ok().map(|h| h.thread().clone())
         };
-        let helpers = (0..desk.asleep.len()).map_while(start).collect();
+        let helpers: Vec<Thread> = (0..desk.asleep.len()).map_while(start).collect();
+        if helpers.len() < wanted {
+            tracing::warn!(wanted, started = helpers.len(), "threads for the parts of ops could not be started");
+        }
         Self { desk, helpers, free: Mutex::new(()) }
     }
 
@@ -162,7 +165,7 @@ impl Drop for Closing<'_> {
         let mut looks = 0u32;
         while self.0.state.0.load(Ordering::Acquire) & INSIDE != 0 {
             spin_loop();
-            looks += 1;
+            looks = looks.wrapping_add(1);
             if looks.is_multiple_of(LOOKS * LOOKS) {
                 // more threads than cores: the one inside may be waiting for this core
                 thread::yield_now();

@@ -153,13 +153,17 @@ impl Models {
         Ok(there)
     }
 
-    /// Jobs that have a record.
+    /// Jobs that have a record or a folder.
     ///
     /// # Errors
     /// The file system's.
-    pub fn recorded(&self) -> Result<Vec<String>, StoreError> {
-        let job = |name: String| name.strip_suffix(&format!(".{RECORD}")).map(str::to_owned);
-        Ok(self.entries()?.into_iter().filter_map(job).collect())
+    pub fn jobs(&self) -> Result<Vec<String>, StoreError> {
+        let job = |name: String| match name.split_once('.') {
+            Some((stem, RECORD)) => Some(stem.to_owned()),
+            Some(_) => None,
+            None => Some(name),
+        };
+        Ok(self.entries()?.into_iter().filter_map(job).collect::<BTreeSet<_>>().into_iter().collect())
     }
 
     /// Removes what is half-written, and every folder and record but those of these jobs. What was set aside stays.
@@ -234,7 +238,7 @@ mod tests {
     fn a_model_is_there_when_its_record_is_and_a_crash_before_the_move_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let models = Models::new(dir.path());
-        assert!(models.find("a").unwrap().is_none() && models.recorded().unwrap().is_empty());
+        assert!(models.find("a").unwrap().is_none() && models.jobs().unwrap().is_empty());
         written(&models, "a");
         assert!(models.find("a").unwrap().is_none(), "not before it is kept");
         let kept = models.keep("a", "f".into()).unwrap();
@@ -264,7 +268,7 @@ mod tests {
         models.set_aside("odd").unwrap();
         written(&models, "half");
         fs::remove_file(models.named("lost", RECORD)).unwrap();
-        assert_eq!(models.recorded().unwrap(), ["kept"]);
+        assert_eq!(models.jobs().unwrap(), ["kept", "lost"], "a folder without a record is asked about, too");
         models.sweep(&BTreeSet::from(["kept".to_owned()])).unwrap();
         assert_eq!(names(&models), ["kept", "kept.json", "odd.unverified"]);
         assert!(models.remove("odd").unwrap());

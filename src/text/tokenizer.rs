@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use tokenizers::{Encoding, Tokenizer};
 
@@ -90,7 +91,8 @@ pub struct TextModel {
     /// The same tokenizer, but text that looks like a special token is plain text.
     plain: Tokenizer,
     special: SpecialIds,
-    special_texts: Vec<(String, u32)>,
+    /// Finds the special texts; the longest of those that begin at one place.
+    finder: AhoCorasick,
     special_set: HashSet<u32>,
     config: Value,
     max_bytes: usize,
@@ -140,9 +142,13 @@ impl TextModel {
             .map(|(i, t)| (t.content, i))
             .collect();
         special_texts.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.0.cmp(&b.0)));
+        let finder = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .build(special_texts.iter().map(|(text, _)| text))
+            .map_err(|e| invalid(&e))?;
         let special_set = special_texts.iter().map(|(_, id)| *id).collect();
         let config = config.cloned().unwrap_or(Value::Null);
-        Ok(Self { tokenizer, plain, special, special_texts, special_set, config, max_bytes: MAX_TEXT_BYTES })
+        Ok(Self { tokenizer, plain, special, finder, special_set, config, max_bytes: MAX_TEXT_BYTES })
     }
 
     /// Sets the longest accepted text.
@@ -240,14 +246,16 @@ impl TextModel {
         self.special_set.contains(&id) || self.tokenizer.id_to_token(id).is_none()
     }
 
-    /// The first special token that a text contains, as a byte range.
-    pub fn find_special(&self, text: &str) -> Option<std::ops::Range<usize>> {
-        // longest first in `special_texts`, and `min_by_key` keeps the first of equals
-        let hits = self.special_texts.iter().filter_map(|(s, _)| text.find(s.as_str()).map(|at| at..at + s.len()));
-        hits.min_by_key(|r| r.start)
+    /// The special tokens that a text contains, in order, as byte ranges; in time linear in the text.
+    pub fn specials<'a>(&'a self, text: &'a str) -> impl Iterator<Item = std::ops::Range<usize>> + 'a {
+        self.finder.find_iter(text).map(|found| found.range())
     }
 
-    fn check(&self, bytes: usize) -> Result<(), TextError> {
+    /// Whether so many bytes may be a text.
+    ///
+    /// # Errors
+    /// They are too many.
+    pub(super) fn check(&self, bytes: usize) -> Result<(), TextError> {
         if bytes > self.max_bytes { Err(TextError::TooLong { bytes, limit: self.max_bytes }) } else { Ok(()) }
     }
 }
@@ -329,12 +337,13 @@ mod tests {
         assert_eq!(model.encode("a<eos>", false).expect("encodes"), vec![97, 257]);
         let user = model.encode_user("a<eos>", true).expect("encodes");
         assert_eq!(user, [256, 97].into_iter().chain("<eos>".bytes().map(u32::from)).collect::<Vec<_>>());
-        assert_eq!(model.find_special("a<eos><bos>"), Some(1..6));
-        assert_eq!(model.find_special("<eo s>"), None);
+        assert_eq!(model.specials("a<eos><bos>").collect::<Vec<_>>(), [1..6, 6..11]);
+        assert_eq!(model.specials("<eo s>").count(), 0);
         // T5's Unigram vocabulary lists `<extra_id_*>` among its plain pieces too, so there text can still become one
         for folder in FOLDERS.into_iter().filter(|f| !f.contains("t5")) {
             let Some(model) = shared(folder) else { continue };
-            for (text, id) in &model.special_texts {
+            for (text, id) in model.special_set.iter().map(|id| (model.token_text(*id), id)) {
+                let text = &text;
                 let ids = model.encode_user(&format!("x {text} y"), false).expect("encodes");
                 assert!(!ids.contains(id), "{folder}: {text}");
             }

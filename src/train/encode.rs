@@ -299,6 +299,10 @@ impl Encoder<'_> {
         let (mut text, mut ids, mut mask) = (String::new(), Vec::new(), Vec::new());
         let turns = messages.iter().enumerate().filter(|(_, m)| m.role == "assistant").map(|(i, _)| i);
         for turn in turns {
+            // what follows will be cut, and every turn renders and reads what is before it
+            if ids.len() >= self.max_length {
+                break;
+            }
             let opening = render(&messages[..turn], true).map_err(bad)?;
             let closed = render(&messages[..=turn], false).map_err(bad)?;
             for (upto, learn) in [(&opening, false), (&closed, true)] {

@@ -220,7 +220,8 @@ impl JobLog {
             }
             (None, _) => return Ok(None),
         };
-        let (mut final_loss, mut best_eval, mut from) = (f64::NAN, None, 1);
+        // stays 0 where no event could be stored: a number that is none would not be read again
+        let (mut final_loss, mut best_eval, mut from) = (0.0, None, 1);
         loop {
             let page = self.events(&info.id, from, 1000).await?;
             let Some(last) = page.last() else { break };
@@ -242,12 +243,12 @@ impl JobLog {
     /// The store's.
     pub async fn sweep_models(&self) -> Result<(), LogError> {
         let models = self.models();
-        let recorded = {
+        let named = {
             let models = models.clone();
-            blocking(move || models.recorded()).await?
+            blocking(move || models.jobs()).await?
         };
         let mut keep = BTreeSet::new();
-        for id in recorded {
+        for id in named {
             let job = self.store.any_job(&id).await?.map(stored).transpose()?;
             if job.is_some_and(|job| job.info.result.is_some_and(|r| r.model.is_some())) {
                 keep.insert(id);

@@ -284,7 +284,10 @@ impl Supervisor {
     /// nothing else runs (other processes have it), and a disk that could not take its model in the end.
     fn obstacle(&self, job: &Pending) -> Option<JobFailure> {
         let need = job.memory?;
-        if let Err(Shortage { message, .. }) = self.memory.now().check(&need, false) {
+        // beside others it was asked a moment ago, and a job that waits does not fail
+        if self.running.is_empty()
+            && let Err(Shortage { message, .. }) = self.memory.now().check(&need, false)
+        {
             return Some(JobFailure { code: "NOT_ENOUGH_MEMORY".into(), message });
         }
         let numbers = job.input.spec.full.unwrap_or(0);

@@ -13,7 +13,7 @@ use crate::{
         params::Violation,
         train_params::{MethodPart, ResolvedEwc, StartedFrom, TrainParams},
     },
-    delta::{Delta, Head, Task},
+    delta::{Delta, DoraBase, Head, Task},
     ids::DeltaId,
     model::Base,
     train::{
@@ -111,7 +111,11 @@ impl Continued {
     /// # Errors
     /// The device.
     pub(super) fn trainable(&self, spec: &TrainSpec, base: &Base, seed: u64) -> candle_core::Result<Trainable> {
-        Trainable::continuing(&self.delta, spec, &base.sites, seed, &base.device)
+        let matrix = |site| match base.linear(site)? {
+            Some((weight, bias)) => DoraBase::new(weight, bias),
+            None => candle_core::bail!("no matrix at {site}"),
+        };
+        Trainable::continuing(&self.delta.over(matrix)?, spec, &base.sites, seed, &base.device)
     }
 }
 

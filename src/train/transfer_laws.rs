@@ -23,6 +23,7 @@ use crate::{
     },
     delta::{Delta, DeltaSpec, HeadLayer, Matrix, Patch, Problem, Task},
     ids::DeltaId,
+    interop::{self, EncodeMeta},
     model::Base,
 };
 
@@ -347,4 +348,28 @@ fn ewc_keeps_more_of_the_old_task() {
     assert!(kept - before < 0.7 * (forgot - before), "{before}: {forgot} without and {kept} with");
     let (start, learnt) = (loss(&base, &old, &new_data), loss(&base, &held, &new_data));
     assert!(learnt < start, "it still learns the new task: {start}, then {learnt}");
+}
+
+/// The registry's deltas come from files and have let go of the base's matrices: what a job reports must be what the version
+/// that it publishes does.
+#[test]
+fn a_dora_delta_from_files_goes_on_as_the_function_that_is_published() {
+    let base = tiny("llama");
+    let dora = vec![MethodPart::Lora(LoraPart { rank: Some(2), dora: true, ..LoraPart::default() })];
+    let stored = |delta: &Delta| {
+        let files = interop::encode(delta, &base, &EncodeMeta::default()).unwrap();
+        Arc::new(interop::decode(&files, &base).unwrap())
+    };
+    let old = stored(&train(&base, input(&base, Task::CausalLm, &dora, hyper(4))).delta);
+    let from = StartingDelta::new("old@1".into(), DeltaId::from_bytes([1; 32]), Arc::clone(&old), ());
+    let rows: String = (0..12).map(|i| format!("{{\"text\": \"{}\"}}\n", "!#$%&"[i % 3..].repeat(1 + i / 3))).collect();
+    let request = TrainParams { ewc: None, ..continuing(Task::CausalLm) };
+    let planned = plan(&base, &request, &rows, &from, &rows);
+    let next = RunInput { resolved: hyper(8), ..RunInput::from(&planned) };
+    let data: Vec<Encoded> = planned.train.to_vec();
+    let end = Arc::new(train(&base, next).delta);
+    let (start, trained, published) =
+        (loss(&base, &old, &data), loss(&base, &end, &data), loss(&base, &stored(&end), &data));
+    assert!((start - trained).abs() > 0.05, "it moved: {start} -> {trained}");
+    assert!((trained - published).abs() < 1e-3, "{trained} is published as {published}");
 }

@@ -39,7 +39,7 @@ pub struct Trained {
     /// The evaluation of the published checkpoint.
     pub best_eval: Option<EvalEvent>,
     /// A delta's weights as safetensors bytes: kept when publishing fails, so that no training is lost. None of a whole
-    /// model, whose publisher keeps what it could write.
+    /// model, whose publisher keeps what it wrote in full.
     pub checkpoint: Option<Vec<u8>>,
 }
 
