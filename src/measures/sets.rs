@@ -40,7 +40,8 @@ impl<K: Ord + Clone> Sets<K> {
         f1(sum(0), sum(1), sum(2))
     }
 
-    /// F1 averaged over the labels (`f1_score(average="macro")`).
+    /// F1 averaged over the labels that are gold or predicted somewhere (`f1_score(average="macro")` of these; of an
+    /// indicator matrix scikit-learn averages every column, and one that never occurs counts 0 there).
     pub fn macro_f1(&self) -> f64 {
         self.labels.values().map(|c| f1(c[0], c[1], c[2])).sum::<f64>() / self.labels.len().max(1) as f64
     }
