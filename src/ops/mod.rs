@@ -81,15 +81,16 @@ fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize
     }
 }
 
-/// Asks memory for the line that holds an element to be read soon; the place may lie beyond the slice's end.
+/// Asks memory for the line that holds an element to be read soon, or, into the second level, later; the place may lie beyond the slice's end.
 #[inline(always)]
 #[allow(unsafe_code, reason = "a prefetch is a hint: it reads nothing and faults nowhere, whatever the address")]
-fn prefetch(data: &[f32], at: usize) {
+fn prefetch<const SECOND_LEVEL: bool>(data: &[f32], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        let place = data.as_ptr().wrapping_add(at).cast();
         // SAFETY: see the reason above
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(at).cast()) };
+        unsafe { if SECOND_LEVEL { _mm_prefetch::<_MM_HINT_T1>(place) } else { _mm_prefetch::<_MM_HINT_T0>(place) } };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (data, at);

@@ -5,7 +5,7 @@
 //! [`PANEL`] columns, each a contiguous `[k, PANEL]`: every kernel here, for one row or for thousands, forward or
 //! backward, streams them from front to end.
 
-use std::ops::Range;
+use std::{borrow::Cow, mem::MaybeUninit, ops::Range};
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -19,13 +19,11 @@ use super::{
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
 const PANEL: usize = 48;
-/// Depth of a block that stays in L1 while some tens of rows pass by, so that the first level's few outstanding misses
-/// are free for memory.
+/// Depth of a block, which stays in L1 with the same columns of some tens of rows while they are multiplied, so that the
+/// first level's few outstanding misses are free for memory.
 const DEPTH: usize = 96;
-/// Depth of a block that stays in L2 while more rows pass by: memory no longer matters, reloading sums does.
-const DEPTH_MANY: usize = 1024;
-/// Rows that are many.
-const MANY_ROWS: usize = 64;
+/// Numbers of a whole block.
+const BLOCK: usize = DEPTH * PANEL;
 /// From this many rows on, threads share the rows; below, the columns.
 const SPLIT_ROWS: usize = 64;
 /// Cache lines of a panel's row.
@@ -68,29 +66,50 @@ pub(super) fn unpack(w: &[f32], k: usize, n: usize) -> Vec<f32> {
 }
 
 /// `x [m, k] W + bias` -> `[m, n]`.
+#[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
 pub(super) fn product(x: &[f32], w: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     let threads = threads();
     let panels = n.div_ceil(PANEL);
-    let mut data = vec![0f32; m * n];
-    let run = |x: &[f32], panels: Range<usize>, out: Vec<&mut [f32]>| {
+    let mut data = Vec::with_capacity(m * n);
+    let all = &mut data.spare_capacity_mut()[..m * n];
+    let run = |x: &[f32], panels: Range<usize>, out: Vec<&mut [MaybeUninit<f32>]>| {
         Arch::new().dispatch(Forward { x, w, bias, k, n, panels, out });
     };
     if threads == 1 || m * k * n < WORTH_A_THREAD {
-        run(x, 0..panels, data.chunks_mut(n.max(1)).collect());
+        run(&blocked(x, k), 0..panels, all.chunks_mut(n.max(1)).collect());
     } else if m >= SPLIT_ROWS {
         let rows = m.div_ceil(2 * threads).next_multiple_of(8);
-        let parts = data.chunks_mut(rows * n).zip(x.chunks(rows * k)).collect();
-        each(parts, |(out, x): (&mut [f32], &[f32])| run(x, 0..panels, out.chunks_mut(n).collect()));
+        let parts = all.chunks_mut(rows * n).zip(x.chunks(rows * k)).collect();
+        each(parts, |(out, x): (&mut [_], &[f32])| run(&blocked(x, k), 0..panels, out.chunks_mut(n).collect()));
     } else {
-        let per = panels.div_ceil(threads * 4).max(1);
-        let mut parts: Vec<Vec<&mut [f32]>> = (0..panels.div_ceil(per)).map(|_| Vec::with_capacity(m)).collect();
-        for row in data.chunks_mut(n) {
+        // a part's first blocks are not asked for ahead
+        let per = panels.div_ceil(threads * 8).max(2);
+        let mut parts: Vec<Vec<&mut [_]>> = (0..panels.div_ceil(per)).map(|_| Vec::with_capacity(m)).collect();
+        for row in all.chunks_mut(n) {
             parts.iter_mut().zip(row.chunks_mut(per * PANEL)).for_each(|(part, columns)| part.push(columns));
         }
-        let part = |(i, out)| run(x, i * per..panels.min((i + 1) * per), out);
+        let x = blocked(x, k);
+        let part = |(i, out)| run(&x, i * per..panels.min((i + 1) * per), out);
         each(parts.into_iter().enumerate().collect(), part);
     }
+    // SAFETY: the panels of a product cover all columns and `Forward` writes each of theirs in every row it is given
+    unsafe { data.set_len(m * n) };
     data
+}
+
+/// `x [m, k]` as `[blocks of DEPTH columns, m, DEPTH]`, the last block as narrow as it comes: rows that lie a power of two
+/// apart would fall on the same few lines of the cache.
+fn blocked(x: &[f32], k: usize) -> Cow<'_, [f32]> {
+    let m = x.len() / k.max(1);
+    if m < 2 {
+        return Cow::Borrowed(x);
+    }
+    let mut out = Vec::with_capacity(x.len());
+    for from in (0..k).step_by(DEPTH) {
+        let to = k.min(from + DEPTH);
+        x.chunks_exact(k).for_each(|row| out.extend_from_slice(&row[from..to]));
+    }
+    Cow::Owned(out)
 }
 
 /// Columns of the packed `[k, n]` matrix as rows: `[ids, k]`. The ids must be below `n`.
@@ -111,14 +130,15 @@ pub(super) fn columns(w: &[f32], k: usize, ids: &[u32]) -> Vec<f32> {
 
 /// Columns of the given panels for all rows of `x`.
 struct Forward<'a> {
+    /// As [`blocked`] lays it.
     x: &'a [f32],
     w: &'a [f32],
     bias: Option<&'a [f32]>,
     k: usize,
     n: usize,
     panels: Range<usize>,
-    /// The panels' columns of each row, zeros before.
-    out: Vec<&'a mut [f32]>,
+    /// The panels' columns of each row; all of them are written.
+    out: Vec<&'a mut [MaybeUninit<f32>]>,
 }
 
 impl WithSimd for Forward<'_> {
@@ -137,26 +157,30 @@ impl WithSimd for Forward<'_> {
 impl Forward<'_> {
     #[inline(always)]
     fn run<S: Simd, const R: usize, const V: usize>(mut self, simd: S) {
-        let (k, n, first) = (self.k, self.n, self.panels.start * PANEL);
-        let step = V * S::F32_LANES;
-        let most = if self.out.len() < MANY_ROWS { DEPTH } else { DEPTH_MANY };
-        for panel in self.panels.clone() {
-            let mut from = 0;
-            while from < k || from == 0 {
-                let depth = most.min(k - from);
+        let (k, n, rows) = (self.k, self.n, self.out.len());
+        let mut sums = vec![0f32; rows * PANEL];
+        for (i, panel) in self.panels.clone().enumerate() {
+            for from in (0..k).step_by(DEPTH) {
+                let depth = DEPTH.min(k - from);
                 let block = (panel * k + from) * PANEL;
-                let w = &self.w[block..block + depth * PANEL];
-                let ahead = &self.w[block + depth * PANEL..];
-                let mut column = 0;
-                while column < PANEL && panel * PANEL + column < n {
-                    let at = panel * PANEL + column;
-                    let place = Place { at: at - first, columns: step.min(n - at) };
-                    let start = if from == 0 { self.bias.map(|b| &b[at..at + place.columns]) } else { None };
-                    let tile = Tile { x: &self.x[from..], stride: k, w, ahead, column, depth, start };
-                    tile.rows::<S, R, V>(simd, &mut self.out, place);
-                    column += step;
+                let (w, ahead) = self.w[block..].split_at(depth * PANEL);
+                let x = &self.x[from * rows..(from + depth) * rows];
+                // tiles of all rows share a block's lines; two of them ask twice at every row of the block
+                let requests = if rows / R == 2 { 4 } else { rows / R };
+                let pace = (LINES * 256).div_ceil(requests.max(LINES));
+                for column in (0..PANEL).step_by(V * S::F32_LANES) {
+                    let tile = Tile { x, w, ahead, pace, column, depth, first: from == 0 };
+                    tile.rows::<S, R, V>(simd, &mut sums);
                 }
-                from += depth.max(1);
+            }
+            let (at, columns) = (i * PANEL, PANEL.min(n - panel * PANEL));
+            let bias = self.bias.map(|b| &b[panel * PANEL..][..columns]);
+            for (out, sums) in self.out.iter_mut().zip(sums.chunks_exact(PANEL)) {
+                let out = out[at..at + columns].iter_mut().zip(sums);
+                match bias {
+                    Some(bias) => out.zip(bias).for_each(|((o, s), b)| _ = o.write(s + b)),
+                    None => out.for_each(|(o, s)| _ = o.write(*s)),
+                }
             }
         }
     }
@@ -166,102 +190,84 @@ impl Forward<'_> {
 #[inline(always)]
 fn prefetch_row(w: &[f32], row: usize) {
     for line in 0..LINES {
-        prefetch(w, row * PANEL + line * LINE);
+        prefetch::<false>(w, row * PANEL + line * LINE);
     }
-}
-
-/// Where a tile's columns go.
-#[derive(Clone, Copy)]
-struct Place {
-    at: usize,
-    columns: usize,
 }
 
 /// Some columns of a block, to be computed for all rows.
 struct Tile<'a> {
-    /// From the first row's first element on.
+    /// The block's columns of all rows, `[rows, depth]`.
     x: &'a [f32],
-    stride: usize,
     w: &'a [f32],
-    /// What lies behind the block: the next one, to be brought while this one is multiplied.
+    /// What lies behind the block: the one after the next is brought to the second level while this one is multiplied,
+    /// evenly over its tiles.
     ahead: &'a [f32],
+    /// Lines that each request moves on by, in 256ths.
+    pace: usize,
     column: usize,
     depth: usize,
-    /// The bias of the columns, where the block is a panel's first.
-    start: Option<&'a [f32]>,
+    /// Whether the block is its panel's first: the sums begin with it.
+    first: bool,
 }
 
 impl Tile<'_> {
-    /// All rows. One tile asks for the stream of rows ahead of its own; several share the asking for the next block, so
-    /// that memory is read all the time and not only while the first tile passes.
+    /// All rows, into `sums [rows, PANEL]`. One tile asks for the stream of rows ahead of its own; several share the
+    /// asking for a later block evenly: a core has few misses under way at a time, and computes only while it need not
+    /// wait for one of them to be free.
     #[inline(always)]
-    fn rows<S: Simd, const R: usize, const V: usize>(&self, simd: S, out: &mut [&mut [f32]], place: Place) {
-        let rows = out.len();
+    fn rows<S: Simd, const R: usize, const V: usize>(&self, simd: S, sums: &mut [f32]) {
+        let rows = sums.len() / PANEL;
         let tiles = rows / R;
         let mut row = 0;
         while row + R <= rows {
             match (tiles, row / R) {
-                (1, _) => self.one::<S, R, V, LINES>(simd, row, out, place),
-                (2, _) => self.one::<S, R, V, 2>(simd, row, out, place),
-                (_, 0..LINES) => self.one::<S, R, V, 1>(simd, row, out, place),
-                _ => self.one::<S, R, V, 0>(simd, row, out, place),
+                (1, _) => self.one::<S, R, V, LINES>(simd, row, sums),
+                (2, _) => self.one::<S, R, V, 2>(simd, row, sums),
+                _ => self.one::<S, R, V, 1>(simd, row, sums),
             }
             row += R;
         }
         let asked = tiles > 0;
         if R > 4 && row + 4 <= rows {
-            self.rest::<S, 4, V>(simd, row, out, place, asked);
+            self.rest::<S, 4, V>(simd, row, sums, asked);
             row += 4;
         }
         if row + 2 <= rows {
-            self.rest::<S, 2, V>(simd, row, out, place, asked || row > 0);
+            self.rest::<S, 2, V>(simd, row, sums, asked || row > 0);
             row += 2;
         }
         while row < rows {
-            self.rest::<S, 1, V>(simd, row, out, place, asked || row > 0);
+            self.rest::<S, 1, V>(simd, row, sums, asked || row > 0);
             row += 1;
         }
     }
 
     /// A tile of fewer rows, which asks memory only where none did before it.
     #[inline(always)]
-    fn rest<S: Simd, const R: usize, const V: usize>(
-        &self,
-        simd: S,
-        row: usize,
-        out: &mut [&mut [f32]],
-        place: Place,
-        asked: bool,
-    ) {
+    fn rest<S: Simd, const R: usize, const V: usize>(&self, simd: S, row: usize, sums: &mut [f32], asked: bool) {
         if asked {
-            self.one::<S, R, V, 0>(simd, row, out, place);
+            self.one::<S, R, V, 0>(simd, row, sums);
         } else {
-            self.one::<S, R, V, LINES>(simd, row, out, place);
+            self.one::<S, R, V, LINES>(simd, row, sums);
         }
     }
 
-    /// `R` rows by `V` vectors, accumulated in registers, asking for `P` lines at every row of the block.
+    /// `R` rows by `V` vectors, accumulated in registers, asking `P` times at every row of the block.
     #[inline(always)]
-    fn one<S: Simd, const R: usize, const V: usize, const P: usize>(
-        &self,
-        simd: S,
-        row: usize,
-        out: &mut [&mut [f32]],
-        place: Place,
-    ) {
-        let lanes = S::F32_LANES;
-        let x: [&[f32]; R] =
-            std::array::from_fn(|r| &self.x[(row + r) * self.stride..(row + r) * self.stride + self.depth]);
+    fn one<S: Simd, const R: usize, const V: usize, const P: usize>(&self, simd: S, row: usize, sums: &mut [f32]) {
+        let (lanes, depth) = (S::F32_LANES, self.depth);
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * depth..(row + r) * depth + depth]);
         let mut acc = [[simd.splat_f32s(0.0); V]; R];
         let (wv, _) = S::as_simd_f32s(self.w);
         let per_row = PANEL / lanes;
         let skip = self.column / lanes;
-        let lines = row / R * self.depth * P;
-        for (p, w) in wv.chunks_exact(per_row).enumerate().take(self.depth) {
+        let asked = row / R * depth * P;
+        for (p, w) in wv.chunks_exact(per_row).enumerate().take(depth) {
             if P == LINES {
                 prefetch_row(self.w, p + AHEAD);
             } else {
-                (0..P).for_each(|line| prefetch(self.ahead, (lines + p * P + line) * LINE));
+                let line = |i| (asked + p * P + i) * self.pace / 256;
+                (0..P).for_each(|i| prefetch::<true>(self.ahead, BLOCK + line(i) * LINE));
             }
             let w = &w[skip..skip + V];
             let wv: [S::f32s; V] = std::array::from_fn(|v| w[v]);
@@ -272,12 +278,11 @@ impl Tile<'_> {
                 }
             }
         }
-        for (acc, out) in acc.iter().zip(&mut out[row..row + R]) {
-            let out = &mut out[place.at..place.at + place.columns];
-            let acc: &[f32] = pulp::bytemuck::cast_slice(acc);
-            match self.start {
-                Some(bias) => out.iter_mut().zip(acc).zip(bias).for_each(|((o, a), b)| *o = a + b),
-                None => out.iter_mut().zip(acc).for_each(|(o, a)| *o += a),
+        for (r, acc) in acc.iter().enumerate() {
+            let at = (row + r) * PANEL + self.column;
+            let (sums, _) = S::as_mut_simd_f32s(&mut sums[at..at + V * lanes]);
+            for (sum, acc) in sums.iter_mut().zip(acc) {
+                *sum = if self.first { *acc } else { simd.add_f32s(*sum, *acc) };
             }
         }
     }
@@ -415,7 +420,7 @@ mod tests {
         /// Both against sums in f64, for shapes on and off every border: rows, depth, columns.
         #[test]
         fn products_equal_plain_sums(m in 1usize..140, k in 1usize..200, n in 1usize..210, deep: bool, seed: u64) {
-            let k = if deep { DEPTH_MANY + k } else { k };
+            let k = if deep { 10 * DEPTH + k } else { k };
             let m = if deep { m % 4 * 20 + 1 } else { m };
             let (x, w, g, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 5), numbers(m * n, seed ^ 9), numbers(n, seed ^ 3));
             let packed = pack(k, n, |r, c| w[r * n + c]);
