@@ -309,6 +309,32 @@ async fn one_call_of_many_sequences_leaves_places_to_others_and_is_not_refused_h
     running.stop().await;
 }
 
+/// Eight places, seven of them taken for a while: the batch's first prompt finds one, its others wait for those.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_later_prompts_of_a_batch_wait_for_room() {
+    let mut world = World::long();
+    world.config.engine.max_sequences = 4;
+    world.config.engine.max_queue = 4;
+    let running = world.start().await;
+    let client = &running.client;
+    let mut others = Vec::new();
+    for _ in 0..7 {
+        let stream = client.stream(ask("", "once", 1_500)).await.expect("admitted");
+        others.push(tokio::spawn(finish(Said::default(), stream)));
+    }
+    let request = proto::GenerateBatchRequest {
+        delta: String::new(),
+        prompts: (0..4).map(|i| prompt(&format!("once {i}"))).collect(),
+        options: Some(options(2)),
+    };
+    let said = timely("room comes", client.batch(request)).await.expect("none is refused");
+    assert_eq!(said.generations.len(), 4);
+    for other in others {
+        other.await.expect("no panic").expect("it goes on to its end");
+    }
+    running.stop().await;
+}
+
 /// Every file below a folder.
 fn walk(dir: &Path, out: &mut Vec<std::path::PathBuf>) {
     for entry in fs::read_dir(dir).expect("a folder").map(|e| e.expect("an entry").path()) {
