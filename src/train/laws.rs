@@ -1,7 +1,7 @@
 //! Laws of training that need a whole (tiny) model: gradients reach every variable, the base never changes, seeds decide,
 //! accumulation is exact, divergence fails.
 
-mod positions;
+pub(super) mod positions;
 
 use std::sync::Arc;
 

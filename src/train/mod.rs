@@ -30,6 +30,8 @@ pub mod metrics;
 pub mod objective;
 pub mod optim;
 pub mod plan;
+#[cfg(test)]
+mod resume_laws;
 pub mod run;
 pub mod spec;
 mod start;
