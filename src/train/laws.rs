@@ -113,6 +113,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         patience: 0,
         min_delta: 0.0,
         label_smoothing: 0.0,
+        checkpoint_every: 0,
     }
 }
 

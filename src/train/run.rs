@@ -3,6 +3,7 @@
 //! [`Run::advance`] does at most one forward and backward, so that whoever calls it can interleave jobs, cancel within a
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
+mod autosave;
 mod evaluation;
 mod held;
 mod outcome;
@@ -17,11 +18,13 @@ use std::{
 use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
 
-pub use outcome::{Advance, Failed, Outcome, RunEvents, Trained};
+use autosave::Autosave;
+pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
 
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, MetricsEvent, ResolvedTraining},
+    delta::Delta,
     model::Base,
     pacing::Pacer,
     train::{
@@ -139,6 +142,7 @@ pub struct Run {
     /// The step that it was at when it started.
     begun: u32,
     last_metrics: Option<Instant>,
+    autosave: Autosave,
     /// What a checkpoint of it says it belongs to.
     identity: OnceLock<resume::Identity>,
 }
@@ -197,6 +201,7 @@ impl Run {
             started: Instant::now(),
             begun: 0,
             last_metrics: None,
+            autosave: Autosave::from_step(0),
             identity: OnceLock::new(),
             ahead: trainable.ahead().rows,
             fisher: None,
@@ -232,6 +237,14 @@ impl Run {
     /// The variables.
     pub fn trainable(&self) -> &Trainable {
         &self.trainable
+    }
+
+    /// What the variables form now, as it would be published: independent of them.
+    ///
+    /// # Errors
+    /// The device.
+    pub fn delta(&self) -> Result<Delta> {
+        self.trainable.publishable(&self.trainable.snapshot()?)
     }
 
     /// Loss of the last finished step.

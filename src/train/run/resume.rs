@@ -11,7 +11,7 @@ use candle_core::{Device, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Best, Phase, Run, RunInput};
+use super::{Autosave, Best, Phase, Run, RunInput};
 use crate::{
     admission::train_params::EvalEvent,
     ids::BaseFingerprint,
@@ -47,10 +47,14 @@ pub enum ResumeError {
         is: String,
     },
     /// What was resolved from the request is not what it was.
-    #[error("the checkpoint belongs to other hyper-parameters: what the request leaves open is resolved differently now")]
+    #[error(
+        "the checkpoint belongs to other hyper-parameters: what the request leaves open is resolved differently now"
+    )]
     Hyper,
     /// The examples' tokens are not what they were.
-    #[error("the checkpoint belongs to other examples: the data or the base's tokenizer has changed (digest {was}, now {is})")]
+    #[error(
+        "the checkpoint belongs to other examples: the data or the base's tokenizer has changed (digest {was}, now {is})"
+    )]
     Data {
         /// Digest of the checkpoint's examples.
         was: String,
@@ -245,12 +249,14 @@ impl Run {
         (run.good, run.unproven) = (kept("good", state.good)?, kept("unproven", state.unproven)?);
         run.fisher = None;
         run.penalty = state.ewc.map(|lambda| {
-            let term = |i| tensors.get(&format!("fisher.{i}")).cloned().zip(tensors.get(&format!("start.{i}")).cloned());
+            let term =
+                |i| tensors.get(&format!("fisher.{i}")).cloned().zip(tensors.get(&format!("start.{i}")).cloned());
             Penalty::new(f64::from_bits(lambda), (0..n).map(term).collect())
         });
         run.patience.go_on(state.patience.0.map(f64::from_bits), state.patience.1);
         run.batches.skip(state.step as usize);
         (run.step, run.begun, run.stopped) = (state.step, state.step, state.stopped);
+        run.autosave = Autosave::from_step(state.step);
         run.last_loss = f64::from_bits(state.last_loss);
         if state.evaluate {
             run.phase = run.begin_eval();
