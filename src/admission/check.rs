@@ -398,6 +398,7 @@ impl HyperParams {
             ("grad_accumulation", self.grad_accumulation, 4096),
             ("max_length", self.max_length, u32::MAX),
             ("patience", self.patience, 10_000),
+            ("checkpoint_every", self.checkpoint_every, 10_000_000),
         ];
         for (name, value, high) in integers {
             if let Some(value) = value {

@@ -13,6 +13,8 @@ pub enum JobState {
     Queued,
     /// Training.
     Running,
+    /// Stopped by `PauseJob`, until `ResumeJob`.
+    Paused,
     /// Trained; its version is being written.
     Publishing,
     /// Published. Terminal.
@@ -31,6 +33,7 @@ impl JobState {
         match self {
             Self::Queued => "queued",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Publishing => "publishing",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
@@ -44,6 +47,7 @@ impl JobState {
         [
             Self::Queued,
             Self::Running,
+            Self::Paused,
             Self::Publishing,
             Self::Succeeded,
             Self::Failed,
@@ -144,7 +148,7 @@ pub enum JobEventBody {
     Metrics(MetricsEvent),
     /// An evaluation.
     Eval(EvalEvent),
-    /// The best checkpoint so far was kept.
+    /// A checkpoint was stored: what the job goes on from, or, of a job that failed, its last good weights.
     Checkpoint(CheckpointEvent),
     /// Something to know that does not stop the job.
     Warning(NoteEvent),
@@ -152,6 +156,15 @@ pub enum JobEventBody {
     Log(NoteEvent),
     /// What the delta does to a held text.
     Forgetting(ForgettingEvent),
+    /// It goes on from a checkpoint.
+    Resumed(ResumedEvent),
+}
+
+/// The job goes on from a checkpoint: what was said of later steps is void.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumedEvent {
+    /// Optimizer steps done.
+    pub step: u32,
 }
 
 /// Loss on a held text, with the delta that is published and without it.
@@ -259,10 +272,10 @@ mod tests {
 
     #[test]
     fn state_names_read_back_and_exactly_four_are_terminal() {
-        let names = ["queued", "running", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
+        let names = ["queued", "running", "paused", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
         let states: Vec<_> = names.iter().filter_map(|n| JobState::parse(n)).collect();
         assert_eq!(states.iter().map(|s| s.as_str()).collect::<Vec<_>>(), names);
         assert_eq!(states.iter().filter(|s| s.is_terminal()).count(), 4);
-        assert_eq!(JobState::parse("paused"), None);
+        assert_eq!(JobState::parse("done"), None);
     }
 }

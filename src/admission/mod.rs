@@ -18,6 +18,7 @@ mod models;
 pub mod params;
 mod places;
 pub mod position_params;
+mod resume;
 mod service;
 pub mod train_params;
 mod training;

@@ -368,6 +368,12 @@ pub enum ServeError {
     /// The expected version is not the current one. ABORTED, `PUBLISH_CONFLICT`.
     #[error("{0}")]
     Conflict(String),
+    /// The job's state does not allow it. FAILED_PRECONDITION, `JOB_STATE`.
+    #[error("{0}")]
+    JobState(String),
+    /// A job cannot go on from where it stopped. FAILED_PRECONDITION, `CANNOT_RESUME`.
+    #[error("the job cannot go on: {0}")]
+    CannotResume(String),
     /// An idempotency key was used with another request. ALREADY_EXISTS, `IDEMPOTENCY_CONFLICT`.
     #[error("idempotency key {0:?} was used with a different request")]
     IdempotencyConflict(String),
@@ -419,6 +425,8 @@ impl ServeError {
             Self::WrongTask(_) => "WRONG_TASK",
             Self::NonFinite => "NON_FINITE",
             Self::AlreadyExists(_) | Self::Conflict(_) => "PUBLISH_CONFLICT",
+            Self::JobState(_) => "JOB_STATE",
+            Self::CannotResume(_) => "CANNOT_RESUME",
             Self::IdempotencyConflict(_) => "IDEMPOTENCY_CONFLICT",
             Self::Overloaded(_) => "OVERLOADED",
             Self::ResidentBudget(_) => "RESIDENT_BUDGET",

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub use super::eval_metric::EvalMetric;
 pub use super::jobs::{
     CheckpointEvent, EvalEvent, ForgettingEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState,
-    MetricsEvent, ModelResult, NoteEvent, StateEvent,
+    MetricsEvent, ModelResult, NoteEvent, ResumedEvent, StateEvent,
 };
 pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
@@ -290,6 +290,9 @@ pub struct HyperParams {
     /// Share of each target's weight that all labels (or tokens) share while training, [0, 1); default 0.
     #[serde(default)]
     pub label_smoothing: Option<f64>,
+    /// Optimizer steps between checkpoints; `None` = by the clock.
+    #[serde(default)]
+    pub checkpoint_every: Option<u32>,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -354,6 +357,9 @@ pub struct ResolvedTraining {
     /// Label smoothing.
     #[serde(default)]
     pub label_smoothing: f64,
+    /// Optimizer steps between checkpoints; 0 = by the clock.
+    #[serde(default)]
+    pub checkpoint_every: u32,
 }
 
 /// What a job would do: the reply of `Plan`.

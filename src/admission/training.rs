@@ -1,6 +1,6 @@
 //! Datasets and jobs.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
@@ -15,12 +15,12 @@ use super::{
     },
 };
 use crate::{
-    ids::TenantId,
+    ids::{BlobId, TenantId},
     interop::{self, EncodeMeta},
     model::Base,
     store::{DatasetRecord, NewDataset},
     train::{
-        BaseInfo, Inputs, Prepared, TrainError,
+        BaseInfo, Inputs, Kept, Prepared, TrainError,
         dataset::Dataset,
         joblog::LogError,
         memory::Shortage,
@@ -29,6 +29,15 @@ use crate::{
         transfer::{Continue, Continued, StartingDelta},
     },
 };
+
+/// Where the bytes of the datasets come from that a request names, by their place in it.
+#[derive(Debug, Default)]
+pub(super) struct Sources {
+    /// Of a job that is prepared again: the blobs that it kept.
+    pub(super) kept: HashMap<String, BlobId>,
+    /// What was read.
+    pub(super) found: Vec<(String, BlobId)>,
+}
 
 fn dataset_info(d: &DatasetRecord) -> DatasetInfo {
     DatasetInfo {
@@ -103,7 +112,7 @@ impl Service {
     /// All problems of the request and of its data; no memory for full fine-tuning.
     pub async fn plan(&self, tenant: &TenantId, params: TrainParams) -> Result<PlanReply, ServeError> {
         params.check()?;
-        Ok(self.prepare(tenant, Arc::new(params)).await?.reply)
+        Ok(self.prepare(tenant, Arc::new(params), &mut Sources::default()).await?.reply)
     }
 
     /// Enqueues a training job; with an idempotency key that the same request was made with, returns that job.
@@ -111,33 +120,45 @@ impl Service {
     /// # Errors
     /// All problems of the request and of its data; no memory for full fine-tuning; too many jobs; a reused idempotency key.
     pub async fn create_job(&self, tenant: &TenantId, params: TrainParams) -> Result<JobInfo, ServeError> {
-        if self.parts().limits.max_train_jobs == 0 {
-            return Err(ServeError::WrongTask("this server runs without training (--max-train-jobs 0)".into()));
-        }
+        self.check_trains()?;
         params.check()?;
         // a retry is answered whatever has become of the data, the delta and the memory since
         if let Some(job) = self.parts().trainer.made_before(tenant, &params).await? {
             return Ok(job);
         }
         let params = Arc::new(params);
-        let prepared = self.prepare(tenant, Arc::clone(&params)).await?;
-        Ok(self.parts().trainer.create(tenant, &params, &prepared).await?)
+        let mut sources = Sources::default();
+        let prepared = self.prepare(tenant, Arc::clone(&params), &mut sources).await?;
+        let kept = Kept { base: self.parts().base.fingerprint.to_string(), blobs: sources.found };
+        Ok(self.parts().trainer.create(tenant, &params, &prepared, kept).await?)
+    }
+
+    pub(super) fn check_trains(&self) -> Result<(), ServeError> {
+        match self.parts().limits.max_train_jobs {
+            0 => Err(ServeError::WrongTask("this server runs without training (--max-train-jobs 0)".into())),
+            _ => Ok(()),
+        }
     }
 
     /// Fetches the data and resolves a checked request.
-    async fn prepare(&self, tenant: &TenantId, params: Arc<TrainParams>) -> Result<Prepared, ServeError> {
-        let train = self.data(tenant, &params.data).await?;
+    pub(super) async fn prepare(
+        &self,
+        tenant: &TenantId,
+        params: Arc<TrainParams>,
+        sources: &mut Sources,
+    ) -> Result<Prepared, ServeError> {
+        let train = self.data(tenant, &params.data, "data", sources).await?;
         let validation = match &params.validation {
-            Some(Validation::Data(data)) => Some(self.data(tenant, data).await?),
+            Some(Validation::Data(data)) => Some(self.data(tenant, data, "validation", sources).await?),
             _ => None,
         };
         let held = match &params.forgetting {
-            Some(data) => Some(self.data(tenant, data).await?),
+            Some(data) => Some(self.data(tenant, data, "forgetting", sources).await?),
             None => None,
         };
         let from = self.starting_delta(tenant, &params).await?;
         let old = match &params.ewc {
-            Some(ewc) => Some(self.data(tenant, &ewc.data).await?),
+            Some(ewc) => Some(self.data(tenant, &ewc.data, "ewc", sources).await?),
             None => None,
         };
         self.blocking(move |parts| {
@@ -171,13 +192,23 @@ impl Service {
     }
 
     /// The bytes of a request's data.
-    async fn data(&self, tenant: &TenantId, data: &TrainData) -> Result<Bytes, ServeError> {
+    async fn data(
+        &self,
+        tenant: &TenantId,
+        data: &TrainData,
+        place: &str,
+        sources: &mut Sources,
+    ) -> Result<Bytes, ServeError> {
         match data {
             TrainData::Jsonl(text) => Ok(Bytes::from(text.clone().into_bytes())),
             TrainData::Dataset(id) => {
                 let store = &self.parts().store;
-                let record = store.get_dataset(tenant, id).await?;
-                Ok(store.get_blob(record.blob).await?)
+                let blob = match sources.kept.get(place) {
+                    Some(blob) => *blob,
+                    None => store.get_dataset(tenant, id).await?.blob,
+                };
+                sources.found.push((place.to_owned(), blob));
+                Ok(store.get_blob(blob).await?)
             }
         }
     }
@@ -215,7 +246,7 @@ impl Service {
             match watch.next().await {
                 Ok(Some(event)) => Some((Ok(event), Some(watch))),
                 Ok(None) => None,
-                Err(e) => Some((Err(TrainError::from(e).into()), None)),
+                Err(e) => Some((Err(e.into()), None)),
             }
         });
         Ok(events.boxed())
@@ -255,6 +286,7 @@ impl From<TrainError> for ServeError {
             TrainError::Overloaded(m) => Self::Overloaded(m),
             TrainError::Draining => Self::Draining,
             TrainError::NotFound(name) => Self::NotFound { kind: "job", name },
+            TrainError::State { .. } | TrainError::FullRuns(_) => Self::JobState(e.to_string()),
             TrainError::Memory(Shortage { message, lasting }) => Self::NotEnoughMemory { message, lasting },
             TrainError::Log(LogError::IdempotencyConflict(key)) => Self::IdempotencyConflict(key),
             TrainError::Log(LogError::Ended(id)) => Self::Conflict(format!("job {id} has ended")),

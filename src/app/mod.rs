@@ -162,6 +162,15 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         _ => None,
     };
     let edge = drain.spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
+    tokio::spawn({
+        let (service, drain) = (service.clone(), drain.clone());
+        async move {
+            tokio::select! {
+                () = service.take_up_jobs() => {}
+                () = drain.begun() => {}
+            }
+        }
+    });
     tokio::spawn(collect_garbage(store.clone(), drain.clone()));
     ready.send_replace(true);
     Ok(Server {

@@ -163,7 +163,7 @@ pub(super) async fn list(client: &Client, prefix: &str) -> anyhow::Result<Vec<pr
     }
 }
 
-fn print(common: &Common, deltas: &[proto::Delta]) -> anyhow::Result<()> {
+pub(super) fn print(common: &Common, deltas: &[proto::Delta]) -> anyhow::Result<()> {
     if common.json {
         return deltas.iter().try_for_each(output::json);
     }

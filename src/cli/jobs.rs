@@ -2,7 +2,12 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Common, client::Client, output, train};
+use super::{
+    Common,
+    client::Client,
+    deltas::{self, PublishArgs},
+    output, train,
+};
 use crate::grpc::proto;
 
 /// Options of `jobs`.
@@ -45,6 +50,25 @@ enum JobsCommand {
         /// The job's id.
         id: String,
     },
+    /// Stop a job until `jobs resume`; nothing of it is lost.
+    Pause {
+        /// The job's id.
+        id: String,
+    },
+    /// Let a paused job go on.
+    Resume {
+        /// The job's id.
+        id: String,
+    },
+    /// Publish what a job has come to, while it goes on: its last stored checkpoint.
+    Publish {
+        /// The job's id.
+        id: String,
+        /// The name to publish it under.
+        name: String,
+        #[command(flatten)]
+        publish: PublishArgs,
+    },
     /// Ask a job to end.
     Cancel {
         /// The job's id.
@@ -61,6 +85,7 @@ enum StateArg {
     Failed,
     Cancelled,
     Interrupted,
+    Paused,
 }
 
 impl StateArg {
@@ -73,6 +98,7 @@ impl StateArg {
             Self::Failed => proto::JobState::Failed,
             Self::Cancelled => proto::JobState::Cancelled,
             Self::Interrupted => proto::JobState::Interrupted,
+            Self::Paused => proto::JobState::Paused,
         }
     }
 }
@@ -105,6 +131,19 @@ pub(super) async fn jobs(common: &Common, args: JobsArgs) -> anyhow::Result<()> 
         JobsCommand::DeleteModel { id } => {
             training.delete_model(proto::DeleteModelRequest { id: id.clone() }).await?;
             if common.json { output::json(&serde_json::json!({ "deleted": id })) } else { Ok(()) }
+        }
+        JobsCommand::Pause { id } => {
+            let reply = training.pause_job(proto::PauseJobRequest { id }).await?.into_inner();
+            print_jobs(common, reply.job.as_slice())
+        }
+        JobsCommand::Resume { id } => {
+            let reply = training.resume_job(proto::ResumeJobRequest { id }).await?.into_inner();
+            print_jobs(common, reply.job.as_slice())
+        }
+        JobsCommand::Publish { id, name, publish } => {
+            let request = proto::PublishCheckpointRequest { id, name, policy: Some(publish.policy()) };
+            let reply = training.publish_checkpoint(request).await?.into_inner();
+            deltas::print(common, reply.delta.as_slice())
         }
         JobsCommand::Cancel { id } => {
             let reply = training.cancel_job(proto::CancelJobRequest { id }).await?.into_inner();

@@ -135,6 +135,9 @@ struct HyperArgs {
     /// Learning-rate schedule.
     #[arg(long)]
     schedule: Option<ScheduleArg>,
+    /// Optimizer steps between checkpoints, from which a job goes on after a stop of the server [default: every 30 s].
+    #[arg(long, value_name = "STEPS")]
+    checkpoint_every: Option<u32>,
     /// Share of the steps with rising learning rate.
     #[arg(long)]
     warmup_ratio: Option<f64>,
@@ -288,6 +291,7 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         eval_every: args.eval_every,
         packing: args.packing,
         label_smoothing: args.label_smoothing,
+        checkpoint_every: args.checkpoint_every,
         eval_metric: args.eval_metric.clone(),
         patience: args.patience,
         min_delta: args.min_delta,

@@ -49,6 +49,8 @@ fn code(error: &ServeError) -> Code {
         ServeError::BaseMismatch(_)
         | ServeError::WrongTask(_)
         | ServeError::NonFinite
+        | ServeError::JobState(_)
+        | ServeError::CannotResume(_)
         | ServeError::NotEnoughMemory { lasting: true, .. } => Code::FailedPrecondition,
         ServeError::AlreadyExists(_) | ServeError::IdempotencyConflict(_) => Code::AlreadyExists,
         ServeError::Conflict(_) => Code::Aborted,
@@ -107,6 +109,8 @@ mod tests {
             (ServeError::NotFound { kind: "job", name: s() }, Code::NotFound, "NOT_FOUND"),
             (ServeError::BaseMismatch(s()), Code::FailedPrecondition, "BASE_MISMATCH"),
             (ServeError::WrongTask(s()), Code::FailedPrecondition, "WRONG_TASK"),
+            (ServeError::JobState(s()), Code::FailedPrecondition, "JOB_STATE"),
+            (ServeError::CannotResume(s()), Code::FailedPrecondition, "CANNOT_RESUME"),
             (ServeError::NonFinite, Code::FailedPrecondition, "NON_FINITE"),
             (ServeError::AlreadyExists(s()), Code::AlreadyExists, "PUBLISH_CONFLICT"),
             (ServeError::Conflict(s()), Code::Aborted, "PUBLISH_CONFLICT"),

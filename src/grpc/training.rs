@@ -142,6 +142,38 @@ impl TrainingService for Training {
         Ok(Response::new(proto::DeleteModelResponse {}))
     }
 
+    async fn pause_job(
+        &self,
+        request: Request<proto::PauseJobRequest>,
+    ) -> Result<Response<proto::PauseJobResponse>, Status> {
+        let tenant = tenant(request.metadata())?;
+        let id = convert::required("id", request.into_inner().id)?;
+        let job = self.service.pause_job(&tenant, &id).await?;
+        Ok(Response::new(proto::PauseJobResponse { job: Some(convert::job(job)) }))
+    }
+
+    async fn resume_job(
+        &self,
+        request: Request<proto::ResumeJobRequest>,
+    ) -> Result<Response<proto::ResumeJobResponse>, Status> {
+        let tenant = tenant(request.metadata())?;
+        let id = convert::required("id", request.into_inner().id)?;
+        let job = self.service.resume_job(&tenant, &id).await?;
+        Ok(Response::new(proto::ResumeJobResponse { job: Some(convert::job(job)) }))
+    }
+
+    async fn publish_checkpoint(
+        &self,
+        request: Request<proto::PublishCheckpointRequest>,
+    ) -> Result<Response<proto::PublishCheckpointResponse>, Status> {
+        let tenant = tenant(request.metadata())?;
+        let proto::PublishCheckpointRequest { id, name, policy } = request.into_inner();
+        let id = convert::required("id", id)?;
+        let (name, policy) = convert::publish_target(name, policy)?;
+        let delta = self.service.publish_checkpoint(&tenant, &id, name, policy).await?;
+        Ok(Response::new(proto::PublishCheckpointResponse { delta: Some(convert::delta(delta)) }))
+    }
+
     async fn cancel_job(
         &self,
         request: Request<proto::CancelJobRequest>,

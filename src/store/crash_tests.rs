@@ -7,12 +7,15 @@ use std::{
 };
 
 use super::{versions::tests::new_version, *};
-use crate::{admission::params::PublishPolicy, store::jobs::NewJob};
+use crate::{
+    admission::params::PublishPolicy,
+    store::jobs::{JobChange, NewJob},
+};
 
 const CHILD: &str = "DELTASERVE_TEST_CRASH_DIR";
 const ROUNDS: usize = 6;
 
-/// The child's life: publishes, swaps, deletes, appends and collects, and says so after each, until it is killed.
+/// The child's life: publishes, swaps, deletes, appends, saves checkpoints and collects, and says so after each, until it is killed.
 async fn work(dir: &Path) {
     let store = Store::open(dir).await.unwrap();
     let mut new = new_version("n", "", PublishPolicy::Upsert);
@@ -24,6 +27,8 @@ async fn work(dir: &Path) {
         resolved_json: "{}".into(),
         idempotency_key: None,
         request_digest: String::new(),
+        base: String::new(),
+        blobs: vec![],
     };
     let job_id = job.id.clone();
     store.create_job(job).await.unwrap();
@@ -32,6 +37,10 @@ async fn work(dir: &Path) {
         new.files.files.insert("adapter_model.safetensors".into(), weights.into());
         let (version, name) = store.publish(new.clone()).await.unwrap();
         store.append_event(&job_id, format!("{i}"), Some("running"), None).await.unwrap();
+        let blob = store.put_blob(format!("{job_id} at {i} ").repeat(2000).into()).await.unwrap();
+        let checkpoint = Some((u64::from(i), blob));
+        let saved = JobChange { events: vec![format!("saved {i}")], checkpoint, ..JobChange::default() };
+        store.change_job(&job_id, saved).await.unwrap();
         if let Some(&oldest) = name.versions.keys().next().filter(|_| name.versions.len() > 4) {
             store.delete_versions(&version.tenant, &version.name, Some(oldest), None).await.unwrap();
             store.collect_garbage_after(std::time::Duration::ZERO).await.unwrap();
@@ -66,6 +75,18 @@ async fn verify(dir: &Path, reported: &[(u64, String)]) {
             seqs.extend(page.iter().map(|e| e.seq));
         }
         assert_eq!(seqs, (1..=job.last_seq).collect::<Vec<_>>());
+        // the event and the row came together, and the row has its bytes
+        if let Some(kept) = store.job_checkpoint(&job.id).await.unwrap() {
+            assert!(
+                store
+                    .get_blob(kept.blob)
+                    .await
+                    .unwrap()
+                    .starts_with(format!("{} at {} ", job.id, kept.step).as_bytes())
+            );
+            let last = store.events(&job.id, job.last_seq.saturating_sub(1), 2).await.unwrap();
+            assert!(last.iter().any(|e| e.body_json == format!("saved {}", kept.step)), "{last:?}");
+        }
     }
     store.collect_garbage().await.unwrap();
     for version in names.iter().flat_map(|n| n.versions.values()) {

@@ -44,14 +44,16 @@ impl Store {
     }
 
     pub(super) async fn named_blobs(&self) -> Result<HashSet<String>, StoreError> {
-        let sql = "SELECT blob FROM version_files UNION SELECT blob FROM datasets UNION SELECT blob FROM job_blobs";
+        let sql = "SELECT blob FROM version_files UNION SELECT blob FROM datasets UNION SELECT blob FROM job_blobs \
+                   UNION SELECT blob FROM job_checkpoints";
         let rows = sqlx::query(sql).fetch_all(self.db().readers()).await?;
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
-    async fn is_named(&self, blob: BlobId) -> Result<bool, StoreError> {
+    pub(super) async fn is_named(&self, blob: BlobId) -> Result<bool, StoreError> {
         let sql = "SELECT 1 FROM version_files WHERE blob = $1 UNION ALL SELECT 1 FROM datasets WHERE blob = $1 \
-                   UNION ALL SELECT 1 FROM job_blobs WHERE blob = $1 LIMIT 1";
+                   UNION ALL SELECT 1 FROM job_blobs WHERE blob = $1 \
+                   UNION ALL SELECT 1 FROM job_checkpoints WHERE blob = $1 LIMIT 1";
         Ok(sqlx::query(sql).bind(blob.to_string()).fetch_optional(self.db().readers()).await?.is_some())
     }
 }

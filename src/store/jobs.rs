@@ -2,6 +2,9 @@
 //!
 //! Knows states as words and which of them are final; what a job does and what its JSON means is the trainer's matter.
 
+mod changes;
+
+pub use changes::{CheckpointRecord, JobChange};
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use super::{
@@ -11,7 +14,8 @@ use super::{
 use crate::ids::{BlobId, DeltaId, TenantId};
 
 /// Every state of a job.
-const STATES: [&str; 7] = ["queued", "running", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
+const STATES: [&str; 8] =
+    ["queued", "running", "paused", "publishing", "succeeded", "failed", "cancelled", "interrupted"];
 /// Most jobs or events in one answer.
 const MAX_PAGE: u32 = 1000;
 
@@ -37,6 +41,10 @@ pub struct NewJob {
     pub idempotency_key: Option<String>,
     /// What makes a request with the same key the same request.
     pub request_digest: String,
+    /// Fingerprint of the base that it is made for.
+    pub base: String,
+    /// Stored blobs that it keeps until its end, by a name of its own.
+    pub blobs: Vec<(String, BlobId)>,
 }
 
 /// What became of a create.
@@ -57,7 +65,7 @@ pub struct JobRecord {
     pub tenant: TenantId,
     /// The name that its result is published under.
     pub output_name: String,
-    /// `queued`, `running`, `publishing`, or final: `succeeded`, `failed`, `cancelled`, `interrupted`.
+    /// `queued`, `running`, `paused`, `publishing`, or final: `succeeded`, `failed`, `cancelled`, `interrupted`.
     pub state: String,
     /// The request as it came.
     pub request_json: String,
@@ -71,6 +79,8 @@ pub struct JobRecord {
     pub updated_ms: i64,
     /// Number of its last event; 0 = none yet.
     pub last_seq: u64,
+    /// Fingerprint of the base that it was made for; empty: not known.
+    pub base: String,
 }
 
 /// One event of a job.
@@ -97,7 +107,7 @@ macro_rules! select_jobs {
     ($rest:literal) => {
         concat!(
             "SELECT id, tenant, output_name, state, request_json, resolved_json, result_json, created_ms, updated_ms, ",
-            "last_seq FROM jobs ",
+            "last_seq, base FROM jobs ",
             $rest
         )
     };
@@ -107,8 +117,14 @@ impl Store {
     /// Creates a job in state `queued`, once per idempotency key.
     ///
     /// # Errors
-    /// [`StoreError::IdempotencyConflict`] if the key came with another request before.
+    /// [`StoreError::IdempotencyConflict`] if the key came with another request before; [`StoreError::NotFound`] for a blob
+    /// that is not stored.
     pub async fn create_job(&self, new: NewJob) -> Result<CreateJob, StoreError> {
+        let mut held = Vec::with_capacity(new.blobs.len());
+        for (_, blob) in &new.blobs {
+            held.push(self.inner.holds.hold(*blob).await);
+            self.require_blob(*blob).await?;
+        }
         let mut tx = self.db().begin().await?;
         if let Some(key) = &new.idempotency_key {
             let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
@@ -121,9 +137,13 @@ impl Store {
         }
         let now = now_ms();
         let sql = "INSERT INTO jobs (id, tenant, output_name, state, request_json, resolved_json, created_ms, \
-                   updated_ms) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $6)";
+                   updated_ms, base) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $6, $7)";
         let insert = sqlx::query(sql).bind(&new.id).bind(new.tenant.as_str()).bind(&new.output_name);
-        insert.bind(&new.request_json).bind(&new.resolved_json).bind(now).execute(&mut *tx).await?;
+        insert.bind(&new.request_json).bind(&new.resolved_json).bind(now).bind(&new.base).execute(&mut *tx).await?;
+        for (name, blob) in &new.blobs {
+            let sql = "INSERT INTO job_blobs (job_id, name, blob) VALUES ($1, $2, $3)";
+            sqlx::query(sql).bind(&new.id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
+        }
         if let Some(key) = &new.idempotency_key {
             let sql = "INSERT INTO idempotency (tenant, idempotency_key, request_digest, job_id, created_ms) \
                        VALUES ($1, $2, $3, $4, $5)";
@@ -184,23 +204,8 @@ impl Store {
         state: Option<&str>,
         result_json: Option<String>,
     ) -> Result<u64, StoreError> {
-        if let Some(state) = state {
-            check_state(state)?;
-        }
-        let mut tx = self.db().begin().await?;
-        let job = find(&mut tx, job_id).await?;
-        if is_terminal(&job.state) {
-            return Err(StoreError::JobEnded { id: job.id, state: job.state });
-        }
-        let (seq, now) = (job.last_seq + 1, now_ms());
-        let sql = "UPDATE jobs SET last_seq = $2, updated_ms = $3, state = $4, result_json = $5 WHERE id = $1";
-        let update = sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(state.unwrap_or(&job.state));
-        update.bind(result_json.or(job.result_json)).execute(&mut *tx).await?;
-        let sql = "INSERT INTO job_events (job_id, seq, at_ms, body_json) VALUES ($1, $2, $3, $4)";
-        let insert = sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(body_json);
-        insert.execute(&mut *tx).await?;
-        tx.commit().await?;
-        Ok(seq)
+        let state = state.map(str::to_owned);
+        self.change_job(job_id, JobChange { events: vec![body_json], state, result_json, ..JobChange::default() }).await
     }
 
     /// A job's events from number `from_seq` on, in order, at most `limit` (and at most 1000) of them.
@@ -268,7 +273,7 @@ impl Store {
     /// # Errors
     /// What the database refuses.
     pub async fn unfinished_jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
-        let sql = select_jobs!("WHERE state IN ('queued', 'running', 'publishing') ORDER BY id");
+        let sql = select_jobs!("WHERE state IN ('queued', 'running', 'paused', 'publishing') ORDER BY id");
         sqlx::query(sql).fetch_all(self.db().readers()).await?.iter().map(record).collect()
     }
 
@@ -342,6 +347,7 @@ fn record(row: &SqliteRow) -> Result<JobRecord, StoreError> {
         created_ms: row.try_get("created_ms")?,
         updated_ms: row.try_get("updated_ms")?,
         last_seq: from_db("jobs", row.try_get("last_seq")?)?,
+        base: row.try_get("base")?,
     })
 }
 

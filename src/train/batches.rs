@@ -24,6 +24,11 @@ pub fn rng(seed: u64, stream: Stream) -> StdRng {
     StdRng::seed_from_u64(seed ^ (stream as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
+/// The generator of one purpose in one step of a job.
+pub fn rng_at(seed: u64, stream: Stream, step: u32) -> StdRng {
+    rng(seed ^ u64::from(step).wrapping_mul(0xd1b5_4a32_d192_ed03), stream)
+}
+
 /// Batches per length pool: within a pool, examples of like length meet (a quarter less time, measured by PEFT).
 const POOL: usize = 20;
 
@@ -121,6 +126,19 @@ impl Batches {
         self.queue.next().unwrap_or_default()
     }
 
+    /// Leaves out the next `n` batches. Costs what shuffling their epochs costs.
+    pub fn skip(&mut self, n: usize) {
+        let mut left = n;
+        while left > self.queue.len() {
+            left -= self.queue.len();
+            self.queue = self.epoch().into_iter();
+            if self.queue.len() == 0 {
+                return; // no examples
+            }
+        }
+        self.queue.by_ref().take(left).for_each(drop);
+    }
+
     fn epoch(&mut self) -> Vec<Vec<usize>> {
         let mut order: Vec<usize> = (0..self.units.len()).collect();
         order.shuffle(&mut self.rng);
@@ -215,6 +233,18 @@ mod tests {
             all.sort_unstable();
             prop_assert_eq!(all, (0..n).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn what_is_skipped_is_what_would_have_come() {
+        let lens: Vec<usize> = (0..23).map(|i| 1 + i % 7).collect();
+        for n in [0, 1, 5, 6, 7, 20] {
+            let (mut a, mut b) = (Batches::new(&lens, 4, None, 3), Batches::new(&lens, 4, None, 3));
+            (0..n).for_each(|_| drop(a.next_batch()));
+            b.skip(n);
+            assert_eq!(a.next_batch(), b.next_batch(), "{n}");
+        }
+        Batches::new(&[], 4, None, 3).skip(2);
     }
 
     #[test]

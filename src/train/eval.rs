@@ -140,6 +140,16 @@ impl Patience {
         Self { metric, evaluations, min_delta, reached: None, without_gain: 0 }
     }
 
+    /// What it has counted: the figure that the next gain is measured by, and evaluations without one.
+    pub fn count(&self) -> (Option<f64>, u32) {
+        (self.reached, self.without_gain)
+    }
+
+    /// Goes on from a [`Self::count`].
+    pub fn go_on(&mut self, reached: Option<f64>, without_gain: u32) {
+        (self.reached, self.without_gain) = (reached, without_gain);
+    }
+
     /// Takes an evaluation in; tells why the job should end, if it should.
     pub fn is_out(&mut self, eval: &EvalEvent) -> Option<String> {
         let value = self.metric.of(eval)?;

@@ -93,6 +93,21 @@ impl Fisher {
 }
 
 impl Penalty {
+    /// A penalty of this strength; `terms` by variable.
+    pub(super) fn new(lambda: f64, terms: Vec<Option<(Tensor, Tensor)>>) -> Self {
+        Self { lambda, terms }
+    }
+
+    /// Its strength.
+    pub(super) fn lambda(&self) -> f64 {
+        self.lambda
+    }
+
+    /// Index, `F` and starting value of every variable that has them.
+    pub(super) fn terms(&self) -> impl Iterator<Item = (usize, &(Tensor, Tensor))> {
+        self.terms.iter().enumerate().filter_map(|(i, t)| t.as_ref().map(|t| (i, t)))
+    }
+
     /// Adds `lambda F (theta - start)` to each variable's gradient, and gives the penalty of these values.
     ///
     /// # Errors

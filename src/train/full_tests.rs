@@ -12,7 +12,7 @@ use std::{
 use futures::FutureExt;
 
 use super::{
-    PublishJob, Published, Publisher, TrainError, TrainerConfig, TrainerHandle, TrainerParts,
+    Kept, PublishJob, Published, Publisher, TrainError, TrainerConfig, TrainerHandle, TrainerParts,
     full_laws::kept,
     joblog::{JobLog, NewJob},
     memory::{Memory, MemoryProbe},
@@ -81,13 +81,13 @@ async fn one_trains_every_weight_at_a_time_and_memory_is_asked_again_when_its_tu
     let trainer = trainer(&base, &JobLog::new(store.clone()), keeps(&store.models()), bytes.probe()).await;
     let a = tenant("a");
     let (p, prepared) = request_of(&base, MethodPart::Full, 1_000_000);
-    let first = trainer.create(&a, &p, &prepared).await.unwrap();
+    let first = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
     trains(&trainer, &first).await;
-    let second = trainer.create(&a, &p, &prepared).await.unwrap();
-    let third = trainer.create(&a, &p, &prepared).await.unwrap();
+    let second = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
+    let third = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
     // a delta is trained beside it, past those that wait
     let (lora, small) = request_of(&base, MethodPart::Lora(LoraPart::default()), 2);
-    let delta = trainer.create(&a, &lora, &small).await.unwrap();
+    let delta = trainer.create(&a, &lora, &small, Kept::default()).await.unwrap();
     trains(&trainer, &delta).await;
     assert_eq!(trainer.get(&a, &second.id).await.unwrap().state, JobState::Queued);
     trainer.cancel(&a, &first.id).await.unwrap();
@@ -108,7 +108,7 @@ async fn one_trains_every_weight_at_a_time_and_memory_is_asked_again_when_its_tu
     let mut large = prepared.clone();
     large.spec.full = Some(u64::MAX / 8);
     let failure = {
-        let job = trainer.create(&a, &p, &large).await.unwrap();
+        let job = trainer.create(&a, &p, &large, Kept::default()).await.unwrap();
         ended(&trainer, &job).await.failure.unwrap()
     };
     assert!(failure.code == "DISK_FULL" && failure.message.contains(" left"), "{failure:?}");
@@ -121,10 +121,10 @@ async fn a_full_job_waits_for_memory_that_others_have() {
     let bytes = Bytes(Arc::new(AtomicU64::new(17)));
     let trainer = trainer(&base, &JobLog::new(store.clone()), keeps(&store.models()), bytes.probe()).await;
     let (p, prepared) = request_of(&base, MethodPart::Lora(LoraPart::default()), 1_000_000);
-    let delta = trainer.create(&tenant("a"), &p, &prepared).await.unwrap();
+    let delta = trainer.create(&tenant("a"), &p, &prepared, Kept::default()).await.unwrap();
     trains(&trainer, &delta).await;
     let (p, prepared) = request_of(&base, MethodPart::Full, 2);
-    let full = trainer.create(&tenant("a"), &p, &prepared).await.unwrap();
+    let full = trainer.create(&tenant("a"), &p, &prepared, Kept::default()).await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(trainer.get(&tenant("a"), &full.id).await.unwrap().state, JobState::Queued);
     bytes.0.store(u64::MAX, Ordering::SeqCst);
@@ -149,6 +149,8 @@ async fn a_whole_model_outlives_a_restart_before_its_job_s_end_and_nothing_else_
             resolved: prepared.reply.resolved.clone(),
             idempotency_key: None,
             request_digest: String::new(),
+            base: String::new(),
+            blobs: vec![],
         };
         log.create(new).await.unwrap();
         let loss = MetricsEvent { loss: 1.5, ..MetricsEvent::default() };

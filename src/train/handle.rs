@@ -13,19 +13,21 @@ use std::{
 
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::{
-    admission::train_params::{JobEventBody, JobEventInfo, JobInfo, JobState, StateEvent, TrainParams},
-    ids::TenantId,
+    admission::train_params::{JobEventBody, JobInfo, JobState, MethodPart, StateEvent, TrainParams},
+    ids::{BlobId, TenantId},
     model::Base,
     pacing::Pacer,
     train::{
-        joblog::{JobLog, LogError, NewJob},
+        joblog::{JobLog, LogError, NewJob, StoredJob},
+        left::{Left, take_over},
         memory::{MemoryProbe, Shortage},
         plan::Prepared,
         run::RunInput,
-        supervisor::{Command, Parts, Pending, Publisher, Supervisor, interrupted},
+        supervisor::{Command, Parts, Pending, Publisher, Supervisor},
+        watch::JobWatch,
         worker,
     },
 };
@@ -59,6 +61,19 @@ pub enum TrainError {
     /// No such job, or another tenant's.
     #[error("no job {0:?}")]
     NotFound(String),
+    /// The job's state does not allow it.
+    #[error("job {id} is {}, not {wanted}", .state.as_str())]
+    State {
+        /// Which job.
+        id: String,
+        /// Its state.
+        state: JobState,
+        /// The states that do.
+        wanted: &'static str,
+    },
+    /// Full fine-tuning has no checkpoints.
+    #[error("job {0} trains every weight and has begun: it cannot be paused, only cancelled")]
+    FullRuns(String),
     /// No room for full fine-tuning.
     #[error(transparent)]
     Memory(#[from] Shortage),
@@ -75,6 +90,8 @@ pub(crate) struct Live {
     tenant: TenantId,
     /// Trains every weight.
     full: bool,
+    /// Waits for nothing: it counts as no job of its tenant.
+    paused: bool,
 }
 
 /// What handles and the supervisor share.
@@ -83,9 +100,15 @@ pub(crate) struct Shared {
     pub(crate) log: JobLog,
     live: Mutex<HashMap<String, Live>>,
     draining: AtomicBool,
+    /// Jobs of an earlier process that are to be prepared again.
+    pub(super) left: Mutex<Vec<(TenantId, String)>>,
 }
 
 impl Shared {
+    pub(crate) fn new(log: JobLog) -> Self {
+        Self { log, live: Mutex::default(), draining: AtomicBool::new(false), left: Mutex::default() }
+    }
+
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
@@ -114,28 +137,76 @@ impl Shared {
         self.live.lock().remove(id);
     }
 
-    fn subscribe(&self, id: &str) -> Option<watch::Receiver<u64>> {
+    /// Drops all others: what they wait for comes at the next start.
+    pub(crate) fn forget_all_but(&self, ids: &[String]) {
+        self.live.lock().retain(|id, _| ids.contains(id));
+    }
+
+    pub(crate) fn set_paused(&self, id: &str, paused: bool) {
+        if let Some(live) = self.live.lock().get_mut(id) {
+            live.paused = paused;
+        }
+    }
+
+    /// Paused jobs.
+    pub(crate) fn paused(&self) -> usize {
+        self.live.lock().values().filter(|l| l.paused).count()
+    }
+
+    /// Enters a job of an earlier process, which has its tenant's place already.
+    fn enter_left(&self, job: &StoredJob, left: Left) {
+        let (step, paused) = match left {
+            Left::Ended => return,
+            Left::Waits(step) => (step, false),
+            Left::Paused(step) => (step, true),
+        };
+        let full = job.info.resolved.methods.contains(&MethodPart::Full);
+        let entry = Live { seq: watch::Sender::new(0), step, tenant: job.tenant.clone(), full, paused };
+        self.live.lock().insert(job.info.id.clone(), entry);
+        if !paused {
+            self.left.lock().push((job.tenant.clone(), job.info.id.clone()));
+        }
+    }
+
+    pub(super) fn subscribe(&self, id: &str) -> Option<watch::Receiver<u64>> {
         self.live.lock().get(id).map(|l| l.seq.subscribe())
     }
 
     /// Whether a job that trains every weight waits or runs.
     fn full_jobs(&self) -> bool {
-        self.live.lock().values().any(|l| l.full)
+        self.live.lock().values().any(|l| l.full && !l.paused)
     }
 
-    /// Enters a job unless its tenant has too many.
-    fn enter(&self, id: &str, tenant: &TenantId, full: bool, most: usize) -> Result<(), TrainError> {
+    /// Enters a job, a new one or a paused one, unless its tenant has too many.
+    pub(super) fn enter(&self, id: &str, tenant: &TenantId, full: bool, most: usize) -> Result<(), TrainError> {
         let mut live = self.live.lock();
-        let own = live.values().filter(|l| l.tenant == *tenant).count();
+        let own = live.values().filter(|l| l.tenant == *tenant && !l.paused).count();
         if own >= most {
             return Err(TrainError::Overloaded(format!(
                 "{own} jobs of this tenant are waiting or running; at most {most}"
             )));
         }
-        let entry = Live { seq: watch::Sender::new(0), step: 0, tenant: tenant.clone(), full };
+        if let Some(known) = live.get_mut(id) {
+            if !known.paused {
+                // somebody else resumes it at this moment
+                return Err(TrainError::State { id: id.to_owned(), state: JobState::Queued, wanted: "paused" });
+            }
+            known.paused = false;
+            return Ok(());
+        }
+        let entry = Live { seq: watch::Sender::new(0), step: 0, tenant: tenant.clone(), full, paused: false };
         live.insert(id.to_owned(), entry);
         Ok(())
     }
+}
+
+/// What a job keeps beside its request, to be prepared again.
+#[derive(Debug, Clone, Default)]
+pub struct Kept {
+    /// Fingerprint of its base.
+    pub base: String,
+    /// Blobs of the datasets that the request names, by their place in it.
+    pub blobs: Vec<(String, BlobId)>,
 }
 
 /// What the trainer is made of.
@@ -155,41 +226,33 @@ pub struct TrainerParts {
 /// The trainer.
 #[derive(Debug, Clone)]
 pub struct TrainerHandle {
-    shared: Arc<Shared>,
-    commands: mpsc::Sender<Command>,
-    room: Arc<Semaphore>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) commands: mpsc::Sender<Command>,
+    pub(super) room: Arc<Semaphore>,
     memory: MemoryProbe,
-    config: TrainerConfig,
+    pub(super) config: TrainerConfig,
 }
 
 impl TrainerHandle {
-    /// Ends jobs that an earlier process left behind (those that had published succeed) and removes models that no job
-    /// made, then starts the trainer thread and its supervisor (on the current
-    /// tokio runtime). The thread ends after [`Self::drain`], or when every handle is gone.
+    /// Takes over the jobs that an earlier process left behind (those that had published succeed, those with nothing to go
+    /// on from end, others are to be prepared again: [`Self::take_left`]) and removes models that no job made, then starts
+    /// the trainer thread and its supervisor (on the current tokio runtime). The thread ends after [`Self::drain`], or when every handle is gone.
     ///
     /// # Errors
     /// The log's, or no thread.
     pub async fn spawn(parts: TrainerParts, config: TrainerConfig) -> Result<(Self, JoinHandle<()>), SpawnError> {
         let TrainerParts { base, pacer, log, publisher, memory } = parts;
-        for job in log.unfinished().await? {
-            let (id, was) = (&job.info.id, job.info.state.as_str());
-            let end = match log.published(&job).await? {
-                Some(result) => StateEvent { state: JobState::Succeeded, result: Some(result), failure: None },
-                None => {
-                    let failure = Some(interrupted(&format!("the server stopped while the job was {was}")));
-                    StateEvent { state: JobState::Interrupted, result: None, failure }
-                }
-            };
-            tracing::warn!(job = id, state = was, end = end.state.as_str(), "ended a job that an earlier process left");
-            log.append(id, job.info.step, JobEventBody::State(end)).await?;
+        let shared = Arc::new(Shared::new(log));
+        for job in shared.log.unfinished().await? {
+            let left = take_over(&shared.log, &job).await?;
+            shared.enter_left(&job, left);
         }
-        log.sweep_models().await?;
+        shared.log.sweep_models().await?;
         let max_running = config.max_concurrent_jobs.max(1);
         let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
         let (report, reports) = mpsc::channel(256);
         let (commands, commanded) = mpsc::channel(64);
         let thread = worker::spawn(base, pacer, starting, report)?;
-        let shared = Arc::new(Shared { log, live: Mutex::default(), draining: AtomicBool::new(false) });
         let supervisor = Supervisor::new(Parts {
             shared: Arc::clone(&shared),
             publisher,
@@ -214,6 +277,7 @@ impl TrainerHandle {
         tenant: &TenantId,
         params: &TrainParams,
         prepared: &Prepared,
+        kept: Kept,
     ) -> Result<JobInfo, TrainError> {
         if self.shared.is_draining() {
             return Err(TrainError::Draining);
@@ -235,7 +299,7 @@ impl TrainerHandle {
         let (this, tenant) = (self.clone(), tenant.clone());
         let (params, prepared) = (params.clone(), prepared.clone());
         // a task of its own: a client that hangs up cannot leave a job half made
-        let made = tokio::spawn(async move { this.make(id, tenant, params, prepared, permit).await });
+        let made = tokio::spawn(async move { this.make(id, tenant, (params, prepared, kept), permit).await });
         made.await.unwrap_or_else(|e| Err(LogError::Runtime(e.to_string()).into()))
     }
 
@@ -265,9 +329,8 @@ impl TrainerHandle {
         &self,
         id: String,
         tenant: TenantId,
-        params: TrainParams,
-        prepared: Prepared,
-        permit: tokio::sync::OwnedSemaphorePermit,
+        (params, prepared, kept): (TrainParams, Prepared, Kept),
+        permit: OwnedSemaphorePermit,
     ) -> Result<JobInfo, TrainError> {
         let new = NewJob {
             id: id.clone(),
@@ -277,6 +340,8 @@ impl TrainerHandle {
             resolved: prepared.reply.resolved.clone(),
             idempotency_key: params.idempotency_key.clone(),
             request_digest: request_digest(&params)?,
+            base: kept.base,
+            blobs: kept.blobs,
         };
         let job = match self.shared.log.create(new).await {
             Ok((job, true)) => job,
@@ -300,15 +365,16 @@ impl TrainerHandle {
         self.shared.notify(&id, seq);
         let input = RunInput::from(&prepared);
         let memory = prepared.spec.full.map(|_| prepared.reply.memory);
-        let pending = Pending { id, name: params.output_name, policy: params.publish, tenant, memory, input, permit };
-        let sent = self.commands.send(Command::Enqueue(Box::new(pending))).await;
+        let (name, policy) = (params.output_name, params.publish);
+        let pending = Pending { id, name, policy, tenant, memory, input, from: None, resumes: false, permit };
+        let sent = self.commands.send(Command::Enqueue(Box::new(pending), None)).await;
         sent.map_err(|_| TrainError::Draining)?;
         Ok(JobInfo { last_seq: seq, ..job.info })
     }
 
     /// Jobs that are queued, running or publishing.
     pub fn unfinished(&self) -> usize {
-        self.shared.live.lock().len()
+        self.shared.live.lock().values().filter(|l| !l.paused).count()
     }
 
     /// Ends a job: at once if it waits, within a micro-step if it trains, not at all if it is being published. Returns
@@ -362,11 +428,11 @@ impl TrainerHandle {
         // subscribe first, then read: what is written in between wakes the watcher
         let news = self.shared.subscribe(id);
         self.get(tenant, id).await?;
-        let (log, id) = (self.shared.log.clone(), id.to_owned());
-        Ok(JobWatch { log, id, next: from_seq.max(1), ready: VecDeque::new(), news, over: false })
+        let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
+        Ok(JobWatch { shared, id, next: from_seq.max(1), ready: VecDeque::new(), news, over: false })
     }
 
-    /// Stops taking jobs, interrupts what runs, and waits until all of it is written, at most `grace`.
+    /// Stops taking jobs, stops what runs, to go on at the next start, and waits until all of it is written, at most `grace`.
     pub async fn drain(&self, grace: Duration) {
         self.shared.set_draining();
         let (done, drained) = oneshot::channel();
@@ -392,48 +458,4 @@ pub enum SpawnError {
 fn request_digest(params: &TrainParams) -> Result<String, LogError> {
     let request = serde_json::to_vec(&TrainParams { idempotency_key: None, ..params.clone() });
     Ok(hex::encode(Sha256::digest(request.map_err(|e| LogError::Runtime(e.to_string()))?)))
-}
-
-/// A gap-free stream of a job's events: always read from the log, woken by the supervisor. A slow reader delays nobody
-/// and misses nothing.
-#[derive(Debug)]
-pub struct JobWatch {
-    log: JobLog,
-    id: String,
-    next: u64,
-    ready: VecDeque<JobEventInfo>,
-    news: Option<watch::Receiver<u64>>,
-    over: bool,
-}
-
-impl JobWatch {
-    /// The next event; `None` after the terminal one.
-    ///
-    /// # Errors
-    /// The log's.
-    pub async fn next(&mut self) -> Result<Option<JobEventInfo>, LogError> {
-        const PAGE: u32 = 256;
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                self.next = event.seq + 1;
-                self.over = matches!(&event.body, JobEventBody::State(s) if s.state.is_terminal());
-                return Ok(Some(event));
-            }
-            if self.over {
-                return Ok(None);
-            }
-            // seen before reading, so that an event written meanwhile wakes the wait below
-            if let Some(news) = &mut self.news {
-                news.borrow_and_update();
-            }
-            self.ready = self.log.events(&self.id, self.next, PAGE).await?.into();
-            if !self.ready.is_empty() {
-                continue;
-            }
-            let Some(news) = &mut self.news else { return Ok(None) };
-            if news.changed().await.is_err() {
-                self.news = None; // the job left memory: one last look
-            }
-        }
-    }
 }

@@ -1,8 +1,11 @@
 //! Jobs and their events in the store. The one place of `train` that knows the store's form of them: rows with JSON.
 
+mod resume;
+
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+pub use resume::KeptJob;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -65,6 +68,10 @@ pub struct NewJob {
     pub idempotency_key: Option<String>,
     /// Digest of the request and its data: what "the same request" means.
     pub request_digest: String,
+    /// Fingerprint of the base that it is for.
+    pub base: String,
+    /// Blobs of the datasets that it names, by their place in the request.
+    pub blobs: Vec<(String, BlobId)>,
 }
 
 /// A job as stored.
@@ -121,6 +128,8 @@ impl JobLog {
             resolved_json,
             idempotency_key: new.idempotency_key,
             request_digest: new.request_digest,
+            base: new.base,
+            blobs: new.blobs,
         });
         match created.await? {
             CreateJob::Created(record) => Ok((stored(record)?, true)),
@@ -184,7 +193,7 @@ impl JobLog {
         Ok((jobs, Some(page.next_page_token).filter(|t| !t.is_empty())))
     }
 
-    /// Jobs that have not ended: at start, those that an earlier process left.
+    /// Jobs that have not ended, oldest first: at start, those that an earlier process left.
     ///
     /// # Errors
     /// The store's.

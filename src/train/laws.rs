@@ -1,7 +1,7 @@
 //! Laws of training that need a whole (tiny) model: gradients reach every variable, the base never changes, seeds decide,
 //! accumulation is exact, divergence fails.
 
-mod positions;
+pub(super) mod positions;
 
 use std::sync::Arc;
 
@@ -113,6 +113,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         patience: 0,
         min_delta: 0.0,
         label_smoothing: 0.0,
+        checkpoint_every: 0,
     }
 }
 

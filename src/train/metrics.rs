@@ -62,6 +62,7 @@ pub(crate) struct JobGauges {
     queued: Gauge,
     running: Gauge,
     publishing: Gauge,
+    paused: Gauge,
     ended: [(JobState, Counter); 4],
 }
 
@@ -73,14 +74,16 @@ impl JobGauges {
             queued: live(JobState::Queued),
             running: live(JobState::Running),
             publishing: live(JobState::Publishing),
+            paused: live(JobState::Paused),
             ended: [JobState::Succeeded, JobState::Failed, JobState::Cancelled, JobState::Interrupted].map(ended),
         }
     }
 
-    pub(crate) fn set(&self, queued: usize, running: usize, publishing: usize) {
+    pub(crate) fn set(&self, queued: usize, running: usize, publishing: usize, paused: usize) {
         self.queued.set(queued as f64);
         self.running.set(running as f64);
         self.publishing.set(publishing as f64);
+        self.paused.set(paused as f64);
     }
 
     pub(crate) fn ended(&self, state: JobState) {

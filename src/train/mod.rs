@@ -10,6 +10,7 @@
 //! a base weight, and never makes a version itself: the composition root gives it a [`Publisher`].
 
 pub mod batches;
+mod control;
 pub mod dataset;
 pub mod encode;
 pub mod eval;
@@ -23,6 +24,7 @@ pub mod issue;
 pub mod joblog;
 #[cfg(test)]
 mod laws;
+mod left;
 pub mod memory;
 #[cfg(test)]
 mod method_laws;
@@ -30,6 +32,11 @@ pub mod metrics;
 pub mod objective;
 pub mod optim;
 pub mod plan;
+#[cfg(test)]
+mod resume_laws;
+#[cfg(test)]
+mod resume_tests;
+mod resuming;
 pub mod run;
 pub mod spec;
 mod start;
@@ -42,8 +49,12 @@ pub mod transfer;
 #[cfg(test)]
 mod transfer_laws;
 pub mod validate;
+mod watch;
 mod worker;
 
-pub use handle::{JobWatch, SpawnError, TrainError, TrainerConfig, TrainerHandle, TrainerParts};
+pub use handle::{Kept, SpawnError, TrainError, TrainerConfig, TrainerHandle, TrainerParts};
+pub use joblog::KeptJob;
 pub use plan::{BaseInfo, Inputs, Prepared, prepare};
-pub use supervisor::{PublishFailure, PublishInfo, PublishJob, Published, Publisher};
+pub use resuming::Place;
+pub use supervisor::{PublishFailure, PublishInfo, PublishJob, Published, Publisher, Refusal, publish_info};
+pub use watch::JobWatch;

@@ -57,6 +57,29 @@ impl AdamW {
         self
     }
 
+    /// First and second moments, in order.
+    pub fn moments(&self) -> impl Iterator<Item = (&Tensor, &Tensor)> {
+        self.slots.iter().map(|s| (&s.m, &s.v))
+    }
+
+    /// Goes on after `step` updates with these moments, in order.
+    ///
+    /// # Errors
+    /// Moments of other shapes, or another number of them.
+    pub fn restore(&mut self, step: u32, moments: impl ExactSizeIterator<Item = (Tensor, Tensor)>) -> Result<()> {
+        if moments.len() != self.slots.len() {
+            candle_core::bail!("moments of {} variables for {}", moments.len(), self.slots.len());
+        }
+        for (slot, (m, v)) in self.slots.iter_mut().zip(moments) {
+            if m.shape() != slot.var.shape() || v.shape() != slot.var.shape() {
+                candle_core::bail!("moments {:?} of a variable {:?}", m.shape(), slot.var.shape());
+            }
+            (slot.m, slot.v) = (m, v);
+        }
+        self.step = step as i32;
+        Ok(())
+    }
+
     /// One update. `grads` in the order of the variables, multiplied by `scale` first (clipping).
     ///
     /// # Errors

@@ -3,23 +3,28 @@
 //! [`Run::advance`] does at most one forward and backward, so that whoever calls it can interleave jobs, cancel within a
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
+mod autosave;
 mod evaluation;
 mod held;
 mod outcome;
+mod resume;
 
 use std::{
     collections::VecDeque,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
 
-pub use outcome::{Advance, Failed, Outcome, RunEvents, Trained};
+use autosave::Autosave;
+pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
+pub use resume::ResumeError;
 
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, MetricsEvent, ResolvedTraining},
+    delta::Delta,
     model::Base,
     pacing::Pacer,
     train::{
@@ -134,7 +139,12 @@ pub struct Run {
     /// Weights whose loss is not known yet.
     unproven: Option<(u32, Snapshot)>,
     started: Instant,
+    /// The step that it was at when it started.
+    begun: u32,
     last_metrics: Option<Instant>,
+    autosave: Autosave,
+    /// What a checkpoint of it says it belongs to.
+    identity: OnceLock<resume::Identity>,
 }
 
 impl Run {
@@ -177,7 +187,7 @@ impl Run {
             optimizer: AdamW::new(adam, vars.iter().map(|v| (v.var.clone(), v.decays)))?
                 .with_rates(vars.iter().map(|v| v.rate)),
             batches: Batches::new(&lens, size, pack_to, r.seed),
-            dropout: batches::rng(r.seed, Stream::Dropout),
+            dropout: batches::rng_at(r.seed, Stream::Dropout, 0),
             // a whole model is too large to be kept on the way
             good: if trainable.is_full() { None } else { Some((0, trainable.snapshot()?)) },
             metrics: TrainMetrics::in_slot(usize::MAX),
@@ -189,7 +199,10 @@ impl Run {
             stopped: false,
             unproven: None,
             started: Instant::now(),
+            begun: 0,
             last_metrics: None,
+            autosave: Autosave::from_step(0),
+            identity: OnceLock::new(),
             ahead: trainable.ahead().rows,
             fisher: None,
             penalty: None,
@@ -224,6 +237,14 @@ impl Run {
     /// The variables.
     pub fn trainable(&self) -> &Trainable {
         &self.trainable
+    }
+
+    /// What the variables form now, as it would be published: independent of them.
+    ///
+    /// # Errors
+    /// The device.
+    pub fn delta(&self) -> Result<Delta> {
+        self.trainable.publishable(&self.trainable.snapshot()?)
     }
 
     /// Loss of the last finished step.
@@ -308,6 +329,8 @@ impl Run {
     fn begin_step(&mut self) -> Step {
         let r = &self.input.resolved;
         let batch = self.batches.next_batch();
+        // by step, so that a run that goes on from a checkpoint draws what it would have drawn
+        self.dropout = batches::rng_at(r.seed, Stream::Dropout, self.step);
         // with packing, a batch counts packs; the token bound alone decides how they are cut
         let examples = if r.packing { usize::MAX } else { r.batch_size as usize };
         let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.lens), examples, MICRO_TOKENS).into();
@@ -398,7 +421,7 @@ impl Run {
             learning_rate: lr,
             grad_norm: norm,
             tokens_per_second: step.tokens as f64 / busy.as_secs_f64().max(1e-9),
-            eta_seconds: self.started.elapsed().as_secs_f64() / f64::from(self.step.max(1)) * left,
+            eta_seconds: self.started.elapsed().as_secs_f64() / f64::from((self.step - self.begun).max(1)) * left,
             step_ms: busy.as_secs_f64() * 1e3,
             yielded_ms: step.yielded.as_secs_f64() * 1e3,
             ewc_penalty: step.penalty,

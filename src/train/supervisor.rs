@@ -3,13 +3,12 @@
 //! All state changes of a job go through here, one after the other, so each job gets exactly one terminal state. It never
 //! waits for the trainer thread and never computes.
 
+mod pauses;
+mod publishing;
+
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc::SyncSender,
-    },
+    sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
 
@@ -21,8 +20,8 @@ use crate::{
     admission::{
         params::PublishPolicy,
         train_params::{
-            CheckpointEvent, EvalEvent, JobEventBody, JobFailure, JobResult, JobState, MemoryEstimate, ModelResult,
-            NoteEvent, StateEvent,
+            EvalEvent, JobEventBody, JobFailure, JobResult, JobState, MemoryEstimate, ModelResult, ResumedEvent,
+            StateEvent,
         },
     },
     delta::Delta,
@@ -30,10 +29,12 @@ use crate::{
     model::ModelFolder,
     store::StoreError,
     train::{
-        handle::{Live, Shared},
+        control::{Ask, Control},
+        handle::{Live, Shared, TrainError},
+        joblog::LogError,
         memory::{MemoryProbe, Shortage},
         metrics::JobGauges,
-        run::{Failed, RunInput, Trained},
+        run::RunInput,
         worker::{End, Report, Start},
     },
 };
@@ -103,18 +104,38 @@ pub(crate) struct Pending {
     /// What it needs, if it trains every weight.
     pub(crate) memory: Option<MemoryEstimate>,
     pub(crate) input: RunInput,
+    /// What it goes on from: the step and the run's bytes.
+    pub(crate) from: Option<(u32, Bytes)>,
+    /// It is paused, and to go on.
+    pub(crate) resumes: bool,
     pub(crate) permit: OwnedSemaphorePermit,
 }
 
 /// What handles ask for.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Enqueue(Box<Pending>),
+    /// Answered, if asked, once it waits for its turn.
+    Enqueue(Box<Pending>, Option<oneshot::Sender<Result<(), TrainError>>>),
     /// Answered once the job is marked; it ends within a micro-step.
     Cancel(String, oneshot::Sender<()>),
+    /// Answered once the job is marked, or paused if it had not begun.
+    Pause(String, oneshot::Sender<Result<(), TrainError>>),
+    /// A job of an earlier process that cannot go on.
+    Refuse(String, Refusal),
     Published(String, Result<Published, PublishFailure>),
-    /// No more starts; running jobs end as interrupted; answered when none is left.
+    /// A job's last checkpoint is stored, and it has left the trainer.
+    Stopped(String, Result<u64, LogError>),
+    /// No more starts; running jobs stop where they are, to go on at the next start; answered when none is left.
     Drain(oneshot::Sender<()>),
+}
+
+/// What becomes of a job that cannot go on.
+#[derive(Debug)]
+pub enum Refusal {
+    /// It has failed.
+    Fails(JobFailure),
+    /// It is paused: another start of the server may be right for it.
+    Pauses(String),
 }
 
 /// A job on the trainer thread or being published.
@@ -126,14 +147,20 @@ struct Running {
     /// Trains every weight.
     full: bool,
     slot: usize,
-    cancel: Arc<AtomicBool>,
+    control: Arc<Control>,
     phase: Phase,
     _permit: OwnedSemaphorePermit,
 }
 
 enum Phase {
     Training,
-    Publishing { final_loss: f64, best_eval: Option<Box<EvalEvent>>, checkpoint: Option<Bytes> },
+    /// It has left the thread; its checkpoint is being written.
+    Stopping,
+    Publishing {
+        final_loss: f64,
+        best_eval: Option<Box<EvalEvent>>,
+        checkpoint: Option<Bytes>,
+    },
 }
 
 pub(crate) struct Supervisor {
@@ -197,7 +224,7 @@ impl Supervisor {
             }
             self.start_waiting().await;
             let publishing = self.running.values().filter(|r| matches!(r.phase, Phase::Publishing { .. })).count();
-            self.gauges.set(self.queue.len(), self.running.len() - publishing, publishing);
+            self.gauges.set(self.queue.len(), self.running.len() - publishing, publishing, self.shared.paused());
             if self.running.is_empty()
                 && let Some(done) = self.drained.take()
             {
@@ -209,35 +236,25 @@ impl Supervisor {
 
     async fn command(&mut self, command: Command) {
         match command {
-            Command::Enqueue(job) if self.shared.is_draining() => {
-                let failure = interrupted("the server shut down before the job began");
-                self.terminal(&job.id, JobState::Interrupted, None, Some(failure)).await;
+            Command::Enqueue(job, done) => {
+                let id = job.id.clone();
+                let result = self.enqueue(*job).await;
+                match done {
+                    Some(done) => drop(done.send(result)),
+                    None => result.unwrap_or_else(|e| tracing::warn!(job = id, error = %e, "a job was not queued")),
+                }
             }
-            Command::Enqueue(job) => self.queue.push_back(*job),
             Command::Cancel(id, done) => {
                 self.cancel(&id).await;
                 let _ = done.send(());
             }
-            Command::Published(id, result) => self.published(&id, result).await,
-            Command::Drain(done) => {
-                self.shared.set_draining();
-                for job in std::mem::take(&mut self.queue) {
-                    let failure = interrupted("the server shut down before the job began");
-                    self.terminal(&job.id, JobState::Interrupted, None, Some(failure)).await;
-                }
-                self.running.values().for_each(|r| r.cancel.store(true, Ordering::Relaxed));
-                self.drained = Some(done);
+            Command::Pause(id, done) => {
+                let _ = done.send(self.pause(&id).await);
             }
-        }
-    }
-
-    async fn cancel(&mut self, id: &str) {
-        if let Some(at) = self.queue.iter().position(|j| j.id == id) {
-            self.queue.remove(at);
-            self.terminal(id, JobState::Cancelled, None, None).await;
-        } else if let Some(job) = self.running.get(id) {
-            // too late once it is being published: that ends by itself
-            job.cancel.store(true, Ordering::Relaxed);
+            Command::Refuse(id, failure) => self.refuse(&id, failure).await,
+            Command::Published(id, result) => self.published(&id, result).await,
+            Command::Stopped(id, result) => self.stopped(&id, result).await,
+            Command::Drain(done) => self.drain(done),
         }
     }
 
@@ -251,17 +268,20 @@ impl Supervisor {
                 }
                 self.append(&id, *body).await;
             }
+            Report::Saved(id, saved) => self.save(&id, *saved),
             Report::Ended(id, end) => match *end {
                 End::Trained(trained) => self.publish(&id, *trained).await,
                 End::Failed(failed) => self.failed(&id, failed).await,
-                End::Cancelled if self.shared.is_draining() => {
-                    self.running.remove(&id);
-                    let failure = interrupted("the server shut down");
-                    self.terminal(&id, JobState::Interrupted, None, Some(failure)).await;
-                }
+                End::Paused(saved) => self.stop(&id, saved),
                 End::Cancelled => {
-                    self.running.remove(&id);
-                    self.terminal(&id, JobState::Cancelled, None, None).await;
+                    // of a whole model nothing is kept to go on from
+                    let full = self.running.remove(&id).is_some_and(|job| job.full);
+                    if full && self.shared.is_draining() {
+                        let failure = interrupted("the server shut down");
+                        self.terminal(&id, JobState::Interrupted, None, Some(failure)).await;
+                    } else {
+                        self.terminal(&id, JobState::Cancelled, None, None).await;
+                    }
                 }
             },
         }
@@ -312,8 +332,9 @@ impl Supervisor {
                 continue;
             }
             let slot = (0..).find(|s| self.running.values().all(|r| r.slot != *s)).unwrap_or(0);
-            let cancel = Arc::new(AtomicBool::new(false));
-            let start = Start { id: job.id.clone(), input: job.input, cancel: Arc::clone(&cancel), slot };
+            let control = Arc::new(Control::default());
+            let (step, from) = job.from.unzip();
+            let start = Start { id: job.id.clone(), input: job.input, from, control: Arc::clone(&control), slot };
             let running = Running {
                 info: publish_info(&start.input),
                 full: job.memory.is_some(),
@@ -321,11 +342,14 @@ impl Supervisor {
                 name: job.name,
                 policy: job.policy,
                 slot,
-                cancel,
+                control,
                 phase: Phase::Training,
                 _permit: job.permit,
             };
             self.append(&job.id, state(JobState::Running)).await;
+            if let Some(step) = step {
+                self.append(&job.id, JobEventBody::Resumed(ResumedEvent { step })).await;
+            }
             self.running.insert(job.id.clone(), running);
             // holds as many as may run at a time, so it is never full
             let sent = self.starts.as_ref().is_some_and(|s| s.try_send(start).is_ok());
@@ -335,79 +359,6 @@ impl Supervisor {
                 self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
             }
         }
-    }
-
-    async fn publish(&mut self, id: &str, trained: Trained) {
-        self.append(id, state(JobState::Publishing)).await;
-        let Some(job) = self.running.get_mut(id) else { return };
-        let Trained { delta, model, checkpoint, final_loss, best_eval } = trained;
-        let best_eval = best_eval.map(Box::new);
-        job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.map(Bytes::from) };
-        let request = PublishJob {
-            job: id.to_owned(),
-            tenant: job.tenant.clone(),
-            name: job.name.clone(),
-            policy: job.policy,
-            delta,
-            model,
-            input: job.info,
-        };
-        let (publisher, id, done) = (Arc::clone(&self.publisher), id.to_owned(), self.to_self.clone());
-        // a task of its own, so that a slow disk delays no other job's events; a panic in it is an answer, too
-        tokio::spawn(async move {
-            let result = tokio::spawn(async move { publisher(request).await }).await.unwrap_or_else(|e| {
-                Err(PublishFailure { code: "INTERNAL".into(), message: format!("publishing: {e}") })
-            });
-            if let Some(done) = done.upgrade() {
-                let _ = done.send(Command::Published(id, result)).await;
-            }
-        });
-    }
-
-    async fn published(&mut self, id: &str, result: Result<Published, PublishFailure>) {
-        let Some(Running { name, phase: Phase::Publishing { final_loss, best_eval, checkpoint }, .. }) =
-            self.running.remove(id)
-        else {
-            return;
-        };
-        match result {
-            Ok(published) => {
-                let (number, version, model) = match published {
-                    Published::Version { number, id } => (number, id.to_string(), None),
-                    Published::Model(model) => (0, String::new(), Some(model)),
-                };
-                let best_eval = best_eval.map(|e| *e);
-                let result = JobResult { name, number, id: version, final_loss, best_eval, model };
-                self.terminal(id, JobState::Succeeded, Some(result), None).await;
-            }
-            Err(PublishFailure { code, message }) => {
-                let step = self.shared.step(id);
-                if let Some(bytes) = checkpoint {
-                    self.keep_checkpoint(id, step, bytes).await;
-                }
-                self.terminal(id, JobState::Failed, None, Some(JobFailure { code, message })).await;
-            }
-        }
-    }
-
-    async fn failed(&mut self, id: &str, failed: Failed) {
-        self.running.remove(id);
-        if let Some((step, bytes)) = failed.checkpoint {
-            self.keep_checkpoint(id, step, bytes.into()).await;
-        }
-        let failure = JobFailure { code: failed.code.into(), message: failed.message };
-        self.terminal(id, JobState::Failed, None, Some(failure)).await;
-    }
-
-    async fn keep_checkpoint(&mut self, id: &str, step: u32, bytes: Bytes) {
-        let event = match self.shared.log.keep_checkpoint(id, bytes).await {
-            Ok(blob) => JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() }),
-            Err(e) => {
-                let message = format!("the last good checkpoint (step {step}) could not be kept: {e}");
-                JobEventBody::Warning(NoteEvent { code: "CHECKPOINT_LOST".into(), message })
-            }
-        };
-        self.append(id, event).await;
     }
 
     async fn append(&self, id: &str, body: JobEventBody) {
@@ -462,7 +413,8 @@ pub(crate) fn interrupted(message: &str) -> JobFailure {
     JobFailure { code: "INTERRUPTED".into(), message: message.to_owned() }
 }
 
-fn publish_info(input: &RunInput) -> PublishInfo {
+/// What the files of a run's delta say.
+pub fn publish_info(input: &RunInput) -> PublishInfo {
     use crate::admission::train_params::MethodPart;
     let lora = input.resolved.methods.iter().find_map(|m| match m {
         MethodPart::Lora(p) => Some(p),

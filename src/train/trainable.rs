@@ -60,6 +60,18 @@ enum Part {
 #[derive(Debug, Clone)]
 pub struct Snapshot(Vec<Tensor>);
 
+impl Snapshot {
+    /// Of values in the order of the variables.
+    pub(super) fn of(values: Vec<Tensor>) -> Self {
+        Self(values)
+    }
+
+    /// Values in the order of the variables.
+    pub(super) fn tensors(&self) -> &[Tensor] {
+        &self.0
+    }
+}
+
 /// A delta under training.
 #[derive(Debug)]
 pub struct Trainable {

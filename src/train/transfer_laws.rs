@@ -120,7 +120,7 @@ fn a_continued_lora_has_the_request_s_dropout_and_rates() {
 }
 
 /// A planned job on byte tokens.
-fn plan(base: &Base, params: &TrainParams, data: &str, from: &StartingDelta, old: &str) -> Prepared {
+pub(super) fn plan(base: &Base, params: &TrainParams, data: &str, from: &StartingDelta, old: &str) -> Prepared {
     let start = Some(Continue { from, old: Some(old.as_bytes()) });
     let inputs = Inputs { params, train: data.as_bytes(), validation: None, forgetting: None, start };
     let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
@@ -135,7 +135,7 @@ fn labelled(label: [&str; 2]) -> String {
     (0..12).map(row).collect()
 }
 
-fn continuing(task: Task) -> TrainParams {
+pub(super) fn continuing(task: Task) -> TrainParams {
     let ewc = EwcParams { data: TrainData::Jsonl(String::new()), lambda: 2.0, max_examples: None };
     TrainParams { from_delta: Some("old".into()), ewc: Some(ewc), ..params(task, vec![]) }
 }

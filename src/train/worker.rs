@@ -8,20 +8,23 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, TryRecvError},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
 
 use crate::{
-    admission::train_params::JobEventBody,
+    admission::train_params::{JobEventBody, NoteEvent},
     model::Base,
     pacing::Pacer,
-    train::run::{Advance, Failed, Outcome, Run, RunInput, Trained},
+    train::{
+        control::{Ask, Control},
+        run::{Advance, Failed, Outcome, Run, RunInput, Saved, Trained},
+    },
 };
 
 /// Walking and dropping a graph recurses once per node.
@@ -34,8 +37,10 @@ pub(crate) struct Start {
     pub(crate) id: String,
     /// Data and choices.
     pub(crate) input: RunInput,
-    /// Set to end it within a micro-step.
-    pub(crate) cancel: Arc<AtomicBool>,
+    /// The run's bytes, if it goes on.
+    pub(crate) from: Option<Bytes>,
+    /// What is asked of it; it does that within a micro-step.
+    pub(crate) control: Arc<Control>,
     /// Slot of the loss metric.
     pub(crate) slot: usize,
 }
@@ -45,6 +50,8 @@ pub(crate) struct Start {
 pub(crate) enum Report {
     /// Something happened in a job.
     Event(String, Box<JobEventBody>),
+    /// A checkpoint of a job that goes on.
+    Saved(String, Box<Saved>),
     /// A job is over; nothing follows.
     Ended(String, Box<End>),
 }
@@ -55,6 +62,8 @@ pub(crate) enum End {
     Trained(Box<Trained>),
     Failed(Failed),
     Cancelled,
+    /// With what it goes on from; `None`: it begins again.
+    Paused(Option<Saved>),
 }
 
 /// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more.
@@ -73,7 +82,7 @@ pub(crate) fn spawn(
 
 struct Active {
     id: String,
-    cancel: Arc<AtomicBool>,
+    control: Arc<Control>,
     stage: Stage,
 }
 
@@ -129,14 +138,14 @@ impl Worker {
     }
 
     fn begin(&mut self, start: Start) {
-        let Start { id, input, cancel, slot } = start;
+        let Start { id, input, from, control, slot } = start;
         // a whole model is read from the disk and hashed: too long for the others to wait
         let apart = input.spec.full.is_some();
         let (base, pacer) = (Arc::clone(&self.base), Arc::clone(&self.pacer));
-        let new = move || set_up(base, pacer, input, slot);
+        let new = move || set_up(base, pacer, (input, from), slot);
         let stage = if apart { set_up_apart(new) } else { new().map(|run| Stage::Run(Box::new(run))) };
         match stage {
-            Ok(stage) => self.active.push(Active { id, cancel, stage }),
+            Ok(stage) => self.active.push(Active { id, control, stage }),
             Err(message) => {
                 self.end(id, End::Failed(internal(message)));
             }
@@ -145,7 +154,7 @@ impl Worker {
 
     /// One micro-step of one job.
     fn turn(&mut self, at: usize) -> Turn {
-        let Active { id, cancel, stage } = &mut self.active[at];
+        let Active { id, control, stage } = &mut self.active[at];
         let run = match stage {
             Stage::Run(run) => run,
             // also if it is cancelled: the thread ends by itself, and until then has the run's memory
@@ -160,8 +169,10 @@ impl Worker {
             },
         };
         let id = id.clone();
-        if cancel.load(Ordering::Relaxed) {
-            return Turn::Over(End::Cancelled);
+        match control.ask() {
+            Ask::GoOn => {}
+            Ask::Cancel => return Turn::Over(End::Cancelled),
+            Ask::Pause => return Turn::Over(leave(run)),
         }
         self.pacer.yield_now();
         let step = run.step() + 1;
@@ -175,6 +186,23 @@ impl Worker {
         };
         for event in events {
             if self.reports.blocking_send(Report::Event(id.clone(), Box::new(event))).is_err() {
+                return Turn::Deaf;
+            }
+        }
+        if outcome.is_none() && !control.is_saving() {
+            let report = match run.autosave() {
+                Ok(None) => None,
+                Ok(Some(saved)) => {
+                    control.set_saving(true);
+                    Some(Report::Saved(id, Box::new(saved)))
+                }
+                Err(e) => {
+                    let message = format!("no checkpoint after step {}: {e}", run.step());
+                    let note = NoteEvent { code: "CHECKPOINT_LOST".into(), message };
+                    Some(Report::Event(id, Box::new(JobEventBody::Warning(note))))
+                }
+            };
+            if report.is_some_and(|report| self.reports.blocking_send(report).is_err()) {
                 return Turn::Deaf;
             }
         }
@@ -192,9 +220,17 @@ impl Worker {
 }
 
 /// Makes a run; a panic is a message, too.
-fn set_up(base: Arc<Base>, pacer: Arc<Pacer>, input: RunInput, slot: usize) -> Result<Run, String> {
+fn set_up(
+    base: Arc<Base>,
+    pacer: Arc<Pacer>,
+    (input, from): (RunInput, Option<Bytes>),
+    slot: usize,
+) -> Result<Run, String> {
     let new = || {
-        let mut run = Run::new(base, Some(pacer), input)?;
+        let mut run = match from {
+            Some(bytes) => Run::from_bytes(base, Some(pacer), input, &bytes)?,
+            None => Run::new(base, Some(pacer), input)?,
+        };
         run.show_in_slot(slot);
         Ok::<_, candle_core::Error>(run)
     };
@@ -212,6 +248,15 @@ fn set_up_apart(new: impl FnOnce() -> Result<Run, String> + Send + 'static) -> R
         let _ = send.send(new());
     });
     thread.map(|_| Stage::Setup(made)).map_err(|e| format!("no thread to set up: {e}"))
+}
+
+/// How a run leaves that is to pause.
+fn leave(run: &Run) -> End {
+    match catch_unwind(AssertUnwindSafe(|| run.to_bytes())) {
+        Ok(Ok(bytes)) => End::Paused(bytes.map(|bytes| Saved { step: run.step(), bytes })),
+        Ok(Err(e)) => End::Failed(internal(format!("step {}: no checkpoint to pause with: {e}", run.step()))),
+        Err(panic) => End::Failed(internal(panic_text(panic.as_ref()))),
+    }
 }
 
 enum Turn {

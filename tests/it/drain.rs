@@ -1,4 +1,4 @@
-//! SIGTERM: what runs finishes, what is new is refused, and nobody waits longer than that.
+//! SIGTERM: what runs finishes, or goes on at the next start, what is new is refused, and nobody waits longer than that.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ async fn after_sigterm_a_running_stream_finishes_new_calls_are_refused_and_the_e
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stopping_waits_for_streams_interrupts_jobs_and_tells_who_watches_them() {
+async fn stopping_waits_for_streams_keeps_jobs_for_the_next_start_and_tells_who_watches_them() {
     let world = World::long();
     let running = world.start().await;
     let client = running.client.clone();
@@ -42,13 +42,22 @@ async fn stopping_waits_for_streams_interrupts_jobs_and_tells_who_watches_them()
     eventually("it runs", async || client.job(&job.id).await.is_ok_and(|j| j.step > 0)).await;
     let watch = tokio::spawn({
         let (client, id) = (client.clone(), job.id.clone());
-        async move { client.ended(&id).await }
+        async move { client.events(&id, 0).await }
     });
     let mut stream = client.stream(ask("", "once", 4_000)).await.expect("a stream");
     stream.message().await.expect("a message").expect("a token");
     let begun = Instant::now();
     let (said, ()) = tokio::join!(finish(Said::default(), stream), running.stop());
     assert_eq!(said.expect("it is not cut off").finished.usage.unwrap_or_default().completion_tokens, 4_000);
-    assert_eq!(watch.await.expect("no panic").state(), JobState::Interrupted);
+    let told = watch.await.expect("no panic").expect_err("the job has not ended");
+    assert_eq!(kind(&told), (tonic::Code::Unavailable, "DRAINING".into()));
     assert!(begun.elapsed() < PROMPTLY, "{:?}", begun.elapsed());
+
+    let running = world.start().await;
+    let client = &running.client;
+    let before = client.job(&job.id).await.expect("the job").step;
+    assert!(before > 0, "it knows how far it came");
+    eventually("it goes on", async || client.job(&job.id).await.is_ok_and(|j| j.step > before)).await;
+    assert_eq!(client.job(&job.id).await.expect("the job").state(), JobState::Running);
+    running.stop().await;
 }

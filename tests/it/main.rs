@@ -17,6 +17,7 @@ mod heads;
 mod hostile;
 mod hot_swap;
 mod isolation;
+mod pause;
 mod restart;
 mod seq2seq;
 mod support;

@@ -400,6 +400,16 @@ impl Client {
         Ok(self.training().get_job(request).await?.into_inner().job.expect("a job"))
     }
 
+    pub(crate) async fn pause(&self, id: &str) -> Result<proto::Job, Status> {
+        let request = self.request(proto::PauseJobRequest { id: id.into() });
+        Ok(self.training().pause_job(request).await?.into_inner().job.expect("a job"))
+    }
+
+    pub(crate) async fn resume(&self, id: &str) -> Result<proto::Job, Status> {
+        let request = self.request(proto::ResumeJobRequest { id: id.into() });
+        Ok(self.training().resume_job(request).await?.into_inner().job.expect("a job"))
+    }
+
     pub(crate) async fn jobs(&self) -> Vec<proto::Job> {
         let request = self.request(proto::ListJobsRequest { page_size: 1000, ..Default::default() });
         self.training().list_jobs(request).await.expect("a list").into_inner().jobs

@@ -45,6 +45,7 @@ impl View {
                 "held text: loss {:.4} with the delta, {:.4} without ({:+.4})",
                 f.delta_loss, f.base_loss, f.forgetting
             ))?,
+            Some(Body::Resumed(r)) => self.say(&format!("goes on from step {}", r.step))?,
             Some(Body::Log(n)) => self.say(&n.message)?,
             None => {}
         }
@@ -73,7 +74,7 @@ impl View {
                 let failure = change.failure.clone().unwrap_or_default();
                 Err(anyhow::anyhow!("the job {name}: {} {}", failure.code, failure.message))
             }
-            State::Unspecified | State::Queued | State::Running | State::Publishing => {
+            State::Unspecified | State::Queued | State::Running | State::Paused | State::Publishing => {
                 if matches!(self, Self::Lines) {
                     output::line(&name)?;
                 }

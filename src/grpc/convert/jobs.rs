@@ -25,6 +25,7 @@ pub(in crate::grpc) fn job_state_filter(value: i32) -> Result<Option<JobState>, 
         Ok(Wire::Failed) => Ok(Some(JobState::Failed)),
         Ok(Wire::Cancelled) => Ok(Some(JobState::Cancelled)),
         Ok(Wire::Interrupted) => Ok(Some(JobState::Interrupted)),
+        Ok(Wire::Paused) => Ok(Some(JobState::Paused)),
         Err(unknown) => Err(ServeError::field("state", unknown.to_string())),
     }
 }
@@ -103,6 +104,7 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
             delta_loss: f.delta_loss,
             forgetting: f.delta_loss - f.base_loss,
         }),
+        JobEventBody::Resumed(r) => Body::Resumed(proto::Resumed { step: r.step }),
     };
     proto::JobEvent { seq: event.seq, time_ms: event.at_ms, body: Some(body) }
 }
@@ -133,11 +135,11 @@ mod tests {
 
     #[test]
     fn states_on_the_wire_read_back() {
-        for value in 1..=7 {
+        for value in 1..=8 {
             let state = job_state_filter(value).ok().flatten();
             assert_eq!(state.map(state_to_wire), Some(value));
         }
         assert!(matches!(job_state_filter(0), Ok(None)));
-        assert!(job_state_filter(8).is_err());
+        assert!(job_state_filter(9).is_err());
     }
 }

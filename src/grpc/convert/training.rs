@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::{
     admission::{
         check::Problems,
-        params::{ServeError, Violation},
+        params::{PublishPolicy, ServeError, Violation},
         train_params::{
             DatasetInfo, EwcParams, HyperParams, JobState, MemoryEstimate, PlanReply, ResolvedTraining, Schedule,
             TrainData, TrainParams, Validation,
@@ -13,6 +13,7 @@ use crate::{
     },
     delta::Problem,
     grpc::proto,
+    ids::check_name,
 };
 
 /// What to train.
@@ -138,7 +139,21 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         patience: m.patience,
         min_delta: m.min_delta,
         label_smoothing: m.label_smoothing,
+        checkpoint_every: m.checkpoint_every,
     }
+}
+
+/// A name and what may happen to it.
+pub(in crate::grpc) fn publish_target(
+    name: String,
+    policy: Option<proto::PublishPolicy>,
+) -> Result<(String, PublishPolicy), ServeError> {
+    let mut problems = Problems::default();
+    if let Err(error) = check_name(&name) {
+        problems.push("name", error.to_string());
+    }
+    let policy = super::policy("policy", policy, &mut problems);
+    problems.finish().map(|()| (name, policy))
 }
 
 /// A dataset to the wire.
@@ -222,6 +237,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         patience: r.patience,
         min_delta: r.min_delta,
         label_smoothing: r.label_smoothing,
+        checkpoint_every: r.checkpoint_every,
     }
 }
 
@@ -236,6 +252,7 @@ pub(super) fn state_to_wire(state: JobState) -> i32 {
         JobState::Failed => Wire::Failed,
         JobState::Cancelled => Wire::Cancelled,
         JobState::Interrupted => Wire::Interrupted,
+        JobState::Paused => Wire::Paused,
     }
     .into()
 }
@@ -243,10 +260,7 @@ pub(super) fn state_to_wire(state: JobState) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admission::{
-        params::PublishPolicy,
-        train_params::{LoraPart, MethodPart},
-    };
+    use crate::admission::train_params::{LoraPart, MethodPart};
 
     fn fields(error: ServeError) -> Vec<String> {
         match error {

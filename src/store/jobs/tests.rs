@@ -15,6 +15,8 @@ fn job(tenant_name: &str, key: Option<&str>, digest: &str) -> NewJob {
         resolved_json: "{\"rank\":8}".into(),
         idempotency_key: key.map(str::to_owned),
         request_digest: digest.into(),
+        base: String::new(),
+        blobs: vec![],
     }
 }
 
@@ -152,4 +154,64 @@ async fn a_restart_finds_jobs_events_and_kept_blobs_again() {
     assert_eq!(store.get_blob(blob).await.unwrap(), "checkpoint");
     store.clear_job_blobs(&id).await.unwrap();
     assert_eq!(store.collect_garbage().await.unwrap().blobs, 1);
+}
+
+fn saves(step: u64, blob: BlobId) -> JobChange {
+    JobChange { events: vec![format!("saved {step}")], checkpoint: Some((step, blob)), ..JobChange::default() }
+}
+
+#[tokio::test]
+async fn a_job_has_one_checkpoint_the_newest_and_none_after_its_end() {
+    let (dir, store) = store().await;
+    let data = store.put_blob(bytes::Bytes::from_static(b"data")).await.unwrap();
+    let blobs = vec![("data".to_owned(), data)];
+    let id = created(&store, NewJob { blobs, base: "b".into(), ..job("a", None, "") }).await.id;
+    assert_eq!(store.get_job(&tenant("a"), &id).await.unwrap().base, "b");
+    let absent = store.change_job(&id, saves(1, BlobId::of(b"absent"))).await;
+    assert!(matches!(absent, Err(StoreError::NotFound { kind: "blob", .. })));
+    assert_eq!(store.job_checkpoint(&id).await.unwrap(), None);
+    let put = async |step: u64| store.put_blob(bytes::Bytes::from(format!("checkpoint {step}"))).await.unwrap();
+    for step in [3, 9] {
+        let blob = put(step).await;
+        let seq = store.change_job(&id, saves(step, blob)).await.unwrap();
+        assert_eq!(seq, if step == 3 { 1 } else { 2 });
+        let kept = store.job_checkpoint(&id).await.unwrap();
+        assert_eq!(kept, Some(CheckpointRecord { step, blob, resumes: 0 }));
+    }
+    assert!(!store.blobs().exists(BlobId::of(b"checkpoint 3")).await.unwrap(), "what was replaced is gone");
+    assert!(store.blobs().exists(BlobId::of(b"checkpoint 9")).await.unwrap());
+    // one that was overtaken changes nothing, its event included
+    let old = put(5).await;
+    assert_eq!(store.change_job(&id, saves(5, old)).await.unwrap(), 2);
+    assert_eq!(store.job_checkpoint(&id).await.unwrap().map(|c| c.step), Some(9));
+    // resumes are counted until a newer one comes
+    for n in 1..=2 {
+        let again = JobChange { events: vec!["again".into()], resumes: true, ..JobChange::default() };
+        store.change_job(&id, again).await.unwrap();
+        assert_eq!(store.job_checkpoint(&id).await.unwrap().map(|c| c.resumes), Some(n));
+    }
+    store.close().await;
+    drop(store);
+    let store = Store::open(dir.path()).await.unwrap();
+    store.collect_garbage().await.unwrap();
+    assert_eq!(store.job_checkpoint(&id).await.unwrap().map(|c| (c.step, c.resumes)), Some((9, 2)));
+    assert_eq!(store.get_blob(BlobId::of(b"checkpoint 9")).await.unwrap(), "checkpoint 9");
+    assert_eq!(store.get_blob(data).await.unwrap(), "data");
+    // two events and the new state at once
+    let last = store.put_blob(bytes::Bytes::from_static(b"last")).await.unwrap();
+    let pause =
+        JobChange { events: vec!["saved".into(), "paused".into()], state: Some("paused".into()), ..saves(12, last) };
+    assert_eq!(store.change_job(&id, pause).await.unwrap(), 6);
+    assert_eq!(store.job_checkpoint(&id).await.unwrap().map(|c| c.resumes), Some(0));
+    assert!(!store.blobs().exists(BlobId::of(b"checkpoint 9")).await.unwrap(), "what was replaced is gone");
+    assert_eq!(store.get_job(&tenant("a"), &id).await.unwrap().state, "paused");
+    assert_eq!(store.unfinished_jobs().await.unwrap().len(), 1);
+    let weights = store.put_blob(bytes::Bytes::from_static(b"weights")).await.unwrap();
+    store.set_job_blob(&id, "checkpoint", weights).await.unwrap();
+    store.append_event(&id, "end".into(), Some("failed"), None).await.unwrap();
+    assert_eq!(store.job_checkpoint(&id).await.unwrap(), None);
+    assert_eq!(store.job_blobs(&id).await.unwrap(), [("checkpoint".to_owned(), weights)], "its last weights stay");
+    assert!(!store.blobs().exists(last).await.unwrap());
+    let seqs: Vec<u64> = store.events(&id, 1, 100).await.unwrap().iter().map(|e| e.seq).collect();
+    assert_eq!(seqs, (1..=7).collect::<Vec<_>>());
 }

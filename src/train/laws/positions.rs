@@ -8,20 +8,20 @@ use crate::{
     train::start,
 };
 
-pub(super) fn prefix(n: u32) -> MethodPart {
+pub(in crate::train) fn prefix(n: u32) -> MethodPart {
     MethodPart::Prefix(PrefixPart { num_virtual_tokens: Some(n), ..PrefixPart::default() })
 }
 
-pub(super) fn projected(n: u32) -> MethodPart {
+pub(in crate::train) fn projected(n: u32) -> MethodPart {
     let part = PrefixPart { projection: true, projection_hidden: Some(10), ..PrefixPart::default() };
     MethodPart::Prefix(PrefixPart { num_virtual_tokens: Some(n), ..part })
 }
 
-pub(super) fn prompt(n: u32) -> MethodPart {
+pub(in crate::train) fn prompt(n: u32) -> MethodPart {
     MethodPart::Prompt(PromptPart { num_virtual_tokens: Some(n), ..PromptPart::default() })
 }
 
-pub(super) fn p_tuning(n: u32) -> MethodPart {
+pub(in crate::train) fn p_tuning(n: u32) -> MethodPart {
     MethodPart::PTuning(PTuningPart { num_virtual_tokens: Some(n), encoder_hidden: Some(12) })
 }
 

@@ -135,6 +135,7 @@ impl Chosen<'_> {
             patience: h.patience.unwrap_or(0),
             min_delta: h.min_delta.unwrap_or(0.0),
             label_smoothing: h.label_smoothing.unwrap_or(0.0),
+            checkpoint_every: h.checkpoint_every.unwrap_or(0),
         }
     }
 }

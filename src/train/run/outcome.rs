@@ -18,6 +18,15 @@ pub enum Advance {
     Done(RunEvents, Box<Outcome>),
 }
 
+/// A run as bytes ([`Run::to_bytes`](super::Run::to_bytes)).
+#[derive(Debug)]
+pub struct Saved {
+    /// Optimizer steps done.
+    pub step: u32,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
 /// How a run ended.
 #[derive(Debug)]
 pub enum Outcome {

@@ -1,0 +1,177 @@
+//! The trainer from outside: pausing jobs and letting them go on, after a pause or a restart.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::{
+    handle::{Shared, TrainError, TrainerHandle},
+    joblog::{KeptJob, LogError},
+    plan::Prepared,
+    run::RunInput,
+    supervisor::{Command, Pending, Refusal},
+};
+use crate::{
+    admission::train_params::{JobInfo, JobState, MethodPart},
+    ids::{BlobId, TenantId},
+    store::CheckpointRecord,
+};
+
+/// A place in the queue for a job that is being prepared again.
+#[derive(Debug)]
+pub struct Place {
+    permit: Option<OwnedSemaphorePermit>,
+    id: String,
+    /// It is paused until it is queued.
+    resumes: bool,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.permit.is_some() && self.resumes {
+            self.shared.set_paused(&self.id, true);
+        }
+    }
+}
+
+impl TrainerHandle {
+    /// Pauses a job: at once if it waits, within a micro-step if it trains; what it goes on from is stored then. Returns the
+    /// job when that is done, or when it has come to its end in the meantime.
+    ///
+    /// # Errors
+    /// [`TrainError::State`] if it has ended or is being published, [`TrainError::FullRuns`], [`TrainError::NotFound`], or
+    /// the log's.
+    pub async fn pause(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, TrainError> {
+        let mut news = self.shared.subscribe(id);
+        self.get(tenant, id).await?;
+        let (done, marked) = oneshot::channel();
+        self.commands.send(Command::Pause(id.to_owned(), done)).await.map_err(|_| TrainError::Draining)?;
+        marked.await.map_err(|_| TrainError::Draining)??;
+        loop {
+            // seen before reading, so that a change meanwhile wakes the wait below
+            if let Some(news) = &mut news {
+                news.borrow_and_update();
+            }
+            let job = self.get(tenant, id).await?;
+            if !matches!(job.state, JobState::Queued | JobState::Running) {
+                return Ok(job);
+            }
+            match &mut news {
+                Some(waits) => {
+                    if waits.changed().await.is_err() {
+                        news = None; // the job left memory: one last look
+                    }
+                }
+                None if self.shared.is_draining() => return Err(TrainError::Draining),
+                None => return Ok(job),
+            }
+        }
+    }
+
+    /// Jobs of an earlier process that are to be prepared again, oldest first; once.
+    pub fn take_left(&self) -> Vec<(TenantId, String)> {
+        std::mem::take(&mut self.shared.left.lock())
+    }
+
+    /// What a job keeps to be prepared again.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFound`] (also for another tenant's), or the log's.
+    pub async fn kept(&self, tenant: &TenantId, id: &str) -> Result<KeptJob, TrainError> {
+        self.shared.log.kept(tenant, id).await?.ok_or_else(|| TrainError::NotFound(id.to_owned()))
+    }
+
+    /// What a job goes on from, if there is something.
+    ///
+    /// # Errors
+    /// The log's.
+    pub async fn checkpoint(&self, id: &str) -> Result<Option<CheckpointRecord>, TrainError> {
+        Ok(self.shared.log.checkpoint(id).await?)
+    }
+
+    /// A stored blob, verified.
+    ///
+    /// # Errors
+    /// The log's.
+    pub async fn blob(&self, blob: BlobId) -> Result<Bytes, TrainError> {
+        Ok(self.shared.log.blob(blob).await?)
+    }
+
+    /// A place for a paused job, before it is prepared again.
+    ///
+    /// # Errors
+    /// [`TrainError::Overloaded`]; [`TrainError::State`] if it is not paused.
+    pub fn place(&self, tenant: &TenantId, job: &JobInfo) -> Result<Place, TrainError> {
+        if self.shared.is_draining() {
+            return Err(TrainError::Draining);
+        }
+        let wanted = "paused";
+        if job.state != JobState::Paused {
+            return Err(TrainError::State { id: job.id.clone(), state: job.state, wanted });
+        }
+        let most = self.config.max_jobs;
+        let permit = Arc::clone(&self.room).try_acquire_owned();
+        let full = || TrainError::Overloaded(format!("{most} training jobs are waiting or running; at most {most}"));
+        let permit = permit.map_err(|_| full())?;
+        let whole = job.resolved.methods.contains(&MethodPart::Full);
+        self.shared.enter(&job.id, tenant, whole, self.config.max_jobs_per_tenant)?;
+        Ok(Place { permit: Some(permit), id: job.id.clone(), resumes: true, shared: Arc::clone(&self.shared) })
+    }
+
+    /// A place for a job of [`Self::take_left`]; waits for one.
+    ///
+    /// # Errors
+    /// [`TrainError::Draining`].
+    pub async fn place_of_left(&self, id: &str) -> Result<Place, TrainError> {
+        let permit = Arc::clone(&self.room).acquire_owned().await.map_err(|_| TrainError::Draining)?;
+        Ok(Place { permit: Some(permit), id: id.to_owned(), resumes: false, shared: Arc::clone(&self.shared) })
+    }
+
+    /// Queues a job that was prepared again; `from` is its checkpoint: the step and the run's bytes.
+    ///
+    /// # Errors
+    /// [`TrainError`].
+    pub async fn go_on(
+        &self,
+        mut place: Place,
+        tenant: &TenantId,
+        kept: KeptJob,
+        prepared: &Prepared,
+        from: Option<(u32, Bytes)>,
+    ) -> Result<JobInfo, TrainError> {
+        let Some(permit) = place.permit.take() else { return Err(TrainError::Draining) };
+        let pending = Pending {
+            id: kept.info.id.clone(),
+            tenant: tenant.clone(),
+            name: kept.request.output_name,
+            policy: kept.request.publish,
+            memory: prepared.spec.full.map(|_| prepared.reply.memory),
+            input: RunInput::from(prepared),
+            from,
+            resumes: place.resumes,
+            permit,
+        };
+        let (this, resumes, id) = (self.clone(), place.resumes, kept.info.id.clone());
+        // a task of its own: a client that hangs up cannot leave the job half queued
+        let queued = tokio::spawn(async move {
+            let (done, queued) = oneshot::channel();
+            let sent = this.commands.send(Command::Enqueue(Box::new(pending), Some(done))).await;
+            sent.map_err(|_| TrainError::Draining)?;
+            let queued = queued.await.unwrap_or(Err(TrainError::Draining));
+            if queued.is_err() && resumes {
+                this.shared.set_paused(&id, true);
+            }
+            queued
+        });
+        queued.await.map_err(|e| TrainError::from(LogError::Runtime(e.to_string())))??;
+        self.get(tenant, &kept.info.id).await
+    }
+
+    /// Ends a job of [`Self::take_left`] that cannot go on, or pauses it where another start may be right for it.
+    pub async fn refuse(&self, id: &str, refusal: Refusal) {
+        // nobody takes it while the server goes down: it is found again at the next start
+        let _ = self.commands.send(Command::Refuse(id.to_owned(), refusal)).await;
+    }
+}

@@ -1,0 +1,58 @@
+//! Watching a job: its events from the log, as they come.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use tokio::sync::watch;
+
+use super::handle::{Shared, TrainError};
+use crate::admission::train_params::{JobEventBody, JobEventInfo};
+
+/// A gap-free stream of a job's events: always read from the log, woken by the supervisor. A slow reader delays nobody
+/// and misses nothing.
+#[derive(Debug)]
+pub struct JobWatch {
+    pub(super) shared: Arc<Shared>,
+    pub(super) id: String,
+    pub(super) next: u64,
+    pub(super) ready: VecDeque<JobEventInfo>,
+    pub(super) news: Option<watch::Receiver<u64>>,
+    pub(super) over: bool,
+}
+
+impl JobWatch {
+    /// The next event; `None` after the terminal one.
+    ///
+    /// # Errors
+    /// [`TrainError::Draining`] where the server stops before the job has ended, or the log's.
+    pub async fn next(&mut self) -> Result<Option<JobEventInfo>, TrainError> {
+        const PAGE: u32 = 256;
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                self.next = event.seq + 1;
+                self.over = matches!(&event.body, JobEventBody::State(s) if s.state.is_terminal());
+                return Ok(Some(event));
+            }
+            if self.over {
+                return Ok(None);
+            }
+            // seen before reading, so that an event written meanwhile wakes the wait below
+            if let Some(news) = &mut self.news {
+                news.borrow_and_update();
+            }
+            self.ready = self.shared.log.events(&self.id, self.next, PAGE).await?.into();
+            if !self.ready.is_empty() {
+                continue;
+            }
+            match &mut self.news {
+                Some(news) => {
+                    if news.changed().await.is_err() {
+                        self.news = None; // the job left memory: one last look
+                    }
+                }
+                // it goes on at the next start
+                None if self.shared.is_draining() => return Err(TrainError::Draining),
+                None => return Ok(None),
+            }
+        }
+    }
+}
