@@ -135,6 +135,34 @@ async fn a_full_job_waits_for_memory_that_others_have() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_small_jobs_do_not_keep_a_full_job_waiting_for_ever() {
+    let (dir, base) = kept("gpt2");
+    let store = Store::open(&dir.path().join("data")).await.unwrap();
+    let bytes = Bytes(Arc::new(AtomicU64::new(17)));
+    let trainer = trainer(&base, &JobLog::new(store.clone()), keeps(&store.models()), bytes.probe()).await;
+    let a = tenant("a");
+    let (lora, small) = request_of(&base, MethodPart::Lora(LoraPart::default()), 1_000_000);
+    let create = || trainer.create(&a, &lora, &small, Kept::default());
+    let first = create().await.unwrap();
+    trains(&trainer, &first).await;
+    let (p, prepared) = request_of(&base, MethodPart::Full, 2);
+    let full = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
+    let second = create().await.unwrap();
+    trains(&trainer, &second).await; // passes the full job, which waits for the first
+    trainer.cancel(&a, &first.id).await.unwrap();
+    assert_eq!(ended(&trainer, &first).await.state, JobState::Cancelled);
+    let third = create().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    for waits in [&full, &third] {
+        assert_eq!(trainer.get(&a, &waits.id).await.unwrap().state, JobState::Queued);
+    }
+    bytes.0.store(u64::MAX, Ordering::SeqCst);
+    trainer.cancel(&a, &second.id).await.unwrap();
+    assert_eq!(ended(&trainer, &full).await.state, JobState::Succeeded);
+    trains(&trainer, &third).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_whole_model_outlives_a_restart_before_its_job_s_end_and_nothing_else_is_left() {
     let (_dir, log) = log().await;
     let (_kept, base) = kept("gpt2");

@@ -64,7 +64,6 @@ impl Memory {
     pub fn check(&self, need: &MemoryEstimate, later: bool) -> Result<(), Shortage> {
         let all = need.total();
         let lasting = self.total.is_some_and(|total| total < all);
-        let least = |a: Option<u64>, b: Option<u64>| a.into_iter().chain(b).min();
         let room = if lasting || later { self.total } else { least(self.available, self.total) };
         let Some(room) = room.filter(|room| *room < all) else { return Ok(()) };
         let MemoryEstimate { parameters, gradients, optimizer, activations } = need;
@@ -78,19 +77,50 @@ impl Memory {
     }
 }
 
-/// What the system has, within the control group's limit.
+/// What the system has, within the limits of the control groups that this process is in.
 fn of_system() -> Memory {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let group = |file: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse().ok()
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let meminfo = read("/proc/meminfo").unwrap_or_default();
+    let groups = read("/proc/self/cgroup").unwrap_or_default();
+    let (mut available, mut total) = (field(&meminfo, "MemAvailable:"), field(&meminfo, "MemTotal:"));
+    for group in groups.lines().flat_map(levels) {
+        let [max, used] = group.files.map(|file| read(&format!("{}/{file}", group.folder))?.trim().parse::<u64>().ok());
+        // files that were read count as used there, though they give way
+        let cached = read(&format!("{}/memory.stat", group.folder)).and_then(|text| inactive_file(&text));
+        let used = used.map(|used| used.saturating_sub(cached.unwrap_or(0)));
+        total = least(total, max);
+        available = least(available, max.zip(used).map(|(max, used)| max.saturating_sub(used)));
+    }
+    Memory { available, total }
+}
+
+fn least(a: Option<u64>, b: Option<u64>) -> Option<u64> {
+    a.into_iter().chain(b).min()
+}
+
+/// A control group that may limit memory: its folder, and its files of the limit and of the use.
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    folder: String,
+    files: [&'static str; 2],
+}
+
+/// The group of a line of `/proc/self/cgroup`, and those that it lies in, of cgroup v2 (`0::path`) or of v1's memory
+/// controller. Within a container the path may be the host's, while the container's own group is mounted at the root.
+fn levels(line: &str) -> Vec<Group> {
+    let mut parts = line.splitn(3, ':').skip(1);
+    let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { return Vec::new() };
+    let (mount, files) = match controllers {
+        "" => ("/sys/fs/cgroup", ["memory.max", "memory.current"]),
+        c if c.split(',').any(|c| c == "memory") => {
+            ("/sys/fs/cgroup/memory", ["memory.limit_in_bytes", "memory.usage_in_bytes"])
+        }
+        _ => return Vec::new(),
     };
-    let max = group("memory.max");
-    // files that were read count as used there, though they give way
-    let cached = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").ok().and_then(|text| inactive_file(&text));
-    let used = group("memory.current").map(|used| used.saturating_sub(cached.unwrap_or(0)));
-    let left = max.zip(used).map(|(max, used)| max.saturating_sub(used));
-    let least = |a: Option<u64>, b: Option<u64>| a.into_iter().chain(b).min();
-    Memory { available: least(field(&meminfo, "MemAvailable:"), left), total: least(field(&meminfo, "MemTotal:"), max) }
+    let path = path.trim_end_matches('/');
+    // the root ends where the first name begins, each group where the next one does
+    let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
+    ends.map(|end| Group { folder: format!("{mount}{}", &path[..end]), files }).collect()
 }
 
 /// A field of `/proc/meminfo`, in bytes.
@@ -114,6 +144,13 @@ mod tests {
         assert_eq!(field(text, "MemAvailable:"), Some(12_000_000 * 1024));
         assert_eq!(field("MemTotal: 5 kB\n", "MemAvailable:"), None);
         assert_eq!(inactive_file("file 9\ninactive_file 77\n"), Some(77));
+        let folders = |line| levels(line).into_iter().map(|g| g.folder).collect::<Vec<_>>();
+        let service =
+            ["/sys/fs/cgroup", "/sys/fs/cgroup/system.slice", "/sys/fs/cgroup/system.slice/deltaserve.service"];
+        assert_eq!(folders("0::/system.slice/deltaserve.service"), service);
+        assert_eq!(folders("0::/"), ["/sys/fs/cgroup"]);
+        assert_eq!(folders("4:cpu,memory:/box"), ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/memory/box"]);
+        assert_eq!((folders("5:cpu:/box"), folders("nonsense")), (vec![], vec![]));
         let machine = MemoryProbe::of_machine(None, true).now();
         assert!(machine.available.is_some_and(|b| b > 0) && machine.total >= machine.available);
         assert_eq!(MemoryProbe::of_machine(None, false).now(), Memory { available: None, total: None });

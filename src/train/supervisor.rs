@@ -146,6 +146,8 @@ struct Running {
     info: PublishInfo,
     /// Trains every weight.
     full: bool,
+    /// It began while a job that trains every weight had waited for longer.
+    overtook: bool,
     slot: usize,
     control: Arc<Control>,
     phase: Phase,
@@ -295,8 +297,12 @@ impl Supervisor {
             Some(need) => !full_runs && (self.running.is_empty() || self.memory.now().check(need, false).is_ok()),
             None => true,
         };
+        // small jobs may pass one that waits for memory, but those that begin anew must not keep it waiting for ever
+        let passed = !full_runs && !self.running.is_empty() && self.running.values().all(|r| r.overtook);
+        let waits = |job: &Pending| job.memory.is_some() && !has_room(job);
+        let most = passed.then(|| self.queue.iter().position(waits)).flatten().unwrap_or(self.queue.len());
         let load = |tenant: &TenantId| self.running.values().filter(|r| r.tenant == *tenant).count();
-        let jobs = self.queue.iter().enumerate().filter(|(_, job)| has_room(job));
+        let jobs = self.queue.iter().enumerate().take(most).filter(|(_, job)| has_room(job));
         jobs.min_by_key(|(i, job)| (load(&job.tenant), *i)).map(|(i, _)| i)
     }
 
@@ -326,7 +332,9 @@ impl Supervisor {
     /// Starts what fits.
     async fn start_waiting(&mut self) {
         while self.running.len() < self.max_running && !self.shared.is_draining() {
-            let Some(job) = self.next().and_then(|at| self.queue.remove(at)) else { return };
+            let Some(at) = self.next() else { return };
+            let overtook = self.queue.iter().take(at).any(|job| job.memory.is_some());
+            let Some(job) = self.queue.remove(at) else { return };
             if let Some(failure) = self.obstacle(&job) {
                 self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
                 continue;
@@ -338,6 +346,7 @@ impl Supervisor {
             let running = Running {
                 info: publish_info(&start.input),
                 full: job.memory.is_some(),
+                overtook,
                 tenant: job.tenant,
                 name: job.name,
                 policy: job.policy,
