@@ -39,6 +39,7 @@ pub mod ids;
 pub mod interop;
 pub mod kv;
 pub mod measures;
+pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod ops;

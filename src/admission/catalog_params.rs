@@ -1,9 +1,75 @@
 //! What clients ask of the catalog and of the server itself, in the domain's own types: pages, versions, aliases, and
 //! what the server is. No wire format.
 
-use crate::{delta::DeltaFiles, ids::DeltaId};
+use crate::{
+    delta::DeltaFiles,
+    ids::{DeltaId, check_name},
+};
 
-use super::params::DeltaInfo;
+use super::{
+    check::Problems,
+    params::{DeltaInfo, PublishPolicy, ServeError},
+};
+use crate::merge::MAX_SVD_RANK;
+pub use crate::merge::{MajoritySign, Method as MergeMethod};
+
+/// Most deltas that are combined.
+pub const MAX_COMBINED: usize = 16;
+/// Largest weight.
+const MAX_WEIGHT: f64 = 100.0;
+
+/// A merge of deltas into a new version.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MergeParams {
+    /// Name to publish under.
+    pub name: String,
+    /// What may happen to an existing name.
+    pub policy: PublishPolicy,
+    /// Delta references with their weights, 2 to 16.
+    pub deltas: Vec<(String, f64)>,
+    /// How.
+    pub method: MergeMethod,
+}
+
+impl MergeParams {
+    /// Checks everything that needs no delta.
+    ///
+    /// # Errors
+    /// [`ServeError::Invalid`] with all problems.
+    pub fn check(&self) -> Result<(), ServeError> {
+        let mut problems = Problems::default();
+        if let Err(error) = check_name(&self.name) {
+            problems.push("name", error.to_string());
+        }
+        check_weighted(&self.deltas, 2, &mut problems);
+        if let Some(density) = self.method.density() {
+            let ok = density > 0.0 && density <= 1.0;
+            problems.require(ok, "density", || format!("is {density}; accepted is over 0 to 1"));
+        }
+        if let MergeMethod::Svd { rank: Some(rank) } = self.method {
+            let most = MAX_SVD_RANK;
+            problems.require((1..=most).contains(&rank), "rank", || format!("is {rank}; accepted is 1 to {most}"));
+        }
+        problems.finish()
+    }
+}
+
+/// Checks a list of delta references with weights: how many, that each is named once, and the weights.
+pub fn check_weighted(deltas: &[(String, f64)], least: usize, problems: &mut Problems) {
+    let n = deltas.len();
+    problems.require((least..=MAX_COMBINED).contains(&n), "deltas", || {
+        format!("has {n} entries; accepted are {least} to {MAX_COMBINED}")
+    });
+    for (i, (delta, weight)) in deltas.iter().enumerate().take(MAX_COMBINED) {
+        problems.require(!delta.is_empty(), &format!("deltas[{i}].delta"), || "must not be empty".into());
+        let again = !delta.is_empty() && deltas[..i].iter().any(|(before, _)| before == delta);
+        problems.require(!again, &format!("deltas[{i}].delta"), || format!("names {delta} again"));
+        let ok = weight.abs() <= MAX_WEIGHT;
+        problems.require(ok, &format!("deltas[{i}].weight"), || {
+            format!("is {weight}; accepted is -{MAX_WEIGHT} to {MAX_WEIGHT}")
+        });
+    }
+}
 
 /// Which part of a list is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]

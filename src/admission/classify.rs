@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use super::{
     encode::Row,
-    params::{Classification, ClassifyInput, ClassifyParams, ClassifyReply, LabelScore, ServeError, TokenLabel},
+    params::{
+        Classification, ClassifyInput, ClassifyParams, ClassifyReply, DeltaChoice, LabelScore, ServeError, TokenLabel,
+    },
     service::{Admitted, Input, Service, text_error},
 };
 use crate::{
@@ -59,7 +61,7 @@ impl Service {
     }
 
     /// Which head answers, how its outputs are read, and its label names.
-    fn head(&self, reference: &str, admitted: &Admitted) -> Result<(Task, Problem, Vec<String>), ServeError> {
+    fn head(&self, reference: &DeltaChoice, admitted: &Admitted) -> Result<(Task, Problem, Vec<String>), ServeError> {
         let base = &self.parts().base;
         if let Some(lease) = &admitted.lease {
             let spec = &lease.delta().spec;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::delta::Problem;
 
-use super::params::{ServedBy, Timings, Usage};
+use super::params::{DeltaChoice, ServedBy, Timings, Usage};
 
 /// One input to classify.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +30,8 @@ impl ClassifyInput {
 /// A classify request: sequence or token classification, as the delta's head says.
 #[derive(Debug, Clone)]
 pub struct ClassifyParams {
-    /// Delta reference; empty = the base's own head, if it has one.
-    pub delta: String,
+    /// Which delta, or which together; none = the base's own head, if it has one.
+    pub delta: DeltaChoice,
     /// 1 to 1024 inputs.
     pub inputs: Vec<ClassifyInput>,
     /// Cut inputs that exceed the context instead of refusing them.

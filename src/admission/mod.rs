@@ -6,6 +6,7 @@
 mod catalog;
 pub mod catalog_params;
 pub mod check;
+mod choice;
 mod classify;
 mod classify_params;
 mod encode;
@@ -13,6 +14,7 @@ pub mod eval_metric;
 mod generate;
 mod info;
 pub mod jobs;
+mod merge;
 pub mod method_parts;
 mod models;
 pub mod params;

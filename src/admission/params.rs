@@ -67,11 +67,13 @@ pub enum Prompt {
     Tokens(Vec<u32>),
 }
 
+pub use super::choice::DeltaChoice;
+
 /// A Generate request.
 #[derive(Debug, Clone)]
 pub struct GenerateParams {
-    /// `name`, `name@3` or `name@<digest>`; empty = the bare base.
-    pub delta: String,
+    /// Which delta, or which together.
+    pub delta: DeltaChoice,
     /// What to continue.
     pub prompt: Prompt,
     /// Most new tokens, at least 1.
@@ -137,14 +139,29 @@ pub struct Timings {
 }
 
 /// Which delta version answered; part of every inference response.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ServedBy {
     /// The delta's name; empty = the bare base.
     pub name: String,
     /// The version's number under that name; 0 = the bare base.
     pub number: u64,
-    /// The version's digest; `None` = the bare base.
+    /// The version's digest (of several: theirs and their weights together); `None` = the bare base.
     pub id: Option<DeltaId>,
+    /// If several answered together: each, with its weight.
+    pub parts: Vec<ServedPart>,
+}
+
+/// One of several versions that answered together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ServedPart {
+    /// The delta's name.
+    pub name: String,
+    /// The version's number under that name.
+    pub number: u64,
+    /// The version's digest.
+    pub id: DeltaId,
+    /// Its weight.
+    pub weight: f64,
 }
 
 /// One piece of a streamed generation.
@@ -195,8 +212,8 @@ pub enum Pooling {
 /// An embed request.
 #[derive(Debug, Clone)]
 pub struct EmbedParams {
-    /// Delta reference; empty = the bare base.
-    pub delta: String,
+    /// Which delta, or which together.
+    pub delta: DeltaChoice,
     /// Texts, 1 to 1024.
     pub inputs: Vec<String>,
     /// How to pool.
@@ -223,8 +240,8 @@ pub struct EmbedReply {
 /// A score request: log-likelihood of a completion after a prompt (or of a whole text, with an empty prompt).
 #[derive(Debug, Clone)]
 pub struct ScoreParams {
-    /// Delta reference; empty = the bare base.
-    pub delta: String,
+    /// Which delta, or which together.
+    pub delta: DeltaChoice,
     /// (prompt, completion) pairs, 1 to 256. An empty prompt scores the whole completion from its second token
     /// (from its first where the tokenizer adds a start token).
     pub inputs: Vec<(String, String)>,

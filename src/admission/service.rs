@@ -9,17 +9,20 @@ use std::{
 };
 
 use futures::stream::BoxStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::{
-    params::{Pooling, ServeError, ServedBy},
+    catalog_params::check_weighted,
+    check::Problems,
+    params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
     places::{Place, Places},
 };
 use crate::{
+    delta::Delta,
     engine::{EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
-    ids::TenantId,
+    ids::{DeltaId, TenantId},
     model::Base,
-    registry::{DeltaLease, DeltaRef, Registry},
+    registry::{Composition, DeltaLease, DeltaRef, Registry, VersionRecord},
     store::Store,
     text::{ChatError, ChatTemplate, TextError, TextModel},
     train::{TrainerHandle, encode::TextCodec},
@@ -87,6 +90,8 @@ pub struct Service {
 pub(super) struct Inner {
     pub(super) parts: ServiceParts,
     pub(super) places: Places,
+    /// Merges, one at a time: they compute long.
+    pub(super) merging: Arc<Semaphore>,
     pub(super) started: Instant,
     next_id: AtomicU64,
 }
@@ -111,9 +116,32 @@ impl Input {
 
 /// What a sequence of a call has in common with its siblings.
 pub(super) struct Admitted {
-    pub(super) lease: Option<DeltaLease>,
+    pub(super) lease: Option<Held>,
     pub(super) deadline: Option<Instant>,
     pub(super) arrived: Instant,
+}
+
+/// The delta of a call, kept resident: a version, or several as one.
+#[derive(Debug, Clone)]
+pub(super) enum Held {
+    One(DeltaLease),
+    Sum(Composition),
+}
+
+impl Held {
+    pub(super) fn id(&self) -> DeltaId {
+        match self {
+            Self::One(lease) => lease.id(),
+            Self::Sum(sum) => sum.id(),
+        }
+    }
+
+    pub(super) fn delta(&self) -> &Arc<Delta> {
+        match self {
+            Self::One(lease) => lease.delta(),
+            Self::Sum(sum) => sum.delta(),
+        }
+    }
 }
 
 impl std::fmt::Debug for Service {
@@ -126,7 +154,8 @@ impl Service {
     /// Puts the service together.
     pub fn new(parts: ServiceParts) -> Self {
         let places = Places::new(parts.limits.max_admitted);
-        Self { inner: Arc::new(Inner { parts, places, started: Instant::now(), next_id: AtomicU64::new(1) }) }
+        let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
+        Self { inner: Arc::new(Inner { parts, places, merging, started, next_id }) }
     }
 
     pub(super) fn parts(&self) -> &ServiceParts {
@@ -147,16 +176,29 @@ impl Service {
         Ok(Some(self.parts().registry.lease(tenant, &wanted).await?))
     }
 
+    /// The delta of a call, which may be a weighted sum: it then takes one place of a step as any other.
+    async fn held(&self, tenant: &TenantId, choice: &DeltaChoice) -> Result<Option<Held>, ServeError> {
+        if let Some(reference) = choice.single() {
+            return Ok(self.lease(tenant, reference).await?.map(Held::One));
+        }
+        let mut problems = Problems::default();
+        check_weighted(choice.parts(), 1, &mut problems);
+        problems.finish()?;
+        let wanted = references(choice.parts())?;
+        let sum = self.parts().registry.lease_sum(tenant, &wanted, &self.parts().base.sites).await?;
+        Ok(Some(Held::Sum(sum)))
+    }
+
     /// The call's delta and deadline; a call that is late already is not started.
     pub(super) async fn admit(
         &self,
         tenant: &TenantId,
-        reference: &str,
+        choice: &DeltaChoice,
         arrived: Instant,
         timeout: Option<Duration>,
     ) -> Result<Admitted, ServeError> {
         let deadline = timeout.and_then(|t| arrived.checked_add(t));
-        let lease = self.lease(tenant, reference);
+        let lease = self.held(tenant, choice);
         let lease = match deadline {
             Some(at) => match tokio::time::timeout_at(at.into(), lease).await {
                 Ok(lease) => lease?,
@@ -283,12 +325,22 @@ impl Service {
 impl Admitted {
     /// What every inference response says of its delta.
     pub(super) fn served_by(&self) -> ServedBy {
+        let id = self.lease.as_ref().map(Held::id);
         match &self.lease {
-            Some(lease) => {
+            Some(Held::One(lease)) => {
                 let v = lease.version();
-                ServedBy { name: v.name.to_string(), number: v.number, id: Some(lease.id()) }
+                ServedBy { name: v.name.to_string(), number: v.number, id, parts: vec![] }
             }
-            None => ServedBy { name: String::new(), number: 0, id: None },
+            Some(Held::Sum(sum)) => {
+                let part = |(v, weight): &(Arc<VersionRecord>, f64)| ServedPart {
+                    name: v.name.to_string(),
+                    number: v.number,
+                    id: v.id,
+                    weight: *weight,
+                };
+                ServedBy { name: String::new(), number: 0, id, parts: sum.parts().iter().map(part).collect() }
+            }
+            None => ServedBy { name: String::new(), number: 0, id, parts: vec![] },
         }
     }
 }
@@ -314,6 +366,20 @@ impl From<EngineError> for ServeError {
             EngineError::Draining => Self::Draining,
         }
     }
+}
+
+/// The references of a weighted list; a bad one is named by its place.
+pub(super) fn references(deltas: &[(String, f64)]) -> Result<Vec<(DeltaRef, f64)>, ServeError> {
+    let mut problems = Problems::default();
+    let mut out = Vec::with_capacity(deltas.len());
+    for (i, (reference, weight)) in deltas.iter().enumerate() {
+        match reference.parse::<DeltaRef>() {
+            Ok(wanted) => out.push((wanted, *weight)),
+            Err(e) => problems.push(format!("deltas[{i}].delta"), e.to_string()),
+        }
+    }
+    problems.finish()?;
+    Ok(out)
 }
 
 /// An encoder-decoder that does not say how its output starts.

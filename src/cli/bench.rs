@@ -101,6 +101,7 @@ impl Plan {
             delta: self.deltas.get(self.popularity.draw(rng)).cloned().unwrap_or_default(),
             prompt: Some(proto::Prompt { prompt: Some(prompt) }),
             options: Some(options),
+            deltas: vec![],
         }
     }
 

@@ -8,7 +8,7 @@ mod file;
 mod rows;
 mod scores;
 
-use super::{Common, client::Client, infer::arguments_or_lines, output};
+use super::{Common, client::Client, infer::arguments_or_lines, merge::choice, output};
 use crate::{delta::Problem, grpc::proto};
 
 /// Options of `classify`.
@@ -16,9 +16,9 @@ use crate::{delta::Problem, grpc::proto};
 pub(super) struct ClassifyArgs {
     /// Texts; none = one per line of standard input.
     texts: Vec<String>,
-    /// Delta whose head is used; nothing = the base's own.
-    #[arg(long, short, default_value = "")]
-    delta: String,
+    /// Delta whose head is used; nothing = the base's own. Several add up: -d a -d b=0.3; one of them brings the head.
+    #[arg(long, short)]
+    delta: Vec<String>,
     /// JSON Lines file with `text`, or `tokens` for heads that label tokens; `-` = standard input.
     #[arg(long, short, conflicts_with = "texts")]
     file: Option<PathBuf>,
@@ -47,7 +47,8 @@ pub(super) async fn classify(common: &Common, args: ClassifyArgs) -> anyhow::Res
     let texts = arguments_or_lines(args.texts)?;
     let inputs = texts.iter().map(|text| proto::ClassifyInput { text: text.clone(), ..Default::default() }).collect();
     let mut client = Client::connect(common).await?.inference();
-    let request = proto::ClassifyRequest { delta: args.delta, inputs, ..Default::default() };
+    let (delta, deltas) = choice(&args.delta)?;
+    let request = proto::ClassifyRequest { delta, deltas, inputs, ..Default::default() };
     let reply = client.classify(request).await?.into_inner();
     if common.json {
         return output::json(&reply);

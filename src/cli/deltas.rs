@@ -1,4 +1,4 @@
-//! `deltas`: list, get, upload, download, delete, pin, promote.
+//! `deltas`: list, get, upload, merge, download, delete, pin, promote.
 
 use std::{
     fs,
@@ -43,6 +43,8 @@ enum DeltasCommand {
         /// The folder to write; made if missing.
         target: PathBuf,
     },
+    /// Publish a weighted merge of LoRA deltas.
+    Merge(super::merge::MergeArgs),
     /// Write a version's files into a folder.
     Download {
         /// name, name@3 or name@DIGEST.
@@ -129,6 +131,10 @@ pub(super) async fn run(common: &Common, args: DeltasArgs) -> anyhow::Result<()>
         }
         DeltasCommand::Upload(args) => {
             let reply = deltas.upload(futures::stream::iter(upload(&args)?)).await?.into_inner();
+            print(common, reply.delta.as_slice())
+        }
+        DeltasCommand::Merge(args) => {
+            let reply = deltas.merge_deltas(args.request()).await?.into_inner();
             print(common, reply.delta.as_slice())
         }
         DeltasCommand::Convert { .. } => Ok(()), // done above, without a server

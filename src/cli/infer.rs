@@ -5,7 +5,7 @@ use std::io::Read;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 
-use super::{Common, client::Client, output};
+use super::{Common, client::Client, merge::choice, output};
 use crate::grpc::proto;
 
 /// Options of `generate`.
@@ -13,9 +13,9 @@ use crate::grpc::proto;
 pub(super) struct GenerateArgs {
     /// What to continue; `-` or nothing = standard input.
     prompt: Option<String>,
-    /// Delta: name, name@3 or name@DIGEST; nothing = the bare base.
-    #[arg(long, short, default_value = "")]
-    delta: String,
+    /// Delta: name, name@3 or name@DIGEST; nothing = the bare base. Several add up with weights: -d a=0.7 -d b@2=0.3.
+    #[arg(long, short)]
+    delta: Vec<String>,
     /// Treat the prompt as a user's message of a conversation.
     #[arg(long)]
     chat: bool,
@@ -102,9 +102,10 @@ impl GenerateArgs {
 /// Continues a prompt; streams to standard output.
 pub(super) async fn generate(common: &Common, args: GenerateArgs) -> anyhow::Result<()> {
     let (prompt, options) = (args.prompt()?, args.options());
+    let (delta, deltas) = choice(&args.delta)?;
     let mut client = Client::connect(common).await?.inference();
     if args.n > 1 && !common.json {
-        let request = proto::GenerateBatchRequest { delta: args.delta, prompts: vec![prompt], options: Some(options) };
+        let request = proto::GenerateBatchRequest { delta, deltas, prompts: vec![prompt], options: Some(options) };
         let reply = client.generate_batch(request).await?.into_inner();
         for g in &reply.generations {
             output::line(&format!("--- {} ---\n{}", g.index, g.text))?;
@@ -112,7 +113,7 @@ pub(super) async fn generate(common: &Common, args: GenerateArgs) -> anyhow::Res
         output::note(&output::summary(reply.served_by.as_ref(), reply.usage.as_ref(), reply.timings.as_ref()));
         return Ok(());
     }
-    let request = proto::GenerateRequest { delta: args.delta, prompt: Some(prompt), options: Some(options) };
+    let request = proto::GenerateRequest { delta, deltas, prompt: Some(prompt), options: Some(options) };
     let mut stream = client.generate(request).await?.into_inner();
     while let Some(response) = stream.message().await? {
         use proto::generate_response::Event;
@@ -143,9 +144,9 @@ enum PoolingArg {
 pub(super) struct EmbedArgs {
     /// Texts; none = one per line of standard input.
     texts: Vec<String>,
-    /// Delta; nothing = the bare base.
-    #[arg(long, short, default_value = "")]
-    delta: String,
+    /// Delta; nothing = the bare base. Several add up with weights: -d a=0.7 -d b=0.3.
+    #[arg(long, short)]
+    delta: Vec<String>,
     /// How to pool.
     #[arg(long, default_value = "default")]
     pooling: PoolingArg,
@@ -162,8 +163,10 @@ pub(super) async fn embed(common: &Common, args: EmbedArgs) -> anyhow::Result<()
         PoolingArg::Cls => proto::Pooling::Cls,
         PoolingArg::Last => proto::Pooling::Last,
     };
+    let (delta, deltas) = choice(&args.delta)?;
     let request = proto::EmbedRequest {
-        delta: args.delta,
+        delta,
+        deltas,
         inputs: arguments_or_lines(args.texts)?,
         pooling: pooling.into(),
         normalize: Some(!args.no_normalize),
@@ -188,16 +191,17 @@ pub(super) struct ScoreArgs {
     /// Context that is not scored.
     #[arg(long, short, default_value = "")]
     prompt: String,
-    /// Delta; nothing = the bare base.
-    #[arg(long, short, default_value = "")]
-    delta: String,
+    /// Delta; nothing = the bare base. Several add up with weights: -d a=0.7 -d b=0.3.
+    #[arg(long, short)]
+    delta: Vec<String>,
 }
 
 /// Log-likelihood of a text.
 pub(super) async fn score(common: &Common, args: ScoreArgs) -> anyhow::Result<()> {
     let inputs = vec![proto::ScoreInput { prompt: args.prompt, completion: args.completion }];
     let mut client = Client::connect(common).await?.inference();
-    let reply = client.score(proto::ScoreRequest { delta: args.delta, inputs }).await?.into_inner();
+    let (delta, deltas) = choice(&args.delta)?;
+    let reply = client.score(proto::ScoreRequest { delta, deltas, inputs }).await?.into_inner();
     if common.json {
         return output::json(&reply);
     }

@@ -10,6 +10,7 @@ mod deltas;
 mod demo;
 mod infer;
 mod jobs;
+mod merge;
 mod models;
 mod output;
 mod train;

@@ -52,10 +52,15 @@ pub(super) fn table(headings: &[&str], rows: &[Vec<String>]) -> anyhow::Result<(
     rows.iter().try_for_each(|row| print(row.iter().map(String::as_str).collect()))
 }
 
-/// `name@3 (1a2b3c4d5e6f)`, or `the bare base`.
+/// `name@3 (1a2b3c4d5e6f)`, several as `a@1*0.7 + b@2*0.3 (1a2b3c4d5e6f)`, or `the bare base`.
 pub(super) fn served_by(served: Option<&proto::ServedBy>) -> String {
     match served {
         Some(s) if !s.name.is_empty() => format!("{}@{} ({})", s.name, s.number, short(&s.id)),
+        Some(s) if !s.parts.is_empty() => {
+            let part = |p: &proto::ServedPart| format!("{}@{}*{}", p.name, p.number, p.weight);
+            let parts: Vec<String> = s.parts.iter().map(part).collect();
+            format!("{} ({})", parts.join(" + "), short(&s.id))
+        }
         _ => "the bare base".to_owned(),
     }
 }

@@ -99,6 +99,16 @@ impl DeltaService for Deltas {
         Ok(Response::new(proto::SetAliasResponse { delta: Some(convert::delta(info)) }))
     }
 
+    async fn merge_deltas(
+        &self,
+        request: Request<proto::MergeDeltasRequest>,
+    ) -> Result<Response<proto::MergeDeltasResponse>, Status> {
+        let tenant = tenant(request.metadata())?;
+        let params = convert::merge(request.into_inner())?;
+        let info = self.service.merge(&tenant, params).await?;
+        Ok(Response::new(proto::MergeDeltasResponse { delta: Some(convert::delta(info)) }))
+    }
+
     type DownloadStream = BoxStream<'static, Result<proto::DownloadResponse, Status>>;
 
     async fn download(

@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn labels_are_the_methods_of_the_protocol() {
         let methods = methods();
-        assert_eq!(methods.len(), 6 + 7 + 15 + 1);
+        assert_eq!(methods.len(), 6 + 8 + 15 + 1);
         assert!(methods.contains_key("/deltaserve.v1.InferenceService/Generate"));
         assert!(!methods.contains_key("/grpc.health.v1.Health/Check"));
     }

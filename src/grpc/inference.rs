@@ -169,7 +169,7 @@ mod tests {
             reason: FinishReason::Length,
             usage: Usage { prompt_tokens: 5, completion_tokens: 2 },
             timings: Timings { decode: Duration::from_millis(ms), ..Timings::default() },
-            served_by: ServedBy { name: String::new(), number: 0, id: None },
+            served_by: ServedBy { name: String::new(), number: 0, id: None, parts: vec![] },
             seed: 1,
         })
     }

@@ -40,5 +40,7 @@ pub(crate) mod json {
         schedule: Schedule, "SCHEDULE_";
         problem_type: ProblemType, "PROBLEM_TYPE_";
         job_state: JobState, "JOB_STATE_";
+        merge_method: MergeMethod, "MERGE_METHOD_";
+        majority_sign: MajoritySign, "MAJORITY_SIGN_";
     }
 }

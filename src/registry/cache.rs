@@ -89,7 +89,28 @@ impl Residency {
 
     /// Holds the version's delta, and loads it first if it is not resident.
     pub(super) async fn hold(&self, version: &Arc<VersionRecord>) -> Result<(Arc<Delta>, Hold), RegistryError> {
-        if let Some(held) = self.find(&version.id).await {
+        let load = {
+            let (this, version) = (self.clone(), Arc::clone(version));
+            move || {
+                let (this, version) = (this.clone(), Arc::clone(&version));
+                async move { this.load(&version).await }
+            }
+        };
+        let held = self.hold_made(version.id, version.spec.resident_bytes, load).await;
+        held.map_err(|e| own(version, &e))
+    }
+
+    /// Holds the delta of an id, which `make` seats if it is not resident: once, however many wait.
+    pub(super) async fn hold_made<M>(
+        &self,
+        id: DeltaId,
+        bytes: u64,
+        make: impl Fn() -> M + Send + 'static,
+    ) -> Result<(Arc<Delta>, Hold), RegistryError>
+    where
+        M: Future<Output = Result<Hold, RegistryError>> + Send + 'static,
+    {
+        if let Some(held) = self.find(&id).await {
             self.shared.hits.fetch_add(1, Ordering::Relaxed);
             self.shared.metrics.hits.increment(1);
             return Ok(held);
@@ -97,8 +118,8 @@ impl Residency {
         self.shared.misses.fetch_add(1, Ordering::Relaxed);
         self.shared.metrics.misses.increment(1);
         // On a task of its own: a caller that goes away must not break off the load that others wait for.
-        let (this, version) = (self.clone(), Arc::clone(version));
-        tokio::spawn(async move { this.find_or_load(&version).await }).await?
+        let this = self.clone();
+        tokio::spawn(async move { this.find_or_make(id, bytes, make).await }).await?
     }
 
     async fn find(&self, id: &DeltaId) -> Option<(Arc<Delta>, Hold)> {
@@ -112,26 +133,62 @@ impl Residency {
         }
     }
 
-    async fn find_or_load(&self, version: &Arc<VersionRecord>) -> Result<(Arc<Delta>, Hold), RegistryError> {
+    async fn find_or_make<M>(
+        &self,
+        id: DeltaId,
+        bytes: u64,
+        make: impl Fn() -> M + Send,
+    ) -> Result<(Arc<Delta>, Hold), RegistryError>
+    where
+        M: Future<Output = Result<Hold, RegistryError>> + Send,
+    {
         for _ in 0..ATTEMPTS {
-            // Whoever loads holds the seat from the start; it cannot be evicted before it is handed out.
+            // Whoever makes it holds the seat from the start; it cannot be evicted before it is handed out.
             let first = Arc::new(Mutex::new(None));
             let load = {
-                let first = Arc::clone(&first);
+                let (first, made) = (Arc::clone(&first), make());
                 async move {
-                    let hold = self.load(version).await?;
+                    let hold = made.await?;
                     let seat = Arc::clone(hold.seat());
                     *first.lock() = Some(hold);
                     Ok::<_, RegistryError>(seat)
                 }
             };
-            let seat = self.shared.seats.try_get_with(version.id, load).await.map_err(|e| own(version, &e))?;
+            let seat = self.shared.seats.try_get_with(id, load).await.map_err(|e| RegistryError::clone(&e))?;
             if let Some(held) = self.shared.idle.hold(&seat) {
                 return Ok(held);
             }
             self.remove(&seat).await;
         }
-        Err(self.full(version.spec.resident_bytes))
+        Err(self.full(bytes))
+    }
+
+    /// Seats what `make` computes, on a blocking thread, of deltas that the caller holds: `bytes` are reserved before.
+    pub(super) async fn compute(
+        &self,
+        (id, parts): (DeltaId, Vec<DeltaId>),
+        bytes: u64,
+        make: impl FnOnce() -> Result<Delta, RegistryError> + Send + 'static,
+    ) -> Result<Hold, RegistryError> {
+        let shared = &self.shared;
+        let mut reservation = self.reserve(bytes).await?;
+        let permit = Arc::clone(&shared.loads).acquire_owned().await;
+        let permit = permit.map_err(|e| RegistryError::LoadFailed { name: id.short(), detail: e.to_string() })?;
+        let work = move || {
+            let _permit = permit;
+            make()
+        };
+        let delta = tokio::task::spawn_blocking(work).await??;
+        self.fit(&mut reservation, delta.bytes()).await?;
+        Ok(shared.idle.seat(id, parts, Arc::new(delta), reservation))
+    }
+
+    async fn fit(&self, reservation: &mut Reservation, bytes: u64) -> Result<(), RegistryError> {
+        if bytes > reservation.bytes() {
+            reservation.join(self.reserve(bytes - reservation.bytes()).await?);
+        }
+        reservation.shrink_to(bytes);
+        Ok(())
     }
 
     /// Reads and decodes within a reservation made before.
@@ -155,14 +212,10 @@ impl Residency {
         };
         let limit = shared.config.load_timeout;
         let (delta, mut reservation) = timeout(limit, work).await.map_err(|_| RegistryError::LoadTimeout(limit))??;
-        let bytes = delta.bytes();
-        if bytes > reservation.bytes() {
-            // The spec was written under other circumstances, e.g. another dtype of the base.
-            reservation.join(self.reserve(bytes - reservation.bytes()).await?);
-        }
-        reservation.shrink_to(bytes);
+        // The spec may have been written under other circumstances, e.g. another dtype of the base.
+        self.fit(&mut reservation, delta.bytes()).await?;
         shared.metrics.load_seconds.record(started.elapsed().as_secs_f64());
-        Ok(shared.idle.seat(version.id, Arc::new(delta), reservation))
+        Ok(shared.idle.seat(version.id, vec![], Arc::new(delta), reservation))
     }
 
     /// Takes room from the budget, evicting what nobody uses, and waits a little for what somebody does.
@@ -190,9 +243,11 @@ impl Residency {
         }
     }
 
-    /// Takes an id from new requests; those who hold it keep it.
+    /// Takes an id, and what is made of it, from new requests; those who hold it keep it.
     pub(super) async fn retire(&self, id: &DeltaId) {
-        if let Some(seat) = self.shared.seats.get(id).await {
+        let seats = self.shared.seats.iter().map(|(_, seat)| seat);
+        let dead: Vec<Arc<Seat>> = seats.filter(|seat| seat.id == *id || seat.parts.contains(id)).collect();
+        for seat in dead {
             self.shared.idle.retire(&seat);
             self.remove(&seat).await;
         }

@@ -94,6 +94,9 @@ pub enum RegistryError {
         /// Why.
         detail: String,
     },
+    /// Deltas that do not add up; says which and why.
+    #[error("{0}")]
+    NotComposable(String),
     /// The store refused.
     #[error(transparent)]
     Store(Arc<StoreError>),
@@ -125,6 +128,7 @@ impl From<RegistryError> for ServeError {
                 tracing::error!(delta = %name, %detail, "stored delta is corrupt");
                 Self::Corrupt(name.clone())
             }
+            RegistryError::NotComposable(_) => Self::field("deltas", e.to_string()),
             RegistryError::TooLarge { .. } => Self::field("files", e.to_string()),
             RegistryError::BudgetFull { .. } | RegistryError::PinBudget { .. } => Self::ResidentBudget(e.to_string()),
             RegistryError::LoadTimeout(_) => Self::Overloaded(e.to_string()),

@@ -10,6 +10,7 @@
 mod budget;
 mod cache;
 mod catalog;
+mod compose;
 mod error;
 mod metrics;
 mod reference;
@@ -20,6 +21,7 @@ mod tests;
 
 use std::{sync::Arc, time::Duration};
 
+pub use compose::Composition;
 pub use error::{LoadError, RegistryError};
 pub use reference::{DeltaRef, VersionSel};
 
@@ -224,17 +226,26 @@ impl Registry {
     pub async fn lease(&self, tenant: &TenantId, wanted: &DeltaRef) -> Result<DeltaLease, RegistryError> {
         let version = self.resolve(tenant, wanted)?;
         self.check_base(&version, wanted)?;
-        let held = self.residency.hold(&version).await;
+        self.lease_version(tenant, &version, wanted).await
+    }
+
+    async fn lease_version(
+        &self,
+        tenant: &TenantId,
+        version: &Arc<VersionRecord>,
+        wanted: &DeltaRef,
+    ) -> Result<DeltaLease, RegistryError> {
+        let held = self.residency.hold(version).await;
         if !self.catalog.is_live(&version.id) {
             // Deleted while it was loaded: nothing may stay resident of it beyond its leases.
             self.residency.retire(&version.id).await;
         }
         match held {
-            Ok((delta, hold)) => Ok(DeltaLease { delta, version, hold }),
+            Ok((delta, hold)) => Ok(DeltaLease { delta, version: Arc::clone(version), hold }),
             // Its blobs may have been collected in between: then it is gone, not corrupt.
             Err(e @ RegistryError::Corrupt { .. }) => {
-                let exact = DeltaRef { name: version.name.clone(), version: Some(VersionSel::Number(version.number)) };
-                self.resolve(tenant, &exact).map_err(|_| RegistryError::NotFound(wanted.to_string()))?;
+                self.resolve(tenant, &DeltaRef::exact(version))
+                    .map_err(|_| RegistryError::NotFound(wanted.to_string()))?;
                 Err(e)
             }
             Err(e) => Err(e),

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use super::RegistryError;
+use super::{RegistryError, VersionRecord};
 use crate::ids::{DeltaId, DeltaName};
 
 /// Fewest digits of a digest prefix. Shorter ones, if decimal, are version numbers.
@@ -33,6 +33,11 @@ impl DeltaRef {
     /// The name's current version.
     pub fn current(name: DeltaName) -> Self {
         Self { name, version: None }
+    }
+
+    /// This version and no other.
+    pub(super) fn exact(version: &VersionRecord) -> Self {
+        Self { name: version.name.clone(), version: Some(VersionSel::Number(version.number)) }
     }
 }
 

@@ -28,6 +28,8 @@ struct Resident {
 
 pub(super) struct Seat {
     pub(super) id: DeltaId,
+    /// Of a composition: what it is made of.
+    pub(super) parts: Vec<DeltaId>,
     pub(super) weight_kib: u32,
     state: Mutex<State>,
 }
@@ -68,7 +70,13 @@ impl Idle {
     }
 
     /// Seats a loaded delta and holds it.
-    pub(super) fn seat(self: &Arc<Self>, id: DeltaId, delta: Arc<Delta>, reservation: Reservation) -> Hold {
+    pub(super) fn seat(
+        self: &Arc<Self>,
+        id: DeltaId,
+        parts: Vec<DeltaId>,
+        delta: Arc<Delta>,
+        reservation: Reservation,
+    ) -> Hold {
         // Rounded down: the budget is exact and stricter, so that moka never sees a reason of its own to evict.
         let weight_kib = u32::try_from(reservation.bytes() / 1024).unwrap_or(u32::MAX);
         let resident = Some(Resident { delta, reservation });
@@ -76,7 +84,7 @@ impl Idle {
         self.resident.fetch_add(1, Ordering::Relaxed);
         self.gauge.increment(1.0);
         self.leased.fetch_add(1, Ordering::Relaxed);
-        Hold { seat: Arc::new(Seat { id, weight_kib, state }), idle: Arc::clone(self) }
+        Hold { seat: Arc::new(Seat { id, parts, weight_kib, state }), idle: Arc::clone(self) }
     }
 
     /// Holds a seat's delta; `None` if it has been evicted. Finding it and holding it is one step.

@@ -15,6 +15,7 @@ use crate::{
     ids::BlobId,
 };
 
+mod compose;
 mod random;
 
 const BASE: BaseFingerprint = BaseFingerprint::from_bytes([1; 32]);

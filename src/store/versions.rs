@@ -32,6 +32,8 @@ pub enum Origin {
     Job(String),
     /// It came with the program.
     Sample,
+    /// Made of other versions: the method, and which with what weight.
+    Merge(String),
 }
 
 impl fmt::Display for Origin {
@@ -40,6 +42,7 @@ impl fmt::Display for Origin {
             Self::Upload => f.write_str("upload"),
             Self::Job(id) => write!(f, "job:{id}"),
             Self::Sample => f.write_str("sample"),
+            Self::Merge(of) => write!(f, "merge:{of}"),
         }
     }
 }

@@ -4,12 +4,12 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rand::{Rng, rngs::StdRng};
 
+use crate::ops::{dot, rotate};
+
 /// Directions beyond those asked for, which make the range accurate.
 const OVERSAMPLE: usize = 10;
 /// Power iterations.
 const POWER: usize = 4;
-/// Rounds of rotations; some ten suffice.
-const SWEEPS: usize = 60;
 
 /// PiSSA (Meng et al. 2024): `A = sqrt(S) U^T / sqrt(scale)` `[rank, in]` and `B = sqrt(S) V^T / sqrt(scale)` `[rank, out]` of
 /// `W = U S V^T` `[in, out]`, so that `scale * A^T B` is W's best approximation of this rank. f32, on W's device.
@@ -58,10 +58,6 @@ fn top(w: &Tensor, rank: usize, rng: &mut StdRng) -> Result<Directions> {
     Ok((u, order.into_iter().map(|(n, _)| n).collect(), v))
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
 /// Orthonormal columns with the same span (modified Gram-Schmidt, twice).
 fn orthonormal(m: &Tensor) -> Result<Tensor> {
     let mut columns = m.t()?.contiguous()?.to_vec2::<f64>()?;
@@ -79,40 +75,6 @@ fn orthonormal(m: &Tensor) -> Result<Tensor> {
     }
     let (k, n) = (columns.len(), columns.first().map_or(0, Vec::len));
     Tensor::from_vec(columns.concat(), (k, n), &Device::Cpu)?.t()?.contiguous()
-}
-
-/// Rotates pairs of rows of `b` until all are orthogonal; `also` is rotated alike.
-fn rotate(b: &mut [Vec<f64>], also: &mut [Vec<f64>]) {
-    for _ in 0..SWEEPS {
-        let mut worst = 0f64;
-        for i in 0..b.len() {
-            for j in i + 1..b.len() {
-                let (x, y, xy) = (dot(&b[i], &b[i]), dot(&b[j], &b[j]), dot(&b[i], &b[j]));
-                let off = xy.abs() / (x * y).sqrt().max(f64::MIN_POSITIVE);
-                if off <= 1e-15 || xy == 0.0 {
-                    continue;
-                }
-                worst = worst.max(off);
-                let zeta = (y - x) / (2.0 * xy);
-                let t = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
-                let t = if zeta == 0.0 { 1.0 } else { t };
-                let c = 1.0 / (1.0 + t * t).sqrt();
-                for m in [&mut *b, &mut *also] {
-                    let (head, tail) = m.split_at_mut(j);
-                    turn(&mut head[i], &mut tail[0], c, c * t);
-                }
-            }
-        }
-        if worst <= 1e-14 {
-            break;
-        }
-    }
-}
-
-fn turn(a: &mut [f64], b: &mut [f64], c: f64, s: f64) {
-    for (x, y) in a.iter_mut().zip(b) {
-        (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
-    }
 }
 
 #[cfg(test)]

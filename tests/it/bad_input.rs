@@ -124,7 +124,7 @@ async fn requests_out_of_range_are_refused_by_field_with_the_limit() {
     expect_invalid(&refused(with(proto::GenerateOptions { stop, ..options(4) })).await, "options.stop[0]", &["1"]);
     let stop = vec!["x".to_owned(); 10_000];
     expect_invalid(&refused(with(proto::GenerateOptions { stop, ..options(4) })).await, "options.stop", &["16"]);
-    let batch = proto::GenerateBatchRequest { delta: String::new(), prompts: vec![], options: None };
+    let batch = proto::GenerateBatchRequest::default();
     expect_invalid(&client.batch(batch).await.expect_err("no prompts"), "prompts", &[]);
     expect_invalid(&client.classify("", &[]).await.expect_err("no inputs"), "inputs", &["0"]);
     still_answers(client).await;
@@ -295,6 +295,7 @@ async fn one_call_of_many_sequences_leaves_places_to_others_and_is_not_refused_h
         delta: String::new(),
         prompts: (0..12).map(|i| prompt(&format!("once {i}"))).collect(),
         options: Some(proto::GenerateOptions { n: Some(8), ..options(2) }),
+        deltas: vec![],
     };
     let said = client.batch(request).await.expect("its later prompts wait for room");
     assert_eq!(said.generations.len(), 96);
@@ -326,12 +327,103 @@ async fn the_later_prompts_of_a_batch_wait_for_room() {
         delta: String::new(),
         prompts: (0..4).map(|i| prompt(&format!("once {i}"))).collect(),
         options: Some(options(2)),
+        ..Default::default()
     };
     let said = timely("room comes", client.batch(request)).await.expect("none is refused");
     assert_eq!(said.generations.len(), 4);
     for other in others {
         other.await.expect("no panic").expect("it goes on to its end");
     }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_lists_of_deltas_are_refused_by_place() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    for (name, seed) in [("x", 1), ("y", 2)] {
+        client.upload(name, &world.delta(seed)).await.expect("an upload");
+    }
+    let part = |delta: &str, weight: f64| proto::WeightedDelta { delta: delta.into(), weight: Some(weight) };
+    let many: Vec<_> = (0..17).map(|i| part(&format!("d{i}"), 1.0)).collect();
+    let x = || part("x", 0.5);
+    let cases: Vec<(Vec<proto::WeightedDelta>, &str, &[&str])> = vec![
+        (vec![x(), part("y", f64::NAN)], "deltas[1].weight", &["NaN", "-100", "100"]),
+        (vec![part("x", f64::INFINITY), part("y", 1.0)], "deltas[0].weight", &["inf", "100"]),
+        (vec![x(), part("y", -100.5)], "deltas[1].weight", &["-100.5"]),
+        (vec![x(), x()], "deltas[1].delta", &["x"]),
+        (vec![x(), part("x@1", 0.5)], "deltas", &["x@1", "twice"]),
+        (vec![x(), part("", 0.5)], "deltas[1].delta", &["empty"]),
+        (vec![x(), part("no such/name", 0.5)], "deltas[1].delta", &["no such/name"]),
+        (many, "deltas", &["17", "16"]),
+    ];
+    for (deltas, field, words) in cases {
+        let request = proto::GenerateRequest { deltas: deltas.clone(), ..ask("", "x", 4) };
+        expect_invalid(&client.generate(request).await.expect_err(field), field, words);
+        let inputs = vec![scored("a", "b")];
+        let score = client.request(proto::ScoreRequest { deltas: deltas.clone(), inputs, ..Default::default() });
+        expect_invalid(&client.inference().score(score).await.expect_err(field), field, words);
+        let inputs = vec!["a".to_owned()];
+        let embed = client.request(proto::EmbedRequest { deltas: deltas.clone(), inputs, ..Default::default() });
+        expect_invalid(&client.inference().embed(embed).await.expect_err(field), field, words);
+        let method = proto::MergeMethod::Cat.into();
+        let merge = proto::MergeDeltasRequest { name: "m".into(), method, deltas, ..Default::default() };
+        let field = if field == "deltas" && words.contains(&"twice") { "deltas[1].delta" } else { field };
+        let words = if words.contains(&"twice") { &["x@1"] } else { words };
+        expect_invalid(&client.deltas().merge_deltas(client.request(merge)).await.expect_err(field), field, words);
+    }
+    let beside = proto::GenerateRequest { deltas: vec![x()], ..ask("y", "x", 4) };
+    expect_invalid(&client.generate(beside).await.expect_err("both"), "deltas", &["delta"]);
+    let unknown = proto::GenerateRequest { deltas: vec![x(), part("nobody", 1.0)], ..ask("", "x", 4) };
+    let not_found = (Code::NotFound, "DELTA_NOT_FOUND".to_owned());
+    assert_eq!(kind(&client.generate(unknown).await.expect_err("unknown")), not_found);
+    still_answers(client).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_merges_are_refused_by_field() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    for (name, seed) in [("x", 1), ("y", 2)] {
+        client.upload(name, &world.delta(seed)).await.expect("an upload");
+    }
+    let both = ["x", "y"].map(|d| proto::WeightedDelta { delta: d.into(), weight: None }).to_vec();
+    let of = |method: proto::MergeMethod| proto::MergeDeltasRequest {
+        name: "m".into(),
+        method: method.into(),
+        deltas: both.clone(),
+        ..Default::default()
+    };
+    use proto::MergeMethod as M;
+    let (ties, svd) = (of(M::Ties), of(M::Svd));
+    let cases: Vec<(proto::MergeDeltasRequest, &str, &[&str])> = vec![
+        (of(M::Unspecified), "method", &["required"]),
+        (proto::MergeDeltasRequest { method: 99, ..of(M::Cat) }, "method", &["99"]),
+        (proto::MergeDeltasRequest { name: "a/b".into(), ..of(M::Cat) }, "name", &[]),
+        (proto::MergeDeltasRequest { deltas: vec![], ..of(M::Cat) }, "deltas", &["0", "2", "16"]),
+        (ties.clone(), "density", &["required", "ties"]),
+        (proto::MergeDeltasRequest { density: Some(0.0), ..ties.clone() }, "density", &["0", "1"]),
+        (proto::MergeDeltasRequest { density: Some(f64::NAN), ..ties.clone() }, "density", &["NaN"]),
+        (proto::MergeDeltasRequest { density: Some(0.5), seed: Some(1), ..ties }, "seed", &["ties"]),
+        (proto::MergeDeltasRequest { density: Some(0.5), ..of(M::Linear) }, "density", &["linear"]),
+        (proto::MergeDeltasRequest { majority_sign: 1, ..of(M::Cat) }, "majority_sign", &["cat"]),
+        (proto::MergeDeltasRequest { rank: Some(0), ..svd.clone() }, "rank", &["0", "256"]),
+        (proto::MergeDeltasRequest { rank: Some(257), ..svd }, "rank", &["257", "256"]),
+        (proto::MergeDeltasRequest { rank: Some(2), ..of(M::Cat) }, "rank", &["cat"]),
+    ];
+    for (request, field, words) in cases {
+        let refused = client.deltas().merge_deltas(client.request(request)).await.expect_err(field);
+        expect_invalid(&refused, field, words);
+    }
+    let mut unknown = of(M::Cat);
+    unknown.deltas[1].delta = "nobody".into();
+    let refused = client.deltas().merge_deltas(client.request(unknown)).await.expect_err("unknown");
+    assert_eq!(kind(&refused), (Code::NotFound, "DELTA_NOT_FOUND".to_owned()));
+    assert_eq!(client.list().await.len(), 2, "nothing was published");
+    still_answers(client).await;
     running.stop().await;
 }
 

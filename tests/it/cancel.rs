@@ -60,6 +60,7 @@ async fn a_call_that_is_late_ends_with_deadline_exceeded_and_frees_its_sequence(
         delta: String::new(),
         prompts: vec![prompt("once")],
         options: Some(options(16_000)),
+        deltas: vec![],
     };
     let mut request = client.request(batch);
     request.metadata_mut().insert("grpc-timeout", "300m".parse().expect("ASCII"));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::*;
 
 /// The real binary against a server of this process.
-async fn cli(running: &Running, args: &[&str]) -> Output {
+pub(crate) async fn cli(running: &Running, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_deltaserve"));
     command.args(args).env("DELTASERVE_SERVER", format!("http://{}", running.server.grpc));
     let done = tokio::task::spawn_blocking(move || command.output());

@@ -47,7 +47,8 @@ async fn a_batch_equals_its_streams_and_greedy_is_deterministic() {
         alone.push(first);
     }
     let prompts = texts.iter().map(|t| prompt(t)).collect();
-    let request = proto::GenerateBatchRequest { delta: "style".into(), prompts, options: Some(options(20)) };
+    let request =
+        proto::GenerateBatchRequest { delta: "style".into(), prompts, options: Some(options(20)), deltas: vec![] };
     let batch = client.batch(request).await.expect("a batch");
     let together: Vec<String> = batch.generations.iter().map(|g| g.text.clone()).collect();
     assert_eq!(together, alone);
@@ -66,6 +67,7 @@ async fn n_continuations_are_those_of_consecutive_seeds() {
         delta: String::new(),
         prompts: vec![prompt("hello")],
         options: Some(proto::GenerateOptions { sampling: Some(sampled(seed)), n: Some(n), ..options(16) }),
+        deltas: vec![],
     };
     let three = client.batch(of(40, 3)).await.expect("a batch").generations;
     assert_eq!(three.iter().map(|g| (g.index, g.seed)).collect::<Vec<_>>(), [(0, 40), (1, 41), (2, 42)]);
@@ -79,6 +81,7 @@ async fn n_continuations_are_those_of_consecutive_seeds() {
         delta: String::new(),
         prompt: Some(prompt("hello")),
         options: Some(proto::GenerateOptions { sampling: Some(sampled(40)), n: Some(3), ..options(16) }),
+        ..Default::default()
     };
     let mut stream = client.stream(request).await.expect("a stream");
     let (mut ids, mut ends) = (vec![Vec::new(); 3], 0);
@@ -127,6 +130,7 @@ async fn logprobs_are_of_the_tokens_and_greedy_takes_the_top_one() {
         delta: String::new(),
         prompts: vec![prompt("once")],
         options: Some(proto::GenerateOptions { logprobs: Some(4), ..options(12) }),
+        deltas: vec![],
     };
     let made = running.client.batch(request).await.expect("a batch").generations.remove(0);
     assert_eq!(made.logprobs.len(), 12);
@@ -162,7 +166,7 @@ async fn the_other_inference_calls_answer_and_say_who_served_them() {
     assert!((length - 1.0).abs() < 1e-4, "normalised by default: {length}");
 
     let input = proto::ScoreInput { prompt: "once".into(), completion: " upon".into() };
-    let score = proto::ScoreRequest { delta: String::new(), inputs: vec![input] };
+    let score = proto::ScoreRequest { inputs: vec![input], ..Default::default() };
     let scored = inference.score(client.request(score)).await.expect("a score").into_inner().results.remove(0);
     assert_eq!(scored.tokens.len(), 5);
     let sum: f64 = scored.tokens.iter().map(|t| f64::from(t.logprob)).sum();

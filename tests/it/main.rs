@@ -7,6 +7,7 @@
 mod bad_input;
 mod cancel;
 mod classify_file;
+mod compose;
 mod drain;
 mod edges;
 mod evaluation;

@@ -251,7 +251,8 @@ pub(crate) struct Said {
 
 /// A greedy request of `max_new` tokens that does not stop earlier.
 pub(crate) fn ask(delta: &str, text: &str, max_new: u32) -> proto::GenerateRequest {
-    proto::GenerateRequest { delta: delta.into(), prompt: Some(prompt(text)), options: Some(options(max_new)) }
+    let (prompt, options) = (Some(prompt(text)), Some(options(max_new)));
+    proto::GenerateRequest { delta: delta.into(), prompt, options, deltas: vec![] }
 }
 
 pub(crate) fn prompt(text: &str) -> proto::Prompt {
@@ -535,7 +536,7 @@ pub(crate) fn scored(prompt: &str, completion: &str) -> proto::ScoreInput {
 
 /// The log-likelihood of a completion.
 pub(crate) async fn score(client: &Client, delta: &str, input: proto::ScoreInput) -> Result<f64, Status> {
-    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input] };
+    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input], deltas: vec![] };
     let reply = client.inference().score(client.request(request)).await?.into_inner();
     Ok(reply.results[0].log_likelihood)
 }

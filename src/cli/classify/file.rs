@@ -19,7 +19,7 @@ use super::{
     scores::Scores,
 };
 use crate::{
-    cli::{Common, client::Client, output},
+    cli::{Common, client::Client, merge::choice, output},
     delta::Problem,
     grpc::proto,
 };
@@ -35,7 +35,12 @@ const OUTSIDE: &str = "O";
 pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) -> anyhow::Result<()> {
     let bytes = read(path)?;
     let client = Client::connect(common).await?;
-    let head = head(&client, &args.delta).await?;
+    let (delta, deltas) = choice(&args.delta)?;
+    anyhow::ensure!(
+        deltas.is_empty(),
+        "--file takes one delta without a weight; texts as arguments may be labelled by several"
+    );
+    let head = head(&client, &delta).await?;
     let rows = rows::parse(&bytes, &head).with_context(|| path.display().to_string())?;
     let to_stdout = args.out.as_os_str() == "-";
     let target: Box<dyn Write + Send> = if to_stdout {
@@ -121,7 +126,7 @@ async fn call<'a>(
         return Ok((batch, Vec::new()));
     }
     let count = inputs.len();
-    let request = proto::ClassifyRequest { delta: reference.to_owned(), inputs, truncate: true, threshold: 0.0 };
+    let request = proto::ClassifyRequest { delta: reference.to_owned(), inputs, truncate: true, ..Default::default() };
     let (start, mut pause) = (Instant::now(), Duration::from_millis(20));
     loop {
         match client.inference().classify(request.clone()).await {

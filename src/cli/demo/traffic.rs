@@ -69,5 +69,6 @@ fn request(n: usize) -> proto::GenerateRequest {
             ignore_eos: true,
             ..proto::GenerateOptions::default()
         }),
+        deltas: vec![],
     }
 }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use crate::{
     admission::{
+        catalog_params::{MajoritySign, MergeMethod, MergeParams},
         check::Problems,
         params::{DeltaInfo, ServeError, UploadParams},
     },
@@ -75,4 +76,61 @@ pub(in crate::grpc) fn delta(info: DeltaInfo) -> proto::Delta {
         created_ms: info.created_ms,
         problem_type: info.problem.map(|p| p.as_str().to_owned()).unwrap_or_default(),
     }
+}
+
+/// Delta references with their weights.
+pub(super) fn weighted(deltas: Vec<proto::WeightedDelta>) -> Vec<(String, f64)> {
+    deltas.into_iter().map(|d| (d.delta, d.weight.unwrap_or(1.0))).collect()
+}
+
+/// A merge. Options that the method does not have are refused.
+pub(in crate::grpc) fn merge(r: proto::MergeDeltasRequest) -> Result<MergeParams, ServeError> {
+    use proto::{MajoritySign as WireSign, MergeMethod as Wire};
+    let mut problems = Problems::default();
+    let sign = match WireSign::try_from(r.majority_sign) {
+        Ok(WireSign::Unspecified | WireSign::Total) => MajoritySign::Total,
+        Ok(WireSign::Frequency) => MajoritySign::Frequency,
+        Err(unknown) => {
+            problems.push("majority_sign", unknown.to_string());
+            MajoritySign::Total
+        }
+    };
+    let (density, seed) = (r.density.unwrap_or(1.0), r.seed.unwrap_or(0));
+    let method = match Wire::try_from(r.method) {
+        Ok(Wire::Linear) => MergeMethod::Linear,
+        Ok(Wire::Cat) => MergeMethod::Cat,
+        Ok(Wire::Svd) => MergeMethod::Svd { rank: r.rank.map(|rank| rank as usize) },
+        Ok(Wire::Ties) => MergeMethod::Ties { density, sign },
+        Ok(Wire::MagnitudePrune) => MergeMethod::MagnitudePrune { density },
+        Ok(Wire::DareLinear) => MergeMethod::DareLinear { density, seed },
+        Ok(Wire::DareTies) => MergeMethod::DareTies { density, seed, sign },
+        Ok(Wire::Unspecified) => {
+            problems.push("method", "is required");
+            MergeMethod::Linear
+        }
+        Err(unknown) => {
+            problems.push("method", unknown.to_string());
+            MergeMethod::Linear
+        }
+    };
+    use MergeMethod as M;
+    let name = method.as_str();
+    let prunes = method.density().is_some();
+    let elects = matches!(method, M::Ties { .. } | M::DareTies { .. });
+    let draws = matches!(method, M::DareLinear { .. } | M::DareTies { .. });
+    let missing = prunes && r.density.is_none();
+    problems.require(!missing, "density", || format!("is required with {name}"));
+    for (field, given, taken) in [
+        ("density", r.density.is_some(), prunes),
+        ("majority_sign", r.majority_sign != 0, elects),
+        ("rank", r.rank.is_some(), matches!(method, M::Svd { .. })),
+        ("seed", r.seed.is_some(), draws),
+    ] {
+        problems.require(taken || !given, field, || format!("is given, but {name} has none"));
+    }
+    let policy = super::policy("policy", r.policy, &mut problems);
+    problems.finish()?;
+    let params = MergeParams { name: r.name, policy, deltas: weighted(r.deltas), method };
+    params.check()?;
+    Ok(params)
 }

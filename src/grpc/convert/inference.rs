@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use crate::{
     admission::{
+        catalog_params::check_weighted,
         check::{MAX_PROMPTS, Problems},
         params::{
-            ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, EmbedParams, EmbedReply,
-            FinishReason, GenerateChunk, GenerateParams, LabelScore, Pooling, Prompt, Sampling, ScoreParams,
-            ScoreReply, Scored, ServeError, ServedBy, Timings, TokenLabel, TokenLogprob, Usage,
+            ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, DeltaChoice, EmbedParams,
+            EmbedReply, FinishReason, GenerateChunk, GenerateParams, LabelScore, Pooling, Prompt, Sampling,
+            ScoreParams, ScoreReply, Scored, ServeError, ServedBy, ServedPart, Timings, TokenLabel, TokenLogprob,
+            Usage,
         },
     },
     grpc::proto,
@@ -23,7 +25,8 @@ pub(in crate::grpc) fn generate(
 ) -> Result<GenerateParams, ServeError> {
     let mut problems = Problems::default();
     let prompt = prompt("prompt", request.prompt, &mut problems);
-    let params = options(request.delta, prompt, request.options, timeout);
+    let delta = choice(request.delta, request.deltas, &mut problems);
+    let params = options(delta, prompt, request.options, timeout);
     params.check_options(&mut problems);
     problems.finish()?;
     Ok(params)
@@ -39,7 +42,8 @@ pub(in crate::grpc) fn generate_batch(
         return Err(ServeError::field("prompts", format!("has {count} entries; accepted are 1 to {MAX_PROMPTS}")));
     }
     let mut problems = Problems::default();
-    let template = options(request.delta, Prompt::Tokens(Vec::new()), request.options, timeout);
+    let delta = choice(request.delta, request.deltas, &mut problems);
+    let template = options(delta, Prompt::Tokens(Vec::new()), request.options, timeout);
     template.check_options(&mut problems);
     let mut all = Vec::with_capacity(count);
     for (i, message) in request.prompts.into_iter().enumerate() {
@@ -69,8 +73,26 @@ pub(super) fn chat_message(message: proto::ChatMessage) -> ChatMessage {
     ChatMessage { role: message.role, content: message.content }
 }
 
+/// One delta, or several with weights; not both.
+fn choice(delta: String, deltas: Vec<proto::WeightedDelta>, problems: &mut Problems) -> DeltaChoice {
+    if deltas.is_empty() {
+        return delta.into();
+    }
+    problems.require(delta.is_empty(), "deltas", || "is given beside delta; name the deltas in one of them".into());
+    let deltas = super::deltas::weighted(deltas);
+    check_weighted(&deltas, 1, problems);
+    DeltaChoice::weighted(deltas)
+}
+
+fn only_choice(delta: String, deltas: Vec<proto::WeightedDelta>) -> Result<DeltaChoice, ServeError> {
+    let mut problems = Problems::default();
+    let choice = choice(delta, deltas, &mut problems);
+    problems.finish()?;
+    Ok(choice)
+}
+
 fn options(
-    delta: String,
+    delta: DeltaChoice,
     prompt: Prompt,
     message: Option<proto::GenerateOptions>,
     timeout: Option<Duration>,
@@ -112,8 +134,9 @@ pub(in crate::grpc) fn classify(
     let mut problems = Problems::default();
     let inputs = request.inputs.into_iter().enumerate().map(|(i, input)| classify_input(i, input, &mut problems));
     let inputs = inputs.collect();
+    let delta = choice(request.delta, request.deltas, &mut problems);
     problems.finish()?;
-    let proto::ClassifyRequest { delta, truncate, threshold, .. } = request;
+    let proto::ClassifyRequest { truncate, threshold, .. } = request;
     let params = ClassifyParams { delta, inputs, truncate, threshold, timeout };
     params.check()?;
     Ok(params)
@@ -143,7 +166,8 @@ pub(in crate::grpc) fn embed(
         Err(unknown) => return Err(ServeError::field("pooling", unknown.to_string())),
     };
     let normalize = request.normalize.unwrap_or(true);
-    let params = EmbedParams { delta: request.delta, inputs: request.inputs, pooling, normalize, timeout };
+    let delta = only_choice(request.delta, request.deltas)?;
+    let params = EmbedParams { delta, inputs: request.inputs, pooling, normalize, timeout };
     params.check()?;
     Ok(params)
 }
@@ -154,7 +178,8 @@ pub(in crate::grpc) fn score(
     timeout: Option<Duration>,
 ) -> Result<ScoreParams, ServeError> {
     let inputs = request.inputs.into_iter().map(|i| (i.prompt, i.completion)).collect();
-    let params = ScoreParams { delta: request.delta, inputs, timeout };
+    let delta = only_choice(request.delta, request.deltas)?;
+    let params = ScoreParams { delta, inputs, timeout };
     params.check()?;
     Ok(params)
 }
@@ -207,7 +232,14 @@ pub(in crate::grpc) fn timings(t: Timings) -> proto::Timings {
 }
 
 pub(in crate::grpc) fn served_by(s: ServedBy) -> proto::ServedBy {
-    proto::ServedBy { name: s.name, number: s.number, id: s.id.map(|id| id.to_string()).unwrap_or_default() }
+    let part =
+        |p: ServedPart| proto::ServedPart { name: p.name, number: p.number, id: p.id.to_string(), weight: p.weight };
+    proto::ServedBy {
+        name: s.name,
+        number: s.number,
+        id: s.id.map(|id| id.to_string()).unwrap_or_default(),
+        parts: s.parts.into_iter().map(part).collect(),
+    }
 }
 
 /// The reply of Classify.
@@ -357,7 +389,7 @@ mod tests {
         let request = proto::EmbedRequest { inputs: vec!["a".into()], pooling: 99, ..Default::default() };
         assert_eq!(fields(embed(request, None).expect_err("unknown pooling")), ["pooling"]);
         let inputs = vec![proto::ScoreInput::default()];
-        let request = proto::ScoreRequest { delta: String::new(), inputs };
+        let request = proto::ScoreRequest { inputs, ..Default::default() };
         assert_eq!(fields(score(request, None).expect_err("empty")), ["inputs[0].completion"]);
     }
 }
