@@ -214,11 +214,11 @@ async fn the_command_line_merges_and_adds_up() {
         let text = String::from_utf8(done.stdout).expect("UTF-8");
         text.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect()
     };
-    let made = json(&["--json", "deltas", "merge", "--name", "m", "--method", "cat", "x=0.6", "y@1=-0.4"]).await;
+    let made = json(&["deltas", "merge", "--json", "--name", "m", "--method", "cat", "x=0.6", "y@1=-0.4"]).await;
     assert_eq!((&made[0]["name"], &made[0]["origin"]), (&"m".into(), &"merge:cat:x@1*0.6+y@1*-0.4".into()));
     let want = client.text("m", "the red cat", 8).await;
     for deltas in [&["-d", "x=0.6", "-d", "y=-0.4"][..], &["--delta", "x=0.6,y=-0.4"]] {
-        let base = ["--json", "generate", "the red cat", "--max-new-tokens", "8", "--ignore-eos", "--temperature", "0"];
+        let base = ["generate", "--json", "the red cat", "--max-new-tokens", "8", "--ignore-eos", "--temperature", "0"];
         let said = json(&[&base[..], deltas].concat()).await;
         let text: String = said.iter().filter_map(|l| l["delta"]["text"].as_str()).collect();
         assert_eq!(text, want, "{said:?}");
