@@ -28,7 +28,7 @@ impl Composition {
         &self.delta
     }
 
-    /// Digest of the versions and their weights, whatever their order.
+    /// Digest of the tenant, the versions and their weights, whatever their order.
     pub fn id(&self) -> DeltaId {
         self.id
     }
@@ -50,9 +50,12 @@ fn name_of(version: &VersionRecord) -> String {
     format!("{}@{}", version.name, version.number)
 }
 
-fn id_of(sorted: &[(Arc<VersionRecord>, f64)]) -> DeltaId {
+/// The tenant is part of it: what goes wrong with a sum is told to all who wait for it, by the names of its versions.
+pub(super) fn id_of(tenant: &TenantId, sorted: &[(Arc<VersionRecord>, f64)]) -> DeltaId {
     let mut h = Sha256::new();
-    h.update(b"deltaserve composition v1\0");
+    h.update(b"deltaserve composition v2\0");
+    h.update((tenant.as_str().len() as u64).to_le_bytes());
+    h.update(tenant.as_str());
     for (version, weight) in sorted {
         h.update(version.id.as_bytes());
         h.update(weight.to_bits().to_le_bytes());
@@ -82,7 +85,7 @@ impl Registry {
         check_distinct(&parts)?;
         let mut sorted = parts.clone();
         sorted.sort_by_key(|(version, weight)| (version.id, weight.to_bits()));
-        let id = id_of(&sorted);
+        let id = id_of(tenant, &sorted);
         let ids: Vec<DeltaId> = sorted.iter().map(|(version, _)| version.id).collect();
         let bytes = sorted.iter().map(|(version, _)| version.spec.resident_bytes).sum();
         let make = {

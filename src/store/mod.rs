@@ -99,6 +99,14 @@ impl Store {
         Ok(id)
     }
 
+    /// As [`Self::put_blob`]; until the second is dropped, nobody removes it.
+    pub(crate) async fn put_held(&self, bytes: Bytes) -> Result<(BlobId, impl Send + use<>), StoreError> {
+        let id = blobs::digest(&bytes).await?;
+        let hold = self.inner.holds.hold(id).await;
+        self.blobs().put(id, bytes).await?;
+        Ok((id, hold))
+    }
+
     /// Reads a blob and verifies its digest.
     ///
     /// # Errors

@@ -172,7 +172,13 @@ impl Worker {
         match control.ask() {
             Ask::GoOn => {}
             Ask::Cancel => return Turn::Over(End::Cancelled),
-            Ask::Pause => return Turn::Over(leave(run)),
+            Ask::Pause => {
+                let (end, note) = leave(run);
+                if note.is_some_and(|note| self.reports.blocking_send(Report::Event(id, Box::new(note))).is_err()) {
+                    return Turn::Deaf;
+                }
+                return Turn::Over(end);
+            }
         }
         self.pacer.yield_now();
         let step = run.step() + 1;
@@ -190,17 +196,14 @@ impl Worker {
             }
         }
         if outcome.is_none() && !control.is_saving() {
-            let report = match run.autosave() {
+            let saved = catch_unwind(AssertUnwindSafe(|| run.autosave().map_err(|e| e.to_string())));
+            let report = match saved.unwrap_or_else(|panic| Err(panic_text(panic.as_ref()))) {
                 Ok(None) => None,
                 Ok(Some(saved)) => {
                     control.set_saving(true);
                     Some(Report::Saved(id, Box::new(saved)))
                 }
-                Err(e) => {
-                    let message = format!("no checkpoint after step {}: {e}", run.step());
-                    let note = NoteEvent { code: "CHECKPOINT_LOST".into(), message };
-                    Some(Report::Event(id, Box::new(JobEventBody::Warning(note))))
-                }
+                Err(e) => Some(Report::Event(id, Box::new(lost(run.step(), &e)))),
             };
             if report.is_some_and(|report| self.reports.blocking_send(report).is_err()) {
                 return Turn::Deaf;
@@ -250,13 +253,18 @@ fn set_up_apart(new: impl FnOnce() -> Result<Run, String> + Send + 'static) -> R
     thread.map(|_| Stage::Setup(made)).map_err(|e| format!("no thread to set up: {e}"))
 }
 
-/// How a run leaves that is to pause.
-fn leave(run: &Run) -> End {
-    match catch_unwind(AssertUnwindSafe(|| run.to_bytes())) {
-        Ok(Ok(bytes)) => End::Paused(bytes.map(|bytes| Saved { step: run.step(), bytes })),
-        Ok(Err(e)) => End::Failed(internal(format!("step {}: no checkpoint to pause with: {e}", run.step()))),
-        Err(panic) => End::Failed(internal(panic_text(panic.as_ref()))),
+/// How a run leaves that is to pause. Where no checkpoint can be made, it goes on from the one before.
+fn leave(run: &Run) -> (End, Option<JobEventBody>) {
+    let made = catch_unwind(AssertUnwindSafe(|| run.to_bytes().map_err(|e| e.to_string())));
+    match made.unwrap_or_else(|panic| Err(panic_text(panic.as_ref()))) {
+        Ok(bytes) => (End::Paused(bytes.map(|bytes| Saved { step: run.step(), bytes })), None),
+        Err(e) => (End::Paused(None), Some(lost(run.step(), &e))),
     }
+}
+
+fn lost(step: u32, why: &str) -> JobEventBody {
+    let message = format!("no checkpoint after step {step}: {why}");
+    JobEventBody::Warning(NoteEvent { code: "CHECKPOINT_LOST".into(), message })
 }
 
 enum Turn {

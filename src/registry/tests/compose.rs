@@ -93,3 +93,13 @@ async fn what_cannot_be_leased_or_is_named_twice_is_refused_by_name() {
     let error = other.lease_sum(&tenant(), &list(&[("a", 1.0), ("b", 1.0)]), &SiteTable::default()).await.unwrap_err();
     assert!(matches!(error, RegistryError::BaseMismatch { .. }));
 }
+
+#[tokio::test]
+async fn tenants_share_no_sum_and_so_no_names_in_its_errors() {
+    let w = World::new(4).await;
+    let version = w.publish("a", "1").await;
+    let parts = [(version, 1.0)];
+    let id = |tenant: &str| super::super::compose::id_of(&TenantId::new(tenant).unwrap(), &parts);
+    assert_eq!(id("x"), id("x"));
+    assert_ne!(id("x"), id("y"));
+}

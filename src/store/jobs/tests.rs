@@ -215,3 +215,18 @@ async fn a_job_has_one_checkpoint_the_newest_and_none_after_its_end() {
     let seqs: Vec<u64> = store.events(&id, 1, 100).await.unwrap().iter().map(|e| e.seq).collect();
     assert_eq!(seqs, (1..=7).collect::<Vec<_>>());
 }
+
+#[tokio::test]
+async fn a_checkpoint_that_another_job_replaces_stays_for_the_one_that_is_about_to_name_it() {
+    let (_dir, store) = store().await;
+    let (first, second) = (created(&store, job("a", None, "")).await.id, created(&store, job("b", None, "")).await.id);
+    let same = bytes::Bytes::from_static(b"the same run");
+    let blob = store.put_blob(same.clone()).await.unwrap();
+    store.change_job(&first, saves(1, blob)).await.unwrap();
+    let (again, hold) = store.put_held(same).await.unwrap();
+    let next = store.put_blob(bytes::Bytes::from_static(b"a step later")).await.unwrap();
+    store.change_job(&first, saves(2, next)).await.unwrap();
+    store.change_job(&second, saves(1, again)).await.unwrap();
+    drop(hold);
+    assert_eq!(store.get_blob(blob).await.unwrap(), "the same run");
+}

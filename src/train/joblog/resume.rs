@@ -74,7 +74,8 @@ impl JobLog {
     /// # Errors
     /// [`LogError::Ended`] after a terminal state, or the store's.
     pub async fn save(&self, id: &str, step: u32, bytes: Bytes, then: Option<JobState>) -> Result<u64, LogError> {
-        let blob = self.store.put_blob(bytes).await?;
+        // held until its row is there: the same run of another job has the same bytes, and replaces them
+        let (blob, _hold) = self.store.put_held(bytes).await?;
         let saved = JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() });
         let mut change = JobChange {
             events: vec![to_json(id, "event", &saved)?],

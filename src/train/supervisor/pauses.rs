@@ -138,8 +138,8 @@ impl Supervisor {
                     shared.progress(&id, step);
                     shared.log.save(&id, step, Bytes::from(bytes), Some(to)).await
                 }
-                // nothing has been trained yet: it begins again
-                None => shared.log.append(&id, 0, state(to)).await,
+                // it begins again, or goes on from the checkpoint before
+                None => shared.log.append(&id, shared.step(&id), state(to)).await,
             };
             if let Some(done) = done.upgrade() {
                 let _ = done.send(Command::Stopped(id, stored)).await;
@@ -168,6 +168,16 @@ impl Supervisor {
             Err(error) if draining => {
                 tracing::error!(job = id, %error, "a job's checkpoint could not be stored");
                 self.shared.forget(id);
+            }
+            Err(_) if control.ask() == Ask::Cancel => self.terminal(id, JobState::Cancelled, None, None).await,
+            // its end would take the checkpoint before with it
+            Err(error) if matches!(self.shared.log.checkpoint(id).await, Ok(Some(_))) => {
+                let message =
+                    format!("the last checkpoint could not be stored; the job goes on from the one before: {error}");
+                let note = NoteEvent { code: "CHECKPOINT_LOST".into(), message };
+                self.append(id, JobEventBody::Warning(note)).await;
+                self.append(id, state(JobState::Paused)).await;
+                self.shared.set_paused(id, true);
             }
             Err(error) => {
                 let message = format!("the job could not be paused: {error}");
