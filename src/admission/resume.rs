@@ -28,6 +28,8 @@ enum Obstacle {
     Base(String),
     /// It cannot be prepared as it was, or its checkpoint is no use.
     Job(String),
+    /// What it started from or its data is gone or damaged; both can be uploaded again.
+    Mendable(String),
     /// Not now.
     Now(ServeError),
 }
@@ -35,12 +37,12 @@ enum Obstacle {
 impl From<ServeError> for Obstacle {
     fn from(e: ServeError) -> Self {
         match e {
-            ServeError::Invalid(_)
-            | ServeError::DeltaNotFound(_)
-            | ServeError::NotFound { .. }
-            | ServeError::BaseMismatch(_)
-            | ServeError::WrongTask(_)
-            | ServeError::Corrupt(_) => Self::Job(format!("it cannot be prepared as it was: {e}")),
+            ServeError::Invalid(_) | ServeError::BaseMismatch(_) | ServeError::WrongTask(_) => {
+                Self::Job(format!("it cannot be prepared as it was: {e}"))
+            }
+            ServeError::DeltaNotFound(_) | ServeError::NotFound { .. } | ServeError::Corrupt(_) => {
+                Self::Mendable(format!("it cannot be prepared as it was: {e}"))
+            }
             other => Self::Now(other),
         }
     }
@@ -49,7 +51,7 @@ impl From<ServeError> for Obstacle {
 impl From<Obstacle> for ServeError {
     fn from(obstacle: Obstacle) -> Self {
         match obstacle {
-            Obstacle::Base(m) | Obstacle::Job(m) => Self::CannotResume(m),
+            Obstacle::Base(m) | Obstacle::Job(m) | Obstacle::Mendable(m) => Self::CannotResume(m),
             Obstacle::Now(e) => e,
         }
     }
@@ -59,7 +61,7 @@ impl From<Obstacle> for Refusal {
     fn from(obstacle: Obstacle) -> Self {
         match obstacle {
             Obstacle::Job(message) => Self::Fails(JobFailure { code: "CANNOT_RESUME".into(), message }),
-            Obstacle::Base(message) => Self::Pauses(message),
+            Obstacle::Base(message) | Obstacle::Mendable(message) => Self::Pauses(message),
             Obstacle::Now(e) => Self::Pauses(e.to_string()),
         }
     }
@@ -104,6 +106,9 @@ impl Service {
         if kept.checkpoint.is_none() {
             return Err(none());
         }
+        // one at a time: each reads the job's data and makes its run again
+        let turn = self.inner.publishing.acquire().await;
+        let _turn = turn.map_err(|e| ServeError::Internal(format!("publishing a checkpoint: {e}")))?;
         let (prepared, from) = self.prepare_again(tenant, &kept).await?;
         let (step, bytes) = from.ok_or_else(none)?;
         let files = self.blocking(move |parts| {
@@ -200,5 +205,25 @@ impl Service {
 impl Sources {
     fn kept(blobs: &HashMap<String, crate::ids::BlobId>) -> Self {
         Self { kept: blobs.clone(), ..Self::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_fails_only_where_nothing_can_be_mended() {
+        let refusal = |e| Refusal::from(Obstacle::from(e));
+        for cured in [
+            ServeError::DeltaNotFound("start".into()),
+            ServeError::Corrupt("start".into()),
+            ServeError::Internal("for a moment".into()),
+        ] {
+            assert!(matches!(refusal(cured), Refusal::Pauses(_)));
+        }
+        assert!(
+            matches!(refusal(ServeError::WrongTask("start".into())), Refusal::Fails(f) if f.code == "CANNOT_RESUME")
+        );
     }
 }

@@ -92,6 +92,8 @@ pub(super) struct Inner {
     pub(super) places: Places,
     /// Merges, one at a time: they compute long.
     pub(super) merging: Arc<Semaphore>,
+    /// Publishing checkpoints of jobs, one at a time.
+    pub(super) publishing: Semaphore,
     pub(super) started: Instant,
     next_id: AtomicU64,
 }
@@ -155,7 +157,8 @@ impl Service {
     pub fn new(parts: ServiceParts) -> Self {
         let places = Places::new(parts.limits.max_admitted);
         let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
-        Self { inner: Arc::new(Inner { parts, places, merging, started, next_id }) }
+        let publishing = Semaphore::new(1);
+        Self { inner: Arc::new(Inner { parts, places, merging, publishing, started, next_id }) }
     }
 
     pub(super) fn parts(&self) -> &ServiceParts {

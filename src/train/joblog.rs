@@ -193,12 +193,17 @@ impl JobLog {
         Ok((jobs, Some(page.next_page_token).filter(|t| !t.is_empty())))
     }
 
-    /// Jobs that have not ended, oldest first: at start, those that an earlier process left.
+    /// Jobs that have not ended, oldest first: at start, those that an earlier process left. One that cannot be read does not
+    /// hide the others.
     ///
     /// # Errors
     /// The store's.
     pub async fn unfinished(&self) -> Result<Vec<StoredJob>, LogError> {
-        self.store.unfinished_jobs().await?.into_iter().map(stored).collect()
+        let readable = |record: JobRecord| {
+            let id = record.id.clone();
+            stored(record).inspect_err(|error| tracing::error!(job = id, %error, "a stored job is unreadable")).ok()
+        };
+        Ok(self.store.unfinished_jobs().await?.into_iter().filter_map(readable).collect())
     }
 
     /// The job that an idempotency key made, if the request was the same.

@@ -103,6 +103,28 @@ async fn a_paused_job_gives_its_place_back_and_goes_on_from_its_step_under_its_i
     }
 }
 
+#[tokio::test]
+async fn a_job_that_cannot_be_read_does_not_hide_the_others() {
+    let (dir, log) = log().await;
+    left_in(&log, "good", JobState::Running, Some(3)).await;
+    let bad = crate::store::NewJob {
+        id: "bad".into(),
+        tenant: tenant("a"),
+        output_name: "n".into(),
+        request_json: "torn".into(),
+        resolved_json: "torn".into(),
+        idempotency_key: None,
+        request_digest: String::new(),
+        base: String::new(),
+        blobs: vec![],
+    };
+    drop(log);
+    let store = crate::store::Store::open(dir.path()).await.unwrap();
+    store.create_job(bad).await.unwrap();
+    let left = JobLog::new(store).unfinished().await.unwrap();
+    assert_eq!(left.iter().map(|j| j.info.id.as_str()).collect::<Vec<_>>(), ["good"]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pause_that_cannot_store_its_checkpoint_goes_on_from_the_one_before() {
     let (dir, log) = log().await;

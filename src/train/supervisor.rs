@@ -221,7 +221,7 @@ impl Supervisor {
                 },
                 report = self.reports.recv() => match report {
                     Some(report) => self.report(report).await,
-                    None => return self.trainer_died().await,
+                    None => return self.trainer_died(),
                 },
             }
             self.start_waiting().await;
@@ -402,15 +402,13 @@ impl Supervisor {
         self.shared.forget(id);
     }
 
-    async fn trainer_died(mut self) {
+    /// Writes nothing: as after a kill, the next start finds what each job goes on from.
+    fn trainer_died(&self) {
         if !self.shared.is_draining() {
-            tracing::error!("the trainer thread ended");
+            tracing::error!("the trainer thread ended; jobs go on at the next start of the server");
         }
-        let ids: Vec<String> = self.running.drain().map(|(id, _)| id).collect();
-        for id in ids.into_iter().chain(std::mem::take(&mut self.queue).into_iter().map(|j| j.id)) {
-            let failure = interrupted("the trainer thread ended");
-            self.terminal(&id, JobState::Interrupted, None, Some(failure)).await;
-        }
+        self.shared.set_draining();
+        self.shared.forget_all_but(&[]);
     }
 }
 

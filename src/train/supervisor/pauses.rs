@@ -18,7 +18,11 @@ impl Supervisor {
         let has = self.state_of(&id).await?;
         // its checkpoint is stored, which the message that comes says, too
         if has == JobState::Paused && matches!(self.running.get(&id), Some(Running { phase: Phase::Stopping, .. })) {
-            self.running.remove(&id);
+            let left = self.running.remove(&id);
+            if left.is_some_and(|job| job.control.ask() == Ask::Cancel) {
+                self.terminal(&id, JobState::Cancelled, None, None).await;
+                return Err(TrainError::State { id, state: JobState::Cancelled, wanted: "paused" });
+            }
         }
         let waits = self.queue.iter().any(|j| j.id == id) || self.running.contains_key(&id);
         match has {
@@ -141,6 +145,10 @@ impl Supervisor {
                 // it begins again, or goes on from the checkpoint before
                 None => shared.log.append(&id, shared.step(&id), state(to)).await,
             };
+            // whoever sees that it is paused may let it go on
+            if stored.is_ok() && to == JobState::Paused {
+                shared.set_paused(&id, true);
+            }
             if let Some(done) = done.upgrade() {
                 let _ = done.send(Command::Stopped(id, stored)).await;
             }
