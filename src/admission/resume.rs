@@ -15,7 +15,7 @@ use crate::{
     interop::{self, EncodeMeta},
     store::{Origin, StoreError},
     train::{
-        KeptJob, Prepared, Refusal, TrainError,
+        KeptJob, Place, Prepared, Refusal, TrainError,
         joblog::LogError,
         publish_info,
         run::{ResumeError, Run, RunInput},
@@ -89,10 +89,11 @@ impl Service {
         Ok(trainer.go_on(place, tenant, kept, &prepared, from).await?)
     }
 
-    /// Publishes what a job has come to: the values of its last stored checkpoint, as a version of a name. The job goes on.
+    /// Publishes what a job has come to: the values of its last stored checkpoint, as a version of a name. The job goes on;
+    /// one that failed or was interrupted has kept its last one.
     ///
     /// # Errors
-    /// Unknown, or another tenant's; it has no checkpoint (also when it has ended); as [`Self::resume_job`] where it could
+    /// Unknown, or another tenant's; it has no checkpoint (also when it has succeeded or was cancelled); as [`Self::resume_job`] where it could
     /// not go on; as an upload of the same files.
     pub async fn publish_checkpoint(
         &self,
@@ -146,6 +147,14 @@ impl Service {
     async fn take_up(&self, tenant: &TenantId, id: &str) -> Result<(), Obstacle> {
         let trainer = &self.parts().trainer;
         let place = trainer.place_of_left(id).await.map_err(ServeError::from)?;
+        trainer.begin_try(id).await.map_err(ServeError::from)?;
+        let taken = self.take_up_in(place, tenant, id).await;
+        trainer.end_try(id).await;
+        taken
+    }
+
+    async fn take_up_in(&self, place: Place, tenant: &TenantId, id: &str) -> Result<(), Obstacle> {
+        let trainer = &self.parts().trainer;
         let kept = trainer.kept(tenant, id).await.map_err(|e| match e {
             TrainError::Log(e @ LogError::Unreadable { .. }) => Obstacle::Job(e.to_string()),
             e => Obstacle::Now(e.into()),

@@ -8,7 +8,8 @@ use crate::{
     },
 };
 
-/// Starts of the server that go on from one checkpoint: a job that brings the server down must not do so for ever.
+/// Starts of the server that go on from one checkpoint, or that begin to prepare a waiting job: one that brings the server
+/// down must not do so for ever.
 const MAX_RESUMES: u64 = 3;
 
 /// What becomes of such a job.
@@ -23,7 +24,8 @@ pub(super) enum Left {
 }
 
 /// Writes what has become of a job that has not ended. One that had published has succeeded; one that waited or was paused
-/// still does; one that ran waits again if it has a checkpoint, and is interrupted else.
+/// still does; one that ran waits again if it has a checkpoint, and is interrupted else. One that was there at several stops
+/// of the server is interrupted, too.
 ///
 /// # Errors
 /// The log's.
@@ -31,12 +33,16 @@ pub(super) async fn take_over(log: &JobLog, job: &StoredJob) -> Result<Left, Log
     let (id, was) = (&job.info.id, job.info.state);
     let kept = log.checkpoint(id).await?;
     let step = kept.map_or(0, |k| u32::try_from(k.step).unwrap_or(u32::MAX));
+    let tries = log.tries(id).await?;
     let why = match (log.published(job).await?, was, kept) {
         (Some(result), _, _) => {
             let event = StateEvent { state: JobState::Succeeded, result: Some(result), failure: None };
             return end(log, job, event).await;
         }
         (None, JobState::Paused, _) => return Ok(Left::Paused(step)),
+        (None, JobState::Queued, _) if tries >= MAX_RESUMES => {
+            format!("the server stopped while the job was being prepared, at each of its {tries} last starts")
+        }
         (None, JobState::Queued, _) => {
             if job.info.last_seq == 0 {
                 log.queue_again(id, step, false).await?; // it was made, and its first event was not written

@@ -272,7 +272,35 @@ async fn after_a_kill_a_job_goes_on_if_there_is_something_to_go_on_from() {
     let replay = log.events("saved", 1, 100).await.unwrap();
     gap_free(&replay, 1);
     assert_eq!(replay.iter().filter(|e| matches!(&e.body, JobEventBody::State(s) if s.state.is_terminal())).count(), 1);
-    assert_eq!(log.checkpoint("saved").await.unwrap(), None);
+    assert_eq!(log.checkpoint("saved").await.unwrap().map(|c| c.step), Some(7), "what it had come to is kept");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiting_job_that_brings_the_server_down_while_it_is_prepared_is_not_tried_for_ever() {
+    let (_dir, log) = log().await;
+    let a = tenant("a");
+    left_in(&log, "bad", JobState::Queued, Some(5)).await;
+    left_in(&log, "behind", JobState::Queued, None).await;
+    for start in 1..=4 {
+        let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
+        let left: Vec<_> = trainer.take_left().into_iter().map(|(_, id)| id).collect();
+        assert_eq!(trainer.get(&a, "behind").await.unwrap().state, JobState::Queued, "it was never at fault");
+        if start == 4 {
+            assert_eq!(left, ["behind"]);
+            let bad = trainer.get(&a, "bad").await.unwrap();
+            let failure = bad.failure.unwrap();
+            assert_eq!((bad.state, failure.code.as_str()), (JobState::Interrupted, "INTERRUPTED"));
+            assert!(failure.message.contains("3 last starts"), "{}", failure.message);
+            assert!(log.checkpoint("bad").await.unwrap().is_some(), "what it had come to is kept");
+            // one that is prepared starts anew
+            trainer.begin_try("behind").await.unwrap();
+            trainer.end_try("behind").await;
+            assert_eq!(log.tries("behind").await.unwrap(), 0);
+            break;
+        }
+        assert_eq!(left, ["bad", "behind"]);
+        trainer.begin_try("bad").await.unwrap(); // and the process is gone
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -310,6 +338,7 @@ async fn a_job_that_cannot_go_on_fails_with_the_reason_or_is_paused_where_the_se
     assert_eq!(states(&events).last(), Some(&JobState::Failed));
     let message = trainer.get(&a, "torn").await.unwrap().failure.unwrap().message;
     assert!(message.contains("the checkpoint is unreadable"), "{message}");
+    assert_eq!(log.checkpoint("torn").await.unwrap().map(|c| c.step), Some(3), "it is kept all the same");
     assert_eq!(count.load(Ordering::SeqCst), 0, "nothing is published");
 }
 

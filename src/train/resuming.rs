@@ -75,6 +75,21 @@ impl TrainerHandle {
         std::mem::take(&mut self.shared.left.lock())
     }
 
+    /// Says that a job of [`Self::take_left`] is about to be prepared: if that brings the server down, it is counted.
+    ///
+    /// # Errors
+    /// The log's.
+    pub async fn begin_try(&self, id: &str) -> Result<(), TrainError> {
+        Ok(self.shared.log.begin_try(id).await?)
+    }
+
+    /// Says that preparing it came to an end, whichever.
+    pub async fn end_try(&self, id: &str) {
+        if let Err(error) = self.shared.log.end_try(id).await {
+            tracing::warn!(job = id, %error, "the tries of a job could not be set back");
+        }
+    }
+
     /// What a job keeps to be prepared again.
     ///
     /// # Errors

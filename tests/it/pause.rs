@@ -283,3 +283,27 @@ async fn a_checkpoint_is_served_under_a_name_of_its_own_while_its_job_goes_on() 
     assert_eq!(publish("nothing", "x").await.expect_err("no job").code(), Code::NotFound);
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_failed_job_had_come_to_is_still_to_be_had_also_after_a_restart() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    let policy = proto::PublishPolicy { mode: proto::PublishMode::Create.into(), expected_id: String::new() };
+    let wanted = proto::TrainingSpec { publish: Some(policy), ..busy("taken", STEPS) };
+    let job = client.create_job(wanted, "").await.expect("a job");
+    saved(client, &job.id, 10).await;
+    client.upload("taken", &world.delta(3)).await.expect("somebody takes the name");
+    let end = client.ended(&job.id).await;
+    assert_eq!(end.state(), JobState::Failed, "{end:?}");
+    running.stop().await;
+    let running = world.start().await;
+    let client = &running.client;
+    let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "rescued".into(), policy: None };
+    let reply = client.training().publish_checkpoint(client.request(request)).await.expect("it is published");
+    let rescued = reply.into_inner().delta.expect("a delta");
+    assert!(rescued.origin.contains(&job.id), "{}", rescued.origin);
+    client.generate(ask("rescued", "the red cat", 8)).await.expect("it is served");
+    assert_eq!(client.job(&job.id).await.expect("the job").state(), JobState::Failed);
+    running.stop().await;
+}

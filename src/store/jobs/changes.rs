@@ -4,17 +4,19 @@ use std::time::Duration;
 
 use sqlx::{Row, SqliteConnection};
 
-use super::{check_state, find, is_terminal};
+use super::{check_state, find, is_terminal, not_found};
 use crate::{
-    ids::BlobId,
+    ids::{BlobId, TenantId},
     store::{
         Store, StoreError,
         db::{from_db, now_ms, parse, to_db},
     },
 };
 
-/// The name under which a job that failed keeps its last good weights: the one blob that outlives the job's end.
+/// The name under which a job that failed keeps its last good weights: they outlive the job's end.
 const KEPT: &str = "checkpoint";
+/// Jobs of a tenant that failed and keep what they would go on from; the oldest let go of it first.
+const KEEPERS: i64 = 8;
 
 /// A change of a job.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -45,8 +47,9 @@ pub struct CheckpointRecord {
 
 impl Store {
     /// Appends events, and with them, in the same transaction, the job's new state, result and checkpoint if given. What a
-    /// new checkpoint replaces is removed after, and with a final state, all that the job kept to go on. Returns the number
-    /// of the last event.
+    /// new checkpoint replaces is removed after, and with a final state, all that the job kept to go on; one that did not
+    /// end as its owner wanted (`failed`, `interrupted`) keeps its checkpoint and data, until the tenant has some newer ones.
+    /// Returns the number of the last event.
     ///
     /// # Errors
     /// [`StoreError::JobEnded`] after a final state; [`StoreError::NotFound`], also of a blob that is not stored;
@@ -83,10 +86,18 @@ impl Store {
             sqlx::query(sql).bind(job_id).execute(&mut *tx).await?;
         }
         let over = change.state.as_deref().is_some_and(is_terminal);
-        if over {
-            sqlx::query("DELETE FROM job_checkpoints WHERE job_id = $1").bind(job_id).execute(&mut *tx).await?;
-            let sql = "DELETE FROM job_blobs WHERE job_id = $1 AND name <> $2";
-            sqlx::query(sql).bind(job_id).bind(KEPT).execute(&mut *tx).await?;
+        let keeps = matches!(change.state.as_deref(), Some("failed" | "interrupted"))
+            && (before.is_some() || change.checkpoint.is_some());
+        let mut freed: Vec<BlobId> = Vec::new();
+        if over && !keeps {
+            freed.extend(let_go(&mut tx, job_id).await?);
+        } else if let (Some(before), Some((_, new))) = (&before, change.checkpoint) {
+            freed.extend((before.blob != new).then_some(before.blob));
+        }
+        if keeps {
+            for older in keepers(&mut tx, job_id, &job.tenant).await? {
+                freed.extend(let_go(&mut tx, &older).await?);
+            }
         }
         let (mut seq, now) = (job.last_seq, now_ms());
         for body in change.events {
@@ -98,10 +109,35 @@ impl Store {
         let update = sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(change.state.unwrap_or(job.state));
         update.bind(change.result_json.or(job.result_json)).execute(&mut *tx).await?;
         tx.commit().await?;
-        if let Some(before) = before.filter(|b| over || change.checkpoint.is_some_and(|(_, new)| new != b.blob)) {
-            self.free(before.blob).await;
+        for blob in freed {
+            self.free(blob).await;
         }
         Ok(seq)
+    }
+
+    /// Counts one more start of the server that prepares a waiting job again, before it does; or, once that has come to an
+    /// end, forgets them. Returns how many there were before.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or what the database refuses.
+    pub async fn count_try(&self, job_id: &str, begins: bool) -> Result<u64, StoreError> {
+        let mut tx = self.db().begin().await?;
+        let row = sqlx::query("SELECT tries FROM jobs WHERE id = $1").bind(job_id).fetch_optional(&mut *tx).await?;
+        let tries = row.ok_or_else(|| not_found(job_id))?.try_get::<i64, _>(0)?;
+        let after = if begins { tries.saturating_add(1) } else { 0 };
+        sqlx::query("UPDATE jobs SET tries = $2 WHERE id = $1").bind(job_id).bind(after).execute(&mut *tx).await?;
+        tx.commit().await?;
+        from_db("jobs", tries)
+    }
+
+    /// Starts of the server that began to prepare a waiting job again and did not come to the end of it.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or what the database refuses.
+    pub async fn job_tries(&self, job_id: &str) -> Result<u64, StoreError> {
+        let query = sqlx::query("SELECT tries FROM jobs WHERE id = $1").bind(job_id);
+        let row = query.fetch_optional(self.db().readers()).await?.ok_or_else(|| not_found(job_id))?;
+        from_db("jobs", row.try_get(0)?)
     }
 
     /// What a job goes on from.
@@ -127,6 +163,23 @@ impl Store {
             tracing::warn!(%blob, %error, "a replaced checkpoint could not be removed");
         }
     }
+}
+
+/// Takes from a job that has ended what it kept to go on; its checkpoint's blob, if it had one.
+async fn let_go(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<BlobId>, StoreError> {
+    let had = checkpoint(tx, job_id).await?;
+    sqlx::query("DELETE FROM job_checkpoints WHERE job_id = $1").bind(job_id).execute(&mut *tx).await?;
+    let sql = "DELETE FROM job_blobs WHERE job_id = $1 AND name <> $2";
+    sqlx::query(sql).bind(job_id).bind(KEPT).execute(tx).await?;
+    Ok(had.map(|c| c.blob))
+}
+
+/// The jobs of a tenant that ended with a checkpoint and are too many beside this one, which ends so now.
+async fn keepers(tx: &mut SqliteConnection, job_id: &str, tenant: &TenantId) -> Result<Vec<String>, StoreError> {
+    let sql = "SELECT id FROM jobs WHERE tenant = $1 AND id <> $2 AND state IN ('failed', 'interrupted') AND EXISTS \
+               (SELECT 1 FROM job_checkpoints WHERE job_id = jobs.id) ORDER BY updated_ms DESC, id DESC LIMIT -1 OFFSET $3";
+    let query = sqlx::query(sql).bind(tenant.as_str()).bind(job_id).bind(KEEPERS - 1);
+    query.fetch_all(tx).await?.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }
 
 async fn checkpoint(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<CheckpointRecord>, StoreError> {

@@ -208,12 +208,51 @@ async fn a_job_has_one_checkpoint_the_newest_and_none_after_its_end() {
     assert_eq!(store.unfinished_jobs().await.unwrap().len(), 1);
     let weights = store.put_blob(bytes::Bytes::from_static(b"weights")).await.unwrap();
     store.set_job_blob(&id, "checkpoint", weights).await.unwrap();
-    store.append_event(&id, "end".into(), Some("failed"), None).await.unwrap();
+    store.append_event(&id, "end".into(), Some("cancelled"), None).await.unwrap();
     assert_eq!(store.job_checkpoint(&id).await.unwrap(), None);
     assert_eq!(store.job_blobs(&id).await.unwrap(), [("checkpoint".to_owned(), weights)], "its last weights stay");
     assert!(!store.blobs().exists(last).await.unwrap());
     let seqs: Vec<u64> = store.events(&id, 1, 100).await.unwrap().iter().map(|e| e.seq).collect();
     assert_eq!(seqs, (1..=7).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_job_that_failed_keeps_its_checkpoint_and_data_until_the_tenant_has_eight_newer_ones() {
+    let (_dir, store) = store().await;
+    let ends = async |owner: &str, state: &str, has: bool| {
+        let id = uuid::Uuid::now_v7().to_string();
+        let data = store.put_blob(bytes::Bytes::from(format!("data {id}"))).await.unwrap();
+        let new = NewJob { id: id.clone(), blobs: vec![("data".into(), data)], ..job(owner, None, "") };
+        created(&store, new).await;
+        if has {
+            let blob = store.put_blob(bytes::Bytes::from(format!("run {id}"))).await.unwrap();
+            store.change_job(&id, saves(4, blob)).await.unwrap();
+        }
+        store.append_event(&id, "end".into(), Some(state), None).await.unwrap();
+        id
+    };
+    let kept = async |id: &str| {
+        let checkpoint = store.job_checkpoint(id).await.unwrap();
+        let run = store.blobs().exists(BlobId::of(format!("run {id}").as_bytes())).await.unwrap();
+        assert_eq!((checkpoint.is_some(), store.job_blobs(id).await.unwrap().len()), (run, usize::from(run)));
+        run
+    };
+    let (first, other) = (ends("a", "failed", true).await, ends("b", "interrupted", true).await);
+    assert!(kept(&first).await && kept(&other).await);
+    for state in ["succeeded", "cancelled"] {
+        assert!(!kept(&ends("a", state, true).await).await, "{state}");
+    }
+    assert!(!kept(&ends("a", "failed", false).await).await, "nothing to go on from: its data is of no use");
+    let mut newer = Vec::new();
+    for _ in 0..7 {
+        newer.push(ends("a", "failed", true).await);
+    }
+    assert!(kept(&first).await);
+    newer.push(ends("a", "interrupted", true).await);
+    assert!(!kept(&first).await && kept(&other).await, "the oldest of the tenant lets go");
+    for id in &newer {
+        assert!(kept(id).await);
+    }
 }
 
 #[tokio::test]

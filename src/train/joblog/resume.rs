@@ -91,6 +91,32 @@ impl JobLog {
         Ok(self.store.change_job(id, change).await?)
     }
 
+    /// Counts that a waiting job is about to be prepared again at a start of the server.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn begin_try(&self, id: &str) -> Result<(), LogError> {
+        self.store.count_try(id, true).await?;
+        Ok(())
+    }
+
+    /// Forgets the tries: preparing it came to an end, whichever.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn end_try(&self, id: &str) -> Result<(), LogError> {
+        self.store.count_try(id, false).await?;
+        Ok(())
+    }
+
+    /// Tries that did not come to an end.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn tries(&self, id: &str) -> Result<u64, LogError> {
+        Ok(self.store.job_tries(id).await?)
+    }
+
     /// Queues a job of an earlier process again. `counts`: it had not stopped by itself.
     ///
     /// # Errors
