@@ -11,18 +11,26 @@ use crate::{
     ids::TenantId,
     interop::{self, EncodeMeta},
     merge::{MergeError, Source, merge},
-    registry::DeltaLease,
+    registry::{DeltaLease, RegistryError},
     store::Origin,
 };
 
+/// Merges that are made or wait.
+pub(super) const MERGES: usize = 8;
+
 impl Service {
-    /// Publishes a weighted merge of LoRA deltas. One is computed at a time; the others wait.
+    /// Publishes a weighted merge of LoRA deltas. One is computed at a time; some others wait, more are refused.
     ///
     /// # Errors
-    /// An unknown delta; deltas that cannot be merged, by name; the policy's.
+    /// An unknown delta; deltas that cannot be merged, by name; too many merges; no room for one in the resident budget, which
+    /// its result and its files are counted against while it is made; the policy's.
     pub async fn merge(&self, tenant: &TenantId, params: MergeParams) -> Result<DeltaInfo, ServeError> {
         params.check()?;
         let wanted = references(&params.deltas)?;
+        let _place =
+            self.inner.merge_places.try_acquire().map_err(|_| {
+                ServeError::Overloaded(format!("{MERGES} merges are being made or wait; at most {MERGES}"))
+            })?;
         // ahead of the leases: those who wait hold nothing
         let turn = Arc::clone(&self.inner.merging).acquire_owned().await;
         let turn = turn.map_err(|e| ServeError::Internal(e.to_string()))?;
@@ -35,15 +43,24 @@ impl Service {
             }
             parts.push((lease, name, *weight));
         }
+        // what is made, and the same as files
+        let bytes: u64 = parts.iter().map(|(lease, _, _)| lease.delta().bytes()).sum();
+        let room = self.parts().registry.work_space(bytes.saturating_mul(2)).await.map_err(|e| match e {
+            RegistryError::TooLarge { bytes, budget } => {
+                let message = format!("a merge of these takes {bytes} bytes; the resident budget is {budget} bytes");
+                ServeError::field("deltas", message)
+            }
+            other => other.into(),
+        })?;
         let terms: Vec<String> = parts.iter().map(|(_, name, weight)| format!("{name}*{weight}")).collect();
         let origin = Origin::Merge(format!("{}:{}", params.method.as_str(), terms.join("+")));
         let method = params.method;
-        // goes with this call: a client that hangs up ends the work at the next site
+        // goes with this call: a client that hangs up ends the work, also in the middle of a site
         let caller = Arc::new(());
         let waiting = Arc::downgrade(&caller);
         let (labels, files) = self
             .blocking(move |service| {
-                let _turn = turn;
+                let _held = (turn, room);
                 let sources: Vec<Source<'_>> = (parts.iter())
                     .map(|(lease, name, weight)| Source { name, delta: lease.delta(), weight: *weight })
                     .collect();
@@ -57,7 +74,7 @@ impl Service {
             .await?;
         drop(caller);
         let upload = UploadParams { name: params.name, policy: params.policy, labels, files };
-        self.publish(tenant, upload, origin).await
+        self.publish(tenant, upload, origin).await.map_err(|e| e.of_files("deltas"))
     }
 }
 

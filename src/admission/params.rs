@@ -432,6 +432,15 @@ impl ServeError {
         Self::Invalid(vec![Violation { field: field.into(), code: String::new(), message: message.into() }])
     }
 
+    /// Problems of the files that the server made for a request, as problems of the field of that request.
+    pub(super) fn of_files(self, field: &str) -> Self {
+        let Self::Invalid(mut found) = self else { return self };
+        for violation in found.iter_mut().filter(|v| v.field.starts_with("files")) {
+            field.clone_into(&mut violation.field);
+        }
+        Self::Invalid(found)
+    }
+
     /// The stable machine-readable reason.
     pub fn reason(&self) -> &'static str {
         match self {

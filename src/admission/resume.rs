@@ -123,7 +123,8 @@ impl Service {
             interop::encode(&delta, &parts.base, &meta).map_err(|e| internal(e.to_string()))
         });
         let params = UploadParams { name, policy, labels: vec![], files: files.await?.files };
-        self.publish(tenant, params, Origin::Job(format!("{id}@{step}"))).await
+        let made = self.publish(tenant, params, Origin::Job(format!("{id}@{step}"))).await;
+        made.map_err(|e| e.of_files("id"))
     }
 
     /// Prepares the jobs again that an earlier process left, one after the other, and queues them. One that cannot go on

@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::{
     catalog_params::check_weighted,
     check::Problems,
+    merge::MERGES,
     params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
     places::{Place, Places},
 };
@@ -92,6 +93,8 @@ pub(super) struct Inner {
     pub(super) places: Places,
     /// Merges, one at a time: they compute long.
     pub(super) merging: Arc<Semaphore>,
+    /// Those that are made or wait.
+    pub(super) merge_places: Semaphore,
     /// Publishing checkpoints of jobs, one at a time.
     pub(super) publishing: Semaphore,
     pub(super) started: Instant,
@@ -157,8 +160,8 @@ impl Service {
     pub fn new(parts: ServiceParts) -> Self {
         let places = Places::new(parts.limits.max_admitted);
         let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
-        let publishing = Semaphore::new(1);
-        Self { inner: Arc::new(Inner { parts, places, merging, publishing, started, next_id }) }
+        let (merge_places, publishing) = (Semaphore::new(MERGES), Semaphore::new(1));
+        Self { inner: Arc::new(Inner { parts, places, merging, merge_places, publishing, started, next_id }) }
     }
 
     pub(super) fn parts(&self) -> &ServiceParts {

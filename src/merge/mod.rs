@@ -19,7 +19,7 @@ use crate::delta::{Delta, DeltaSpec, LowRank, Patch, SiteId, SiteTable};
 
 /// Largest rank that pairs at one site may come to side by side.
 pub const MAX_RANK: usize = 1024;
-/// Largest such rank that is decomposed: the work grows with its square.
+/// Largest such rank that is decomposed: the work grows with its square times the width, and with its third power.
 pub const MAX_SVD_RANK: usize = 256;
 
 /// One of the deltas that are combined.
@@ -129,7 +129,7 @@ struct Pair<'a> {
 }
 
 /// One LoRA delta of several. A site that only some have is merged from those, as in PEFT. The result has scale 1. `stop` is
-/// asked between sites: nobody may be waiting any more.
+/// asked between sites, and many times in a decomposition: nobody may be waiting any more.
 ///
 /// # Errors
 /// Fewer than two sources; a delta with anything but plain low-rank pairs; different tasks or labels; different ranks where the
@@ -173,7 +173,7 @@ fn merge_with(
             }
             Method::Svd { rank } => {
                 check_sum(&pairs, MAX_SVD_RANK, site, sites)?;
-                svd::best(&pairs, rank.unwrap_or(largest))?
+                svd::best(&pairs, rank.unwrap_or(largest), stop)?
             }
             _ => combine::pairwise(&pairs, method, keep)?,
         };

@@ -189,6 +189,30 @@ fn svd_is_the_best_of_its_rank() {
 }
 
 #[test]
+fn a_decomposition_ends_in_the_middle_of_a_site_where_nobody_waits() {
+    let mut rng = StdRng::seed_from_u64(4);
+    let dims = [(40, 30)];
+    let (x, y) = (lora(&mut rng, &dims, 8, 1.0), lora(&mut rng, &dims, 8, 1.0));
+    let sources = [source("x", &x, 1.0), source("y", &y, 0.5)];
+    let asked = std::cell::Cell::new(0);
+    let merged = |most: usize| {
+        asked.set(0);
+        let stop = || {
+            asked.set(asked.get() + 1);
+            asked.get() > most
+        };
+        super::merge(&sources, Method::Svd { rank: Some(3) }, &table(&dims), &stop)
+    };
+    assert!(merged(usize::MAX).is_ok());
+    let all = asked.get();
+    assert!(all > 1 + 16 + 16 + 2 * 16, "a row of either factor, and each row of some sweeps: {all}");
+    for most in [1, 20, 40, all - 1] {
+        assert!(matches!(merged(most), Err(MergeError::Stopped)));
+        assert_eq!(asked.get(), most + 1, "at once");
+    }
+}
+
+#[test]
 fn what_cannot_be_merged_is_named() {
     let mut rng = StdRng::seed_from_u64(1);
     let dims = [(6, 5), (5, 4)];

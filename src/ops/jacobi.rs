@@ -9,11 +9,16 @@ pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// Rotates pairs of rows of `b` until all are orthogonal; `also` is rotated alike.
-pub(crate) fn rotate(b: &mut [Vec<f64>], also: &mut [Vec<f64>]) {
+/// Rotates pairs of rows of `b` until all are orthogonal; `also` is rotated alike. `stop` is asked once per row and sweep;
+/// false: it said so, and the rows are not orthogonal yet.
+#[must_use]
+pub(crate) fn rotate(b: &mut [Vec<f64>], also: &mut [Vec<f64>], stop: &dyn Fn() -> bool) -> bool {
     for _ in 0..SWEEPS {
         let mut worst = 0f64;
         for i in 0..b.len() {
+            if stop() {
+                return false;
+            }
             for j in i + 1..b.len() {
                 let (x, y, xy) = (dot(&b[i], &b[i]), dot(&b[j], &b[j]), dot(&b[i], &b[j]));
                 let off = xy.abs() / (x * y).sqrt().max(f64::MIN_POSITIVE);
@@ -35,10 +40,33 @@ pub(crate) fn rotate(b: &mut [Vec<f64>], also: &mut [Vec<f64>]) {
             break;
         }
     }
+    true
 }
 
 fn turn(a: &mut [f64], b: &mut [f64], c: f64, s: f64) {
     for (x, y) in a.iter_mut().zip(b) {
         (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotating_ends_when_it_is_told_to() {
+        let rows = || -> Vec<Vec<f64>> {
+            (0..12).map(|i| (0..12).map(|j| f64::from((i * 7 + j * j * 5) % 11)).collect()).collect()
+        };
+        let asked = std::cell::Cell::new(0);
+        let stop = || {
+            asked.set(asked.get() + 1);
+            asked.get() > 3
+        };
+        assert!(!rotate(&mut rows(), &mut rows(), &stop));
+        assert_eq!(asked.get(), 4, "at once, in the middle of a sweep");
+        let mut b = rows();
+        assert!(rotate(&mut b, &mut rows(), &|| false));
+        assert!(dot(&b[0], &b[5]).abs() < 1e-9);
     }
 }

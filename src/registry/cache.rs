@@ -15,7 +15,10 @@ use std::{
 
 use moka::{future::Cache, ops::compute::Op, policy::EvictionPolicy};
 use parking_lot::Mutex;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::timeout,
+};
 
 use super::{
     LoadError, Loader, RegistryConfig, RegistryError,
@@ -34,6 +37,28 @@ const ATTEMPTS: usize = 8;
 
 /// Ids that must stay, asked for when a victim is chosen.
 pub(super) type Keep = Arc<dyn Fn() -> Arc<HashSet<DeltaId>> + Send + Sync>;
+
+/// Whether the caller that something is made for still waits.
+#[derive(Clone)]
+pub(super) struct Interest(Arc<watch::Sender<()>>);
+
+impl Interest {
+    /// What the caller holds for as long as it waits, and what is asked of it.
+    fn new() -> (watch::Receiver<()>, Self) {
+        let (asked, held) = watch::channel(());
+        (held, Self(Arc::new(asked)))
+    }
+
+    /// Resolves when it has left.
+    pub(super) async fn gone(&self) {
+        self.0.closed().await;
+    }
+
+    /// [`RegistryError::Abandoned`] if it has left.
+    pub(super) fn check(&self) -> Result<(), RegistryError> {
+        if self.0.is_closed() { Err(RegistryError::Abandoned) } else { Ok(()) }
+    }
+}
 
 #[derive(Clone)]
 pub(super) struct Residency {
@@ -91,7 +116,7 @@ impl Residency {
     pub(super) async fn hold(&self, version: &Arc<VersionRecord>) -> Result<(Arc<Delta>, Hold), RegistryError> {
         let load = {
             let (this, version) = (self.clone(), Arc::clone(version));
-            move || {
+            move |_| {
                 let (this, version) = (this.clone(), Arc::clone(&version));
                 async move { this.load(&version).await }
             }
@@ -100,12 +125,13 @@ impl Residency {
         held.map_err(|e| own(version, &e))
     }
 
-    /// Holds the delta of an id, which `make` seats if it is not resident: once, however many wait.
+    /// Holds the delta of an id, which `make` seats if it is not resident: once, however many wait. `make` may end with
+    /// [`RegistryError::Abandoned`] where the caller that it is given has left: the next that waits makes it then.
     pub(super) async fn hold_made<M>(
         &self,
         id: DeltaId,
         bytes: u64,
-        make: impl Fn() -> M + Send + 'static,
+        make: impl Fn(Interest) -> M + Send + 'static,
     ) -> Result<(Arc<Delta>, Hold), RegistryError>
     where
         M: Future<Output = Result<Hold, RegistryError>> + Send + 'static,
@@ -118,8 +144,9 @@ impl Residency {
         self.shared.misses.fetch_add(1, Ordering::Relaxed);
         self.shared.metrics.misses.increment(1);
         // On a task of its own: a caller that goes away must not break off the load that others wait for.
+        let (_waits, interest) = Interest::new();
         let this = self.clone();
-        tokio::spawn(async move { this.find_or_make(id, bytes, make).await }).await?
+        tokio::spawn(async move { this.find_or_make(id, bytes, &interest, make).await }).await?
     }
 
     async fn find(&self, id: &DeltaId) -> Option<(Arc<Delta>, Hold)> {
@@ -137,16 +164,18 @@ impl Residency {
         &self,
         id: DeltaId,
         bytes: u64,
-        make: impl Fn() -> M + Send,
+        interest: &Interest,
+        make: impl Fn(Interest) -> M + Send,
     ) -> Result<(Arc<Delta>, Hold), RegistryError>
     where
         M: Future<Output = Result<Hold, RegistryError>> + Send,
     {
-        for _ in 0..ATTEMPTS {
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
             // Whoever makes it holds the seat from the start; it cannot be evicted before it is handed out.
             let first = Arc::new(Mutex::new(None));
             let load = {
-                let (first, made) = (Arc::clone(&first), make());
+                let (first, made) = (Arc::clone(&first), make(interest.clone()));
                 async move {
                     let hold = made.await?;
                     let seat = Arc::clone(hold.seat());
@@ -154,7 +183,13 @@ impl Residency {
                     Ok::<_, RegistryError>(seat)
                 }
             };
-            let seat = self.shared.seats.try_get_with(id, load).await.map_err(|e| RegistryError::clone(&e))?;
+            let seat = match self.shared.seats.try_get_with(id, load).await.map_err(|e| RegistryError::clone(&e)) {
+                Ok(seat) => seat,
+                // whoever made it has left: each does so once
+                Err(RegistryError::Abandoned) if interest.check().is_ok() => continue,
+                Err(e) => return Err(e),
+            };
+            attempts += 1;
             if let Some(held) = self.shared.idle.hold(&seat) {
                 return Ok(held);
             }
@@ -216,6 +251,11 @@ impl Residency {
         self.fit(&mut reservation, delta.bytes()).await?;
         shared.metrics.load_seconds.record(started.elapsed().as_secs_f64());
         Ok(shared.idle.seat(version.id, vec![], Arc::new(delta), reservation))
+    }
+
+    /// Takes room for work that seats nothing.
+    pub(super) async fn work_space(&self, bytes: u64) -> Result<Reservation, RegistryError> {
+        self.reserve(bytes).await
     }
 
     /// Takes room from the budget, evicting what nobody uses, and waits a little for what somebody does.

@@ -1,10 +1,15 @@
 //! Compositions: several versions as one delta, made once per combination and resident like any other delta.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+};
 
+use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{DeltaLease, DeltaRef, Registry, RegistryError, VersionRecord, seat::Hold};
+use super::{DeltaLease, DeltaRef, Registry, RegistryError, VersionRecord, cache::Interest, seat::Hold};
 use crate::{
     delta::{Delta, SiteTable},
     ids::{DeltaId, TenantId},
@@ -43,6 +48,47 @@ impl std::fmt::Debug for Composition {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let parts = self.parts.iter().map(|(version, weight)| format!("{}*{weight}", name_of(version)));
         f.debug_list().entries(parts).finish()
+    }
+}
+
+/// Sums that are made at a time.
+const AT_ONCE: usize = 2;
+
+/// Whose turn it is to make a sum: every weight is another sum, and each takes room from the budget. One at a time of a
+/// tenant, some in all; a tenant that wants many waits behind itself.
+pub(super) struct Turns {
+    all: Arc<Semaphore>,
+    tenants: Mutex<HashMap<TenantId, Weak<Semaphore>>>,
+}
+
+impl Turns {
+    pub(super) fn new() -> Self {
+        Self { all: Arc::new(Semaphore::new(AT_ONCE)), tenants: Mutex::default() }
+    }
+
+    /// Waits for a turn, for as long as the caller waits.
+    async fn take(&self, tenant: &TenantId, interest: &Interest) -> Result<[OwnedSemaphorePermit; 2], RegistryError> {
+        let own = self.of(tenant);
+        let turn = async {
+            let own = own.acquire_owned().await.map_err(|_| RegistryError::Abandoned)?;
+            let all = Arc::clone(&self.all).acquire_owned().await.map_err(|_| RegistryError::Abandoned)?;
+            Ok([own, all])
+        };
+        tokio::select! {
+            turn = turn => turn,
+            () = interest.gone() => Err(RegistryError::Abandoned),
+        }
+    }
+
+    fn of(&self, tenant: &TenantId) -> Arc<Semaphore> {
+        let mut tenants = self.tenants.lock();
+        if let Some(own) = tenants.get(tenant).and_then(Weak::upgrade) {
+            return own;
+        }
+        tenants.retain(|_, own| own.strong_count() > 0);
+        let own = Arc::new(Semaphore::new(1));
+        tenants.insert(tenant.clone(), Arc::downgrade(&own));
+        own
     }
 }
 
@@ -91,10 +137,10 @@ impl Registry {
         let make = {
             let (this, tenant, sites, sorted) = (self.clone(), tenant.clone(), Arc::new(sites.clone()), sorted);
             let ids = ids.clone();
-            move || {
+            move |interest| {
                 let (this, tenant, sites) = (this.clone(), tenant.clone(), Arc::clone(&sites));
                 let (ids, sorted) = (ids.clone(), sorted.clone());
-                async move { this.add_up(&tenant, (id, ids), &sorted, sites).await }
+                async move { this.add_up(&tenant, (id, ids), &sorted, sites, interest).await }
             }
         };
         let held = self.residency.hold_made(id, bytes, make).await;
@@ -106,22 +152,31 @@ impl Registry {
         Ok(Composition { delta, id, parts, _hold: hold })
     }
 
-    /// Leases the versions, adds them up and lets go of them.
+    /// Leases the versions, adds them up and lets go of them; gives up where nobody waits for it any more.
     async fn add_up(
         &self,
         tenant: &TenantId,
         id: (DeltaId, Vec<DeltaId>),
         sorted: &[(Arc<VersionRecord>, f64)],
         sites: Arc<SiteTable>,
+        interest: Interest,
     ) -> Result<Hold, RegistryError> {
+        // ahead of the leases: those who wait hold nothing
+        let turn = self.turns.take(tenant, &interest).await?;
         let mut leases = Vec::with_capacity(sorted.len());
         for (version, weight) in sorted {
             let lease = self.lease_version(tenant, version, &DeltaRef::exact(version)).await?;
+            interest.check()?;
             leases.push((lease, *weight));
         }
         // What is taken over as it is shares its tensors with its version: it is counted twice, never too little.
         let bytes: u64 = leases.iter().map(|(lease, _)| lease.delta().bytes()).sum();
-        let made = self.residency.compute(id, bytes, move || sum(&leases, &sites)).await;
+        let work = move || {
+            let _turn = turn;
+            interest.check()?;
+            sum(&leases, &sites)
+        };
+        let made = self.residency.compute(id, bytes, work).await;
         made.map_err(|e| match e {
             RegistryError::TooLarge { bytes, budget } => RegistryError::NotComposable(format!(
                 "together take {bytes} bytes; the resident budget is {budget} bytes"

@@ -97,6 +97,9 @@ pub enum RegistryError {
     /// Deltas that do not add up; says which and why.
     #[error("{0}")]
     NotComposable(String),
+    /// Nobody waits for it any more.
+    #[error("was given up, since nobody waits for it")]
+    Abandoned,
     /// The store refused.
     #[error(transparent)]
     Store(Arc<StoreError>),
@@ -132,7 +135,7 @@ impl From<RegistryError> for ServeError {
             RegistryError::TooLarge { .. } => Self::field("files", e.to_string()),
             RegistryError::BudgetFull { .. } | RegistryError::PinBudget { .. } => Self::ResidentBudget(e.to_string()),
             RegistryError::LoadTimeout(_) => Self::Overloaded(e.to_string()),
-            RegistryError::LoadFailed { .. } => Self::Internal(e.to_string()),
+            RegistryError::LoadFailed { .. } | RegistryError::Abandoned => Self::Internal(e.to_string()),
             RegistryError::Store(error) => Self::from(&**error),
         }
     }

@@ -26,8 +26,10 @@ pub use error::{LoadError, RegistryError};
 pub use reference::{DeltaRef, VersionSel};
 
 use self::{
+    budget::Reservation,
     cache::Residency,
     catalog::{Catalog, Found, Listing},
+    compose::Turns,
     seat::Hold,
 };
 pub use crate::{
@@ -187,7 +189,13 @@ pub struct Registry {
     base: BaseFingerprint,
     catalog: Arc<Catalog>,
     residency: Residency,
+    turns: Arc<Turns>,
     budget: u64,
+}
+
+/// Bytes of the resident budget that work takes for as long as this lives.
+pub struct WorkSpace {
+    _reservation: Reservation,
 }
 
 impl Registry {
@@ -205,7 +213,8 @@ impl Registry {
         let catalog = Arc::new(Catalog::new(store.all_names().await?, budget / 2));
         let pins = Arc::clone(&catalog);
         let residency = Residency::new(store.clone(), loader, Arc::new(move || pins.pinned()), config);
-        let registry = Self { store, base, catalog, residency, budget };
+        let turns = Arc::new(Turns::new());
+        let registry = Self { store, base, catalog, residency, turns, budget };
         tokio::spawn(registry.clone().warm());
         Ok(registry)
     }
@@ -395,6 +404,14 @@ impl Registry {
             misses: c.misses,
             evictions: c.evictions,
         }
+    }
+
+    /// Takes bytes of the resident budget for work beside the deltas, e.g. a merge.
+    ///
+    /// # Errors
+    /// [`RegistryError::TooLarge`], [`RegistryError::BudgetFull`].
+    pub async fn work_space(&self, bytes: u64) -> Result<WorkSpace, RegistryError> {
+        Ok(WorkSpace { _reservation: self.residency.work_space(bytes).await? })
     }
 
     /// The base that all versions of this registry are for.

@@ -48,7 +48,8 @@ fn top(w: &Tensor, rank: usize, rng: &mut StdRng) -> Result<Directions> {
     // the rows of Q^T W, rotated until they are orthogonal: their lengths are the singular values
     let mut b = q.t()?.contiguous()?.matmul(w)?.to_vec2::<f64>()?; // k rows of [columns]
     let mut left = q.t()?.contiguous()?.to_vec2::<f64>()?; // k rows of [rows], rotated alike
-    rotate(&mut b, &mut left);
+    // small and for setting up: nobody stops it
+    let _whole = rotate(&mut b, &mut left, &|| false);
     let mut order: Vec<(f64, usize)> = b.iter().map(|r| dot(r, r).sqrt()).zip(0..).collect();
     order.sort_by(|a, b| b.0.total_cmp(&a.0));
     order.truncate(rank);

@@ -64,6 +64,40 @@ async fn a_merge_is_a_version_like_any_other() {
     running.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn merges_are_bounded_in_number_and_memory() {
+    let mut world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    for (name, seed) in [("x", 1), ("y", 2)] {
+        client.upload(name, &world.delta(seed)).await.expect("an upload");
+    }
+    let both = || vec![part("x", 0.6), part("y", 0.4)];
+    let calls = (0..40).map(|i| {
+        let (client, request) = (client.clone(), wanted(&format!("m{i}"), Method::Svd, both()));
+        tokio::spawn(async move { merge(&client, request).await })
+    });
+    let (mut made, mut refused) = (0, 0);
+    for call in calls.collect::<Vec<_>>() {
+        match call.await.expect("no panic") {
+            Ok(_) => made += 1,
+            Err(error) => {
+                assert_eq!(kind(&error), (Code::ResourceExhausted, "OVERLOADED".into()));
+                refused += 1;
+            }
+        }
+    }
+    assert!(made >= 8 && refused > 0, "{made} made, {refused} refused");
+    merge(client, wanted("after", Method::Cat, both())).await.expect("there is room again");
+    running.stop().await;
+    // the result and its files are counted, and what is refused is a field of the request
+    world.config.max_resident_bytes = 3 * world.delta_bytes();
+    let running = world.start().await;
+    let error = merge(&running.client, wanted("m", Method::Cat, both())).await.expect_err("no room");
+    expect_invalid(&error, "deltas", &["resident budget"]);
+    running.stop().await;
+}
+
 /// The vector of a text that is not scaled.
 async fn vector(client: &Client, delta: &str, deltas: Vec<proto::WeightedDelta>, text: &str) -> Vec<f32> {
     let inputs = vec![text.into()];

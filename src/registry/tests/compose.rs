@@ -103,3 +103,38 @@ async fn tenants_share_no_sum_and_so_no_names_in_its_errors() {
     assert_eq!(id("x"), id("x"));
     assert_ne!(id("x"), id("y"));
 }
+
+/// Lets tasks come as far as they can.
+async fn settled() {
+    tokio::time::sleep(Duration::from_millis(60)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sums_whose_callers_have_left_are_given_up_and_take_no_room() {
+    let w = World::new(12).await;
+    w.publish("a", "gated").await;
+    w.publish("b", "2").await;
+    w.counting.gate.store(true, Ordering::SeqCst);
+    let ask = |weight: f64| {
+        let registry = w.registry.clone();
+        let parts = list(&[("a", weight), ("b", 1.0)]);
+        tokio::spawn(async move { registry.lease_sum(&tenant(), &parts, &SiteTable::default()).await })
+    };
+    let left: Vec<_> = (1..=6).map(|i| ask(f64::from(i))).collect();
+    settled().await;
+    let stays = ask(1.0); // waits for the sum that one of the others makes
+    settled().await;
+    left.iter().for_each(|task| task.abort());
+    settled().await;
+    w.counting.gate.store(false, Ordering::SeqCst);
+    let sum = stays.await.unwrap().expect("the one that stays makes it");
+    settled().await;
+    // two versions and one sum
+    assert_eq!((w.registry.stats().resident, w.registry.stats().bytes), (3, 3 * SIZE));
+    drop(sum);
+    let all: Vec<_> = (1..=6).map(|i| ask(f64::from(i))).collect();
+    for task in all {
+        task.await.unwrap().expect("in turn");
+    }
+    assert_eq!(w.registry.stats().resident, 8);
+}
