@@ -54,6 +54,9 @@ pub struct ServeArgs {
     /// Training jobs that may be queued or running; more are refused. 0 = no training.
     #[arg(long, env = "DELTASERVE_MAX_TRAIN_JOBS", value_name = "N", default_value_t = 64)]
     pub max_train_jobs: usize,
+    /// Paused training jobs of one tenant; pausing more is refused.
+    #[arg(long, env = "DELTASERVE_MAX_PAUSED_JOBS", value_name = "N", default_value_t = 64)]
+    pub max_paused_jobs: usize,
     /// Memory that a job of full fine-tuning may take, in MiB; more is refused. Unset = what the machine has free.
     #[arg(long, env = "DELTASERVE_MAX_TRAIN_MB", value_name = "MIB")]
     pub max_train_mb: Option<u64>,
@@ -137,6 +140,8 @@ pub struct EngineLimits {
 pub struct TrainLimits {
     /// Jobs queued or running.
     pub max_jobs: usize,
+    /// Paused jobs of one tenant.
+    pub max_paused: usize,
     /// Longest wait at a yield point.
     pub max_yield: Duration,
     /// Bytes that a job of full fine-tuning may take; `None` = what the machine has free.
@@ -233,6 +238,7 @@ impl TryFrom<ServeArgs> for Config {
             },
             train: TrainLimits {
                 max_jobs: args.max_train_jobs,
+                max_paused: args.max_paused_jobs,
                 max_yield: Duration::from_millis(args.train_max_yield_ms),
                 max_bytes: args.max_train_mb.map(|n| n * MIB),
             },
@@ -256,6 +262,7 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         ("--max-message-mb", Some(args.max_message_mb), 1, 2047),
         ("--max-upload-mb", Some(args.max_upload_mb), 1, 1 << 20),
         ("--max-train-jobs", Some(args.max_train_jobs as u64), 0, 1 << 20),
+        ("--max-paused-jobs", Some(args.max_paused_jobs as u64), 0, 1 << 20),
         ("--max-train-mb", args.max_train_mb, 1, 1 << 24),
         ("--train-max-yield-ms", Some(args.train_max_yield_ms), 0, 60_000),
         ("--drain-seconds", Some(args.drain_seconds), 0, 86_400),

@@ -25,7 +25,8 @@ const MAX_METHODS: usize = 8;
 const MAX_PATTERNS: usize = 1024;
 /// Most tokens with trained rows.
 const MAX_TOKENS: usize = 10_000;
-const MAX_LABELS: usize = 65_536;
+/// Most labels of a head.
+pub const MAX_LABELS: usize = 10_000;
 const MAX_KEY_BYTES: usize = 128;
 
 /// Collects what is wrong with a request.

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::{
     params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
     places::Place,
-    service::{Pieces, Service, ServiceParts, chat_error, text_error},
+    service::{CallLease, Pieces, Service, ServiceParts, chat_error, text_error},
 };
 use crate::{
     delta::Task,
@@ -31,10 +31,23 @@ impl Service {
         tenant: &TenantId,
         params: GenerateParams,
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
+        self.generate_first(tenant, params, &CallLease::default()).await
+    }
+
+    /// Continues the first prompt of a call of several, which is admitted or refused with it.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub async fn generate_first(
+        &self,
+        tenant: &TenantId,
+        params: GenerateParams,
+        call: &CallLease,
+    ) -> Result<Pieces<GenerateChunk>, ServeError> {
         params.check()?;
         self.can_generate()?;
         let places = self.places().take(params.n as usize)?;
-        self.continue_prompt(tenant, params, Instant::now(), places).await
+        self.continue_prompt(tenant, params, Instant::now(), places, call).await
     }
 
     /// Continues one more prompt of a call that arrived then and was admitted with its first: waits for its places
@@ -47,12 +60,13 @@ impl Service {
         tenant: &TenantId,
         params: GenerateParams,
         arrived: Instant,
+        call: &CallLease,
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
         params.check()?;
         self.can_generate()?;
         let deadline = params.timeout.map(|timeout| arrived + timeout);
         let places = self.places().wait(params.n as usize, arrived, deadline).await?;
-        self.continue_prompt(tenant, params, arrived, places).await
+        self.continue_prompt(tenant, params, arrived, places, call).await
     }
 
     /// Prompts with `n` continuations each that one call has in the engine at a time.
@@ -74,6 +88,7 @@ impl Service {
         params: GenerateParams,
         arrived: Instant,
         places: Vec<Place>,
+        call: &CallLease,
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
         let prompt = params.prompt.clone();
         let tokens = self.blocking(move |parts| tokenize(parts, &prompt)).await?;
@@ -81,7 +96,7 @@ impl Service {
         let len = input.given();
         // what a continuation's text follows on
         let before: &[u32] = if input.source.is_empty() { &input.tokens } else { &[] };
-        let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        let admitted = self.admit_once(tenant, &params.delta, (arrived, params.timeout), call).await?;
         self.check_source("prompt", &input, &admitted)?;
         self.check_room("max_new_tokens", &input, new, &admitted)?;
         if let Some(lease) = &admitted.lease {
@@ -123,7 +138,7 @@ impl Service {
                 text,
                 served_by: admitted.served_by(),
                 usage: Usage { prompt_tokens: len as u32, completion_tokens: 0 },
-                clock: Clock { arrived, first: None },
+                clock: Clock { arrived, queue: Duration::ZERO, first: None },
                 ready: VecDeque::new(),
                 over: false,
             });
@@ -174,13 +189,16 @@ fn tokenize(parts: &ServiceParts, prompt: &Prompt) -> Result<Vec<u32>, ServeErro
 /// Times of a continuation that ends outside the engine (at a stop text).
 struct Clock {
     arrived: Instant,
+    /// As the engine said with its tokens.
+    queue: Duration,
     first: Option<Instant>,
 }
 
 impl Clock {
     fn timings(&self) -> Timings {
         let first = self.first.unwrap_or_else(Instant::now);
-        Timings { queue: Duration::ZERO, prefill: first - self.arrived, decode: first.elapsed() }
+        let prefill = first.saturating_duration_since(self.arrived).saturating_sub(self.queue);
+        Timings { queue: self.queue, prefill, decode: first.elapsed() }
     }
 }
 
@@ -210,7 +228,10 @@ impl Continuation {
                 return None;
             }
             match self.events.recv().await {
-                Some(Event::Token(token)) => self.token(&token),
+                Some(Event::Token(token, queue)) => {
+                    self.clock.queue = queue;
+                    self.token(&token);
+                }
                 Some(Event::Finished(end)) => self.finish(end.reason, end.usage, end.timings),
                 Some(Event::Failed(e)) => self.fail(e.into()),
                 Some(Event::Output(..)) => self.fail(ServeError::Internal("the engine mixed up its work".into())),
@@ -282,5 +303,19 @@ impl Continuation {
         self.over = true;
         let (index, seed, served_by) = (self.index, self.seed, self.served_by.clone());
         self.ready.push_back(Ok(GenerateChunk::Finished { index, reason, usage, timings, served_by, seed }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_times_of_a_text_that_ends_at_a_stop_text_add_up() {
+        let first = Instant::now();
+        let arrived = first.checked_sub(Duration::from_millis(70)).unwrap_or(first);
+        let clock = Clock { arrived, queue: Duration::from_millis(50), first: Some(first) };
+        let times = clock.timings();
+        assert_eq!((times.queue, times.queue + times.prefill), (Duration::from_millis(50), first - arrived));
     }
 }

@@ -26,4 +26,4 @@ pub mod train_params;
 mod training;
 
 pub use models::FilePiece;
-pub use service::{BasePooling, Pieces, Service, ServiceLimits, ServiceParts};
+pub use service::{BasePooling, CallLease, Pieces, Service, ServiceLimits, ServiceParts};

@@ -415,6 +415,9 @@ pub enum ServeError {
     /// The server is draining. UNAVAILABLE, `DRAINING`.
     #[error("the server is shutting down")]
     Draining,
+    /// The trainer thread has ended; the rest serves. UNAVAILABLE, `TRAINING_DOWN`.
+    #[error("training is down until the server is restarted; its jobs go on then")]
+    TrainingDown,
     /// The deadline passed. DEADLINE_EXCEEDED, `DEADLINE_EXCEEDED`.
     #[error("the deadline passed after {0:?}")]
     DeadlineExceeded(Duration),
@@ -459,6 +462,7 @@ impl ServeError {
             Self::NotEnoughMemory { .. } => "NOT_ENOUGH_MEMORY",
             Self::Corrupt(_) => "DELTA_CORRUPT",
             Self::Draining => "DRAINING",
+            Self::TrainingDown => "TRAINING_DOWN",
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",
             Self::Cancelled => "CANCELLED",
             Self::Internal(_) => "INTERNAL",

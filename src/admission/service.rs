@@ -9,7 +9,7 @@ use std::{
 };
 
 use futures::stream::BoxStream;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OnceCell, Semaphore, mpsc, watch};
 
 use super::{
     catalog_params::check_weighted,
@@ -133,6 +133,10 @@ pub(super) enum Held {
     Sum(Composition),
 }
 
+/// The delta of a call of several prompts, leased once: one version serves them all, wherever its name moves meanwhile.
+#[derive(Debug, Clone, Default)]
+pub struct CallLease(Arc<OnceCell<Option<Held>>>);
+
 impl Held {
     pub(super) fn id(&self) -> DeltaId {
         match self {
@@ -162,6 +166,11 @@ impl Service {
         let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
         let (merge_places, publishing) = (Semaphore::new(MERGES), Semaphore::new(1));
         Self { inner: Arc::new(Inner { parts, places, merging, merge_places, publishing, started, next_id }) }
+    }
+
+    /// Whether the trainer thread lives; false from when it has ended by itself.
+    pub fn training(&self) -> watch::Receiver<bool> {
+        self.parts().trainer.alive()
     }
 
     pub(super) fn parts(&self) -> &ServiceParts {
@@ -203,8 +212,19 @@ impl Service {
         arrived: Instant,
         timeout: Option<Duration>,
     ) -> Result<Admitted, ServeError> {
+        self.admit_once(tenant, choice, (arrived, timeout), &CallLease::default()).await
+    }
+
+    /// As [`Self::admit`], with the delta that the call has leased already, if it has.
+    pub(super) async fn admit_once(
+        &self,
+        tenant: &TenantId,
+        choice: &DeltaChoice,
+        (arrived, timeout): (Instant, Option<Duration>),
+        call: &CallLease,
+    ) -> Result<Admitted, ServeError> {
         let deadline = timeout.and_then(|t| arrived.checked_add(t));
-        let lease = self.held(tenant, choice);
+        let lease = async { call.0.get_or_try_init(|| self.held(tenant, choice)).await.cloned() };
         let lease = match deadline {
             Some(at) => match tokio::time::timeout_at(at.into(), lease).await {
                 Ok(lease) => lease?,

@@ -285,6 +285,7 @@ impl From<TrainError> for ServeError {
         match e {
             TrainError::Overloaded(m) => Self::Overloaded(m),
             TrainError::Draining => Self::Draining,
+            TrainError::Down => Self::TrainingDown,
             TrainError::NotFound(name) => Self::NotFound { kind: "job", name },
             TrainError::State { .. } | TrainError::FullRuns(_) => Self::JobState(e.to_string()),
             TrainError::Memory(Shortage { message, lasting }) => Self::NotEnoughMemory { message, lasting },

@@ -135,7 +135,11 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         base: Arc::clone(&base),
         pacer,
     };
-    let trainer_config = TrainerConfig { max_jobs: config.train.max_jobs.max(1), ..TrainerConfig::default() };
+    let trainer_config = TrainerConfig {
+        max_jobs: config.train.max_jobs.max(1),
+        max_paused_per_tenant: config.train.max_paused,
+        ..TrainerConfig::default()
+    };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
     let service = Service::new(ServiceParts {
         base,
@@ -158,7 +162,9 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let grpc = listener.local_addr()?;
     let http = match (config.http, metrics) {
-        (Some(address), Some(metrics)) => Some(probes(address, metrics, &readiness, &drain).await?),
+        (Some(address), Some(metrics)) => {
+            Some(probes(address, metrics, (readiness.clone(), service.training()), &drain).await?)
+        }
         _ => None,
     };
     let edge = drain.spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
@@ -192,13 +198,13 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
 async fn probes(
     address: SocketAddr,
     metrics: PrometheusHandle,
-    readiness: &watch::Receiver<bool>,
+    (readiness, training): (watch::Receiver<bool>, watch::Receiver<bool>),
     drain: &Drain,
 ) -> anyhow::Result<SocketAddr> {
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
     let local = listener.local_addr()?;
     // not waited for at the end: probes watch the drain until the grace period is over
-    tokio::spawn(http::serve(listener, metrics, readiness.clone(), drain.clone()));
+    tokio::spawn(http::serve(listener, metrics, readiness, training, drain.clone()));
     Ok(local)
 }
 

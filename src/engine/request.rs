@@ -155,7 +155,7 @@ impl Work {
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A new token (never the stop token).
-    Token(TokenOut),
+    Token(TokenOut, Duration),
     /// The continuation is complete.
     Finished(Finished),
     /// The result of work other than `Generate`.

@@ -165,7 +165,7 @@ impl Sequence {
         self.request.tokens.push(token.id);
         let full = self.request.tokens.len() - self.prompt >= *max_new_tokens;
         // fails only if the receiver is gone: the channel holds all events of the request
-        let mut heard = stops || self.request.events.try_send(Event::Token(token)).is_ok();
+        let mut heard = stops || self.request.events.try_send(Event::Token(token, self.timings().queue)).is_ok();
         if stops || full {
             let reason = if stops { FinishReason::StopToken } else { FinishReason::Length };
             let end = Finished { reason, usage: self.usage(), timings: self.timings() };

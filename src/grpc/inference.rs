@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     admission::{
-        Pieces, Service,
+        CallLease, Pieces, Service,
         params::{GenerateChunk, GenerateParams, ServeError},
     },
     ids::TenantId,
@@ -47,7 +47,8 @@ impl InferenceService for Inference {
         let all = convert::generate_batch(request.into_inner(), timeout)?;
         let at_a_time = self.service.prompts_at_a_time(all.first().map_or(1, |params| params.n));
         let arrived = Instant::now();
-        let work = all.into_iter().enumerate().map(|(i, params)| self.complete(&tenant, i, params, arrived));
+        let call = CallLease::default();
+        let work = all.into_iter().enumerate().map(|(i, params)| self.complete(&tenant, i, params, (arrived, &call)));
         let parts: Vec<_> = futures::stream::iter(work).buffered(at_a_time).try_collect().await?;
         Ok(Response::new(batch_response(parts)))
     }
@@ -91,12 +92,12 @@ impl Inference {
         tenant: &TenantId,
         prompt_index: usize,
         params: GenerateParams,
-        arrived: Instant,
+        (arrived, call): (Instant, &CallLease),
     ) -> Result<Vec<proto::Generation>, ServeError> {
         let n = params.n;
         let pieces = match prompt_index {
-            0 => self.service.generate(tenant, params).await?,
-            _ => self.service.generate_next(tenant, params, arrived).await?,
+            0 => self.service.generate_first(tenant, params, call).await?,
+            _ => self.service.generate_next(tenant, params, arrived, call).await?,
         };
         gather(pieces, prompt_index as u32, n).await
     }

@@ -56,7 +56,8 @@ pub enum GrpcError {
 }
 
 /// Serves until `drain` begins and its grace period is over, or all calls have ended. `ready` is what health checks say:
-/// SERVING while true and not draining.
+/// SERVING while true and not draining;
+/// of training, while its thread lives.
 ///
 /// # Errors
 /// [`GrpcError`].
@@ -68,7 +69,7 @@ pub async fn serve(
     drain: Drain,
 ) -> Result<(), GrpcError> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    let follow = follow_readiness(reporter, ready, drain.begun());
+    let follow = follow_readiness(reporter, ready, service.training(), drain.begun());
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -105,31 +106,69 @@ pub async fn serve(
     Ok(())
 }
 
-/// Tells health checks what `ready` and the drain say; never ends.
+/// Its health is its own: the rest serves on where the trainer thread has ended.
+const TRAINING: &str = "deltaserve.v1.TrainingService";
+
+/// Tells health checks what `ready`, the trainer and the drain say; never ends.
 async fn follow_readiness(
     reporter: HealthReporter,
     mut ready: watch::Receiver<bool>,
+    mut training: watch::Receiver<bool>,
     draining: impl Future<Output = ()> + Send,
 ) {
-    let services = [
-        "",
-        "deltaserve.v1.InferenceService",
-        "deltaserve.v1.DeltaService",
-        "deltaserve.v1.TrainingService",
-        "deltaserve.v1.ServerService",
-    ];
+    let services =
+        ["", "deltaserve.v1.InferenceService", "deltaserve.v1.DeltaService", TRAINING, "deltaserve.v1.ServerService"];
     let mut draining = std::pin::pin!(draining);
-    let mut over = false;
+    let (mut over, mut watched) = (false, true);
     loop {
         let serving = *ready.borrow_and_update() && !over;
-        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let trains = *training.borrow_and_update();
         for name in services {
+            let serves = serving && (trains || name != TRAINING);
+            let status = if serves { ServingStatus::Serving } else { ServingStatus::NotServing };
             reporter.set_service_status(name, status).await;
         }
         tokio::select! {
             () = &mut draining, if !over => over = true,
             changed = ready.changed(), if !over => over = changed.is_err(),
+            changed = training.changed(), if watched => watched = changed.is_ok(),
             else => std::future::pending().await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Request;
+    use tonic_health::{
+        pb::{HealthCheckRequest, health_check_response::ServingStatus as Wire, health_server::Health as _},
+        server::HealthService,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn where_the_trainer_has_died_training_alone_is_not_serving() {
+        let reporter = HealthReporter::new();
+        let health = HealthService::from_health_reporter(reporter.clone());
+        let (_ready, is_ready) = watch::channel(true);
+        let (trains, training) = watch::channel(true);
+        let task = tokio::spawn(follow_readiness(reporter, is_ready, training, std::future::pending()));
+        let becomes = async |name: &str, wanted: Wire| loop {
+            let asked = health.check(Request::new(HealthCheckRequest { service: name.into() })).await;
+            if asked.is_ok_and(|said| said.into_inner().status == wanted as i32) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        };
+        let all = async {
+            becomes(TRAINING, Wire::Serving).await;
+            trains.send_replace(false);
+            becomes(TRAINING, Wire::NotServing).await;
+            becomes("", Wire::Serving).await;
+            becomes("deltaserve.v1.InferenceService", Wire::Serving).await;
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(10), all).await.is_ok());
+        task.abort();
     }
 }

@@ -58,7 +58,7 @@ fn code(error: &ServeError) -> Code {
         | ServeError::ResidentBudget(_)
         | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
         ServeError::Corrupt(_) => Code::DataLoss,
-        ServeError::Draining => Code::Unavailable,
+        ServeError::Draining | ServeError::TrainingDown => Code::Unavailable,
         ServeError::DeadlineExceeded(_) => Code::DeadlineExceeded,
         ServeError::Cancelled => Code::Cancelled,
         ServeError::Internal(_) => Code::Internal,
@@ -121,6 +121,7 @@ mod tests {
             (memory(true), Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"),
             (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
             (ServeError::Draining, Code::Unavailable, "DRAINING"),
+            (ServeError::TrainingDown, Code::Unavailable, "TRAINING_DOWN"),
             (ServeError::DeadlineExceeded(Duration::from_secs(1)), Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (ServeError::Cancelled, Code::Cancelled, "CANCELLED"),
             (ServeError::Internal(s()), Code::Internal, "INTERNAL"),

@@ -15,6 +15,7 @@ const UPKEEP: Duration = Duration::from_secs(5);
 struct Probes {
     metrics: PrometheusHandle,
     ready: watch::Receiver<bool>,
+    training: watch::Receiver<bool>,
     drain: Drain,
 }
 
@@ -26,9 +27,10 @@ pub async fn serve(
     listener: TcpListener,
     metrics: PrometheusHandle,
     ready: watch::Receiver<bool>,
+    training: watch::Receiver<bool>,
     drain: Drain,
 ) -> io::Result<()> {
-    let probes = Probes { metrics: metrics.clone(), ready, drain: drain.clone() };
+    let probes = Probes { metrics: metrics.clone(), ready, training, drain: drain.clone() };
     let server = axum::serve(listener, router(probes));
     let upkeep = async {
         let mut ticks = tokio::time::interval(UPKEEP);
@@ -60,6 +62,9 @@ async fn metrics(State(probes): State<Probes>) -> impl IntoResponse {
 async fn readyz(State(probes): State<Probes>) -> (StatusCode, &'static str) {
     if probes.drain.is_draining() {
         (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+    } else if *probes.ready.borrow() && !*probes.training.borrow() {
+        // all but training still serves: taking the server out would lose that, too
+        (StatusCode::OK, "ok, but training is down until the server is restarted\n")
     } else if *probes.ready.borrow() {
         (StatusCode::OK, "ok\n")
     } else {
@@ -76,10 +81,14 @@ mod tests {
         let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
         let (tx, ready) = watch::channel(false);
         let drain = Drain::new(Duration::from_millis(1));
-        let probes = Probes { metrics: recorder.handle(), ready, drain: drain.clone() };
+        let (trains, training) = watch::channel(true);
+        let probes = Probes { metrics: recorder.handle(), ready, training, drain: drain.clone() };
         assert_eq!(readyz(State(probes.clone())).await.0, StatusCode::SERVICE_UNAVAILABLE);
         assert!(tx.send(true).is_ok());
-        assert_eq!(readyz(State(probes.clone())).await.0, StatusCode::OK);
+        assert_eq!(readyz(State(probes.clone())).await, (StatusCode::OK, "ok\n"));
+        assert!(trains.send(false).is_ok());
+        let (code, said) = readyz(State(probes.clone())).await;
+        assert!(code == StatusCode::OK && said.contains("training is down"), "{said}");
         drain.begin();
         assert_eq!(readyz(State(probes)).await, (StatusCode::SERVICE_UNAVAILABLE, "draining\n"));
     }

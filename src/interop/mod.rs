@@ -45,8 +45,7 @@ const LABELS: &str = "labels.json";
 const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".ckpt"];
 /// Largest accepted configuration.
 const MAX_CONFIG_BYTES: usize = 1 << 20;
-/// Most labels of a head.
-pub const MAX_LABELS: usize = 10_000;
+pub use crate::admission::check::MAX_LABELS;
 
 /// Why a delta's files were refused.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 const GO_ON: u8 = 0;
 const PAUSE: u8 = 1;
 const CANCEL: u8 = 2;
+const STOP: u8 = 3;
 
 /// What is asked of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub(crate) enum Ask {
     Pause,
     /// To leave the thread.
     Cancel,
+    /// The server goes down: as a pause, or of a whole model as the end.
+    Stop,
 }
 
 /// Shared by the two sides.
@@ -28,6 +31,7 @@ impl Control {
         match self.ask.load(Ordering::Relaxed) {
             PAUSE => Ask::Pause,
             CANCEL => Ask::Cancel,
+            STOP => Ask::Stop,
             _ => Ask::GoOn,
         }
     }
@@ -36,6 +40,11 @@ impl Control {
     pub(crate) fn pause(&self) {
         // a cancelled job stays cancelled
         let _ = self.ask.compare_exchange(GO_ON, PAUSE, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Says that the server goes down; what its owner asked for before stands.
+    pub(crate) fn stop(&self) {
+        let _ = self.ask.compare_exchange(GO_ON, STOP, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     pub(crate) fn cancel(&self) {
@@ -49,5 +58,24 @@ impl Control {
 
     pub(crate) fn set_saving(&self, saving: bool) {
         self.saving.store(saving, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_owner_asked_for_stands_when_the_server_goes_down() {
+        let asked = |asks: &[fn(&Control)]| {
+            let control = Control::default();
+            asks.iter().for_each(|ask| ask(&control));
+            control.ask()
+        };
+        assert_eq!(asked(&[]), Ask::GoOn);
+        assert_eq!(asked(&[Control::stop]), Ask::Stop);
+        assert_eq!(asked(&[Control::pause, Control::stop]), Ask::Pause);
+        assert_eq!(asked(&[Control::cancel, Control::stop, Control::pause]), Ask::Cancel);
+        assert_eq!(asked(&[Control::stop, Control::cancel]), Ask::Cancel);
     }
 }

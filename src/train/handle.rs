@@ -41,11 +41,13 @@ pub struct TrainerConfig {
     pub max_jobs: usize,
     /// Waiting and running jobs of one tenant.
     pub max_jobs_per_tenant: usize,
+    /// Paused jobs of one tenant.
+    pub max_paused_per_tenant: usize,
 }
 
 impl Default for TrainerConfig {
     fn default() -> Self {
-        Self { max_concurrent_jobs: 4, max_jobs: 64, max_jobs_per_tenant: 16 }
+        Self { max_concurrent_jobs: 4, max_jobs: 64, max_jobs_per_tenant: 16, max_paused_per_tenant: 64 }
     }
 }
 
@@ -58,6 +60,9 @@ pub enum TrainError {
     /// The server is going down.
     #[error("the server is shutting down")]
     Draining,
+    /// The trainer thread has ended by itself.
+    #[error("training is down until the server is restarted; its jobs go on then")]
+    Down,
     /// No such job, or another tenant's.
     #[error("no job {0:?}")]
     NotFound(String),
@@ -87,26 +92,34 @@ pub enum TrainError {
 pub(crate) struct Live {
     pub(crate) seq: watch::Sender<u64>,
     step: u32,
-    tenant: TenantId,
+    pub(super) tenant: TenantId,
     /// Trains every weight.
     full: bool,
     /// Waits for nothing: it counts as no job of its tenant.
-    paused: bool,
+    pub(super) paused: bool,
 }
 
 /// What handles and the supervisor share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) log: JobLog,
-    live: Mutex<HashMap<String, Live>>,
+    pub(super) live: Mutex<HashMap<String, Live>>,
     draining: AtomicBool,
+    /// False once the trainer thread has ended by itself.
+    pub(super) alive: watch::Sender<bool>,
     /// Jobs of an earlier process that are to be prepared again.
     pub(super) left: Mutex<Vec<(TenantId, String)>>,
 }
 
 impl Shared {
     pub(crate) fn new(log: JobLog) -> Self {
-        Self { log, live: Mutex::default(), draining: AtomicBool::new(false), left: Mutex::default() }
+        Self {
+            log,
+            live: Mutex::default(),
+            draining: AtomicBool::new(false),
+            alive: watch::Sender::new(true),
+            left: Mutex::default(),
+        }
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -258,6 +271,7 @@ impl TrainerHandle {
             publisher,
             memory: memory.clone(),
             max_running,
+            max_paused: config.max_paused_per_tenant,
             starts,
             commands: commanded,
             to_self: commands.downgrade(),
@@ -280,7 +294,7 @@ impl TrainerHandle {
         kept: Kept,
     ) -> Result<JobInfo, TrainError> {
         if self.shared.is_draining() {
-            return Err(TrainError::Draining);
+            return Err(self.shared.gone());
         }
         let id = uuid::Uuid::now_v7().to_string();
         let most = self.config.max_jobs_per_tenant;
@@ -368,7 +382,7 @@ impl TrainerHandle {
         let (name, policy) = (params.output_name, params.publish);
         let pending = Pending { id, name, policy, tenant, memory, input, from: None, resumes: false, permit };
         let sent = self.commands.send(Command::Enqueue(Box::new(pending), None)).await;
-        sent.map_err(|_| TrainError::Draining)?;
+        sent.map_err(|_| self.shared.gone())?;
         Ok(JobInfo { last_seq: seq, ..job.info })
     }
 
@@ -377,11 +391,16 @@ impl TrainerHandle {
         self.shared.live.lock().values().filter(|l| !l.paused).count()
     }
 
+    /// False from when the trainer thread has ended by itself: nothing is trained until the server is restarted.
+    pub fn alive(&self) -> watch::Receiver<bool> {
+        self.shared.alive.subscribe()
+    }
+
     /// Ends a job: at once if it waits, within a micro-step if it trains, not at all if it is being published. Returns
     /// the job as it is then; its terminal event follows.
     ///
     /// # Errors
-    /// [`TrainError::NotFound`], or the log's.
+    /// [`TrainError::NotFound`], [`TrainError::Down`], or the log's.
     pub async fn cancel(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, TrainError> {
         let job = self.get(tenant, id).await?;
         if job.state.is_terminal() {
@@ -391,6 +410,7 @@ impl TrainerHandle {
         if self.commands.send(Command::Cancel(id.to_owned(), done)).await.is_ok() {
             let _ = marked.await;
         }
+        self.shared.check_alive()?;
         self.get(tenant, id).await
     }
 

@@ -127,7 +127,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
     }
-    let held = held::examples(&inputs, codec, max_length, &mut problems);
+    let held = held::examples(&inputs, codec, max_length, &mut problems, &mut warnings);
     let continued = inputs.start.filter(|_| fits).map(|start| {
         let context = transfer::Context { params, labels: labels.names(), codec, max_length, room };
         transfer::continued(start, &context)

@@ -46,7 +46,7 @@ fn long() -> (TrainParams, Prepared) {
 }
 
 fn narrow() -> TrainerConfig {
-    TrainerConfig { max_concurrent_jobs: 1, max_jobs: 2, max_jobs_per_tenant: 9 }
+    TrainerConfig { max_concurrent_jobs: 1, max_jobs: 2, max_jobs_per_tenant: 9, ..TrainerConfig::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -367,4 +367,82 @@ async fn checkpoints_replace_each_other_and_each_is_told() {
     assert_eq!(states(&rest), [JobState::Publishing, JobState::Succeeded]);
     // one may have been on its way when the job ended: it names nothing, and goes with the next collection
     assert!(blobs() <= 1, "{} blobs are left", blobs());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paused_jobs_of_a_tenant_are_bounded_and_one_that_goes_on_makes_room() {
+    let (_dir, log) = log().await;
+    let config = TrainerConfig { max_paused_per_tenant: 2, ..TrainerConfig::default() };
+    let trainer = trainer(&log, accept(&Arc::default()), config).await;
+    let (p, prepared) = long();
+    let mut ids = Vec::new();
+    for name in ["a", "a", "a", "b"] {
+        ids.push(trainer.create(&tenant(name), &p, &prepared, Kept::default()).await.unwrap().id);
+    }
+    let (a, b) = (tenant("a"), tenant("b"));
+    // at once: those that are about to be paused count
+    let (x, y, z) = tokio::join!(trainer.pause(&a, &ids[0]), trainer.pause(&a, &ids[1]), trainer.pause(&a, &ids[2]));
+    let results = [x, y, z];
+    assert_eq!(results.iter().filter(|r| r.as_ref().is_ok_and(|j| j.state == JobState::Paused)).count(), 2);
+    let (over, refused) = results.iter().enumerate().find_map(|(i, r)| Some((i, r.as_ref().err()?))).unwrap();
+    let said = refused.to_string();
+    assert!(
+        matches!(refused, TrainError::Overloaded(_)) && said.contains("2 jobs") && said.contains("at most 2"),
+        "{said}"
+    );
+    let paused = &ids[(over + 1) % 3];
+    assert_eq!(trainer.pause(&a, paused).await.unwrap().state, JobState::Paused, "again changes nothing");
+    assert_eq!(trainer.pause(&b, &ids[3]).await.unwrap().state, JobState::Paused, "others have their own");
+    resume(&trainer, paused, &prepared).await.unwrap();
+    assert_eq!(trainer.pause(&a, &ids[over]).await.unwrap().state, JobState::Paused);
+    trainer.drain(Duration::from_secs(20)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pause_just_before_the_server_stops_is_a_pause_and_a_pause_is_answered_whoever_resumes() {
+    let (_dir, log) = log().await;
+    let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
+    let (a, (p, prepared)) = (tenant("a"), long());
+    let job = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
+    let mut watch = trainer.watch(&a, &job.id, 0).await.unwrap();
+    reaches(&mut watch, 2).await;
+    for _ in 0..5 {
+        let resumes = async {
+            while resume(&trainer, &job.id, &prepared).await.is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        let both = async { tokio::join!(trainer.pause(&a, &job.id), resumes) };
+        let (paused, ()) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it is answered");
+        paused.unwrap();
+    }
+    reaches(&mut watch, 2).await;
+    // marked first, then the drain: in the order of the commands
+    let (paused, ()) = tokio::join!(biased_pause(&trainer, &job.id), async {
+        tokio::task::yield_now().await;
+        trainer.drain(Duration::from_secs(20)).await;
+    });
+    let state = trainer.get(&a, &job.id).await.unwrap().state;
+    match paused {
+        Ok(job) => assert_eq!((job.state, state), (JobState::Paused, JobState::Paused)),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Sends its command at its first poll.
+async fn biased_pause(trainer: &TrainerHandle, id: &str) -> Result<JobInfo, TrainError> {
+    let (done, marked) = tokio::sync::oneshot::channel();
+    trainer
+        .commands
+        .send(super::supervisor::Command::Pause(id.to_owned(), done))
+        .await
+        .map_err(|_| TrainError::Draining)?;
+    marked.await.map_err(|_| TrainError::Draining)??;
+    loop {
+        let job = trainer.get(&tenant("a"), id).await?;
+        if job.state != JobState::Running {
+            return Ok(job);
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }

@@ -13,7 +13,7 @@ use super::{
     supervisor::{Command, Pending, Refusal},
 };
 use crate::{
-    admission::train_params::{JobInfo, JobState, MethodPart},
+    admission::train_params::{JobEventBody, JobEventInfo, JobInfo, JobState, MethodPart},
     ids::{BlobId, TenantId},
     store::CheckpointRecord,
 };
@@ -36,36 +36,55 @@ impl Drop for Place {
     }
 }
 
+impl Shared {
+    /// The trainer thread has ended by itself: nothing is trained until the server is restarted.
+    pub(crate) fn set_down(&self) {
+        self.alive.send_replace(false);
+        self.set_draining();
+    }
+
+    /// Why no job is taken any more.
+    pub(crate) fn gone(&self) -> TrainError {
+        self.check_alive().err().unwrap_or(TrainError::Draining)
+    }
+
+    pub(super) fn check_alive(&self) -> Result<(), TrainError> {
+        if *self.alive.borrow() { Ok(()) } else { Err(TrainError::Down) }
+    }
+
+    /// Other paused jobs of a job's tenant.
+    pub(crate) fn paused_beside(&self, id: &str) -> usize {
+        let live = self.live.lock();
+        let Some(own) = live.get(id) else { return 0 };
+        live.iter().filter(|(other, l)| l.paused && l.tenant == own.tenant && *other != id).count()
+    }
+}
+
 impl TrainerHandle {
     /// Pauses a job: at once if it waits, within a micro-step if it trains; what it goes on from is stored then. Returns the
     /// job when that is done, or when it has come to its end in the meantime.
     ///
     /// # Errors
-    /// [`TrainError::State`] if it has ended or is being published, [`TrainError::FullRuns`], [`TrainError::NotFound`], or
-    /// the log's.
+    /// [`TrainError::State`] if it has ended or is being published, [`TrainError::FullRuns`], [`TrainError::Overloaded`] if its
+    /// tenant has too many paused jobs, [`TrainError::NotFound`], or the log's.
     pub async fn pause(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, TrainError> {
-        let mut news = self.shared.subscribe(id);
-        self.get(tenant, id).await?;
+        let job = self.get(tenant, id).await?;
+        // from here on: whoever resumes it at once does not hide that it was paused
+        let mut news = self.watch(tenant, id, job.last_seq + 1).await?;
         let (done, marked) = oneshot::channel();
-        self.commands.send(Command::Pause(id.to_owned(), done)).await.map_err(|_| TrainError::Draining)?;
-        marked.await.map_err(|_| TrainError::Draining)??;
+        self.commands.send(Command::Pause(id.to_owned(), done)).await.map_err(|_| self.shared.gone())?;
+        marked.await.map_err(|_| self.shared.gone())??;
         loop {
-            // seen before reading, so that a change meanwhile wakes the wait below
-            if let Some(news) = &mut news {
-                news.borrow_and_update();
-            }
             let job = self.get(tenant, id).await?;
             if !matches!(job.state, JobState::Queued | JobState::Running) {
                 return Ok(job);
             }
-            match &mut news {
-                Some(waits) => {
-                    if waits.changed().await.is_err() {
-                        news = None; // the job left memory: one last look
-                    }
+            match news.next().await? {
+                Some(JobEventInfo { body: JobEventBody::State(s), .. }) if s.state == JobState::Paused => {
+                    return self.get(tenant, id).await;
                 }
-                None if self.shared.is_draining() => return Err(TrainError::Draining),
-                None => return Ok(job),
+                Some(_) => {}
+                None => return self.get(tenant, id).await,
             }
         }
     }
@@ -120,7 +139,7 @@ impl TrainerHandle {
     /// [`TrainError::Overloaded`]; [`TrainError::State`] if it is not paused.
     pub fn place(&self, tenant: &TenantId, job: &JobInfo) -> Result<Place, TrainError> {
         if self.shared.is_draining() {
-            return Err(TrainError::Draining);
+            return Err(self.shared.gone());
         }
         let wanted = "paused";
         if job.state != JobState::Paused {
@@ -173,8 +192,8 @@ impl TrainerHandle {
         let queued = tokio::spawn(async move {
             let (done, queued) = oneshot::channel();
             let sent = this.commands.send(Command::Enqueue(Box::new(pending), Some(done))).await;
-            sent.map_err(|_| TrainError::Draining)?;
-            let queued = queued.await.unwrap_or(Err(TrainError::Draining));
+            sent.map_err(|_| this.shared.gone())?;
+            let queued = queued.await.unwrap_or_else(|_| Err(this.shared.gone()));
             if queued.is_err() && resumes {
                 this.shared.set_paused(&id, true);
             }

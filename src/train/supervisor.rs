@@ -170,6 +170,7 @@ pub(crate) struct Supervisor {
     pub(crate) publisher: Publisher,
     pub(crate) memory: MemoryProbe,
     pub(crate) max_running: usize,
+    pub(crate) max_paused: usize,
     pub(crate) starts: Option<SyncSender<Start>>,
     pub(crate) commands: mpsc::Receiver<Command>,
     /// For the tasks that publish.
@@ -187,6 +188,8 @@ pub(crate) struct Parts {
     pub(crate) publisher: Publisher,
     pub(crate) memory: MemoryProbe,
     pub(crate) max_running: usize,
+    /// Of one tenant.
+    pub(crate) max_paused: usize,
     pub(crate) starts: SyncSender<Start>,
     pub(crate) commands: mpsc::Receiver<Command>,
     pub(crate) to_self: mpsc::WeakSender<Command>,
@@ -195,12 +198,13 @@ pub(crate) struct Parts {
 
 impl Supervisor {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { shared, publisher, memory, max_running, starts, commands, to_self, reports } = parts;
+        let Parts { shared, publisher, memory, max_running, max_paused, starts, commands, to_self, reports } = parts;
         Self {
             shared,
             publisher,
             memory,
             max_running,
+            max_paused,
             starts: Some(starts),
             commands,
             to_self,
@@ -251,7 +255,7 @@ impl Supervisor {
                 let _ = done.send(());
             }
             Command::Pause(id, done) => {
-                let _ = done.send(self.pause(&id).await);
+                let _ = done.send(self.pause_asked(&id).await);
             }
             Command::Refuse(id, failure) => self.refuse(&id, failure).await,
             Command::Published(id, result) => self.published(&id, result).await,
@@ -277,8 +281,8 @@ impl Supervisor {
                 End::Paused(saved) => self.stop(&id, saved),
                 End::Cancelled => {
                     // of a whole model nothing is kept to go on from
-                    let full = self.running.remove(&id).is_some_and(|job| job.full);
-                    if full && self.shared.is_draining() {
+                    let stopped = self.running.remove(&id).is_some_and(|job| job.control.ask() == Ask::Stop);
+                    if stopped {
                         let failure = interrupted("the server shut down");
                         self.terminal(&id, JobState::Interrupted, None, Some(failure)).await;
                     } else {
@@ -406,8 +410,8 @@ impl Supervisor {
     fn trainer_died(&self) {
         if !self.shared.is_draining() {
             tracing::error!("the trainer thread ended; jobs go on at the next start of the server");
+            self.shared.set_down();
         }
-        self.shared.set_draining();
         self.shared.forget_all_but(&[]);
     }
 }

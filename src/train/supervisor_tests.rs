@@ -125,7 +125,8 @@ async fn a_job_runs_to_success_with_a_gap_free_replayable_stream() {
 async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
     let (_dir, log) = log().await;
     let count = Arc::default();
-    let config = TrainerConfig { max_concurrent_jobs: 1, max_jobs: 2, max_jobs_per_tenant: 9 };
+    let config =
+        TrainerConfig { max_concurrent_jobs: 1, max_jobs: 2, max_jobs_per_tenant: 9, ..TrainerConfig::default() };
     let trainer = trainer(&log, accept(&count), config).await;
     let (p, prepared) = request(1_000_000);
     let a = tenant("a");
@@ -148,7 +149,8 @@ async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn jobs_of_several_tenants_take_turns() {
     let (_dir, log) = log().await;
-    let config = TrainerConfig { max_concurrent_jobs: 3, max_jobs: 11, max_jobs_per_tenant: 2 };
+    let config =
+        TrainerConfig { max_concurrent_jobs: 3, max_jobs: 11, max_jobs_per_tenant: 2, ..TrainerConfig::default() };
     let trainer = trainer(&log, accept(&Arc::default()), config).await;
     let (p, prepared) = request(1_000_000);
     let mut jobs = Vec::new();
@@ -253,4 +255,52 @@ async fn a_slow_publish_delays_no_other_job() {
     gate.notify_one();
     let events = all(trainer.watch(&tenant("slow"), &stuck.id, 0).await.unwrap()).await;
     assert_eq!(states(&events).last(), Some(&JobState::Succeeded));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_trainer_thread_has_ended_jobs_are_told_so_and_are_left_to_the_next_start() {
+    use super::{
+        handle::Shared,
+        supervisor::{Parts, Supervisor},
+    };
+    let (_dir, log) = log().await;
+    let shared = Arc::new(Shared::new(log.clone()));
+    let (starts, _taken) = std::sync::mpsc::sync_channel(1);
+    let (to_self, commands) = tokio::sync::mpsc::channel(1);
+    let (dies, reports) = tokio::sync::mpsc::channel(1);
+    drop(dies);
+    let supervisor = Supervisor::new(Parts {
+        shared: Arc::clone(&shared),
+        publisher: accept(&Arc::default()),
+        memory: MemoryProbe::of_machine(None, false),
+        max_running: 1,
+        max_paused: 1,
+        starts,
+        commands,
+        to_self: to_self.downgrade(),
+        reports,
+    });
+    supervisor.run().await;
+    assert!(matches!(shared.gone(), TrainError::Down));
+
+    let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
+    let (a, (p, prepared)) = (tenant("a"), request(1_000_000));
+    let job = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
+    let mut watch = trainer.watch(&a, &job.id, 0).await.unwrap();
+    while !matches!(watch.next().await.unwrap().unwrap().body, JobEventBody::Metrics(_)) {}
+    let alive = trainer.alive();
+    assert!(*alive.borrow());
+    trainer.shared.set_down();
+    trainer.shared.forget_all_but(&[]);
+    assert!(!*alive.borrow());
+    let refused = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap_err();
+    assert!(matches!(refused, TrainError::Down) && refused.to_string().contains("restarted"), "{refused}");
+    assert!(matches!(trainer.cancel(&a, &job.id).await, Err(TrainError::Down)));
+    let end = loop {
+        match watch.next().await {
+            Ok(Some(_)) => {}
+            end => break end,
+        }
+    };
+    assert!(matches!(end, Err(TrainError::Down)), "{end:?}");
 }

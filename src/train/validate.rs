@@ -18,8 +18,7 @@ use crate::{
 /// Fewest examples of a training set.
 pub const MIN_EXAMPLES: usize = 2;
 
-/// Most labels of a head.
-pub const MAX_LABELS: usize = 10_000;
+pub use crate::admission::check::MAX_LABELS;
 
 /// Label names and their indices.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -23,7 +23,7 @@ impl JobWatch {
     /// The next event; `None` after the terminal one.
     ///
     /// # Errors
-    /// [`TrainError::Draining`] where the server stops before the job has ended, or the log's.
+    /// [`TrainError::Draining`] where the server stops before the job has ended, [`TrainError::Down`], or the log's.
     pub async fn next(&mut self) -> Result<Option<JobEventInfo>, TrainError> {
         const PAGE: u32 = 256;
         loop {
@@ -50,7 +50,7 @@ impl JobWatch {
                     }
                 }
                 // it goes on at the next start
-                None if self.shared.is_draining() => return Err(TrainError::Draining),
+                None if self.shared.is_draining() => return Err(self.shared.gone()),
                 None => return Ok(None),
             }
         }

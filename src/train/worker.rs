@@ -172,7 +172,8 @@ impl Worker {
         match control.ask() {
             Ask::GoOn => {}
             Ask::Cancel => return Turn::Over(End::Cancelled),
-            Ask::Pause => {
+            Ask::Stop if run.trainable().is_full() => return Turn::Over(End::Cancelled),
+            Ask::Pause | Ask::Stop => {
                 let (end, note) = leave(run);
                 if note.is_some_and(|note| self.reports.blocking_send(Report::Event(id, Box::new(note))).is_err()) {
                     return Turn::Deaf;

@@ -123,3 +123,27 @@ async fn a_stream_keeps_its_version_while_the_next_request_has_the_new_one() {
     assert!(said.text == alone, "the whole stream is version 1's");
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_served_by_one_version_though_its_name_moves_meanwhile() {
+    let world = World::long();
+    let running = world.start().await;
+    let client = &running.client;
+    let v1 = client.upload("style", &world.delta(1)).await.expect("an upload");
+    let prompts = (0..100).map(|i| prompt(&format!("once {i}"))).collect();
+    let options = Some(options(120));
+    let request = proto::GenerateBatchRequest { delta: "style".into(), prompts, options, ..Default::default() };
+    let batch = tokio::spawn({
+        let client = client.clone();
+        async move { client.batch(request).await }
+    });
+    eventually("it has begun", async || client.running().await > 0).await;
+    let v2 = client.upload("style", &world.delta(2)).await.expect("an upload");
+    assert!(v2.id != v1.id && !batch.is_finished(), "the name moved too late");
+    let reply = batch.await.expect("no panic").expect("a batch");
+    assert_eq!(reply.generations.len(), 100);
+    for g in &reply.generations {
+        assert_eq!(g.served_by.clone().unwrap_or_default().id, v1.id, "prompt {}", g.prompt_index);
+    }
+    running.stop().await;
+}

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufWriter, Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -43,12 +43,7 @@ pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) 
     let head = head(&client, &delta).await?;
     let rows = rows::parse(&bytes, &head).with_context(|| path.display().to_string())?;
     let to_stdout = args.out.as_os_str() == "-";
-    let target: Box<dyn Write + Send> = if to_stdout {
-        Box::new(std::io::stdout())
-    } else {
-        Box::new(std::fs::File::create(&args.out).with_context(|| format!("create {}", args.out.display()))?)
-    };
-    let mut out = BufWriter::new(target);
+    let mut out = Target::open(&args.out, to_stdout)?;
     let mut progress = Progress::new(rows.len() as u64);
     let mut scores = Scores::default();
     let batches = batches(&rows, args.batch_size.into());
@@ -59,13 +54,58 @@ pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) 
         let mut results = results.into_iter();
         for row in batch {
             let result = if row.input == Input::Nothing { None } else { results.next() };
-            writeln!(out, "{}", answered(row, result, &head, args, &mut scores)?)?;
+            writeln!(out.to, "{}", answered(row, result, &head, args, &mut scores)?)?;
         }
         progress.advance(batch.len() as u64);
     }
-    out.flush()?;
+    out.finish()?;
     progress.finish();
     scores.print(common.json, to_stdout)
+}
+
+/// Where the rows go: a file is written beside its place and moved there when it is whole.
+struct Target {
+    to: BufWriter<Box<dyn Write + Send>>,
+    /// What is written, and where it belongs.
+    part: Option<(PathBuf, PathBuf)>,
+}
+
+impl Target {
+    fn open(path: &Path, to_stdout: bool) -> anyhow::Result<Self> {
+        if to_stdout {
+            return Ok(Self { to: BufWriter::new(Box::new(std::io::stdout())), part: None });
+        }
+        // a pipe or a device is written to as it is
+        let special = std::fs::metadata(path).is_ok_and(|m| !m.is_file());
+        let place = if special {
+            path.to_owned()
+        } else {
+            let name = path.file_name().with_context(|| format!("--out {} names no file", path.display()))?;
+            path.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()))
+        };
+        let open = std::fs::OpenOptions::new().write(true).create(!special).truncate(!special).open(&place);
+        let file = open.with_context(|| format!("create {}", place.display()))?;
+        let part = (!special).then(|| (place, path.to_owned()));
+        Ok(Self { to: BufWriter::new(Box::new(file)), part })
+    }
+
+    fn finish(mut self) -> anyhow::Result<()> {
+        self.to.flush()?;
+        if let Some((part, path)) = &self.part {
+            std::fs::rename(part, path).with_context(|| format!("move the rows to {}", path.display()))?;
+        }
+        self.part = None;
+        Ok(())
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Some((part, _)) = &self.part {
+            // best effort: the rows of a call that failed are of no use
+            let _ = std::fs::remove_file(part);
+        }
+    }
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
@@ -254,6 +294,27 @@ mod tests {
         let lens: Vec<usize> = batches(&rows, 100).iter().map(|b| b.len()).collect();
         assert_eq!(lens, [4, 6]);
         assert!(batches(&[], 4).is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_is_there_whole_or_as_it_was() -> anyhow::Result<()> {
+        let dir = std::env::temp_dir().join(format!("deltaserve-classify-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)?;
+        let path = dir.join("out.jsonl");
+        std::fs::write(&path, "before")?;
+        let names = || std::fs::read_dir(&dir).map(|all| all.count());
+        let mut fails = Target::open(&path, false)?;
+        writeln!(fails.to, "half")?;
+        fails.to.flush()?;
+        assert_eq!(std::fs::read_to_string(&path)?, "before");
+        drop(fails);
+        assert_eq!((std::fs::read_to_string(&path)?.as_str(), names()?), ("before", 1));
+        let mut whole = Target::open(&path, false)?;
+        writeln!(whole.to, "all")?;
+        whole.finish()?;
+        assert_eq!((std::fs::read_to_string(&path)?.as_str(), names()?), ("all\n", 1));
+        std::fs::remove_dir_all(&dir)?;
         Ok(())
     }
 }

@@ -23,7 +23,7 @@ fn a_client_that_leaves_frees_its_sequence() {
     request.permit = Some(Permit::new(Arc::clone(&permits).try_acquire_owned().expect("permit")));
     engine.handle.submit(request).expect("taken");
     let stays_events = engine.submit(&stays);
-    assert!(matches!(events.blocking_recv(), Some(Event::Token(_))));
+    assert!(matches!(events.blocking_recv(), Some(Event::Token(..))));
     drop(events);
     until(|| Arc::strong_count(&leaves.lease) == 1 && permits.available_permits() == 1);
     assert_eq!(Answer::read(stays_events).tokens.len(), 60);

@@ -131,7 +131,7 @@ impl Answer {
             let last = answer.finished.is_some() || answer.output.is_some() || answer.failed.is_some();
             assert!(!last, "nothing follows the last event: {event:?}");
             match event {
-                Event::Token(token) => answer.tokens.push(token),
+                Event::Token(token, _) => answer.tokens.push(token),
                 Event::Finished(finished) => answer.finished = Some(finished),
                 Event::Output(output, timings) => answer.output = Some((output, timings)),
                 Event::Failed(error) => answer.failed = Some(error),

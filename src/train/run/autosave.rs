@@ -10,6 +10,8 @@ use super::{Phase, Run, Saved};
 const EVERY: Duration = Duration::from_secs(30);
 /// By the clock, this many times as long passes between checkpoints as making one takes: at most 2 % of the time.
 const SHARE: u32 = 50;
+/// By steps, this many times: at most a fifth of the time.
+const SHARE_BY_STEPS: u32 = 4;
 
 /// The last checkpoint, or the start.
 #[derive(Debug)]
@@ -28,7 +30,7 @@ impl Autosave {
         match every {
             0 => step > self.step && self.at.elapsed() >= EVERY.max(self.cost * SHARE),
             // the next multiple, or a later step where that one could not be kept
-            every => step / every > self.step / every,
+            every => step / every > self.step / every && self.at.elapsed() >= self.cost * SHARE_BY_STEPS,
         }
     }
 }
@@ -67,6 +69,7 @@ mod tests {
             Autosave { step: 3, at: at.unwrap(), cost: Duration::from_millis(cost) }
         };
         assert!(ago(31, 10).is_due(4, 0) && !ago(31, 10).is_due(3, 0) && !ago(29, 10).is_due(4, 0));
+        assert!(!ago(1, 300).is_due(4, 1) && ago(2, 300).is_due(4, 1), "a fifth of the time, also by steps");
         assert!(!ago(31, 1000).is_due(4, 0) && ago(51, 1000).is_due(4, 0), "a slow one is made less often");
     }
 }

@@ -27,7 +27,7 @@ impl Supervisor {
         let waits = self.queue.iter().any(|j| j.id == id) || self.running.contains_key(&id);
         match has {
             JobState::Queued if waits => return Ok(()),
-            JobState::Paused if self.shared.is_draining() => return Err(TrainError::Draining),
+            JobState::Paused if self.shared.is_draining() => return Err(self.shared.gone()),
             // it stays queued, and is prepared again at the next start
             JobState::Queued if self.shared.is_draining() => {
                 self.shared.forget(&id);
@@ -60,6 +60,24 @@ impl Supervisor {
             // paused, or of an earlier process and being prepared
             self.terminal(id, JobState::Cancelled, None, None).await;
         }
+    }
+
+    /// As [`Self::pause`], unless the job's tenant has too many paused jobs already, those included that are about to be.
+    pub(super) async fn pause_asked(&mut self, id: &str) -> Result<(), TrainError> {
+        let asked = |job: &Running| job.control.ask() == Ask::Pause;
+        let own = self.running.get(id);
+        if own.is_some_and(asked) || (own.is_none() && self.state_of(id).await? == JobState::Paused) {
+            return self.pause(id).await; // counted already
+        }
+        let about =
+            self.running.iter().filter(|(_, job)| own.is_some_and(|own| own.tenant == job.tenant) && asked(job));
+        let (paused, most) = (self.shared.paused_beside(id) + about.count(), self.max_paused);
+        if paused >= most {
+            let message =
+                format!("{paused} jobs of this tenant are paused; at most {most} (resume or cancel one of them first)");
+            return Err(TrainError::Overloaded(message));
+        }
+        self.pause(id).await
     }
 
     /// Pauses a job that waits; marks one that trains.
@@ -134,7 +152,8 @@ impl Supervisor {
     pub(super) fn stop(&mut self, id: &str, saved: Option<Saved>) {
         let Some(job) = self.running.get_mut(id) else { return };
         job.phase = Phase::Stopping;
-        let to = if self.shared.is_draining() { JobState::Queued } else { JobState::Paused };
+        // one that was to pause before the server stops is paused at the next start, too
+        let to = if job.control.ask() == Ask::Stop { JobState::Queued } else { JobState::Paused };
         let (shared, id, done) = (Arc::clone(&self.shared), id.to_owned(), self.to_self.clone());
         tokio::spawn(async move {
             let stored = match saved {
@@ -199,12 +218,7 @@ impl Supervisor {
         self.shared.set_draining();
         // those that wait stay queued, and are prepared again at the next start
         self.queue.clear();
-        for job in self.running.values() {
-            match job.full {
-                true => job.control.cancel(),
-                false => job.control.pause(),
-            }
-        }
+        self.running.values().for_each(|job| job.control.stop());
         let running: Vec<String> = self.running.keys().cloned().collect();
         self.shared.forget_all_but(&running);
         self.drained = Some(done);
