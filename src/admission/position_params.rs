@@ -51,6 +51,21 @@ pub struct PrefixPart {
     pub projection: bool,
     /// Width of the network's inner layer, 1 to 16384; default 512. Only with `projection`.
     pub projection_hidden: Option<u32>,
+    /// Whose prefix it is; default: PEFT's, or that of the delta that is continued.
+    #[serde(default)]
+    pub form: Option<PrefixLibrary>,
+}
+
+/// Whose form a prefix has, and with it what it joins and how it counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixLibrary {
+    /// The keys are context: they take the first positions, and a sliding window leaves them behind. Of an encoder-decoder it
+    /// joins the decoder's self-attention, where layers share keys.
+    Peft,
+    /// The keys take no positions, and every query sees them. Of an encoder-decoder it joins the encoder's and the decoder's
+    /// self-attention and cross-attention.
+    AdapterHub,
 }
 
 /// Where keys and values of a prefix start.
@@ -94,7 +109,8 @@ impl PTuningPart {
 impl PrefixPart {
     /// Where keys and values start.
     pub fn start(&self) -> PrefixInit {
-        self.init.unwrap_or(if self.projection { PrefixInit::Random } else { PrefixInit::Text })
+        let random = self.projection || self.form == Some(PrefixLibrary::AdapterHub);
+        self.init.unwrap_or(if random { PrefixInit::Random } else { PrefixInit::Text })
     }
 
     /// Checks numbers and contradictions.
@@ -104,6 +120,11 @@ impl PrefixPart {
         let clash = self.projection && self.start() != PrefixInit::Random;
         problems.require(!clash, &format!("{at}.init"), || {
             "cannot be chosen with a projection, whose network starts at random".into()
+        });
+        // a text's keys stand at positions, which this form does not have
+        let bare = self.form == Some(PrefixLibrary::AdapterHub) && self.start() == PrefixInit::Text;
+        problems.require(!bare, &format!("{at}.init"), || {
+            "text needs PEFT's form, whose keys take positions; random and zeros are accepted".into()
         });
         let idle = !self.projection && self.projection_hidden.is_some();
         problems.require(!idle, &format!("{at}.projection_hidden"), || "is given, but projection is off".into());
@@ -155,5 +176,9 @@ mod tests {
         let idle = PrefixPart { projection_hidden: Some(8), ..PrefixPart::default() };
         assert_eq!(fields(|p| idle.check("m", p)), ["m.projection_hidden"]);
         assert_eq!(idle.start(), PrefixInit::Text);
+        let hub = PrefixPart { form: Some(PrefixLibrary::AdapterHub), ..PrefixPart::default() };
+        assert_eq!((hub.start(), fields(|p| hub.check("m", p))), (PrefixInit::Random, vec![]));
+        let text = PrefixPart { init: Some(PrefixInit::Text), ..hub };
+        assert_eq!(fields(|p| text.check("m", p)), ["m.init"]);
     }
 }

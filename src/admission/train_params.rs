@@ -17,7 +17,9 @@ pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
 };
 use super::params::{PublishPolicy, Violation};
-pub use super::position_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart};
+pub use super::position_params::{
+    MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart,
+};
 use crate::delta::{Problem, Task};
 
 /// A training request (`CreateJob`, `Plan`).

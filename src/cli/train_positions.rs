@@ -20,6 +20,10 @@ pub(super) struct PositionArgs {
     /// Prefix: a network makes keys and values while training.
     #[arg(long)]
     projection: bool,
+    /// Prefix: whose form it has, and with it what it joins: of an encoder-decoder, PEFT's joins the decoder's
+    /// self-attention, AdapterHub's every attention.
+    #[arg(long)]
+    prefix_form: Option<PrefixForm>,
     /// Prefix, P-tuning: inner width of the network.
     #[arg(long, value_name = "WIDTH")]
     encoder_hidden: Option<u32>,
@@ -36,6 +40,12 @@ enum VirtualInit {
     Zeros,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PrefixForm {
+    Peft,
+    Adapterhub,
+}
+
 impl PositionArgs {
     pub(super) fn prefix(&self) -> anyhow::Result<proto::PrefixTuning> {
         let init = match self.virtual_init {
@@ -45,7 +55,13 @@ impl PositionArgs {
             Some(VirtualInit::Random) => proto::PrefixInit::Random,
             Some(VirtualInit::Zeros) => proto::PrefixInit::Zeros,
         };
+        let form = match self.prefix_form {
+            None => proto::PrefixForm::Unspecified,
+            Some(PrefixForm::Peft) => proto::PrefixForm::Peft,
+            Some(PrefixForm::Adapterhub) => proto::PrefixForm::Adapterhub,
+        };
         Ok(proto::PrefixTuning {
+            form: form.into(),
             num_virtual_tokens: self.virtual_tokens,
             init: init.into(),
             init_text: self.init_text.clone(),

@@ -2,9 +2,10 @@
 //!
 //! Virtual rows are real rows of the step whose embedding is overwritten. Prefix keys and values have no rows: with a
 //! cache they are written to the first slots of a sequence when it begins, and are ordinary context afterwards; without
-//! one they lie behind the keys of the step's rows, once for all spans of a delta, and spans name them.
+//! one they lie behind the keys of the step's rows, once for all spans of a delta, and spans name them. The same holds of
+//! cross-attention, whose keys are the encoder's rows.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{Result, Tensor, bail};
 
@@ -14,7 +15,7 @@ use crate::{
     rows::{Ahead, RowLayout},
 };
 
-/// What patches put ahead of the tokens of a stack.
+/// What patches put ahead of the positions of a stack.
 pub(super) fn of(patches: &[(SiteId, Patch)], stack: Stack) -> Ahead {
     let mut ahead = Ahead::default();
     let prompt = patches.iter().find_map(|(_, p)| match p {
@@ -22,7 +23,7 @@ pub(super) fn of(patches: &[(SiteId, Patch)], stack: Stack) -> Ahead {
         _ => None,
     });
     let prefix = patches.iter().find_map(|(_, p)| match p {
-        Patch::Prefix(p) if stack == Stack::Main => Some(p),
+        Patch::Prefix(p) if p.stack == stack => Some(p),
         _ => None,
     });
     if let Some(prompt) = prompt {
@@ -41,6 +42,16 @@ pub(super) fn of(patches: &[(SiteId, Patch)], stack: Stack) -> Ahead {
     ahead
 }
 
+/// A sequence's keys, before prefixes are looked at.
+pub(crate) struct Keys<'a> {
+    /// Those of this step, among all of the step.
+    pub(crate) rows: Range<usize>,
+    /// Cache slots of all its keys, a prefix's first; `None` without a cache.
+    pub(crate) slots: Option<&'a Arc<[u32]>>,
+    /// Whether it begins: its keys of this step are its first.
+    pub(crate) begins: bool,
+}
+
 /// Prefixes of a step: per delta that has one, the number of its keys and its spans.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Prefixes {
@@ -57,46 +68,49 @@ struct Entry {
     times: usize,
 }
 
-/// The keys of every span, and what is to be done about prefixes.
+/// Where the keys of each sequence are and how many of them are a prefix's, and what is to be done about prefixes. The
+/// sequences are the spans that the deltas' batch was made for; `fresh` keys are computed in this step.
 ///
 /// # Errors
-/// A layout that was not made for these deltas.
+/// Sequences that are not those of the batch; fewer cache slots than keys.
 pub(crate) fn prefix_keys(
-    rows: &RowLayout,
+    sequences: &[Keys<'_>],
+    fresh: usize,
     deltas: &DeltaBatch,
     stack: Stack,
-    cached: bool,
-) -> Result<(Vec<KeyRows>, Prefixes)> {
+) -> Result<(Vec<(KeyRows, usize)>, Prefixes)> {
     // ordinary steps: rows are keys
-    let mut keys: Vec<KeyRows> = rows
-        .spans()
-        .iter()
-        .map(|s| if cached { KeyRows::Slots(Arc::clone(&s.slots)) } else { KeyRows::From(s.start) })
-        .collect();
+    let plain = |s: &Keys<'_>| match s.slots {
+        Some(slots) => KeyRows::Slots(Arc::clone(slots)),
+        None => KeyRows::From(s.rows.start),
+    };
+    let mut keys: Vec<(KeyRows, usize)> = sequences.iter().map(|s| (plain(s), 0)).collect();
     let mut prefixes = Prefixes::default();
-    let mut behind = rows.rows();
-    let mut owned = vec![0; rows.spans().len()];
-    for (slot, n, spans) in deltas.prefixed().filter(|_| stack == Stack::Main) {
+    let mut behind = fresh;
+    for (slot, n, spans) in deltas.prefixed(stack) {
         let mut entry = Entry { slot, begins: Vec::new(), times: 0 };
+        let mut appended = false;
         for &at in spans {
-            let Some(span) = rows.spans().get(at) else { bail!("span {at} of {}", rows.spans().len()) };
-            owned[at] = n;
-            if !cached {
-                let own = span.rows().map(|r| r as u32);
-                keys[at] = KeyRows::Slots((behind..behind + n).map(|r| r as u32).chain(own).collect());
-            } else if span.context_len == 0 {
-                let Some(first) = span.slots.get(..n) else { bail!("{} slots for {n} prefix keys", span.slots.len()) };
-                entry.begins.extend_from_slice(first);
-                entry.times += 1;
+            let Some(sequence) = sequences.get(at) else { bail!("span {at} of {}", sequences.len()) };
+            keys[at].1 = n;
+            match sequence.slots {
+                None => {
+                    let own = sequence.rows.clone().map(|r| r as u32);
+                    keys[at].0 = KeyRows::Slots((behind..behind + n).map(|r| r as u32).chain(own).collect());
+                    appended = true;
+                }
+                Some(slots) if sequence.begins => {
+                    let Some(first) = slots.get(..n) else { bail!("{} slots for {n} prefix keys", slots.len()) };
+                    entry.begins.extend_from_slice(first);
+                    entry.times += 1;
+                }
+                Some(_) => {}
             }
         }
-        behind += n;
-        if !cached || entry.times > 0 {
+        behind += if appended { n } else { 0 };
+        if appended || entry.times > 0 {
             prefixes.entries.push(entry);
         }
-    }
-    if let Some((at, span)) = rows.spans().iter().enumerate().find(|(at, s)| s.ahead.keys != owned[*at]) {
-        bail!("span {at} was laid out for {} prefix keys, its delta has {}", span.ahead.keys, owned[at]);
     }
     Ok((keys, prefixes))
 }

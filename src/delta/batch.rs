@@ -12,7 +12,7 @@ mod embedding;
 mod input;
 mod sublayer;
 
-use super::{Delta, Head, Patch, Prefix, Prompt, SiteId};
+use super::{Delta, Head, Patch, Prefix, Prompt, SiteId, Stack};
 use crate::{
     ops::{self, PatchRows, SitePatches},
     rows::RowLayout,
@@ -162,9 +162,10 @@ impl DeltaBatch {
         })
     }
 
-    /// Deltas with a prefix: (slot, keys, spans).
-    pub(super) fn prefixed(&self) -> impl Iterator<Item = (usize, usize, &[usize])> {
-        let all = self.slots.iter().enumerate().map(|(i, s)| (i, s.delta.ahead().keys, s.spans.as_slice()));
+    /// Deltas with a prefix of this kind: (slot, keys, spans).
+    pub(super) fn prefixed(&self, stack: Stack) -> impl Iterator<Item = (usize, usize, &[usize])> {
+        let keys = move |s: &Slot| s.delta.ahead_of(stack).keys;
+        let all = self.slots.iter().enumerate().map(move |(i, s)| (i, keys(s), s.spans.as_slice()));
         all.filter(|(_, n, _)| *n > 0)
     }
 

@@ -14,7 +14,7 @@ pub(crate) mod patch;
 mod site;
 
 pub use crate::ops::Act;
-pub(crate) use ahead::{Prefixes, prefix_keys};
+pub(crate) use ahead::{Keys, Prefixes, prefix_keys};
 pub use batch::{DeltaBatch, Part};
 pub use head::{Head, HeadLayer, HeadPool};
 pub(crate) use patch::AdapterIo;
@@ -115,8 +115,8 @@ pub struct Delta {
     pub spec: DeltaSpec,
     patches: Vec<(SiteId, Patch)>,
     head: Option<Head>,
-    ahead: Ahead,
-    source_ahead: Ahead,
+    /// By [`Stack`].
+    ahead: [Ahead; 3],
 }
 
 impl Delta {
@@ -124,10 +124,12 @@ impl Delta {
     pub fn new(spec: DeltaSpec, mut patches: Vec<(SiteId, Patch)>, head: Option<Head>) -> Self {
         // stable: row-wise patches keep their order, those that add positions come after them
         patches.sort_by_key(|(site, patch)| (*site, patch.adds_positions()));
-        let [ahead, source_ahead] = [Stack::Main, Stack::Encoder].map(|stack| ahead::of(&patches, stack));
-        let mut delta = Self { spec, patches, head, ahead, source_ahead };
+        let ahead = [Stack::Main, Stack::Encoder, Stack::Memory].map(|stack| ahead::of(&patches, stack));
+        let mut delta = Self { spec, patches, head, ahead };
         delta.spec.resident_bytes = delta.bytes();
-        delta.spec.num_virtual_tokens = ahead.slots() + source_ahead.slots();
+        // a prefix of several attentions is one
+        let keys = ahead.iter().map(|a| a.keys).max().unwrap_or(0);
+        delta.spec.num_virtual_tokens = keys + ahead.iter().map(|a| a.rows).sum::<usize>();
         delta
     }
 
@@ -144,12 +146,17 @@ impl Delta {
     /// What it puts ahead of the tokens of each of its sequences: the one answer that admission, scheduler, row layouts
     /// and attention use.
     pub fn ahead(&self) -> Ahead {
-        self.ahead
+        self.ahead_of(Stack::Main)
     }
 
     /// As [`Self::ahead`], of the source that an encoder-decoder's encoder reads.
     pub fn source_ahead(&self) -> Ahead {
-        self.source_ahead
+        self.ahead_of(Stack::Encoder)
+    }
+
+    /// As [`Self::ahead`], of any stack; of [`Stack::Memory`] only the keys count.
+    pub fn ahead_of(&self, stack: Stack) -> Ahead {
+        self.ahead[stack as usize]
     }
 
     /// The same delta with each tensor of its patches ([`Patch::tensors`]) and of its head put through `f`.

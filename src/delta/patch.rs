@@ -38,13 +38,15 @@ pub struct Prompt {
     pub stack: Stack,
 }
 
-/// A stack of blocks that sequences run through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a delta may put positions ahead of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stack {
-    /// The only one; of an encoder-decoder, the decoder.
+    /// What the only stack of blocks attends to; of an encoder-decoder, its decoder's own.
     Main,
-    /// The encoder of an encoder-decoder, which reads the source.
+    /// What the encoder of an encoder-decoder attends to: the source.
     Encoder,
+    /// What the decoder's cross-attention reads: the encoder's output. It takes prefixes only.
+    Memory,
 }
 
 /// What the rows of a prompt stand for.
@@ -67,6 +69,8 @@ pub struct Prefix {
     pub v: Tensor,
     /// How they count.
     pub form: PrefixForm,
+    /// Whose keys they precede: those of their site.
+    pub stack: Stack,
 }
 
 /// Which of the `pairs` of key and value in a PEFT prefix a decoder layer of an encoder-decoder reads. PEFT repeats the pairs

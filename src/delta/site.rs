@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use super::Stack;
+
 /// Index of a site in its [`SiteTable`].
 pub type SiteId = usize;
 
@@ -96,6 +98,8 @@ pub enum Site {
     KeyValue {
         /// Layer.
         layer: usize,
+        /// Which of its attentions': its own, or cross-attention's ([`Stack::Memory`]).
+        stack: Stack,
     },
     /// The final norm of an encoder-decoder's encoder.
     EncoderNorm,
@@ -123,11 +127,13 @@ pub struct SiteEntry {
 }
 
 impl SiteEntry {
-    /// A name for people and variables: the module path, or the layer and half of a sublayer.
+    /// A name for people and variables: the module path, or the layer and half of a sublayer, or whose keys.
     pub fn label(&self) -> String {
         match self.site {
             Site::Sublayer { layer, half: Half::Attn } => format!("layers.{layer}.attention_adapter"),
             Site::Sublayer { layer, half: Half::Mlp } => format!("layers.{layer}.output_adapter"),
+            Site::KeyValue { layer, stack: Stack::Memory } => format!("layers.{layer}.cross_keys"),
+            Site::KeyValue { layer, .. } => format!("layers.{layer}.keys"),
             _ => self.module.clone(),
         }
     }
@@ -183,12 +189,9 @@ impl SiteTable {
         self.entries.iter().enumerate()
     }
 
-    /// The sites that a prefix's keys and values join, with their widths, in order of the layers: all layers, or where there
-    /// are two stacks, the decoder's.
-    pub fn prefix_sites(&self) -> Vec<(SiteId, usize)> {
-        let crosses = |layer| self.id(Site::Linear { layer, proj: Proj::CrossK }).is_some();
-        let two = self.iter().any(|(_, e)| matches!(e.site, Site::Linear { proj: Proj::CrossK, .. }));
-        let joins = |site| matches!(site, Site::KeyValue { layer } if !two || crosses(layer));
+    /// The sites that a prefix of this kind joins, with the widths of its keys, in order of the layers.
+    pub fn prefix_sites(&self, of: Stack) -> Vec<(SiteId, usize)> {
+        let joins = |site| matches!(site, Site::KeyValue { stack, .. } if stack == of);
         self.iter().filter(|(_, e)| joins(e.site)).map(|(id, e)| (id, e.out_dim)).collect()
     }
 

@@ -319,11 +319,12 @@ impl Checks {
                 self.positions
             ));
         }
-        let (pages, most) = (pages_for(source) + pages_for(ahead.slots() + len + new), self.pages);
+        let memory = source + request.source_keys();
+        let (pages, most) = (pages_for(memory) + pages_for(ahead.slots() + len + new), self.pages);
         if source > 0 && pages > most {
             let limit = most * PAGE_SIZE;
             return Err(format!(
-                "{source} positions of the source and {len} + {new} others exceed the cache of {limit} positions"
+                "{memory} positions of the source and {len} + {new} others exceed the cache of {limit} positions"
             ));
         }
         Ok(())

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     admission::params::{FinishReason, Pooling, Sampling, Timings, Usage},
-    delta::Delta,
+    delta::{Delta, Stack},
     ids::DeltaId,
     rows::Ahead,
 };
@@ -101,6 +101,12 @@ impl Request {
     /// Rows that its encoder computes: those of its source and what its delta puts ahead of them; 0 without a source.
     pub fn source_rows(&self) -> usize {
         if self.source.is_empty() { 0 } else { self.source_ahead().rows + self.source.len() }
+    }
+
+    /// Keys and values that its delta puts ahead of those that cross-attention reads of its source; 0 without a source.
+    pub fn source_keys(&self) -> usize {
+        let keys = |held: &HeldDelta| held.delta.ahead_of(Stack::Memory).keys;
+        if self.source.is_empty() { 0 } else { self.delta.as_ref().map_or(0, keys) }
     }
 }
 

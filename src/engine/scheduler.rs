@@ -66,6 +66,8 @@ pub(super) struct Demand {
     pub(super) reserved: usize,
     /// Positions that its encoder reads; 0 for a base that is no encoder-decoder.
     pub(super) source: usize,
+    /// Cache slots ahead of theirs.
+    pub(super) source_reserved: usize,
 }
 
 /// One sequence's share of a step.
@@ -110,7 +112,9 @@ struct Entry {
     pages: PageTable,
     /// Positions of its encoder; 0 without one.
     source: usize,
-    /// Their pages.
+    /// Cache slots ahead of theirs.
+    source_reserved: usize,
+    /// Pages of both.
     memory: PageTable,
 }
 
@@ -118,6 +122,11 @@ impl Entry {
     /// Cache slots that all known positions need.
     fn slots(&self) -> usize {
         self.reserved + self.total
+    }
+
+    /// Cache slots that its source needs.
+    fn memory_slots(&self) -> usize {
+        self.source_reserved + self.source
     }
 }
 
@@ -156,15 +165,17 @@ impl Scheduler {
     /// # Errors
     /// A sequence that the cache can never hold.
     pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
-        let Demand { total, most, reserved, source } = demand;
+        let Demand { total, most, reserved, source, source_reserved } = demand;
         debug_assert!(total > 0 && total <= most);
         let limit = self.limits.max_positions();
-        let positions = most.saturating_add(reserved).saturating_add(source.next_multiple_of(PAGE_SIZE));
+        let memory = source.saturating_add(source_reserved).next_multiple_of(PAGE_SIZE);
+        let positions = most.saturating_add(reserved).saturating_add(memory);
         if positions > limit {
             return Err(NeverFits { positions, limit });
         }
         let (pages, memory) = (PageTable::default(), PageTable::default());
-        self.waiting.insert(id, Entry { delta, total, computed: 0, reserved, pages, source, memory });
+        let entry = Entry { delta, total, computed: 0, reserved, pages, source, source_reserved, memory };
+        self.waiting.insert(id, entry);
         Ok(())
     }
 
@@ -197,9 +208,9 @@ impl Scheduler {
         }
     }
 
-    /// Cache slots of a running sequence's source.
+    /// Cache slots of a running sequence's source: the reserved ones, then those of its positions.
     pub(super) fn memory_slots(&self, id: SeqId) -> std::sync::Arc<[u32]> {
-        self.running.get(&id).map_or_else(|| [].into(), |entry| entry.memory.slots(entry.source))
+        self.running.get(&id).map_or_else(|| [].into(), |entry| entry.memory.slots(entry.memory_slots()))
     }
 
     /// Chooses the next step's rows and takes the pages they need.
@@ -289,7 +300,7 @@ impl Scheduler {
 
     /// Pages that a waiting sequence needs to begin.
     fn pages_of(&self, e: &Entry) -> usize {
-        if self.limits.pages.is_some() { pages_for(e.slots()) + pages_for(e.source) } else { 0 }
+        if self.limits.pages.is_some() { pages_for(e.slots()) + pages_for(e.memory_slots()) } else { 0 }
     }
 
     /// Sequences that miss one position, oldest first; each may need one more page.
@@ -403,8 +414,8 @@ impl Scheduler {
 
 /// Takes the pages that a sequence begins with, which must be free.
 fn cover_all(pool: &mut PagePool, entry: &mut Entry) -> bool {
-    let slots = entry.slots();
-    pool.cover(&mut entry.memory, entry.source) && pool.cover(&mut entry.pages, slots)
+    let (slots, memory) = (entry.slots(), entry.memory_slots());
+    pool.cover(&mut entry.memory, memory) && pool.cover(&mut entry.pages, slots)
 }
 
 fn may_run(entry: &Entry, allowed: &HashSet<DeltaId>) -> bool {

@@ -72,8 +72,13 @@ impl Sequence {
             Work::Generate(g) => self.prompt + g.max_new_tokens - 1,
             _ => known,
         };
-        let source = self.request.source_rows();
-        Demand { total: ahead.rows + known, most: ahead.rows + most, reserved: ahead.keys, source }
+        Demand {
+            total: ahead.rows + known,
+            most: ahead.rows + most,
+            reserved: ahead.keys,
+            source: self.request.source_rows(),
+            source_reserved: self.request.source_keys(),
+        }
     }
 
     pub(super) fn delta_id(&self) -> Option<DeltaId> {

@@ -21,7 +21,7 @@ pub(super) fn encode(base: &Base, tasks: &[Task<'_>]) -> Result<Option<Source>> 
     let mut tokens = Vec::new();
     for task in begin() {
         tokens.extend_from_slice(&task.sequence.request.source);
-        rows.push_after(task.sequence.request.source_ahead(), task.share.encode, 0, Arc::clone(&task.memory));
+        rows.push_after(task.sequence.request.source_ahead(), task.share.encode, 0, Arc::from([]));
     }
     if tokens.is_empty() {
         return Ok(None);

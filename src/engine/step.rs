@@ -28,7 +28,7 @@ pub(super) struct Task<'a> {
     pub(super) sequence: &'a Sequence,
     /// Cache slots of its keys up to the last row; empty without a cache.
     pub(super) slots: Arc<[u32]>,
-    /// Cache slots of its source; empty without one.
+    /// Cache slots of what cross-attention reads of its source; empty without one.
     pub(super) memory: Arc<[u32]>,
 }
 

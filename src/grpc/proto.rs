@@ -37,6 +37,7 @@ pub(crate) mod json {
         adapter_variant: AdapterVariant, "ADAPTER_VARIANT_";
         prompt_init: PromptInit, "PROMPT_INIT_";
         prefix_init: PrefixInit, "PREFIX_INIT_";
+        prefix_form: PrefixForm, "PREFIX_FORM_";
         schedule: Schedule, "SCHEDULE_";
         problem_type: ProblemType, "PROBLEM_TYPE_";
         job_state: JobState, "JOB_STATE_";

@@ -157,7 +157,7 @@ fn check_positions(patches: &[(SiteId, Patch)], base: &Base) -> Result<(), Strin
         if !seen.insert(*site) {
             let what = match base.sites.get(*site).map(|e| e.site) {
                 Some(Site::Embedding) => "prompts".to_owned(),
-                Some(Site::KeyValue { layer }) => format!("prefixes (layer {layer})"),
+                Some(Site::KeyValue { layer, .. }) => format!("prefixes (layer {layer})"),
                 other => format!("{other:?}"),
             };
             let n = patch.tensors().first().map_or(0, |(_, t)| t.dims()[0]);

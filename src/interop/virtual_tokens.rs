@@ -3,8 +3,9 @@
 //!
 //! PEFT saves one tensor, `prompt_embeddings`: of a prompt `[n, hidden]`, of a prefix `[n, layers * 2 * kv_width]`, for each
 //! layer its key and then its value. For encoder-decoders it has rows for two stacks, `[2 n, hidden]`, of which PEFT uses the
-//! first half, ahead of the source; and a prefix joins the decoder's self-attention as [`seq2seq_pair`] says. What made them while training (an MLP, an LSTM) is not saved. AdapterHub saves a
-//! prefix as it was trained: the values, or a table and an MLP with one hidden layer that the loader runs.
+//! first half, ahead of the source; and a prefix joins the decoder's self-attention as [`seq2seq_pair`] says. What made them
+//! while training (an MLP, an LSTM) is not saved. AdapterHub saves a prefix as it was trained: the values, or a table and an
+//! MLP with one hidden layer that the loader runs; for encoder-decoders three of them ([`Group`]).
 
 use std::collections::BTreeMap;
 
@@ -63,13 +64,18 @@ impl At<'_> {
         Ok((site, Patch::Prompt(Prompt { rows: self.put(rows)?, stage, stack })))
     }
 
-    /// A prefix's patches of `[n, pairs * 2 * kv_width]`: a pair for every layer, in order; of an encoder-decoder, as PEFT
-    /// hands them out.
-    fn prefix(self, flat: &Tensor, what: &str, form: PrefixForm) -> Result<Vec<(SiteId, Patch)>, InteropError> {
-        let sites = prefix_sites(self.base)?;
+    /// A prefix's patches of `[n, pairs * 2 * kv_width]`: a pair for every layer, in order; in PEFT's form for an
+    /// encoder-decoder, as PEFT hands them out.
+    fn prefix(
+        self,
+        flat: &Tensor,
+        what: &str,
+        (form, stack): (PrefixForm, Stack),
+    ) -> Result<Vec<(SiteId, Patch)>, InteropError> {
+        let sites = prefix_sites(self.base, stack)?;
         let (arch, layers) = (&self.base.arch, sites.len());
         let (width, got) = (arch.kv_width(), flat.dim(1)?);
-        let (pairs, two) = (got / (2 * width), arch.is_encoder_decoder());
+        let (pairs, two) = (got / (2 * width), arch.is_encoder_decoder() && form == PrefixForm::Context);
         if got % (2 * width) != 0 || pairs < layers || (pairs > layers && !two) {
             return Err(InteropError::BaseMismatch(format!(
                 "{what} has {got} numbers for a virtual token, this server's base {} ({}) takes {}: keys and values of {layers} \
@@ -89,7 +95,7 @@ impl At<'_> {
                 None => {
                     let at = 2 * width * pair;
                     let (k, v) = (flat.narrow(1, at, width)?, flat.narrow(1, at + width, width)?); // [n, kv_width]
-                    Prefix { k: self.put(&k)?, v: self.put(&v)?, form }
+                    Prefix { k: self.put(&k)?, v: self.put(&v)?, form, stack }
                 }
             };
             made.insert(pair, prefix.clone());
@@ -99,23 +105,12 @@ impl At<'_> {
     }
 }
 
-/// Refuses encoder-decoders, whose prompts and prefixes are applied in PEFT's form only.
-fn one_stack(base: &Base) -> Result<(), InteropError> {
-    match base.arch.is_encoder_decoder() {
-        false => Ok(()),
-        true => Err(InteropError::BaseMismatch(format!(
-            "AdapterHub's prompts and prefixes are not applied to encoder-decoders (PEFT's are), and this server's base is {}",
-            base.arch.kind()
-        ))),
-    }
-}
-
 /// The sites of a prefix with their widths, in order of the layers.
 ///
 /// # Errors
 /// A base whose layers keep no keys and values.
-pub(super) fn prefix_sites(base: &Base) -> Result<Vec<(SiteId, usize)>, InteropError> {
-    let sites = base.sites.prefix_sites();
+fn prefix_sites(base: &Base, stack: Stack) -> Result<Vec<(SiteId, usize)>, InteropError> {
+    let sites = base.sites.prefix_sites(stack);
     if sites.is_empty() {
         return Err(InteropError::BaseMismatch(format!(
             "a prefix needs layers with keys and values; this server's base, a {}, has none",
@@ -151,7 +146,7 @@ pub(super) fn decode(
     }
     check_count(at, "num_virtual_tokens", config, n)?;
     let patches = if prefix {
-        let patches = at.prefix(&t, EMBEDDINGS, PrefixForm::Context)?;
+        let patches = at.prefix(&t, EMBEDDINGS, (PrefixForm::Context, Stack::Main))?;
         let pairs = width / (2 * base.arch.kv_width());
         if let Some(said) = count(at, config, "num_layers")?.filter(|said| *said != pairs) {
             return Err(at.mismatch("num_layers", said, pairs));
@@ -258,7 +253,6 @@ pub(super) fn adapterhub(
     base: &Base,
 ) -> Result<Parts, InteropError> {
     let at = At { file, base };
-    one_stack(base)?;
     let all = (tensors.names().into_iter())
         .map(|name| Ok((name.clone(), tensors.get(&name)?)))
         .collect::<Result<BTreeMap<String, Tensor>, InteropError>>()?;
@@ -319,14 +313,69 @@ fn hub_prefix(
             return Err(at.bad(format!("{key} is set, which this server does not apply to prefixes")));
         }
     }
-    let layers = prefix_sites(at.base)?;
+    let groups = Group::ALL.iter().filter(|g| g.is_of(at.base));
+    let used: Vec<&Group> =
+        groups.filter(|g| g.switch.is_none_or(|key| config.get(key) != Some(&Value::Bool(false)))).collect();
+    let known: Vec<String> = used.iter().flat_map(|g| PREFIX_SUFFIXES.map(|s| format!("{}.{s}", g.name))).collect();
+    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let found = by_suffix(at, tensors, "prefix_tunings.", &known)?;
+    let mut patches = Vec::new();
+    for group in used {
+        patches.extend(hub_group(at, config, &found, group)?);
+    }
+    Ok(patches)
+}
+
+/// One of AdapterHub's prefixes: keys and values of all layers whose attention it joins.
+pub(super) struct Group {
+    /// In the tensors' names.
+    pub(super) name: &'static str,
+    pub(super) stack: Stack,
+    /// Where the configuration may leave it out.
+    pub(super) switch: Option<&'static str>,
+}
+
+impl Group {
+    const fn new(name: &'static str, stack: Stack, switch: Option<&'static str>) -> Self {
+        Self { name, stack, switch }
+    }
+
+    /// All that the library has. Bases without an encoder of their own have the first only.
+    pub(super) const ALL: [Self; 3] = [
+        Self::new("self_prefix", Stack::Main, None),
+        Self::new("encoder_prefix", Stack::Encoder, Some("encoder_prefix")),
+        Self::new("cross_prefix", Stack::Memory, Some("cross_prefix")),
+    ];
+
+    fn is_of(&self, base: &Base) -> bool {
+        self.stack == Stack::Main || base.arch.is_encoder_decoder()
+    }
+}
+
+/// What stands behind a group's name.
+const PREFIX_SUFFIXES: [&str; 6] = [
+    "control_trans",
+    "wte.weight",
+    "control_trans.0.weight",
+    "control_trans.0.bias",
+    "control_trans.2.weight",
+    "control_trans.2.bias",
+];
+
+/// The patches of one of the library's prefixes.
+fn hub_group(
+    at: At<'_>,
+    config: &Value,
+    found: &BTreeMap<String, &Tensor>,
+    group: &Group,
+) -> Result<Vec<(SiteId, Patch)>, InteropError> {
+    let layers = prefix_sites(at.base, group.stack)?;
     let whole: usize = layers.iter().map(|(_, width)| 2 * width).sum();
-    let found = by_suffix(at, tensors, "prefix_tunings.", PREFIX_SUFFIXES)?;
     let get = |suffix: &str| {
-        let t = found.get(&format!("self_prefix.{suffix}")).copied();
-        t.ok_or_else(|| at.bad(format!("the tensor of self_prefix.{suffix} is missing")))
+        let name = format!("{}.{suffix}", group.name);
+        found.get(&name).copied().ok_or_else(|| at.bad(format!("the tensor of {name} is missing")))
     };
-    let flat = if found.contains_key("self_prefix.control_trans") {
+    let flat = if found.contains_key(&format!("{}.control_trans", group.name)) {
         let t = get("control_trans")?.flatten_all()?;
         if t.elem_count() % whole != 0 {
             return Err(at.mismatch("the count of control_trans by virtual tokens", t.elem_count(), whole));
@@ -346,17 +395,8 @@ fn hub_prefix(
         )?
     };
     check_count(at, "prefix_length", config, flat.dim(0)?)?;
-    at.prefix(&flat, "the prefix", PrefixForm::Pinned)
+    at.prefix(&flat, group.name, (PrefixForm::Pinned, group.stack))
 }
-
-const PREFIX_SUFFIXES: &[&str] = &[
-    "self_prefix.control_trans",
-    "self_prefix.wte.weight",
-    "self_prefix.control_trans.0.weight",
-    "self_prefix.control_trans.0.bias",
-    "self_prefix.control_trans.2.weight",
-    "self_prefix.control_trans.2.bias",
-];
 
 /// `W2 act(W1 E + b1) + b2` of `[n, d]`, `[h, d]`, `[out, h]`: `[n, out]`. Small factors make large products: sizes are
 /// checked before anything is multiplied.
@@ -407,6 +447,12 @@ fn hub_prompt(
     config: &Value,
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result<Vec<(SiteId, Patch)>, InteropError> {
+    if at.base.arch.is_encoder_decoder() {
+        return Err(InteropError::BaseMismatch(format!(
+            "AdapterHub's prompts are not applied to encoder-decoders (PEFT's are), and this server's base is {}",
+            at.base.arch.kind()
+        )));
+    }
     if let Some(combine) = config.get("combine").and_then(Value::as_str).filter(|c| *c != "prefix") {
         return Err(at.bad(format!("combine {combine:?} is not supported; supported is \"prefix\"")));
     }

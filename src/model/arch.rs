@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    delta::{Problem, Task},
+    delta::{Problem, Site, Stack, Task},
     nn::{HeadShape, RopeScaling},
     ops::Act,
 };
@@ -327,6 +327,7 @@ impl Architecture {
     /// Both stacks in the order in which sites count their layers: module names, first layer's number, layers.
     pub(super) fn stacks(&self) -> impl Iterator<Item = StackShape<'_>> {
         let encoder = (self.encoder_layers > 0).then_some(StackShape {
+            which: Stack::Encoder,
             names: &self.names.encoder,
             first: 0,
             layers: self.encoder_layers,
@@ -334,6 +335,7 @@ impl Architecture {
             causal: false,
         });
         let main = StackShape {
+            which: Stack::Main,
             names: &self.names.block,
             first: self.encoder_layers,
             layers: self.layers,
@@ -370,6 +372,7 @@ impl Architecture {
 /// One stack of blocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct StackShape<'a> {
+    pub(super) which: Stack,
     pub(super) names: &'a BlockNames,
     /// Number of its first layer among the model's sites.
     pub(super) first: usize,
@@ -377,4 +380,11 @@ pub(super) struct StackShape<'a> {
     /// How each layer attends; empty: to everything.
     pub(super) attn: &'a [LayerAttn],
     pub(super) causal: bool,
+}
+
+impl StackShape<'_> {
+    /// The site of the norm behind its last layer.
+    pub(super) fn final_norm(&self) -> Site {
+        if self.which == Stack::Encoder { Site::EncoderNorm } else { Site::FinalNorm }
+    }
 }

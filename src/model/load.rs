@@ -11,7 +11,7 @@ use super::{
     weights::Checkpoint,
 };
 use crate::{
-    delta::{Half, Head, HeadLayer, HeadPool, NormAt, Part, Proj, Site, SiteId, SiteTable, Task},
+    delta::{self, Half, Head, HeadLayer, HeadPool, NormAt, Part, Proj, Site, SiteId, SiteTable, Task},
     nn::{Attention, CrossAttention, Linear, Mlp, Norm, Rotary, Style, Sublayer},
     ops::{self, AttnMask, RelativeBias, Weight},
 };
@@ -139,9 +139,7 @@ impl Loader<'_> {
             bias: bias.clone(),
         };
         let styles = kinds.iter().map(style).collect();
-        let encoder = self.arch.is_encoder_decoder() && stack.first == 0;
-        let site = if encoder { Site::EncoderNorm } else { Site::FinalNorm };
-        let final_norm = self.maybe_norm(stack.names.final_norm, site, self.arch.hidden)?;
+        let final_norm = self.maybe_norm(stack.names.final_norm, stack.final_norm(), self.arch.hidden)?;
         Ok(Stack { blocks, styles, final_norm })
     }
 
@@ -165,7 +163,7 @@ impl Loader<'_> {
                 k_norm: norm(n.k_norm, NormAt::Key, head_dim)?,
                 style,
                 layer: at,
-                keys: self.site(Site::KeyValue { layer })?,
+                keys: self.site(Site::KeyValue { layer, stack: stack.which })?,
                 layer_scale: if a.scale_by_layer { 1.0 / (at + 1) as f32 } else { 1.0 },
             },
             norm_attn_out: norm(n.norm_attn_out, NormAt::AttnOut, h)?,
@@ -178,6 +176,7 @@ impl Loader<'_> {
                         kv: self.linear(&named(&[k, v]), at)?,
                         out: self.linear(&named(&[o]), at)?,
                         layer: at,
+                        keys: self.site(Site::KeyValue { layer, stack: delta::Stack::Memory })?,
                     };
                     Some(Cross { norm, attn })
                 }

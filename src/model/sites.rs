@@ -4,7 +4,7 @@ use super::{
     Architecture, MlpKind,
     arch::{Names, StackShape},
 };
-use crate::delta::{Half, NormAt, Proj, Site, SiteEntry, SiteTable};
+use crate::delta::{Half, NormAt, Proj, Site, SiteEntry, SiteTable, Stack};
 
 /// A linear of a layer: module template, projection, width of input and output.
 pub(super) type Named = (&'static str, Proj, usize, usize);
@@ -60,8 +60,7 @@ pub(super) fn table(a: &Architecture, has_bias: impl Fn(&str) -> bool) -> SiteTa
             layer_sites(a, &stack, layer, &mut push);
         }
         if !stack.names.final_norm.is_empty() {
-            let site = if stack.first == 0 && a.is_encoder_decoder() { Site::EncoderNorm } else { Site::FinalNorm };
-            push(site, stack.names.final_norm.into(), 0, a.hidden);
+            push(stack.final_norm(), stack.names.final_norm.into(), 0, a.hidden);
         }
     }
     if !n.pooler.is_empty() {
@@ -88,7 +87,7 @@ fn layer_sites(a: &Architecture, stack: &StackShape<'_>, at: usize, push: &mut i
     }
     norm(push, n.q_norm, NormAt::Query, a.heads.head_dim);
     norm(push, n.k_norm, NormAt::Key, a.heads.head_dim);
-    push(Site::KeyValue { layer }, String::new(), 0, a.kv_width());
+    push(Site::KeyValue { layer, stack: stack.which }, String::new(), 0, a.kv_width());
     push(Site::Linear { layer, proj: Proj::O }, named(n.o), a.q_width(), a.hidden);
     norm(push, n.norm_attn_out, NormAt::AttnOut, a.hidden);
     push(Site::Sublayer { layer, half: Half::Attn }, String::new(), a.hidden, a.hidden);
@@ -97,6 +96,7 @@ fn layer_sites(a: &Architecture, stack: &StackShape<'_>, at: usize, push: &mut i
         for (name, proj, i, o) in cross(a, stack) {
             push(Site::Linear { layer, proj }, named(name), i, o);
         }
+        push(Site::KeyValue { layer, stack: Stack::Memory }, String::new(), 0, a.kv_width());
     }
     norm(push, n.norm_mlp, NormAt::Mlp, a.hidden);
     for (name, proj, i, o) in up(a, stack) {

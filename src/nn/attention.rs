@@ -52,25 +52,8 @@ impl Attention {
         if self.layer_scale != 1.0 {
             q = (q * f64::from(self.layer_scale))?;
         }
-        let (k, v) = self.all_keys(k, v, pass)?;
+        let (k, v) = pass.keys.all((self.layer, self.keys), (k, v), &pass.cx)?;
         let y = ops::attention(&q, &k, &v, plan)?; // [rows, qw]
         self.out.forward(&y, &pass.cx)
-    }
-
-    /// Everything that the step's queries may see, as the plan's key rows name it: the cache with the new rows and the
-    /// prefixes of sequences that begin written to it; or, without a cache, the new rows and then all prefixes.
-    fn all_keys(&self, k: Tensor, v: Tensor, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
-        match pass.cx.kv {
-            Some(cache) if !pass.slots.is_empty() => {
-                let dtype = k.dtype();
-                let write = |slots: &[u32], k: &Tensor, v: &Tensor| {
-                    cache.write(self.layer, slots, &k.to_dtype(dtype)?, &v.to_dtype(dtype)?).map(drop)
-                };
-                pass.prefixes.write(self.keys, pass.cx.deltas, write)?;
-                cache.write(self.layer, &pass.slots, &k, &v)
-            }
-            _ if pass.prefixes.is_empty() => Ok((k, v)),
-            _ => pass.prefixes.join(self.keys, pass.cx.deltas, &k, &v),
-        }
     }
 }

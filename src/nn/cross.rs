@@ -3,9 +3,9 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::{Cx, Linear, Pass};
-use crate::ops;
+use crate::{delta::SiteId, ops};
 
-/// Attention whose keys and values come from the encoder. They are computed once per sequence and kept in the cache, where
+/// Attention whose keys and values come from the encoder, behind a prefix of the sequence's delta. They are computed once per sequence and kept in the cache, where
 /// there is one.
 #[derive(Debug, Clone)]
 pub struct CrossAttention {
@@ -17,6 +17,8 @@ pub struct CrossAttention {
     pub out: Linear,
     /// Which layer of the cache.
     pub layer: usize,
+    /// The site of its keys and values (prefixes).
+    pub keys: SiteId,
 }
 
 impl CrossAttention {
@@ -37,10 +39,7 @@ impl CrossAttention {
             None => None,
         };
         let (k, v) = match (fresh, pass.cx.kv) {
-            (Some((k, v)), Some(cache)) if !crossing.slots.is_empty() => {
-                cache.write(self.layer, &crossing.slots, &k, &v)?
-            }
-            (Some(fresh), _) => fresh,
+            (Some(fresh), _) => crossing.keys.all((self.layer, self.keys), fresh, &pass.cx)?,
             (None, Some(cache)) => cache.layer(self.layer),
             (None, None) => bail!("a decoder without its encoder's output"),
         };

@@ -49,9 +49,11 @@ impl<'a> Cx<'a> {
 /// What the decoder of an encoder-decoder sees of its encoder.
 #[derive(Clone, Copy)]
 pub struct Memory<'a> {
-    /// Outputs that were computed for this step. Without a cache there is one span per span of the decoder, in order.
+    /// Outputs that were computed for this step: one span per span of the decoder, in order, or with a cache per span of
+    /// the decoder that begins (has no context).
     pub encoded: Option<Encoded<'a>>,
-    /// By span of the decoder: the cache slots of its encoder's positions. Empty without a cache.
+    /// By span of the decoder: the cache slots of what cross-attention reads, a prefix's keys and then its encoder's rows.
+    /// Empty without a cache.
     pub slots: &'a [Arc<[u32]>],
 }
 
@@ -60,7 +62,7 @@ pub struct Memory<'a> {
 pub struct Encoded<'a> {
     /// `[rows, hidden]`, of [`crate::model::Transformer::encode`].
     pub states: &'a Tensor,
-    /// Which rows belong to which sequence. With a cache, a span's slots are where its keys and values are to be kept.
+    /// Which rows belong to which sequence.
     pub rows: &'a RowLayout,
     /// Which rows belong to which delta.
     pub deltas: &'a DeltaBatch,

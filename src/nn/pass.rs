@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::{Cx, Encoded, Rotary};
 use crate::{
-    delta::{Prefixes, Stack, prefix_keys},
-    ops::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, RopeTable},
-    rows::RowLayout,
+    delta::{Keys, Prefixes, SiteId, Stack, prefix_keys},
+    ops::{AttnMask, AttnPlan, AttnSpan, RelativeBias, RopeTable},
+    rows::Span,
 };
 
 /// Heads of attention.
@@ -55,13 +55,50 @@ pub(super) struct Applied {
     pub(super) rope: Option<RopeTable>,
 }
 
+/// What the keys of an attention come from beside those of the step, and where they are kept.
+pub(super) struct KeyStore {
+    /// Cache slots of the step's keys; empty without a cache.
+    slots: Vec<u32>,
+    /// Keys and values that deltas put ahead.
+    prefixes: Prefixes,
+}
+
+impl KeyStore {
+    /// Whether keys are kept in the cache.
+    pub(super) fn is_cached(&self) -> bool {
+        !self.slots.is_empty()
+    }
+
+    /// Everything that the step's queries may see, as the plan's key rows name it: the cache with the new rows and the
+    /// prefixes of sequences that begin written to it; or, without a cache, the new rows and then all prefixes. `site` is
+    /// that of the layer's prefixes.
+    pub(super) fn all(
+        &self,
+        (layer, site): (usize, SiteId),
+        (k, v): (Tensor, Tensor),
+        cx: &Cx<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        match cx.kv.filter(|_| self.is_cached()) {
+            Some(cache) => {
+                let dtype = k.dtype();
+                let write = |slots: &[u32], k: &Tensor, v: &Tensor| {
+                    cache.write(layer, slots, &k.to_dtype(dtype)?, &v.to_dtype(dtype)?).map(drop)
+                };
+                self.prefixes.write(site, cx.deltas, write)?;
+                cache.write(layer, &self.slots, &k, &v)
+            }
+            None if self.prefixes.is_empty() => Ok((k, v)),
+            None => self.prefixes.join(site, cx.deltas, &k, &v),
+        }
+    }
+}
+
 /// Cross-attention on the rows of a step.
 pub(super) struct Crossing<'a> {
     pub(super) plan: Arc<AttnPlan>,
     /// What is to be projected in this step.
     pub(super) encoded: Option<Encoded<'a>>,
-    /// Cache slots of its rows; empty without a cache.
-    pub(super) slots: Vec<u32>,
+    pub(super) keys: KeyStore,
 }
 
 /// What all layers of one forward share, computed once.
@@ -70,10 +107,8 @@ pub struct Pass<'a> {
     pub cx: Cx<'a>,
     /// By kind of layer.
     pub(super) styles: Vec<Applied>,
-    /// Cache slots of the step's rows; empty without a cache.
-    pub(super) slots: Vec<u32>,
-    /// Keys and values that deltas put ahead of the rows.
-    pub(super) prefixes: Prefixes,
+    /// Of self-attention.
+    pub(super) keys: KeyStore,
     /// For decoders with an encoder.
     pub(super) crossing: Option<Crossing<'a>>,
 }
@@ -90,57 +125,78 @@ impl<'a> Pass<'a> {
         positions: &[u32],
         device: &Device,
     ) -> Result<Self> {
-        let (spans, slots, prefixes) = spans(&cx, stack)?;
+        let (spans, keys) = spans(&cx, stack)?;
         let applied = |style: &Style| -> Result<Applied> {
             let rope = style.rotary.as_ref().map(|r| r.table(positions, device)).transpose()?;
             Ok(Applied { plan: heads.plan(Arc::clone(&spans), style.mask, style.bias.clone()), rope })
         };
         let styles = styles.iter().map(applied).collect::<Result<_>>()?;
         let crossing = if cx.memory.is_some() { Some(crossing(&cx, heads)?) } else { None };
-        Ok(Self { cx, styles, slots, prefixes, crossing })
+        Ok(Self { cx, styles, keys, crossing })
     }
 }
 
-/// Each sequence looks at itself (at rows of this step, or at its cache slots) and at its prefix. With the slots of the
-/// step's rows.
-fn spans(cx: &Cx<'_>, stack: Stack) -> Result<(Arc<[AttnSpan]>, Vec<u32>, Prefixes)> {
+/// Each sequence looks at itself (at rows of this step, or at its cache slots) and at its prefix.
+fn spans(cx: &Cx<'_>, stack: Stack) -> Result<(Arc<[AttnSpan]>, KeyStore)> {
     let cached = cx.kv.is_some() && cx.rows.spans().iter().all(|s| !s.slots.is_empty());
-    let (keys, prefixes) = prefix_keys(cx.rows, cx.deltas, stack, cached)?;
-    let mut slots = Vec::new();
-    let span = |(s, keys): (&crate::rows::Span, KeyRows)| {
+    let own = cx.rows.spans().iter();
+    let own = own.map(|s| Keys { rows: s.rows(), slots: cached.then_some(&s.slots), begins: s.context_len == 0 });
+    let sequences: Vec<Keys<'_>> = own.collect();
+    let (keys, prefixes) = prefix_keys(&sequences, cx.rows.rows(), cx.deltas, stack)?;
+    let (mut slots, mut spans) = (Vec::new(), Vec::with_capacity(keys.len()));
+    for (s, (keys, ahead)) in cx.rows.spans().iter().zip(keys) {
+        if s.ahead.keys != ahead {
+            bail!("rows from {} on were laid out for {} prefix keys, their delta has {ahead}", s.start, s.ahead.keys);
+        }
         if cached {
             slots.extend_from_slice(&s.slots[s.first_key()..]);
         }
         let pinned = if s.ahead.pinned { s.ahead.keys } else { 0 };
-        let (context_len, keys_len) = (s.first_key(), s.keys_len());
-        AttnSpan { q_start: s.start, q_len: s.len, context_len, pinned, keys, keys_len }
-    };
-    let spans = cx.rows.spans().iter().zip(keys).map(span).collect();
-    Ok((spans, slots, prefixes))
+        let (context_len, position, keys_len) = (s.first_key(), s.ahead.position(s.context_len), s.keys_len());
+        spans.push(AttnSpan { q_start: s.start, q_len: s.len, context_len, position, pinned, keys, keys_len });
+    }
+    Ok((spans.into(), KeyStore { slots, prefixes }))
 }
 
-/// Each sequence of the decoder looks at its encoder's positions.
+/// Each sequence of the decoder looks at its encoder's positions, and at its prefix of those.
 fn crossing<'a>(cx: &Cx<'a>, heads: HeadShape) -> Result<Crossing<'a>> {
     let Some(memory) = cx.memory else { bail!("a decoder without its encoder's output") };
     let cached = cx.kv.is_some() && !memory.slots.is_empty();
-    let rows: &[_] = memory.encoded.as_ref().map_or(&[], |e| RowLayout::spans(e.rows));
-    let known = if cached { memory.slots.len() } else { rows.len() };
-    if known != cx.rows.spans().len() {
-        bail!("{known} encoded sequences for {} of the decoder", cx.rows.spans().len());
+    let encoded: &[Span] = memory.encoded.as_ref().map_or(&[], |e| e.rows.spans());
+    let decoded = cx.rows.spans();
+    // with a cache, a sequence is encoded in the step in which it begins
+    let begins = |s: &&Span| !cached || s.context_len == 0;
+    let known = if cached { memory.slots.len() } else { encoded.len() };
+    let due = if memory.encoded.is_some() { decoded.iter().filter(begins).count() } else { 0 };
+    if known != decoded.len() || encoded.len() != due {
+        bail!(
+            "{known} sequences with a source, {} of them encoded now, for {} of the decoder",
+            encoded.len(),
+            decoded.len()
+        );
     }
-    let keys = |i: usize| {
-        if cached {
-            (KeyRows::Slots(Arc::clone(&memory.slots[i])), memory.slots[i].len())
-        } else {
-            (KeyRows::From(rows[i].start), rows[i].len)
+    let mut fresh = encoded.iter();
+    let own = |(i, s): (usize, &Span)| {
+        let rows = Some(s).filter(begins).and_then(|_| fresh.next()).map(Span::rows);
+        let slots = cached.then(|| &memory.slots[i]);
+        Keys { begins: rows.is_some(), rows: rows.unwrap_or_default(), slots }
+    };
+    let sequences: Vec<Keys<'_>> = decoded.iter().enumerate().map(own).collect();
+    let rows = memory.encoded.as_ref().map_or(0, |e| e.rows.rows());
+    let (keys, prefixes) = prefix_keys(&sequences, rows, cx.deltas, Stack::Memory)?;
+    let (mut slots, mut spans) = (Vec::new(), Vec::with_capacity(keys.len()));
+    for ((s, own), (keys, ahead)) in decoded.iter().zip(&sequences).zip(keys) {
+        let keys_len = own.slots.map_or(ahead + own.rows.len(), |all| all.len());
+        if let Some(all) = own.slots.filter(|_| own.begins) {
+            if all.len() != ahead + own.rows.len() {
+                bail!("{} slots for {ahead} prefix keys and {} encoded rows", all.len(), own.rows.len());
+            }
+            slots.extend_from_slice(&all[ahead..]);
         }
-    };
-    let span = |(i, s): (usize, &crate::rows::Span)| {
-        let (keys, keys_len) = keys(i);
-        AttnSpan { q_start: s.start, q_len: s.len, context_len: 0, pinned: 0, keys, keys_len }
-    };
-    let spans = cx.rows.spans().iter().enumerate().map(span).collect();
-    let slots = if cached { rows.iter().flat_map(|s| s.slots.iter().copied()).collect() } else { vec![] };
+        let (q_start, q_len) = (s.start, s.len);
+        spans.push(AttnSpan { q_start, q_len, context_len: 0, position: 0, pinned: 0, keys, keys_len });
+    }
     let mask = AttnMask { causal: false, window: None };
-    Ok(Crossing { plan: heads.plan(spans, mask, None), encoded: memory.encoded, slots })
+    let plan = heads.plan(spans.into(), mask, None);
+    Ok(Crossing { plan, encoded: memory.encoded, keys: KeyStore { slots, prefixes } })
 }

@@ -68,8 +68,11 @@ pub struct AttnSpan {
     pub q_start: usize,
     /// Query rows.
     pub q_len: usize,
-    /// Absolute position of the first query.
+    /// Key index of the first query: what the mask counts from.
     pub context_len: usize,
+    /// Position id of the first query: what a bias by distance counts from, to the index of the key. It is `context_len`
+    /// but behind pinned keys, which take no position.
+    pub position: usize,
     /// So many of the first keys are seen by every query, whatever the window; at most `context_len`.
     pub pinned: usize,
     /// Rows of keys and values. Spans may share rows.
@@ -105,7 +108,7 @@ impl RelativeBias {
         &self.values[head * width..(head + 1) * width]
     }
 
-    /// Where in a head's biases the one of this query and key stands.
+    /// Where in a head's biases the one of this query's position and this key's index stands.
     #[inline(always)]
     pub(super) fn place(&self, query: usize, key: usize) -> usize {
         if key >= query {
@@ -231,7 +234,7 @@ fn bias_tensor(bias: &RelativeBias, heads: usize, span: &AttnSpan, device: &Devi
     for head in 0..heads {
         let values = bias.head(head);
         for i in 0..len {
-            data.extend((0..n).map(|j| values[bias.place(span.context_len + i, j)]));
+            data.extend((0..n).map(|j| values[bias.place(span.position + i, j)]));
         }
     }
     Tensor::from_vec(data, (heads, len, n), device)
@@ -257,7 +260,15 @@ mod tests {
         let mut at = 0;
         for &len in lens {
             let keys = KeyRows::From(at);
-            spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, pinned: 0, keys, keys_len: len });
+            spans.push(AttnSpan {
+                q_start: at,
+                q_len: len,
+                context_len: 0,
+                position: 0,
+                pinned: 0,
+                keys,
+                keys_len: len,
+            });
             at += len;
         }
         (plan(spans, mask), at)
@@ -304,7 +315,8 @@ mod tests {
             let (mut spans, mut rows, mut keys) = (Vec::new(), 0, 0);
             for (q_len, keys_len) in lens {
                 let from = KeyRows::From(keys);
-                spans.push(AttnSpan { q_start: rows, q_len, context_len: 0, pinned: 0, keys: from, keys_len });
+                let (q_start, context_len, position, pinned) = (rows, 0, 0, 0);
+                spans.push(AttnSpan { q_start, q_len, context_len, position, pinned, keys: from, keys_len });
                 (rows, keys) = (rows + q_len, keys + keys_len);
             }
             compare(AttnPlan { cap, ..plan(spans, AttnMask { causal: false, window: None }) }, rows, keys);
@@ -329,7 +341,8 @@ mod tests {
                 let keys: Vec<u32> = (from..from + n).map(|r| r as u32).chain(own).collect();
                 let pinned = if pinned { n } else { 0 };
                 let (keys, keys_len) = (KeyRows::Slots(keys.into()), n + len);
-                spans.push(AttnSpan { q_start: at, q_len: len, context_len: n, pinned, keys, keys_len });
+                let position = n - pinned;
+                spans.push(AttnSpan { q_start: at, q_len: len, context_len: n, position, pinned, keys, keys_len });
                 at += len;
             }
             let plan = plan(spans, AttnMask { causal, window });
@@ -369,7 +382,8 @@ mod tests {
             let mask = AttnMask { causal: true, window: None };
             let bias = bias(3);
             let make = |keys| {
-                let span = AttnSpan { q_start: 0, q_len: len, context_len: context, pinned: 0, keys, keys_len: n };
+                let (context_len, position) = (context, context);
+                let span = AttnSpan { q_start: 0, q_len: len, context_len, position, pinned: 0, keys, keys_len: n };
                 Arc::new(AttnPlan { bias: Some(bias.clone()), ..plan(vec![span], mask) })
             };
             let idx = Tensor::new(&slots[..], &dev).unwrap();

@@ -213,7 +213,7 @@ fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32],
         }
     }
     for (h, probs) in probs.chunks_exact_mut(n.max(1)).enumerate() {
-        normalise(probs, Shaping::of(plan, h, span.context_len + i), seen, &mut []);
+        normalise(probs, Shaping::of(plan, h, span.position + i), seen, &mut []);
     }
     for s in 0..n {
         let at = span.key_row(seen.at(s)) * kv_width;
@@ -248,7 +248,7 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
                     let at = (span.q_start + i) * width + (kv_head * group + g) * d;
                     let (q, grad) = (&q[at..at + d], &grad[at..at + d]);
                     let key = |j: usize| span.key_row(j) * kv_width + kv_head * d;
-                    let shaping = Shaping::of(plan, kv_head * group + g, span.context_len + i);
+                    let shaping = Shaping::of(plan, kv_head * group + g, span.position + i);
                     probabilities(q, shaping, key, k, seen, (&mut probs, &mut slope));
                     let mut delta = 0.0;
                     for s in 0..seen.len() {

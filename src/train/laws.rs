@@ -179,6 +179,7 @@ fn every_variable_gets_a_finite_gradient_for_every_family_method_and_task() {
         ("gpt2", Task::CausalLm, vec![positions::projected(3)]),
         ("gpt2", Task::SeqCls, [lora(), vec![positions::p_tuning(2), positions::prefix(3)]].concat()),
         ("bert", Task::SeqCls, vec![positions::prefix(3)]),
+        ("t5", Task::Seq2Seq, [lora(), vec![positions::everywhere(3)]].concat()),
         ("bert", Task::TokenCls, vec![positions::prompt(3)]),
         ("bert", Task::TokenCls, vec![positions::p_tuning(3)]),
     ];
@@ -221,7 +222,7 @@ fn key_bias(name: &str) -> bool {
 
 #[test]
 fn gradients_match_central_differences() {
-    use positions::{p_tuning, prefix, projected, prompt};
+    use positions::{everywhere, p_tuning, prefix, projected, prompt};
     let with = |part: MethodPart| [lora(), vec![part]].concat();
     let cases = [
         ("llama", Task::CausalLm, lora()),
@@ -233,6 +234,9 @@ fn gradients_match_central_differences() {
         ("t5", Task::Seq2Seq, lora()),
         ("t5", Task::Seq2Seq, with(prefix(3))),
         ("t5", Task::Seq2Seq, with(prompt(3))),
+        ("t5", Task::Seq2Seq, with(everywhere(3))),
+        ("gemma2", Task::CausalLm, with(everywhere(3))),
+        ("bert", Task::SeqCls, with(everywhere(3))),
         ("llama", Task::CausalLm, with(prefix(3))),
         ("llama", Task::CausalLm, with(prompt(3))),
         ("gpt2", Task::CausalLm, with(projected(3))),

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor, bail};
 use rand::Rng;
 
 use crate::{
-    delta::{DeltaBatch, Site, SiteId},
+    delta::{DeltaBatch, Site, SiteId, Stack},
     kv::KvCache,
     model::{Base, Input},
     nn::Cx,
@@ -15,7 +15,7 @@ use crate::{
     train::{
         batches::{Stream, rng},
         encode::Encoded,
-        spec::{Start, TrainSpec},
+        spec::{PatchPlan, Start, TrainSpec},
         trainable::Trainable,
     },
 };
@@ -45,7 +45,7 @@ pub(super) fn from_base(
     if let Some(plan) = spec.positions.prefix.as_ref().filter(|p| p.encoder.is_none()) {
         let values = match &plan.start {
             Start::Text(text) => context(base, &cycled(text, train, plan.n))?,
-            Start::Zeros => zeros(base, plan.n)?,
+            Start::Zeros => zeros(base, spec, plan.n)?,
             Start::Random | Start::Vocabulary => vec![],
         };
         values.iter().try_for_each(|(site, k, v)| trainable.set_prefix(*site, k, v))?;
@@ -69,14 +69,15 @@ fn cycled(text: &[u32], train: &[Encoded], n: usize) -> Vec<u32> {
 
 fn layers(base: &Base) -> impl Iterator<Item = (SiteId, usize)> {
     base.sites.iter().filter_map(|(id, e)| match e.site {
-        Site::KeyValue { layer } => Some((id, layer)),
+        Site::KeyValue { layer, stack: Stack::Main } => Some((id, layer)),
         _ => None,
     })
 }
 
-fn zeros(base: &Base, n: usize) -> Result<Vec<(SiteId, Tensor, Tensor)>> {
-    let zero = |width: usize| Tensor::zeros((n, width), base.dtype, &base.device);
-    base.sites.prefix_sites().into_iter().map(|(site, width)| Ok((site, zero(width)?, zero(width)?))).collect()
+fn zeros(base: &Base, spec: &TrainSpec, n: usize) -> Result<Vec<(SiteId, Tensor, Tensor)>> {
+    let zero = Tensor::zeros((n, base.arch.kv_width()), base.dtype, &base.device)?;
+    let joined = spec.patches.iter().filter(|(_, p)| matches!(p, PatchPlan::Prefix { .. }));
+    Ok(joined.map(|(site, _)| (*site, zero.clone(), zero.clone())).collect())
 }
 
 /// Keys and values of every layer for these tokens at positions 0, 1, ...: `[n, kv_width]` each, by site.

@@ -146,7 +146,7 @@ impl Trainable {
                 Patch::Prefix(p) => {
                     let k = Source::Var(add(prefix_name(*site, "k"), &p.k)?);
                     let v = Source::Var(add(prefix_name(*site, "v"), &p.v)?);
-                    Part::Positions(Positions::Prefix { k, v, form: p.form })
+                    Part::Positions(Positions::Prefix { k, v, form: p.form, stack: p.stack })
                 }
                 other => {
                     let vars = other.tensors().into_iter().map(|(name, t)| add(format!("{module}.{name}"), t));

@@ -8,7 +8,7 @@ use super::{
     batches::{Stream, rng},
     encode::{Encoded, Target, tests::byte_codec},
     ewc::Fisher,
-    laws::{examples, hyper, input, shape, tiny},
+    laws::{examples, hyper, input, positions, shape, tiny},
     method_laws::all,
     objective::losses,
     plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     admission::train_params::{
-        EwcParams, JobEventBody, LoraPart, MethodPart, PromptPart, ResolvedTraining, TrainData, TrainParams,
+        EwcParams, JobEventBody, LoraPart, MethodPart, PrefixLibrary, PrefixPart, PromptPart, ResolvedTraining,
+        TrainData, TrainParams,
     },
     delta::{Delta, DeltaSpec, HeadLayer, Matrix, Patch, Problem, Task},
     ids::DeltaId,
@@ -76,6 +77,37 @@ fn every_method_goes_on_from_where_its_delta_ended() {
             assert!(!parts_of(&old, &base.sites).is_empty(), "{family} {name}");
         }
     }
+}
+
+#[test]
+fn an_uploaded_prefix_of_every_attention_goes_on() {
+    let base = tiny("t5");
+    let methods = [positions::everywhere(3)];
+    let made = train(&base, input(&base, Task::Seq2Seq, &methods, hyper(3))).delta;
+    // as it comes back from its files
+    let files = interop::encode(&made, &base, &EncodeMeta::default()).unwrap();
+    let old = Arc::new(interop::decode(&files, &base).unwrap());
+    let spec = TrainSpec::of_delta(&old, (Task::Seq2Seq, Problem::SingleLabel), &[], shape(&base)).unwrap();
+    let own = Trainable::continuing(&old, &spec, &base.sites, 5, &base.device).unwrap();
+    let data = examples(Task::Seq2Seq, 12);
+    let start = own.delta(&mut rng(0, Stream::Dropout)).unwrap();
+    assert!((loss(&base, &old, &data) - loss(&base, &start, &data)).abs() < 1e-5);
+    let run =
+        Run::with_trainable(Arc::clone(&base), None, input(&base, Task::Seq2Seq, &methods, hyper(30)), own).unwrap();
+    let end = Arc::new(finish(run).delta);
+    assert!(loss(&base, &end, &data) < loss(&base, &old, &data));
+    // a request that leaves the form open takes the delta's; another is told
+    let with = |form| {
+        let part = MethodPart::Prefix(PrefixPart { form, ..PrefixPart::default() });
+        let (parts, clashes) = adopt(&[part], &old, base.arch.hidden);
+        assert!(clashes.is_empty());
+        let spec = TrainSpec::resolve(&parts, Task::Seq2Seq, &[], shape(&base)).unwrap();
+        spec.check_continues(&old, &base.sites).map_err(|v| v.message)
+    };
+    assert_eq!((with(None), with(Some(PrefixLibrary::AdapterHub))), (Ok(()), Ok(())));
+    let message = with(Some(PrefixLibrary::Peft)).unwrap_err();
+    assert!(message.contains("layers.0.keys, the request trains nothing"), "{message}");
+    assert_eq!(parts_of(&old, &base.sites), [positions::everywhere(3)]);
 }
 
 #[test]

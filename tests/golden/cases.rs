@@ -4,7 +4,7 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use candle_core::{Tensor, Var};
 use deltaserve::{
-    delta::{Delta, DeltaBatch},
+    delta::{Delta, DeltaBatch, Stack},
     interop::{self, EncodeMeta, InteropError},
     kv::KvCache,
     model::{Base, Input, Source},
@@ -219,16 +219,20 @@ pub(crate) fn greedy(
     let sources: Vec<usize> =
         prompts.iter().zip(deltas).map(|pair| start.as_ref().map_or(0, |_| rows_read(pair))).collect();
     let ahead: Vec<Ahead> = deltas.iter().map(|d| d.as_ref().map(|d| d.ahead()).unwrap_or_default()).collect();
-    let before = |i: usize| sources[i] + ahead[i].slots() + heads[i].len();
+    // what cross-attention reads: a prefix's keys, then the encoder's rows
+    let memory_keys = |d: &Option<Arc<Delta>>| d.as_ref().map_or(0, |d| d.ahead_of(Stack::Memory).keys);
+    let read: Vec<usize> =
+        sources.iter().zip(deltas).map(|(rows, d)| if *rows > 0 { rows + memory_keys(d) } else { 0 }).collect();
+    let before = |i: usize| read[i] + ahead[i].slots() + heads[i].len();
     let longest = (0..prompts.len()).map(before).max().unwrap_or(0) + steps;
     let n = prompts.len();
     let cache = KvCache::new(base.arch.layers, n * longest, base.arch.kv_width(), base.dtype, &base.device)?;
     // interleaved slots: a sequence's positions are never neighbours
     let slots = |i: usize, range: Range<usize>| -> Arc<[u32]> { range.map(|p| (p * n + i) as u32).collect() };
-    let cross: Vec<Arc<[u32]>> = (0..n).map(|i| slots(i, 0..sources[i])).collect();
+    let cross: Vec<Arc<[u32]>> = (0..n).map(|i| slots(i, 0..read[i])).collect();
     let source = if start.is_some() {
         let mut rows = RowLayout::default();
-        (0..n).for_each(|i| rows.push_after(source_ahead(&deltas[i]), sources[i], 0, Arc::clone(&cross[i])));
+        (0..n).for_each(|i| rows.push_after(source_ahead(&deltas[i]), sources[i], 0, Arc::from([])));
         Some(Source::encode(base, rows, &prompts.concat(), deltas, None)?)
     } else {
         None
@@ -239,7 +243,7 @@ pub(crate) fn greedy(
         let mut tokens = Vec::new();
         for (i, head) in heads.iter().enumerate() {
             let total = ahead[i].rows + head.len() + out[i].len();
-            let own = slots(i, sources[i]..sources[i] + ahead[i].keys + total);
+            let own = slots(i, read[i]..read[i] + ahead[i].keys + total);
             match out[i].last() {
                 None => {
                     rows.push_after(ahead[i], total, 0, own);

@@ -45,8 +45,9 @@ fn prompt_of(world: &World, n: usize) -> DeltaFiles {
 /// A prefix of `n` keys, which both layers share.
 fn prefix_of(world: &World, n: usize) -> DeltaFiles {
     let (mut rng, width) = (Rng(12), world.base.arch.kv_width());
-    let prefix = Prefix { k: random(&mut rng, n, width), v: random(&mut rng, n, width), form: PrefixForm::Context };
-    let sites = world.base.sites.prefix_sites();
+    let (k, v) = (random(&mut rng, n, width), random(&mut rng, n, width));
+    let prefix = Prefix { k, v, form: PrefixForm::Context, stack: Stack::Main };
+    let sites = world.base.sites.prefix_sites(Stack::Main);
     files(world, "prefix", sites.into_iter().map(|(site, _)| (site, Patch::Prefix(prefix.clone()))).collect())
 }
 

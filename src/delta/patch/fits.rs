@@ -34,7 +34,7 @@ impl Patch {
             Self::TokenRows(_) => embedding || site == Site::LmHead,
             Self::Bottleneck(_) => matches!(site, Site::Sublayer { .. }),
             Self::Prompt(_) => embedding,
-            Self::Prefix(_) => matches!(site, Site::KeyValue { .. }),
+            Self::Prefix(p) => matches!(site, Site::KeyValue { stack, .. } if stack == p.stack),
         }
     }
 

@@ -10,7 +10,7 @@ fn delta(n: u8) -> Option<DeltaId> {
 }
 
 fn demand(total: usize, most: usize) -> Demand {
-    Demand { total, most, reserved: 0, source: 0 }
+    Demand { total, most, reserved: 0, source: 0, source_reserved: 0 }
 }
 
 fn limits() -> Limits {
@@ -27,6 +27,13 @@ struct Job {
     source: usize,
     /// Cache slots ahead, as the delta has it.
     reserved: usize,
+}
+
+impl Job {
+    /// A prefix of this many keys is ahead of a source, too.
+    fn source_reserved(&self) -> usize {
+        if self.source > 0 { self.reserved } else { 0 }
+    }
 }
 
 fn jobs() -> impl Strategy<Value = Vec<Job>> {
@@ -68,7 +75,8 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
                 (job.new, job.source) = (0, 0);
             }
             let most = job.prompt + job.new.saturating_sub(1);
-            let demand = Demand { total: job.prompt, most, reserved: job.reserved, source: job.source };
+            let (reserved, source, source_reserved) = (job.reserved, job.source, job.source_reserved());
+            let demand = Demand { total: job.prompt, most, reserved, source, source_reserved };
             match scheduler.submit(next, delta(job.delta), demand) {
                 Ok(()) => drop(left.insert(next, (job, 0))),
                 Err(e) => prop_assert!(e.positions > e.limit),
@@ -133,7 +141,7 @@ fn check_step(
             Some(_) => {
                 prop_assert!(share.len <= l.prefill_chunk);
                 prop_assert_eq!(share.encode, if share.context == 0 { job.source } else { 0 }, "once per start");
-                prop_assert_eq!(s.memory_slots(share.id).len(), job.source);
+                prop_assert_eq!(s.memory_slots(share.id).len(), job.source_reserved() + job.source);
                 let slots = s.slots(share.id, share.context + share.len);
                 prop_assert_eq!(slots.len(), job.reserved + share.context + share.len);
             }

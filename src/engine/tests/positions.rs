@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    delta::{Prefix, PrefixForm, Prompt, PromptStage, Site, SiteId},
+    delta::{Prefix, PrefixForm, Prompt, PromptStage, Site, SiteId, Stack},
     model::{
         Input,
         testing::{tiny_bert, tiny_gpt2, tiny_llama},
@@ -14,19 +14,16 @@ use crate::{
 type Held = Option<(DeltaId, Arc<Delta>)>;
 
 fn rows(base: &Base, rows: Tensor, stage: PromptStage) -> (SiteId, Patch) {
-    (
-        base.sites.id(Site::Embedding).expect("site"),
-        Patch::Prompt(Prompt { rows, stage, stack: crate::delta::Stack::Main }),
-    )
+    (base.sites.id(Site::Embedding).expect("site"), Patch::Prompt(Prompt { rows, stage, stack: Stack::Main }))
 }
 
 fn random_prefix(base: &Base, seed: u64, n: usize, form: PrefixForm) -> Vec<(SiteId, Patch)> {
     let mut rng = Rng(seed);
     let width = base.arch.kv_width();
     let at = |layer| {
-        let site = base.sites.id(Site::KeyValue { layer }).expect("site");
+        let site = base.sites.id(Site::KeyValue { layer, stack: Stack::Main }).expect("site");
         let (k, v) = (tensor(&mut rng, &[n, width], 1.0), tensor(&mut rng, &[n, width], 1.0));
-        (site, Patch::Prefix(Prefix { k, v, form }))
+        (site, Patch::Prefix(Prefix { k, v, form, stack: Stack::Main }))
     };
     (0..base.arch.layers).map(at).collect()
 }

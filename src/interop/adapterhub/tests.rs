@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use crate::{
-    delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Problem, Task},
+    delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Problem, Stack, Task},
     interop::{EncodeMeta, InteropError, decode, encode},
     model::{
         Base,
-        testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama},
+        testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5},
     },
 };
 
@@ -153,6 +153,81 @@ fn folders_that_would_be_applied_wrongly_are_refused_by_name() {
     pickle.files.insert("pytorch_adapter.bin".into(), bytes::Bytes::from_static(b"PK"));
     let e = decode(&pickle, &base).unwrap_err();
     assert!(matches!(e, InteropError::Pickle(_)) && e.to_string().contains("deltas convert"), "{e}");
+}
+
+/// The tensors of prefixes of an encoder-decoder with this many virtual tokens, and their configuration.
+fn prefixes(base: &Base, groups: &[(&str, usize)]) -> (Value, HashMap<String, Tensor>) {
+    let (layers, width) = (base.arch.layers, base.arch.kv_width());
+    let key = |group: &str| format!("prefix_tuning.prefix_tunings.my-name.{group}_prefix.control_trans");
+    let tensors = groups.iter().map(|(group, n)| (key(group), rand(&[n * layers * 2 * width]))).collect();
+    let has = |group: &str| groups.iter().any(|(g, _)| *g == group);
+    let own = json!({"architecture": "prefix_tuning", "flat": true, "encoder_prefix": has("encoder"),
+        "cross_prefix": has("cross")});
+    (own, tensors)
+}
+
+#[test]
+fn prefixes_of_an_encoder_decoder_join_every_attention_and_survive() {
+    let base = random_base(&tiny_t5(), 1).unwrap();
+    let (layers, width) = (base.arch.layers, base.arch.kv_width());
+    for (groups, len) in [
+        (&[("self", 4), ("encoder", 4), ("cross", 4)][..], 6),
+        (&[("self", 4), ("cross", 4)][..], 4),
+        (&[("self", 4), ("encoder", 4)][..], 4),
+        (&[("self", 4)][..], 2),
+    ] {
+        let (own, tensors) = prefixes(&base, groups);
+        let delta = decode(&pack(&config(&base, own), &tensors), &base).unwrap();
+        assert_eq!((delta.patches().len(), delta.spec.num_virtual_tokens, delta.spec.task), (len, 4, Task::Seq2Seq));
+        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        assert_eq!(again.patches().len(), len);
+        for (group, stack) in [("self", Stack::Main), ("encoder", Stack::Encoder), ("cross", Stack::Memory)] {
+            let file = tensors.get(&format!("prefix_tuning.prefix_tunings.my-name.{group}_prefix.control_trans"));
+            for delta in [&delta, &again] {
+                assert_eq!(delta.ahead_of(stack).keys, if file.is_some() { 4 } else { 0 });
+                let own = base.sites.prefix_sites(stack);
+                let found = delta.patches().iter().filter(|(s, _)| own.iter().any(|(site, _)| site == s));
+                for (layer, (_, patch)) in found.enumerate() {
+                    // [n, layers, key and value, width]
+                    let file = file.unwrap().reshape((4, layers, 2, width)).unwrap();
+                    for (i, (_, t)) in patch.tensors().into_iter().enumerate() {
+                        let want =
+                            file.narrow(1, layer, 1).unwrap().narrow(2, i, 1).unwrap().reshape((4, width)).unwrap();
+                        assert_eq!(t.to_vec2::<f32>().unwrap(), want.to_vec2::<f32>().unwrap(), "{group} {layer}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn prefixes_of_an_encoder_decoder_that_lack_a_part_are_refused_by_name() {
+    let base = random_base(&tiny_t5(), 1).unwrap();
+    let refuse = |own: Value, tensors: &HashMap<String, Tensor>, needle: &str| {
+        let e = decode(&pack(&config(&base, own), tensors), &base).unwrap_err();
+        assert!(e.to_string().contains(needle), "{e} lacks {needle:?}");
+    };
+    let (own, tensors) = prefixes(&base, &[("self", 4), ("encoder", 4), ("cross", 4)]);
+    for group in ["self", "encoder", "cross"] {
+        let mut torn = tensors.clone();
+        torn.retain(|key, _| !key.contains(group));
+        refuse(own.clone(), &torn, &format!("{group}_prefix.wte.weight is missing"));
+    }
+    let mut off = own.clone();
+    off["cross_prefix"] = json!(false);
+    refuse(off, &tensors, "cross_prefix.control_trans");
+    let mut long = own.clone();
+    long["prefix_length"] = json!(5);
+    refuse(long, &tensors, "prefix_length is 5, the tensors have 4");
+    let mut prompt = own;
+    prompt["architecture"] = json!("prompt_tuning");
+    refuse(prompt, &tensors, "prompts are not applied to encoder-decoders");
+    // an encoder alone has one prefix
+    let bert = random_base(&tiny_bert(), 1).unwrap();
+    let (own, tensors) = prefixes(&bert, &[("self", 4), ("cross", 4)]);
+    let e = decode(&pack(&config(&bert, own), &tensors), &bert).unwrap_err();
+    assert!(e.to_string().contains("cross_prefix"), "{e}");
 }
 
 #[test]

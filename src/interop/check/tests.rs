@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     delta::{
         Act, Affine, Bottleneck, DeltaBatch, DeltaSpec, Dora, DoraBase, LowRank, Matrix, Prefix, PrefixForm, Proj,
-        Prompt, PromptStage, Scaling, Site, SiteEntry, TokenRows, Wiring,
+        Prompt, PromptStage, Scaling, Site, SiteEntry, Stack, TokenRows, Wiring,
     },
     model::{
         Input,
@@ -50,8 +50,8 @@ fn every_kind(site: SiteId, e: &SiteEntry, base: &Base) -> Vec<Patch> {
         Patch::Bottleneck(Box::new(bottleneck)),
         Patch::TokenRows(TokenRows { ids: vec![9], rows: rand(&[1, hidden]), base: rand(&[1, hidden]) }),
         Patch::Matrix(Matrix { weight: rand(&[input, out]), bias: None }),
-        Patch::Prompt(Prompt { rows: rand(&[2, out]), stage: PromptStage::Tokens, stack: crate::delta::Stack::Main }),
-        Patch::Prefix(Prefix { k: rand(&[2, out]), v: rand(&[2, out]), form: PrefixForm::Context }),
+        Patch::Prompt(Prompt { rows: rand(&[2, out]), stage: PromptStage::Tokens, stack: Stack::Main }),
+        Patch::Prefix(Prefix { k: rand(&[2, out]), v: rand(&[2, out]), form: PrefixForm::Context, stack: Stack::Main }),
     ]
 }
 

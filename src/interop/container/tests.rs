@@ -7,12 +7,12 @@ use super::{FORMAT, INDEX, decode_within};
 use crate::{
     delta::{
         Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Prefix, PrefixForm, Proj, Prompt, PromptStage, Site,
-        SiteId, Task,
+        SiteId, Stack, Task,
     },
     interop::{EncodeMeta, InteropError, decode, encode},
     model::{
         Base,
-        testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama},
+        testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5},
     },
 };
 
@@ -34,14 +34,14 @@ fn spec(methods: &[&str], task: Task) -> DeltaSpec {
 
 fn prompt(base: &Base, n: usize, stage: PromptStage) -> (SiteId, Patch) {
     let site = base.sites.id(Site::Embedding).unwrap();
-    (site, Patch::Prompt(Prompt { rows: rand((n, base.arch.hidden)), stage, stack: crate::delta::Stack::Main }))
+    (site, Patch::Prompt(Prompt { rows: rand((n, base.arch.hidden)), stage, stack: Stack::Main }))
 }
 
 fn prefix(base: &Base, n: usize, form: PrefixForm) -> Vec<(SiteId, Patch)> {
     let at = |layer| {
-        let site = base.sites.id(Site::KeyValue { layer }).unwrap();
+        let site = base.sites.id(Site::KeyValue { layer, stack: Stack::Main }).unwrap();
         let width = base.arch.kv_width();
-        (site, Patch::Prefix(Prefix { k: rand((n, width)), v: rand((n, width)), form }))
+        (site, Patch::Prefix(Prefix { k: rand((n, width)), v: rand((n, width)), form, stack: Stack::Main }))
     };
     (0..base.arch.layers).map(at).collect()
 }
@@ -84,6 +84,27 @@ fn prompts_and_prefixes_survive_encode_and_decode() {
             same(&decode(&files, &base).unwrap(), &delta);
         }
     }
+}
+
+#[test]
+fn a_prefix_of_every_attention_combines_with_others() {
+    let base = random_base(&tiny_t5(), 3).unwrap();
+    let width = base.arch.kv_width();
+    let of = |stack| {
+        let at = move |(site, _)| {
+            let (k, v) = (rand((4, width)), rand((4, width)));
+            (site, Patch::Prefix(Prefix { k, v, form: PrefixForm::Pinned, stack }))
+        };
+        base.sites.prefix_sites(stack).into_iter().map(at)
+    };
+    let all: Vec<(SiteId, Patch)> = [Stack::Main, Stack::Encoder, Stack::Memory].into_iter().flat_map(of).collect();
+    let (site, _) = base.sites.linears().next().unwrap();
+    let low = LowRank { a: rand((2, 32)), b: rand((2, 32)), scale: 0.5 };
+    let patches = [vec![(site, Patch::LowRank(low))], all].concat();
+    let delta = Delta::new(spec(&["lora", "prefix"], Task::Seq2Seq), patches, None);
+    let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+    assert!(files.files.contains_key("part1.adapter.safetensors"), "{:?}", files.files.keys());
+    same(&decode(&files, &base).unwrap(), &delta);
 }
 
 fn combination(base: &Base) -> Delta {

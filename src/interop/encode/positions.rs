@@ -1,17 +1,19 @@
 //! Prompts and prefixes to the folder form of the library whose they are: PEFT's, or AdapterHub's where positions do not
 //! move.
 
+use std::collections::BTreeMap;
+
 use candle_core::Tensor;
 use serde_json::{Value, json};
 
 use super::{Named, Part, Writer, plain};
 use crate::{
-    delta::{DeltaFiles, Patch, Prefix, PrefixForm, Prompt, PromptStage, seq2seq_pair},
+    delta::{DeltaFiles, Patch, PrefixForm, PromptStage, Stack, seq2seq_pair},
     interop::{
         InteropError,
         adapterhub::{self, NAME},
         keys,
-        virtual_tokens::EMBEDDINGS,
+        virtual_tokens::{EMBEDDINGS, Group},
     },
 };
 
@@ -20,28 +22,29 @@ use crate::{
 /// # Errors
 /// A head that has no place in the library's form.
 pub(super) fn encode(w: &Writer<'_>) -> Result<DeltaFiles, InteropError> {
-    let mut parts = Vec::new();
+    // a prefix's tensors by whose keys they precede, in order of the layers: key, value, key, value, ...
+    let mut parts: BTreeMap<Stack, Vec<Tensor>> = BTreeMap::new();
     let mut form = None;
     for (_, patch) in w.delta.patches() {
-        match patch {
-            Patch::Prompt(Prompt { rows, stage, .. }) => {
-                form = Some((false, *stage == PromptStage::Tokens));
-                parts.push(plain(rows)?);
-            }
-            Patch::Prefix(Prefix { k, v, form: f }) => {
-                form = Some((true, *f == PrefixForm::Context));
-                parts.extend([plain(k)?, plain(v)?]);
-            }
+        let (own, stack, tensors) = match patch {
+            Patch::Prompt(p) => ((false, p.stage == PromptStage::Tokens), p.stack, vec![plain(&p.rows)?]),
+            Patch::Prefix(p) => ((true, p.form == PrefixForm::Context), p.stack, vec![plain(&p.k)?, plain(&p.v)?]),
             other => return Err(InteropError::Tensor(format!("{other:?} adds no positions"))),
-        }
+        };
+        form = Some(own);
+        parts.entry(stack).or_default().extend(tensors);
     }
-    if let (true, Some((prefix, _))) = (w.base.arch.is_encoder_decoder(), form) {
-        parts = two_stacks(parts, prefix)?;
-    }
-    let t = Tensor::cat(&parts, 1)?; // [n, hidden], or [n, layers * 2 * kv_width]
+    let two = w.base.arch.is_encoder_decoder();
     match form {
-        Some((prefix, true)) => peft(w, t, prefix),
-        Some((prefix, false)) => hub(w, t, prefix),
+        Some((prefix, true)) => {
+            let mut parts: Vec<Tensor> = parts.into_values().flatten().collect();
+            if two {
+                parts = two_stacks(parts, prefix)?;
+            }
+            peft(w, Tensor::cat(&parts, 1)?, prefix) // [n, hidden], or [n, layers * 2 * kv_width]
+        }
+        Some((true, false)) => hub_prefix(w, &parts),
+        Some((false, false)) => hub_prompt(w, &parts.into_values().flatten().collect::<Vec<_>>()),
         None => Err(InteropError::Tensor("no position is added".into())),
     }
 }
@@ -116,20 +119,33 @@ fn peft(w: &Writer<'_>, t: Tensor, prefix: bool) -> Result<DeltaFiles, InteropEr
     w.folder(&Part { config: Value::Object(config), tensors })
 }
 
-fn hub(w: &Writer<'_>, t: Tensor, prefix: bool) -> Result<DeltaFiles, InteropError> {
-    let root = w.base.arch.names.prefix;
-    let (key, t, inner) = if prefix {
-        let key = format!("{root}prefix_tuning.prefix_tunings.{NAME}.self_prefix.control_trans");
-        let inner = json!({
-            "architecture": "prefix_tuning", "cross_prefix": true, "dropout": 0.0, "encoder_prefix": true, "flat": true,
-            "leave_out": [], "prefix_length": t.dim(0)?, "shared_gating": true, "use_gating": false,
-        });
-        (key, t.flatten_all()?, inner)
-    } else {
-        let key = format!("{root}prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight");
-        let inner = json!({ "architecture": "prompt_tuning", "combine": "prefix", "prompt_length": t.dim(0)? });
-        (key, t, inner)
-    };
+/// The values of each of the library's prefixes.
+fn hub_prefix(w: &Writer<'_>, parts: &BTreeMap<Stack, Vec<Tensor>>) -> Result<DeltaFiles, InteropError> {
+    let mut tensors = Named::new();
+    let mut config = json!({
+        "architecture": "prefix_tuning", "cross_prefix": true, "dropout": 0.0, "encoder_prefix": true, "flat": true,
+        "leave_out": [], "shared_gating": true, "use_gating": false,
+    });
+    for group in &Group::ALL {
+        match (parts.get(&group.stack), group.switch) {
+            (Some(parts), _) => {
+                let t = Tensor::cat(parts, 1)?; // [n, layers * 2 * kv_width]
+                config["prefix_length"] = json!(t.dim(0)?);
+                let root = w.base.arch.names.prefix;
+                let key = format!("{root}prefix_tuning.prefix_tunings.{NAME}.{}.control_trans", group.name);
+                tensors.insert(key, t.flatten_all()?);
+            }
+            (None, Some(switch)) if w.base.arch.is_encoder_decoder() => config[switch] = json!(false),
+            (None, _) => {}
+        }
+    }
+    adapterhub::folder(w, &Part { config: adapterhub::about(w.base, config), tensors })
+}
+
+fn hub_prompt(w: &Writer<'_>, parts: &[Tensor]) -> Result<DeltaFiles, InteropError> {
+    let t = Tensor::cat(parts, 1)?; // [n, hidden]
+    let key = format!("{}prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight", w.base.arch.names.prefix);
+    let inner = json!({ "architecture": "prompt_tuning", "combine": "prefix", "prompt_length": t.dim(0)? });
     let part = Part { config: adapterhub::about(w.base, inner), tensors: Named::from([(key, t)]) };
     adapterhub::folder(w, &part)
 }

@@ -2,14 +2,20 @@
 
 use super::*;
 use crate::{
-    admission::train_params::{PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart},
-    delta::{Delta, DeltaSpec, Patch, Prefix, PrefixForm},
+    admission::train_params::{PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart},
+    delta::{Delta, DeltaSpec, Patch, Prefix, PrefixForm, Stack},
     interop::{self, EncodeMeta},
     train::start,
 };
 
 pub(in crate::train) fn prefix(n: u32) -> MethodPart {
     MethodPart::Prefix(PrefixPart { num_virtual_tokens: Some(n), ..PrefixPart::default() })
+}
+
+/// AdapterHub's form: of an encoder-decoder, in every attention.
+pub(in crate::train) fn everywhere(n: u32) -> MethodPart {
+    let part = PrefixPart { form: Some(PrefixLibrary::AdapterHub), ..PrefixPart::default() };
+    MethodPart::Prefix(PrefixPart { num_virtual_tokens: Some(n), ..part })
 }
 
 pub(in crate::train) fn projected(n: u32) -> MethodPart {
@@ -35,7 +41,7 @@ fn of(parts: Vec<(usize, Tensor, Tensor)>) -> Arc<Delta> {
         parameters: 0,
         resident_bytes: 0,
     };
-    let patch = |(site, k, v)| (site, Patch::Prefix(Prefix { k, v, form: PrefixForm::Context }));
+    let patch = |(site, k, v)| (site, Patch::Prefix(Prefix { k, v, form: PrefixForm::Context, stack: Stack::Main }));
     Arc::new(Delta::new(spec, parts.into_iter().map(patch).collect(), None))
 }
 
@@ -133,6 +139,24 @@ fn virtual_tokens_start_where_they_are_told_to() {
     };
     assert!(start_of(with(PrefixInit::Zeros), 1).iter().all(|x| *x == 0.0));
     assert!(start_of(with(PrefixInit::Random), 1).iter().any(|x| *x != 0.0));
+    // in AdapterHub's form, of every attention
+    let t5 = tiny("t5");
+    let hub = |init| PrefixPart {
+        init,
+        num_virtual_tokens: Some(3),
+        form: Some(PrefixLibrary::AdapterHub),
+        ..PrefixPart::default()
+    };
+    let values = |init, seed| {
+        let input = input(&t5, Task::Seq2Seq, &[MethodPart::Prefix(hub(init))], ResolvedTraining { seed, ..hyper(3) });
+        let run = Run::new(Arc::clone(&t5), None, input).unwrap();
+        run.trainable().vars().iter().flat_map(|v| flat(&v.var)).collect::<Vec<f32>>()
+    };
+    assert_eq!(values(Some(PrefixInit::Zeros), 1), vec![0.0; 6 * 2 * 3 * 32], "6 attentions, key and value, 3 x 32");
+    let drawn = values(None, 1);
+    let spread = (drawn.iter().map(|x| x * x).sum::<f32>() / drawn.len() as f32).sqrt();
+    assert!((spread - 0.02).abs() < 0.002 && drawn != values(None, 2), "N(0, 0.02): {spread}");
+    assert!(drawn.chunks(96).enumerate().all(|(i, a)| drawn.chunks(96).take(i).all(|b| a != b)), "none is shared");
     // without a text: the first training examples
     let examples: Vec<u32> =
         super::examples(Task::CausalLm, 40).iter().flat_map(|e| e.tokens.clone()).take(3).collect();
@@ -146,6 +170,7 @@ fn what_is_published_is_what_was_trained() {
     let methods = [
         vec![prefix(3)],
         vec![projected(3)],
+        vec![everywhere(3)],
         vec![prompt(4)],
         vec![p_tuning(4)],
         [lora(), vec![prompt(2), prefix(3)]].concat(),
@@ -185,6 +210,7 @@ fn prompts_and_prefixes_learn() {
         ("bert", Task::TokenCls, projected(6), 1e-2, 0.8),
         ("bert", Task::SeqCls, p_tuning(6), 1e-2, 0.8),
         ("t5", Task::Seq2Seq, prompt(6), 5e-2, 0.95),
+        ("t5", Task::Seq2Seq, everywhere(6), 5e-2, 0.8),
     ] {
         let base = tiny(family);
         let resolved = ResolvedTraining { learning_rate: lr, ..hyper(80) };

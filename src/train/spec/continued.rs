@@ -8,10 +8,10 @@ use crate::{
         params::Violation,
         train_params::{
             AdapterPart, AdapterVariant, BitfitPart, Ia3Part, LnPart, LoraBias, LoraInit, LoraPart, MethodPart,
-            PrefixPart, PromptInit, PromptPart, Targets, TokensPart,
+            PrefixLibrary, PrefixPart, PromptInit, PromptPart, Targets, TokensPart,
         },
     },
-    delta::{AdapterInput, Delta, Patch, Problem, Scaling, SiteId, SiteTable, Task},
+    delta::{AdapterInput, Delta, Patch, PrefixForm, Problem, Scaling, SiteId, SiteTable, Task},
 };
 
 const FIELD: &str = "methods";
@@ -144,7 +144,7 @@ pub fn adopt(parts: &[MethodPart], delta: &Delta, hidden: usize) -> (Vec<MethodP
                 clash(i, "init");
             }
             let n = p.num_virtual_tokens.or(Some(delta.ahead().keys as u32).filter(|n| *n > 0));
-            MethodPart::Prefix(PrefixPart { num_virtual_tokens: n, ..p.clone() })
+            MethodPart::Prefix(PrefixPart { num_virtual_tokens: n, form: p.form.or(prefix_of(delta)), ..p.clone() })
         }
         MethodPart::Full => {
             clash(i, "full");
@@ -197,6 +197,7 @@ pub fn parts_of(delta: &Delta, sites: &SiteTable) -> Vec<MethodPart> {
             PatchPlan::Prefix { n, .. } if !parts.iter().any(|p| p.kind() == "prefix") => {
                 parts.push(MethodPart::Prefix(PrefixPart {
                     num_virtual_tokens: Some(*n as u32),
+                    form: prefix_of(delta),
                     ..PrefixPart::default()
                 }));
             }
@@ -269,8 +270,17 @@ fn plan_of(patch: &Patch) -> PatchPlan {
         Patch::TokenRows(t) => PatchPlan::TokenRows(t.ids.clone()),
         Patch::Matrix(_) => PatchPlan::Matrix,
         Patch::Prompt(p) => PatchPlan::Prompt { n: rows(&p.rows), made: false, stack: p.stack },
-        Patch::Prefix(p) => PatchPlan::Prefix { n: rows(&p.k), made: false, like: None },
+        Patch::Prefix(p) => PatchPlan::Prefix { n: rows(&p.k), made: false, like: None, form: p.form, stack: p.stack },
     }
+}
+
+/// Whose form a delta's prefix has.
+fn prefix_of(delta: &Delta) -> Option<PrefixLibrary> {
+    delta.patches().iter().find_map(|(_, p)| match p {
+        Patch::Prefix(p) if p.form == PrefixForm::Pinned => Some(PrefixLibrary::AdapterHub),
+        Patch::Prefix(_) => Some(PrefixLibrary::Peft),
+        _ => None,
+    })
 }
 
 fn low_rank(plan: &PatchPlan) -> Option<LowRankPlan> {
@@ -329,6 +339,10 @@ fn apart(wanted: &PatchPlan, own: &PatchPlan) -> Option<String> {
         (PatchPlan::TokenRows(w), PatchPlan::TokenRows(o)) => {
             let set = |ids: &[u32]| ids.iter().copied().collect::<BTreeSet<_>>();
             (set(w) != set(o)).then(|| "the request's tokens are not the delta's".to_owned())
+        }
+        (PatchPlan::Prefix { form: w, .. }, PatchPlan::Prefix { form: o, .. }) if w != o => {
+            let of = |form: &PrefixForm| if *form == PrefixForm::Pinned { "AdapterHub's" } else { "PEFT's" };
+            Some(format!("the request's prefix has {} form and the delta's {}", of(w), of(o)))
         }
         (PatchPlan::Prompt { n: w, made, .. }, PatchPlan::Prompt { n: o, .. })
         | (PatchPlan::Prefix { n: w, made, .. }, PatchPlan::Prefix { n: o, .. }) => match (*made, w == o) {

@@ -1,6 +1,6 @@
 //! What is trained at one site, with every number resolved.
 
-use crate::delta::{Act, SiteEntry, SiteId, Stack, Wiring};
+use crate::delta::{Act, PrefixForm, SiteEntry, SiteId, Stack, Wiring};
 
 /// A low-rank pair.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -83,8 +83,12 @@ pub enum PatchPlan {
         n: usize,
         /// Whether a network makes them.
         made: bool,
-        /// An earlier site, whose keys and values they are (the file form of encoder-decoders lets layers share them).
+        /// An earlier site, whose keys and values they are (PEFT's form lets layers of encoder-decoders share them).
         like: Option<SiteId>,
+        /// How they count.
+        form: PrefixForm,
+        /// Whose keys they precede.
+        stack: Stack,
     },
 }
 

@@ -1,8 +1,10 @@
 //! Plans of methods that add positions: how many, where they start, and the network that makes them while training.
 
 use crate::{
-    admission::train_params::{MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart},
-    delta::{Site, SiteId, Stack, seq2seq_pair},
+    admission::train_params::{
+        MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart,
+    },
+    delta::{PrefixForm, Site, SiteId, Stack, seq2seq_pair},
     ops::Act,
 };
 
@@ -107,12 +109,14 @@ pub fn p_tuning_defaults(part: &PTuningPart) -> PTuningPart {
 }
 
 /// Parts with every field set. A decoder with an encoder computes nothing for a text alone, so its prefix starts at random.
+/// The form is that which the part names, or PEFT's.
 pub fn prefix_defaults(part: &PrefixPart, encoder_decoder: bool) -> PrefixPart {
     let start = if encoder_decoder && part.init.is_none() { PrefixInit::Random } else { part.start() };
     PrefixPart {
         num_virtual_tokens: part.num_virtual_tokens.or(Some(PREFIX_TOKENS)),
         init: Some(start),
         projection_hidden: part.projection_hidden.or(part.projection.then_some(ENCODER_HIDDEN)),
+        form: part.form.or(Some(PrefixLibrary::Peft)),
         ..part.clone()
     }
 }
@@ -168,7 +172,12 @@ impl Resolver<'_> {
     pub(super) fn prefix(&mut self, field: &str, part: &PrefixPart) {
         let part = prefix_defaults(part, self.base.encoder_decoder);
         let Some(n) = self.virtual_tokens(field, part.num_virtual_tokens) else { return };
-        let sites = self.base.sites.prefix_sites();
+        let (form, stacks) = match part.form {
+            Some(PrefixLibrary::AdapterHub) => (PrefixForm::Pinned, &[Stack::Main, Stack::Encoder, Stack::Memory][..]),
+            Some(PrefixLibrary::Peft) | None => (PrefixForm::Context, &[Stack::Main][..]),
+        };
+        let of = |&stack| self.base.sites.prefix_sites(stack).into_iter().map(move |site| (site, stack));
+        let sites: Vec<((SiteId, usize), Stack)> = stacks.iter().flat_map(of).collect();
         if sites.is_empty() {
             return self.problem(field, "a prefix needs layers with keys and values; this base has none");
         }
@@ -176,7 +185,7 @@ impl Resolver<'_> {
             let message = "a text needs a base without an encoder of its own; random and zeros are accepted";
             return self.problem(&format!("{field}.init"), message);
         }
-        let sharing = sharing(&sites, self.base.encoder_decoder);
+        let sharing = sharing(&sites, self.base.encoder_decoder && form == PrefixForm::Context);
         let start = match part.start() {
             PrefixInit::Text => Start::Text(vec![]),
             PrefixInit::Random => Start::Random,
@@ -185,13 +194,13 @@ impl Resolver<'_> {
         let encoder = part.projection.then(|| {
             let inner = part.projection_hidden.unwrap_or(ENCODER_HIDDEN) as usize;
             let own = sites.iter().zip(&sharing).filter(|(_, like)| like.is_none());
-            let out = own.map(|((_, width), _)| 2 * width).sum();
+            let out = own.map(|(((_, width), _), _)| 2 * width).sum();
             EncoderPlan { n, widths: vec![self.base.hidden, inner, out], act: Act::Tanh }
         });
         let made = encoder.is_some();
         self.positions.prefix = Some(PositionPlan { n, start, encoder, field: field.to_owned(), text: part.init_text });
-        for ((site, _), like) in sites.into_iter().zip(sharing) {
-            self.patches.entry(site).or_default().push(PatchPlan::Prefix { n, made, like });
+        for (((site, _), stack), like) in sites.into_iter().zip(sharing) {
+            self.patches.entry(site).or_default().push(PatchPlan::Prefix { n, made, like, form, stack });
         }
     }
 
@@ -207,9 +216,9 @@ impl Resolver<'_> {
 }
 
 /// For each layer, the earlier one that it shares keys and values with.
-fn sharing(sites: &[(SiteId, usize)], encoder_decoder: bool) -> Vec<Option<SiteId>> {
+fn sharing(sites: &[((SiteId, usize), Stack)], shared: bool) -> Vec<Option<SiteId>> {
     let pair = |layer| seq2seq_pair(layer, sites.len());
-    let like = |layer| (0..layer).find(|&l| encoder_decoder && pair(l) == pair(layer)).map(|l| sites[l].0);
+    let like = |layer| (0..layer).find(|&l| shared && pair(l) == pair(layer)).map(|l| sites[l].0.0);
     (0..sites.len()).map(like).collect()
 }
 
@@ -228,8 +237,8 @@ mod tests {
             t.push(SiteEntry { site, module: String::new(), in_dim: 0, out_dim, has_bias: false });
         };
         push(Site::Embedding, 8);
-        push(Site::KeyValue { layer: 0 }, 4);
-        push(Site::KeyValue { layer: 1 }, 4);
+        push(Site::KeyValue { layer: 0, stack: Stack::Main }, 4);
+        push(Site::KeyValue { layer: 1, stack: Stack::Main }, 4);
         t
     }
 

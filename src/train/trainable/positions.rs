@@ -25,7 +25,7 @@ pub(super) enum Source {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Positions {
     Prompt { rows: Source, stage: PromptStage, stack: Stack },
-    Prefix { k: Source, v: Source, form: PrefixForm },
+    Prefix { k: Source, v: Source, form: PrefixForm, stack: Stack },
 }
 
 impl Positions {
@@ -33,7 +33,7 @@ impl Positions {
     pub(super) fn patch(self, get: impl Fn(Source) -> Result<Tensor>) -> Result<Patch> {
         Ok(match self {
             Self::Prompt { rows, stage, stack } => Patch::Prompt(Prompt { rows: get(rows)?, stage, stack }),
-            Self::Prefix { k, v, form } => Patch::Prefix(Prefix { k: get(k)?, v: get(v)?, form }),
+            Self::Prefix { k, v, form, stack } => Patch::Prefix(Prefix { k: get(k)?, v: get(v)?, form, stack }),
         })
     }
 }
@@ -127,7 +127,6 @@ impl Builder<'_> {
     ) -> Result<Positions> {
         const PREFIX_STD: f32 = 0.02;
         const PROMPT_BOUND: f32 = 0.5;
-        let form = PrefixForm::Context;
         let stage = PromptStage::Tokens;
         let (k, v) = match (plan, networks.prompt, networks.prefix) {
             (&PatchPlan::Prompt { made: true, stack, .. }, Some(encoder), _) => {
@@ -156,7 +155,8 @@ impl Builder<'_> {
             _ => bail!("no network makes {plan:?}"),
         };
         networks.made.insert(site, (k, v));
-        Ok(Positions::Prefix { k, v, form })
+        let &PatchPlan::Prefix { form, stack, .. } = plan else { bail!("{plan:?} is no prefix") };
+        Ok(Positions::Prefix { k, v, form, stack })
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::{
     admission::{
         check::Problems,
-        train_params::{PTuningPart, PrefixInit, PrefixPart, PromptInit, PromptPart},
+        train_params::{PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart},
     },
     grpc::proto,
 };
@@ -38,12 +38,22 @@ pub(super) fn prefix(at: &str, m: proto::PrefixTuning, problems: &mut Problems) 
             None
         }
     };
+    let form = match proto::PrefixForm::try_from(m.form) {
+        Ok(proto::PrefixForm::Unspecified) => None,
+        Ok(proto::PrefixForm::Peft) => Some(PrefixLibrary::Peft),
+        Ok(proto::PrefixForm::Adapterhub) => Some(PrefixLibrary::AdapterHub),
+        Err(unknown) => {
+            problems.push(format!("{at}.prefix.form"), unknown.to_string());
+            None
+        }
+    };
     PrefixPart {
         num_virtual_tokens: m.num_virtual_tokens,
         init,
         init_text: m.init_text,
         projection: m.projection,
         projection_hidden: m.projection_hidden,
+        form,
     }
 }
 
@@ -67,12 +77,18 @@ pub(super) fn prefix_to_wire(m: PrefixPart) -> proto::PrefixTuning {
         Some(PrefixInit::Random) => proto::PrefixInit::Random,
         Some(PrefixInit::Zeros) => proto::PrefixInit::Zeros,
     };
+    let form = match m.form {
+        None => proto::PrefixForm::Unspecified,
+        Some(PrefixLibrary::Peft) => proto::PrefixForm::Peft,
+        Some(PrefixLibrary::AdapterHub) => proto::PrefixForm::Adapterhub,
+    };
     proto::PrefixTuning {
         num_virtual_tokens: m.num_virtual_tokens,
         init: init.into(),
         init_text: m.init_text,
         projection: m.projection,
         projection_hidden: m.projection_hidden,
+        form: form.into(),
     }
 }
 
@@ -91,11 +107,18 @@ mod tests {
             let part = PrefixPart { init, projection: true, projection_hidden: Some(4), ..PrefixPart::default() };
             assert_eq!(prefix("m", prefix_to_wire(part.clone()), &mut problems), part);
         }
+        for form in [None, Some(PrefixLibrary::Peft), Some(PrefixLibrary::AdapterHub)] {
+            let part = PrefixPart { form, ..PrefixPart::default() };
+            assert_eq!(prefix("m", prefix_to_wire(part.clone()), &mut problems), part);
+        }
         let part = PTuningPart { num_virtual_tokens: Some(3), encoder_hidden: Some(9) };
         assert_eq!(p_tuning(&p_tuning_to_wire(&part)), part);
         assert!(problems.finish().is_ok());
         let mut problems = Problems::default();
         prefix("m", proto::PrefixTuning { init: 77, ..Default::default() }, &mut problems);
+        assert!(problems.finish().is_err());
+        let mut problems = Problems::default();
+        prefix("m", proto::PrefixTuning { form: 77, ..Default::default() }, &mut problems);
         assert!(problems.finish().is_err());
     }
 }
