@@ -84,6 +84,7 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("hf_hub", &["hub.rs"]),
     ("metrics_exporter_prometheus", &["telemetry.rs", "http", "app"]),
     ("indicatif", &["cli"]),
+    ("plotters", &["cli/study"]),
 ];
 
 /// Places that must not name a crate whose name begins with this.

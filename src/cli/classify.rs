@@ -39,6 +39,30 @@ pub(super) struct ClassifyArgs {
     in_flight: u16,
 }
 
+/// Figures by name of a labelled file under a delta (empty = the base's own head), the most telling last, and how many rows
+/// have gold.
+///
+/// # Errors
+/// As of `classify --file`.
+pub(super) async fn file_figures(
+    client: &Client,
+    delta: &str,
+    path: &std::path::Path,
+) -> anyhow::Result<(Vec<(&'static str, f64)>, u64)> {
+    let args = ClassifyArgs {
+        texts: vec![],
+        delta: (!delta.is_empty()).then(|| delta.to_owned()).into_iter().collect(),
+        file: None,
+        out: PathBuf::from("/dev/null"),
+        top_k: 1,
+        threshold: 0.5,
+        batch_size: 32,
+        in_flight: 4,
+    };
+    let scores = file::scored(client, &args, path).await?;
+    Ok((scores.figures(), scores.scored))
+}
+
 /// Labels texts.
 pub(super) async fn classify(common: &Common, args: ClassifyArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.file {

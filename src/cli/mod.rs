@@ -13,6 +13,7 @@ mod jobs;
 mod merge;
 mod models;
 mod output;
+mod study;
 mod train;
 mod train_positions;
 
@@ -22,6 +23,7 @@ use crate::config::{Config, ServeArgs};
 
 pub use client::describe;
 pub use demo::DemoArgs;
+pub use study::StudyArgs;
 
 /// One frozen base model, many tenants' deltas: an inference server that hot-swaps, batches and trains deltas.
 #[derive(Debug, Parser)]
@@ -55,6 +57,8 @@ enum Command {
     Serve(Box<ServeArgs>),
     /// Run a server on the bundled base with three tenants, and show what it does.
     Demo(DemoArgs),
+    /// Compare methods on tasks and bases of a plan, and write a report.
+    Study(StudyArgs),
     #[command(flatten)]
     Client(ClientCommand),
     /// Print a completion script, e.g. `deltaserve completions bash > /etc/bash_completion.d/deltaserve`.
@@ -105,7 +109,7 @@ impl Cli {
     pub fn threads(&self) -> Option<usize> {
         match &self.command {
             Command::Serve(args) => args.threads,
-            Command::Demo(_) | Command::Client(_) | Command::Completions { .. } => None,
+            Command::Demo(_) | Command::Study(_) | Command::Client(_) | Command::Completions { .. } => None,
         }
     }
 
@@ -117,6 +121,7 @@ impl Cli {
         match self.command {
             Command::Serve(args) => crate::app::serve(Config::try_from(*args)?).await,
             Command::Demo(args) => demo::run(args).await,
+            Command::Study(args) => study::run(args).await,
             Command::Client(command) => command.run().await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "deltaserve", &mut std::io::stdout());

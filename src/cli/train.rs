@@ -183,21 +183,7 @@ enum ScheduleArg {
 /// Trains a delta.
 pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
     let client = Client::connect(common).await?;
-    let dataset = match (&args.file, &args.dataset) {
-        (Some(file), _) => upload(common, &client, file).await?,
-        (None, Some(id)) => id.clone(),
-        (None, None) => bail!("one of --file and --dataset is required"),
-    };
-    let validation = match &args.validation {
-        Some(file) => Some(upload(common, &client, file).await?),
-        None => None,
-    };
-    let held = match &args.forgetting {
-        Some(file) => Some(upload(common, &client, file).await?),
-        None => None,
-    };
-    let ewc = args.start.ewc(common, &client).await?;
-    let spec = proto::TrainingSpec { ewc, forgetting: held.map(source), ..spec(&args, dataset, validation)? };
+    let spec = uploaded_spec(common, &client, &args).await?;
     if args.plan {
         return plan(common, &client, spec).await;
     }
@@ -211,6 +197,48 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
         output::note(&format!("job {} (watch again with: deltaserve jobs watch {})", job.id, job.id));
     }
     if args.detach { Ok(()) } else { watch(common, &client, &job.id, 0).await }
+}
+
+impl TrainArgs {
+    /// Options as they would stand after `deltaserve train`; one that is given twice has its last value.
+    ///
+    /// # Errors
+    /// What clap says of them.
+    pub(super) fn of_words(words: &[String]) -> Result<Self, clap::Error> {
+        #[derive(clap::Parser)]
+        #[command(name = "train", no_binary_name = true, args_override_self = true)]
+        struct Only {
+            #[command(flatten)]
+            args: TrainArgs,
+        }
+        <Only as clap::Parser>::try_parse_from(words).map(|only| only.args)
+    }
+}
+
+/// What `args` ask for, with their files uploaded.
+///
+/// # Errors
+/// Files that cannot be read, refused uploads, options that do not go together.
+pub(super) async fn uploaded_spec(
+    common: &Common,
+    client: &Client,
+    args: &TrainArgs,
+) -> anyhow::Result<proto::TrainingSpec> {
+    let dataset = match (&args.file, &args.dataset) {
+        (Some(file), _) => upload(common, client, file).await?,
+        (None, Some(id)) => id.clone(),
+        (None, None) => bail!("one of --file and --dataset is required"),
+    };
+    let validation = match &args.validation {
+        Some(file) => Some(upload(common, client, file).await?),
+        None => None,
+    };
+    let held = match &args.forgetting {
+        Some(file) => Some(upload(common, client, file).await?),
+        None => None,
+    };
+    let ewc = args.start.ewc(common, client).await?;
+    Ok(proto::TrainingSpec { ewc, forgetting: held.map(source), ..spec(args, dataset, validation)? })
 }
 
 async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result<String> {
@@ -335,6 +363,19 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
 /// Follows a job to its end; an error if it did not succeed.
 pub(super) async fn watch(common: &Common, client: &Client, id: &str, from: u64) -> anyhow::Result<()> {
     let mut view = View::new(common);
+    follow(client, id, from, |event| view.show(event)).await?
+}
+
+/// Gives a job's events from number `from` on to `each` until that returns something; a lost stream is taken up again.
+///
+/// # Errors
+/// Those of `each`; a stream that stays lost.
+pub(super) async fn follow<R>(
+    client: &Client,
+    id: &str,
+    from: u64,
+    mut each: impl FnMut(&proto::JobEvent) -> anyhow::Result<Option<R>>,
+) -> anyhow::Result<R> {
     let mut next = from;
     let mut failures = 0;
     loop {
@@ -346,8 +387,8 @@ pub(super) async fn watch(common: &Common, client: &Client, id: &str, from: u64)
                     match stream.message().await {
                         Ok(Some(event)) => {
                             (next, failures) = (event.seq + 1, 0);
-                            if let Some(end) = view.show(&event)? {
-                                return end;
+                            if let Some(end) = each(&event)? {
+                                return Ok(end);
                             }
                         }
                         Ok(None) => break None,

@@ -29,7 +29,7 @@ pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attenti
 pub(crate) use jacobi::{dot, rotate};
 pub use linear::{Weight, linear};
 pub(crate) use memory::huge_pages_of;
-pub use memory::keep_freed_memory;
+pub use memory::{give_back_freed_memory, keep_freed_memory};
 pub use nll::{head_nll, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};

@@ -19,13 +19,16 @@ async fn a_dropped_stream_frees_its_sequence_and_its_delta() {
         stream.message().await.expect("a message").expect("a token");
         streams.push(stream);
     }
-    assert_eq!(client.running().await, 3);
+    // a step publishes its figures after its tokens
+    eventually("three sequences run", async || client.running().await == 3).await;
     drop(streams);
     let dropped = Instant::now();
     eventually("the sequences end", async || client.running().await == 0).await;
     assert!(dropped.elapsed() < Duration::from_secs(5), "{:?}: they ran to their end", dropped.elapsed());
-    let info = client.info().await.expect("info");
-    assert_eq!(info.load.unwrap_or_default().kv_positions_used, 0);
+    eventually("the cache is empty", async || {
+        client.info().await.is_ok_and(|i| i.load.unwrap_or_default().kv_positions_used == 0)
+    })
+    .await;
     eventually("the lease ends", async || {
         client.info().await.is_ok_and(|i| i.residency.unwrap_or_default().leased == 0)
     })

@@ -21,6 +21,7 @@ mod isolation;
 mod pause;
 mod restart;
 mod seq2seq;
+mod study;
 mod support;
 mod train;
 mod transfer;

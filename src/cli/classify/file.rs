@@ -31,23 +31,29 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// The tag of a word that has no token.
 const OUTSIDE: &str = "O";
 
-/// Classifies the rows of a file; `-` = standard input.
+/// Classifies the rows of a file (`-` = standard input) and prints the scores.
 pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) -> anyhow::Result<()> {
-    let bytes = read(path)?;
     let client = Client::connect(common).await?;
+    let scores = scored(&client, args, path).await?;
+    scores.print(common.json, args.out.as_os_str() == "-")
+}
+
+/// Classifies the rows of a file and counts.
+pub(super) async fn scored(client: &Client, args: &ClassifyArgs, path: &Path) -> anyhow::Result<Scores> {
+    let bytes = read(path)?;
     let (delta, deltas) = choice(&args.delta)?;
     anyhow::ensure!(
         deltas.is_empty(),
         "--file takes one delta without a weight; texts as arguments may be labelled by several"
     );
-    let head = head(&client, &delta).await?;
+    let head = head(client, &delta).await?;
     let rows = rows::parse(&bytes, &head).with_context(|| path.display().to_string())?;
     let to_stdout = args.out.as_os_str() == "-";
     let mut out = Target::open(&args.out, to_stdout)?;
     let mut progress = Progress::new(rows.len() as u64);
     let mut scores = Scores::default();
     let batches = batches(&rows, args.batch_size.into());
-    let calls = stream::iter(batches).map(|batch| call(&client, &head.reference, batch));
+    let calls = stream::iter(batches).map(|batch| call(client, &head.reference, batch));
     let mut replies = calls.buffered(args.in_flight.into());
     while let Some(reply) = replies.next().await {
         let (batch, results) = reply?;
@@ -60,7 +66,7 @@ pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) 
     }
     out.finish()?;
     progress.finish();
-    scores.print(common.json, to_stdout)
+    Ok(scores)
 }
 
 /// Where the rows go: a file is written beside its place and moved there when it is whole.

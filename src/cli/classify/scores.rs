@@ -66,7 +66,7 @@ impl Scores {
     }
 
     /// Figures by name, the most telling last.
-    fn figures(&self) -> Vec<(&'static str, f64)> {
+    pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
         match self.problem {
             Problem::SingleLabel => {}
             Problem::MultiLabel => {
