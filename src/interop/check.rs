@@ -57,17 +57,24 @@ pub(super) fn order(delta: &Delta, base: &Base) -> Result<(), InteropError> {
     Ok(())
 }
 
-/// A head from a weights file has all the layers that the family classifies texts with.
+/// A head from a weights file has all the layers that the family classifies texts with. Where the outer layer's name stands
+/// for itself (DistilBERT's `classifier`), PEFT saves that alone, over the inner layer of the base: the base's own is taken.
 ///
 /// # Errors
-/// The name of the layer that is missing.
-pub(super) fn head_layers(file: &str, head: &Head, task: Option<Task>, base: &Base) -> Result<(), InteropError> {
-    let Some(inner) = base.arch.names.cls_inner else { return Ok(()) };
+/// The name of the layer that neither the file nor the base has.
+pub(super) fn head_layers(file: &str, head: &mut Head, task: Option<Task>, base: &Base) -> Result<(), InteropError> {
+    let names = &base.arch.names;
+    let Some(inner) = names.cls_inner else { return Ok(()) };
     if task.unwrap_or(Task::SeqCls) != Task::SeqCls || !head.layers.is_empty() {
         return Ok(());
     }
+    if let Some(own) = base.transformer.own_head().filter(|own| !own.layers.is_empty() && inner.out == names.cls_head) {
+        (head.layers, head.pool) = (own.layers.clone(), own.pool);
+        return Ok(());
+    }
     let message = format!(
-        "{}.weight is missing: a {} classifies texts by {} and {}; one layer is accepted with task_type TOKEN_CLS",
+        "{}.weight is missing, and the base has none: a {} classifies texts by {} and {}; one layer is accepted with \
+         task_type TOKEN_CLS",
         inner.dense, base.arch.model_type, inner.dense, inner.out
     );
     Err(InteropError::invalid(file, message))

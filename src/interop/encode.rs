@@ -142,7 +142,7 @@ impl Writer<'_> {
                 put(known.dense, &inner.weight, &inner.bias)?;
                 known.out
             }
-            ([], HeadPool::Base, _) => names.cls_head,
+            ([], HeadPool::Base, _) => names.head_of(self.delta.spec.task),
             _ => {
                 return Err(InteropError::Unapplied(vec!["the head, which only an adapter's folder can hold".into()]));
             }

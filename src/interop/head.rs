@@ -103,3 +103,6 @@ impl Layer {
 fn bad(message: String) -> InteropError {
     InteropError::invalid(super::WEIGHTS[0], message)
 }
+
+#[cfg(test)]
+mod tests;

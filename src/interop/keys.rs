@@ -37,7 +37,7 @@ pub(super) fn owner(module: &str, base: &Base) -> Option<Owner> {
     let names = &base.arch.names;
     let path = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
     let head = path.strip_prefix(PEFT_PROMPT_PREFIX).unwrap_or(path);
-    if !head.is_empty() && head == names.cls_head {
+    if !head.is_empty() && [names.cls_head, names.tag_head].contains(&head) {
         return Some(Owner::Head(HeadPart::Only));
     }
     match names.cls_inner {

@@ -158,7 +158,7 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let tensors = TensorFile::read(weights_name, weights)?;
     check_fingerprint(&tensors, base)?;
     let (mut parts, task) = decode_parts(config_name, &config, &tensors, base)?;
-    if let Some(head) = &parts.head {
+    if let Some(head) = &mut parts.head {
         check::head_layers(weights_name, head, task, base)?;
     }
     let head_task = adapterhub::decode_head(files, &mut parts, base)?;

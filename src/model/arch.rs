@@ -201,6 +201,8 @@ pub struct Names {
     pub lm_norm: &'static str,
     /// Classification head that PEFT saves for this family: `score` or `classifier`. Never prefixed.
     pub cls_head: &'static str,
+    /// The head that labels tokens, where the family calls it otherwise (GPT-2). Never prefixed.
+    pub tag_head: &'static str,
     /// Where texts are classified by two layers: the inner and the outer one, and what is between.
     pub cls_inner: Option<ClsInner>,
 }
@@ -221,8 +223,14 @@ impl Names {
         lm_dense: "",
         lm_norm: "",
         cls_head: "",
+        tag_head: "",
         cls_inner: None,
     };
+
+    /// The name of a head of one layer for a task.
+    pub fn head_of(&self, task: Task) -> &'static str {
+        if task == Task::TokenCls && !self.tag_head.is_empty() { self.tag_head } else { self.cls_head }
+    }
 }
 
 /// A classification head of two layers, which reads a text's first row: `out(act(dense(x)))`.

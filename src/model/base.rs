@@ -25,6 +25,9 @@ impl Default for LoadOptions {
     }
 }
 
+/// What transformers generates by.
+const GENERATION: &str = "generation_config.json";
+
 /// A base model, ready to run. Its tensors are plain (never `Var`) and never change.
 pub struct Base {
     /// What it is.
@@ -52,7 +55,7 @@ impl std::fmt::Debug for Base {
 }
 
 impl Base {
-    /// Loads a Hugging Face folder: `config.json` and `*.safetensors`.
+    /// Loads a Hugging Face folder: `config.json`, `*.safetensors` and, where there is one, `generation_config.json`.
     ///
     /// # Errors
     /// [`ModelError`] names the file, field or tensor.
@@ -69,6 +72,11 @@ impl Base {
         let config: serde_json::Value = serde_json::from_slice(&weights::read(dir, "config.json")?)
             .map_err(|e| ModelError::Config(e.to_string()))?;
         let mut arch = family::from_config(&config)?;
+        if dir.join(GENERATION).is_file() {
+            let generation = serde_json::from_slice(&weights::read(dir, GENERATION)?)
+                .map_err(|e| ModelError::Config(format!("{GENERATION}: {e}")))?;
+            family::complete(&mut arch, &generation);
+        }
         let ckpt = weights::Checkpoint::open(dir, arch.names.prefix, options.dtype, &options.device)?;
         if !ckpt.has(arch.names.pooler, "weight") {
             arch.names.pooler = "";

@@ -20,20 +20,17 @@ pub struct PrivateCopy {
 
 impl PrivateCopy {
     /// Reads the copy from the base's folder: names, and their tensors in f32 on the base's device, in order of name, each
-    /// given to `take` before the next is read, so that no second set of them lies about. Left out is what the task's forward does not pass: the pooler of an encoder that does not classify texts by it, a
-    /// language-model head of a classifier, classification heads.
+    /// given to `take` before the next is read, so that no second set of them lies about. Left out is what the task's forward
+    /// does not pass: the pooler of an encoder that does not classify texts by it, a language-model head of a classifier,
+    /// classification heads.
     ///
     /// # Errors
-    /// A folder that cannot be read or has changed since the base was loaded; an encoder-decoder, whose distance biases
-    /// the forward keeps as numbers; those of `take`.
+    /// A folder that cannot be read or has changed since the base was loaded; those of `take`.
     pub fn read(
         base: &Base,
         task: Task,
         mut take: impl FnMut(&str, Tensor) -> candle_core::Result<()>,
     ) -> Result<Self, ModelError> {
-        if base.arch.is_encoder_decoder() {
-            return Err(ModelError::Unsupported("full fine-tuning of an encoder-decoder is not supported".into()));
-        }
         let config: serde_json::Value = serde_json::from_slice(&weights::read(&base.dir, "config.json")?)
             .map_err(|e| ModelError::Config(e.to_string()))?;
         let ckpt = weights::Checkpoint::open(&base.dir, base.arch.names.prefix, DType::F32, &base.device)?;
@@ -120,5 +117,6 @@ fn modules(base: &Base, arch: &Architecture) -> Vec<String> {
     let sites = base.sites.iter().filter(|(_, e)| used(e.site)).map(|(_, e)| e.module.clone());
     let lm_bias = if n.lm_head.is_empty() { "" } else { n.lm_bias };
     let tables = [n.position, n.token_type, lm_bias].map(str::to_owned);
-    sites.chain(tables).filter(|module| !module.is_empty()).collect()
+    let biases = arch.stacks().map(|stack| Architecture::module(stack.names.relative_bias, 0));
+    sites.chain(tables).chain(biases).filter(|module| !module.is_empty()).collect()
 }

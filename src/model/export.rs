@@ -120,7 +120,7 @@ fn tensors(base: &Base, model: &ModelFolder) -> Result<BTreeMap<String, Tensor>,
     let mut out: BTreeMap<String, Tensor> = model.weights.iter().map(|(name, t)| (stored(name), t.clone())).collect();
     let Some(head) = &model.head else { return Ok(out) };
     let inner = n.cls_inner.filter(|_| !head.layers.is_empty());
-    let last = inner.map_or(n.cls_head, |i| i.out);
+    let last = inner.map_or(n.head_of(model.task), |i| i.out);
     out.insert(format!("{last}.weight"), head.weight.clone());
     out.extend(head.bias.iter().map(|b| (format!("{last}.bias"), b.clone())));
     match (inner, head.layers.as_slice()) {
@@ -173,11 +173,13 @@ fn class(model_type: &str, task: Task) -> String {
         "gpt2" => "GPT2",
         "roberta" => "Roberta",
         "distilbert" => "DistilBert",
+        "t5" => "T5",
         _ => "Bert",
     };
     match task {
         Task::SeqCls => format!("{family}ForSequenceClassification"),
         Task::TokenCls => format!("{family}ForTokenClassification"),
+        Task::Seq2Seq => format!("{family}ForConditionalGeneration"),
         _ if model_type == "gpt2" => "GPT2LMHeadModel".to_owned(),
         _ => format!("{family}ForCausalLM"),
     }
@@ -188,7 +190,7 @@ mod tests {
     use super::*;
     use crate::{
         delta::{DeltaBatch, Head},
-        model::{Input, LoadOptions, PrivateCopy, testing},
+        model::{Input, LoadOptions, PrivateCopy, Source, testing},
         nn::Cx,
         rows::RowLayout,
     };
@@ -196,7 +198,11 @@ mod tests {
     fn hidden(base: &Base, head: bool) -> Vec<f32> {
         let rows = RowLayout::packed(&[5, 4]);
         let deltas = DeltaBatch::none();
-        let cx = Cx::new(&rows, &deltas);
+        let texts = RowLayout::packed(&[4, 3]);
+        let source = (base.arch.is_encoder_decoder())
+            .then(|| Source::encode(base, texts, &[9, 4, 3, 8, 6, 40, 5], &[None, None], None).unwrap());
+        let memory = source.as_ref().map(Source::memory);
+        let cx = Cx { memory: memory.as_ref(), ..Cx::new(&rows, &deltas) };
         let hidden = base.transformer.forward(&Input::tokens(&[3, 9, 4, 40, 5, 6, 7, 8, 9]), &cx).unwrap();
         let out = if head { base.transformer.head_logits(&hidden, &cx).unwrap().swap_remove(0).logits } else { hidden };
         out.flatten_all().unwrap().to_vec1().unwrap()
@@ -216,7 +222,11 @@ mod tests {
     fn an_untrained_copy_is_the_base_bit_for_bit_in_memory_and_as_a_folder() {
         let decoders = [testing::tiny_llama(), testing::tiny_gpt2(), testing::tiny_gemma2(), testing::tiny_qwen3()];
         let encoders = [testing::tiny_bert(), testing::tiny_roberta()];
+        let mut untied = testing::tiny_t5();
+        (untied["tie_word_embeddings"], untied["feed_forward_proj"]) = (false.into(), "gated-gelu".into());
+        let pairs = [testing::tiny_t5(), untied];
         let all = decoders.iter().map(|c| (c, Task::CausalLm)).chain(encoders.iter().map(|c| (c, Task::SeqCls)));
+        let all = all.chain(pairs.iter().map(|c| (c, Task::Seq2Seq)));
         for (config, task) in all {
             let (dir, base, copy, weights) = copy(config, task);
             let kind = &base.arch.model_type;
@@ -230,6 +240,9 @@ mod tests {
             assert_eq!((written, folder_fingerprint(&dir.path().join("out")).unwrap()), (back.fingerprint, written));
             assert!(hidden(&back, false) == hidden(&base, false), "{kind} as a folder");
             assert_eq!(back.arch.tied_head, base.arch.tied_head, "{kind}");
+            let config: Value = serde_json::from_slice(&fs::read(dir.path().join("out/config.json")).unwrap()).unwrap();
+            let class = config["architectures"][0].as_str().unwrap();
+            assert_eq!(class.ends_with("ForConditionalGeneration"), task == Task::Seq2Seq, "{class}");
         }
     }
 
@@ -279,12 +292,10 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_changed_and_an_encoder_decoder_are_refused() {
+    fn a_folder_that_changed_is_refused() {
         let (dir, base, ..) = copy(&testing::tiny_gpt2(), Task::CausalLm);
         testing::write_random(&dir.path().join("base"), &testing::tiny_gpt2(), 6).unwrap();
         let read = |base: &Base, task| PrivateCopy::read(base, task, |_, _| Ok(()));
         assert!(read(&base, Task::CausalLm).unwrap_err().to_string().contains("has changed"));
-        let t5 = testing::random_base(&testing::tiny_t5(), 3).unwrap();
-        assert!(matches!(read(&t5, Task::Seq2Seq), Err(ModelError::Unsupported(_))));
     }
 }

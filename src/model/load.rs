@@ -200,12 +200,11 @@ impl Loader<'_> {
         let heads = self.arch.heads.heads;
         let module = Architecture::module(stack.names.relative_bias, 0);
         let table = self.ckpt.get(&module, "weight", &[buckets, heads])?;
-        let table = table.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
         let reach = max_distance as i64;
-        let class = |distance: i64| relative_bucket(distance, buckets, max_distance, !stack.causal);
-        let values = (0..heads).flat_map(|h| (-reach..=reach).map(move |d| (h, d)));
-        let values = values.map(|(h, d)| table[class(d)][h]).collect();
-        Ok(Some(RelativeBias { reach: max_distance, values }))
+        let class = |distance: i64| relative_bucket(distance, buckets, max_distance, !stack.causal) as u32;
+        let classes = Tensor::from_iter((-reach..=reach).map(class), table.device())?;
+        let values = table.index_select(&classes, 0)?.t()?.contiguous()?; // [heads, 2 reach + 1]
+        Ok(Some(RelativeBias::new(&values)?))
     }
 
     fn lm_head(&self, embed: &Tensor) -> Loaded<Option<Linear>> {
@@ -242,7 +241,7 @@ impl Loader<'_> {
         let (n, h) = (&self.arch.names, self.arch.hidden);
         let Some(own) = &self.arch.head else { return Ok(None) };
         let inner = n.cls_inner.filter(|i| own.task == Task::SeqCls && self.ckpt.has(i.dense, "weight"));
-        let name = inner.map_or(n.cls_head, |i: ClsInner| i.out);
+        let name = inner.map_or(n.head_of(own.task), |i: ClsInner| i.out);
         let Some(labels) = self.ckpt.rows(name, "weight") else { return Ok(None) };
         let inner = match inner {
             Some(i) => Some(HeadLayer {

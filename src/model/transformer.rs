@@ -4,7 +4,7 @@ use std::{borrow::Cow, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Architecture, Placement, table::Table};
+use super::{Architecture, Placement, Positions, table::Table};
 use crate::{
     delta::{self, Head, PromptStage, SiteId},
     nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer, yield_point},
@@ -128,7 +128,11 @@ impl Transformer {
         let linear = |l: &Linear| l.weight.elem_count() + count(&l.bias);
         let tables = self.embed.elem_count() + count(&self.position) + count(&self.token_type);
         let norms: usize = self.norms().map(|n| norm(&n.norm)).sum();
-        (self.linears().map(linear).sum::<usize>() + tables + norms) as u64
+        let biases = match self.arch.positions {
+            Positions::Relative { buckets, .. } => self.stacks().count() * buckets * self.arch.heads.heads,
+            Positions::Learned { .. } | Positions::Rotary => 0,
+        };
+        (self.linears().map(linear).sum::<usize>() + tables + norms + biases) as u64
     }
 
     /// Numbers in matrices of several projections.
@@ -319,6 +323,11 @@ impl Transformer {
     /// Whether the checkpoint brought a classification head.
     pub fn has_head(&self) -> bool {
         self.head.is_some()
+    }
+
+    /// The classification head that the checkpoint brought.
+    pub fn own_head(&self) -> Option<&Head> {
+        self.head.as_ref()
     }
 
     /// The linear at a site, and the site's columns.

@@ -92,16 +92,32 @@ impl AttnSpan {
     }
 }
 
-/// A bias of the scores by head and distance (T5; Raffel et al. 2020). Frozen: it gets no gradient.
+/// A bias of the scores by head and distance (T5; Raffel et al. 2020).
 #[derive(Debug, Clone)]
 pub struct RelativeBias {
     /// Distances beyond this many positions count as this many.
     pub reach: usize,
     /// `[heads, 2 reach + 1]`: the bias of key position - query position = `-reach ..= reach`.
     pub values: Arc<[f32]>,
+    /// The same values as a tensor that a gradient is wanted of; `None`: frozen.
+    trained: Option<Tensor>,
 }
 
 impl RelativeBias {
+    /// Of values `[heads, 2 reach + 1]`.
+    ///
+    /// # Errors
+    /// Another shape; those of candle.
+    pub fn new(values: &Tensor) -> Result<Self> {
+        let (_, width) = values.dims2()?;
+        if width % 2 == 0 {
+            bail!("a bias by distance has {width} values by head; an odd number is accepted");
+        }
+        let trained = values.track_op().then(|| values.clone());
+        let values: Vec<f32> = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok(Self { reach: width / 2, values: values.into(), trained })
+    }
+
     /// Biases of one head.
     pub(super) fn head(&self, head: usize) -> &[f32] {
         let width = 2 * self.reach + 1;
@@ -141,6 +157,11 @@ pub struct AttnPlan {
 }
 
 impl AttnPlan {
+    /// The bias, if a gradient of it is wanted.
+    pub(super) fn trained_bias(&self) -> Option<&RelativeBias> {
+        self.bias.as_ref().filter(|b| b.trained.is_some())
+    }
+
     /// Checks the plan against the tensors, so that kernels may index without doubt.
     fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let (rows, qw) = q.dims2()?;
@@ -178,8 +199,9 @@ impl AttnPlan {
 /// A plan that does not fit the tensors.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
     plan.check(q, k, v)?;
-    if is_cpu_f32(q) && is_cpu_f32(k) && is_cpu_f32(v) {
-        attention_cpu::attention(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, plan)
+    let trained = plan.bias.as_ref().and_then(|b| b.trained.as_ref());
+    if is_cpu_f32(q) && is_cpu_f32(k) && is_cpu_f32(v) && trained.is_none_or(is_cpu_f32) {
+        attention_cpu::attention(&q.contiguous()?, &k.contiguous()?, &v.contiguous()?, trained, plan)
     } else {
         reference(q, k, v, plan)
     }
@@ -230,6 +252,11 @@ fn mask_tensor(mask: AttnMask, span: &AttnSpan, device: &Device) -> Result<Tenso
 /// `[heads, len, keys]`.
 fn bias_tensor(bias: &RelativeBias, heads: usize, span: &AttnSpan, device: &Device) -> Result<Tensor> {
     let (len, n) = (span.q_len, span.keys_len);
+    if let Some(table) = &bias.trained {
+        let places = (0..len).flat_map(|i| (0..n).map(move |j| bias.place(span.position + i, j) as u32));
+        let places = Tensor::from_iter(places, device)?;
+        return table.to_dtype(DType::F32)?.index_select(&places, 1)?.reshape((heads, len, n));
+    }
     let mut data = Vec::with_capacity(heads * len * n);
     for head in 0..heads {
         let values = bias.head(head);
@@ -275,11 +302,15 @@ mod tests {
     }
 
     fn bias(reach: usize) -> RelativeBias {
-        let values = Tensor::randn(0f32, 1.0, 4 * (2 * reach + 1), &Device::Cpu).unwrap().to_vec1().unwrap();
-        RelativeBias { reach, values: values.into() }
+        RelativeBias::new(&Tensor::randn(0f32, 1.0, (4, 2 * reach + 1), &Device::Cpu).unwrap()).unwrap()
     }
 
-    /// Outputs and all three gradients.
+    fn trained_bias(reach: usize) -> RelativeBias {
+        let values = Var::randn(0f32, 1.0, (4, 2 * reach + 1), &Device::Cpu).unwrap();
+        RelativeBias::new(values.as_tensor()).unwrap()
+    }
+
+    /// Outputs and all three gradients, and that of the bias if it is trained.
     fn compare(plan: AttnPlan, rows: usize, keys: usize) {
         let (plan, dev) = (Arc::new(plan), Device::Cpu);
         let q = Var::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
@@ -291,7 +322,8 @@ mod tests {
         assert!(diff(&fast, &slow) < 1e-5);
         let g1 = (fast * &w).unwrap().sum_all().unwrap().backward().unwrap();
         let g2 = (slow * &w).unwrap().sum_all().unwrap().backward().unwrap();
-        for t in [&q, &k, &v] {
+        let trained = plan.bias.as_ref().and_then(|b| b.trained.as_ref());
+        for t in [&*q, &*k, &*v].into_iter().chain(trained) {
             assert!(diff(g1.get(t).unwrap(), g2.get(t).unwrap()) < 3e-5);
         }
     }
@@ -301,11 +333,12 @@ mod tests {
         #[test]
         fn fast_and_reference_agree_forward_and_backward(
             lens in proptest::collection::vec(1usize..14, 1..5), causal: bool, window in proptest::option::of(1usize..6),
-            cap in proptest::option::of(0.5f32..4.0), reach in proptest::option::of(1usize..6),
+            cap in proptest::option::of(0.5f32..4.0), reach in proptest::option::of(1usize..6), trained: bool,
         ) {
             let window = if causal { window } else { None };
             let (plan, rows) = selves(&lens, AttnMask { causal, window });
-            compare(AttnPlan { cap, bias: reach.map(bias), ..plan }, rows, rows);
+            let bias = reach.map(|reach| if trained { trained_bias(reach) } else { bias(reach) });
+            compare(AttnPlan { cap, bias, ..plan }, rows, rows);
         }
 
         #[test]

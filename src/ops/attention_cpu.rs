@@ -10,7 +10,19 @@ use super::{cpu_result, each, f32_slice, math, vectorized, with_f32};
 
 struct Attention(Arc<AttnPlan>);
 
-pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
+/// With keys over values in one matrix, so that the bias, which is trained, may be an argument.
+struct BiasTrained(Arc<AttnPlan>);
+
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    trained: Option<&Tensor>,
+    plan: &Arc<AttnPlan>,
+) -> Result<Tensor> {
+    if let Some(bias) = trained {
+        return q.apply_op3(&Tensor::cat(&[k, v], 0)?, bias, BiasTrained(Arc::clone(plan)));
+    }
     let op = Attention(Arc::clone(plan));
     if q.track_op() || k.track_op() || v.track_op() { q.apply_op3(k, v, op) } else { q.apply_op3_no_bwd(k, v, &op) }
 }
@@ -112,40 +124,7 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (f32_slice(q, ql)?, f32_slice(k, kl)?, f32_slice(v, vl)?);
-        let plan = &*self.0;
-        let width = plan.heads * plan.head_dim;
-        let rows = ql.shape().dims2()?.0;
-        let mut out = vec![0f32; rows * width];
-        let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
-        let mut rest = out.as_mut_slice();
-        let mut work = 0;
-        for span in plan.spans.iter() {
-            for i in 0..span.q_len {
-                let (row, tail) = rest.split_at_mut(width);
-                tasks.push((span, i, row));
-                rest = tail;
-            }
-            work += span.q_len * span.keys_len * width;
-        }
-        let run = |(span, i, out): (&AttnSpan, usize, &mut [f32])| {
-            let q = &q[(span.q_start + i) * width..(span.q_start + i + 1) * width];
-            vectorized(
-                #[inline(always)]
-                || row_forward(plan, span, i, (q, k, v), out),
-            );
-        };
-        if work < 64 * 1024 {
-            tasks.into_iter().for_each(run);
-        } else {
-            let least = (32 * 1024 / (work / rows.max(1)).max(1)).max(1);
-            let mut parts = Vec::with_capacity(tasks.len() / least + 1);
-            while !tasks.is_empty() {
-                parts.push(tasks.split_off(tasks.len().saturating_sub(least)));
-            }
-            each(parts, |part: Vec<_>| part.into_iter().for_each(run));
-        }
-        cpu_result(out, (rows, width))
+        forward(&self.0, (f32_slice(q, ql)?, f32_slice(k, kl)?, f32_slice(v, vl)?))
     }
 
     fn bwd(
@@ -156,44 +135,123 @@ impl CustomOp3 for Attention {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let plan = &*self.0;
-        let (width, kv_width) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
-        let grad = grad.contiguous()?;
-        let mut dq = vec![0f32; q.elem_count()];
-        let mut dk = vec![0f32; k.elem_count()];
-        let mut dv = vec![0f32; v.elem_count()];
-        let parts = with_f32(q, |q| {
-            with_f32(k, |k| {
-                with_f32(v, |v| {
-                    with_f32(&grad, |g| {
-                        let jobs: Vec<_> =
-                            plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))).collect();
-                        let mut parts: Vec<Option<HeadGrads>> = jobs.iter().map(|_| None).collect();
-                        each(jobs.into_iter().zip(&mut parts).collect(), |((s, h), part)| {
-                            *part = Some(head_backward(plan, s, h, [q, k, v, g]));
-                        });
-                        Ok(parts)
-                    })
-                })
+        let grads = with_f32(q, |q| with_f32(k, |k| with_f32(v, |v| backward(&self.0, (q, k, v), grad))))?;
+        let make = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device()).map(Some);
+        Ok((make(grads.q, q)?, make(grads.k, k)?, make(grads.v, v)?))
+    }
+}
+
+impl CustomOp3 for BiasTrained {
+    fn name(&self) -> &'static str {
+        "attention-with-a-trained-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        kv: &CpuStorage,
+        kvl: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let kv = f32_slice(kv, kvl)?;
+        let (k, v) = kv.split_at(kv.len() / 2);
+        forward(&self.0, (f32_slice(q, ql)?, k, v))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        kv: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grads = with_f32(q, |q| {
+            with_f32(kv, |kv| {
+                let (k, v) = kv.split_at(kv.len() / 2);
+                backward(&self.0, (q, k, v), grad)
             })
         })?;
-        let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
-        for (part, (span, head)) in
-            parts.iter().flatten().zip(plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h))))
-        {
-            for (i, row) in part.dq.chunks_exact(group * d).enumerate() {
-                let at = (span.q_start + i) * width + head * group * d;
-                dq[at..at + group * d].copy_from_slice(row);
-            }
-            for (j, (rk, rv)) in part.dk.chunks_exact(d).zip(part.dv.chunks_exact(d)).enumerate() {
-                let at = span.key_row(j) * kv_width + head * d;
-                axpy(1.0, rk, &mut dk[at..at + d]);
-                axpy(1.0, rv, &mut dv[at..at + d]);
-            }
-        }
         let make = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device()).map(Some);
-        Ok((make(dq, q)?, make(dk, k)?, make(dv, v)?))
+        Ok((make(grads.q, q)?, make([grads.k, grads.v].concat(), kv)?, make(grads.bias, bias)?))
     }
+}
+
+/// `[rows, heads * head_dim]`.
+fn forward(plan: &AttnPlan, (q, k, v): (&[f32], &[f32], &[f32])) -> Result<(CpuStorage, Shape)> {
+    let width = plan.heads * plan.head_dim;
+    let rows = q.len() / width;
+    let mut out = vec![0f32; rows * width];
+    let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
+    let mut rest = out.as_mut_slice();
+    let mut work = 0;
+    for span in plan.spans.iter() {
+        for i in 0..span.q_len {
+            let (row, tail) = rest.split_at_mut(width);
+            tasks.push((span, i, row));
+            rest = tail;
+        }
+        work += span.q_len * span.keys_len * width;
+    }
+    let run = |(span, i, out): (&AttnSpan, usize, &mut [f32])| {
+        let q = &q[(span.q_start + i) * width..(span.q_start + i + 1) * width];
+        vectorized(
+            #[inline(always)]
+            || row_forward(plan, span, i, (q, k, v), out),
+        );
+    };
+    if work < 64 * 1024 {
+        tasks.into_iter().for_each(run);
+    } else {
+        let least = (32 * 1024 / (work / rows.max(1)).max(1)).max(1);
+        let mut parts = Vec::with_capacity(tasks.len() / least + 1);
+        while !tasks.is_empty() {
+            parts.push(tasks.split_off(tasks.len().saturating_sub(least)));
+        }
+        each(parts, |part: Vec<_>| part.into_iter().for_each(run));
+    }
+    cpu_result(out, (rows, width))
+}
+
+/// Gradients of all arguments; that of the bias `[heads, 2 reach + 1]` is empty where it is not trained.
+struct Grads {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+fn backward(plan: &AttnPlan, (q, k, v): (&[f32], &[f32], &[f32]), grad: &Tensor) -> Result<Grads> {
+    let (width, kv_width) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    let bias = plan.trained_bias().map_or(0, |b| b.values.len());
+    let mut out =
+        Grads { q: vec![0f32; q.len()], k: vec![0f32; k.len()], v: vec![0f32; v.len()], bias: vec![0f32; bias] };
+    let grad = grad.contiguous()?;
+    let jobs = || plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h)));
+    let parts = with_f32(&grad, |g| {
+        let mut parts: Vec<Option<HeadGrads>> = jobs().map(|_| None).collect();
+        each(jobs().zip(&mut parts).collect(), |((s, h), part)| {
+            *part = Some(head_backward(plan, s, h, [q, k, v, g]));
+        });
+        Ok(parts)
+    })?;
+    let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
+    for (part, (span, head)) in parts.iter().flatten().zip(jobs()) {
+        for (i, row) in part.dq.chunks_exact(group * d).enumerate() {
+            let at = (span.q_start + i) * width + head * group * d;
+            out.q[at..at + group * d].copy_from_slice(row);
+        }
+        for (j, (rk, rv)) in part.dk.chunks_exact(d).zip(part.dv.chunks_exact(d)).enumerate() {
+            let at = span.key_row(j) * kv_width + head * d;
+            axpy(1.0, rk, &mut out.k[at..at + d]);
+            axpy(1.0, rv, &mut out.v[at..at + d]);
+        }
+        let own = head * part.dbias.len();
+        axpy(1.0, &part.dbias, &mut out.bias[own..own + part.dbias.len()]);
+    }
+    Ok(out)
 }
 
 /// One row, all heads. A key's heads lie side by side and are read together, so that memory is read in order.
@@ -230,13 +288,22 @@ struct HeadGrads {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    /// `[group, 2 reach + 1]`; empty where the bias is not trained.
+    dbias: Vec<f32>,
 }
 
 fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]; 4]) -> HeadGrads {
     let [q, k, v, grad] = qkvg;
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
     let (width, kv_width, n) = (plan.heads * d, plan.kv_heads * d, span.keys_len);
-    let mut out = HeadGrads { dq: vec![0f32; span.q_len * group * d], dk: vec![0f32; n * d], dv: vec![0f32; n * d] };
+    let trained = plan.trained_bias();
+    let values = trained.map_or(0, |b| 2 * b.reach + 1);
+    let mut out = HeadGrads {
+        dq: vec![0f32; span.q_len * group * d],
+        dk: vec![0f32; n * d],
+        dv: vec![0f32; n * d],
+        dbias: vec![0f32; group * values],
+    };
     let (mut probs, mut dprobs) = (vec![0f32; n], vec![0f32; n]);
     let mut slope = vec![1f32; n]; // of the cap; 1 without one
     vectorized(
@@ -261,7 +328,11 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
                     for s in 0..seen.len() {
                         let j = seen.at(s);
                         let (p, at) = (probs[s], key(j));
-                        let ds = p * (dprobs[s] - delta) * slope[s] * plan.scale;
+                        let score = p * (dprobs[s] - delta);
+                        if let Some(bias) = trained {
+                            out.dbias[g * values + bias.place(span.position + i, j)] += score;
+                        }
+                        let ds = score * slope[s] * plan.scale;
                         axpy(ds, &k[at..at + d], dq);
                         axpy(ds, q, &mut out.dk[j * d..(j + 1) * d]);
                         axpy(p, grad, &mut out.dv[j * d..(j + 1) * d]);

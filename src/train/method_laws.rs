@@ -98,9 +98,8 @@ const BASES: [(&str, Task); 10] = [
     ("t5", Task::Seq2Seq),
 ];
 
-/// Those whose gradients are compared for every method. `laws` compares LoRA's on Qwen3, Gemma 2 and T5; DistilBERT and
-/// Phi-3, which are made of the same blocks, have no comparison of their own.
-const GRADIENTS: [(&str, Task); 5] = [BASES[0], BASES[1], BASES[2], BASES[3], BASES[4]];
+/// Those whose gradients are compared for every method. `laws` compares LoRA's on Qwen3 and Gemma 2.
+const GRADIENTS: [(&str, Task); 8] = [BASES[0], BASES[1], BASES[2], BASES[3], BASES[4], BASES[5], BASES[8], BASES[9]];
 
 fn flat(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
@@ -183,7 +182,9 @@ fn every_variable_gets_its_gradient() {
                     continue;
                 }
                 let unit = (g.detach() / norm).unwrap();
-                let (at, h) = (v.var.as_detached_tensor().copy().unwrap(), 1e-2);
+                // a head with ReLU has kinks, which a shorter step rarely crosses
+                let h = if family == "distilbert" { 2e-3 } else { 1e-2 };
+                let at = v.var.as_detached_tensor().copy().unwrap();
                 let value = |step: f64| {
                     v.var.set(&(&at + (&unit * step).unwrap()).unwrap()).unwrap();
                     f64::from(loss().to_scalar::<f32>().unwrap())

@@ -234,9 +234,6 @@ impl<'a> Resolver<'a> {
         if methods > 1 {
             self.problem(field, "full trains every weight; give it alone");
         }
-        if self.base.encoder_decoder {
-            self.problem(field, "full is not supported on encoder-decoders; lora, ia3, bitfit, adapter and others are");
-        }
     }
 
     fn check_task(&mut self, methods: &[MethodPart], (task, problem): (Task, Problem), labels: &[String]) {

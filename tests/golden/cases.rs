@@ -13,7 +13,10 @@ use deltaserve::{
 };
 use serde_json::Value;
 
-use crate::fixtures::{Batch, Fixtures, Outcome, Step, fail, max_diff};
+use crate::{
+    fixtures::{Batch, Fixtures, Outcome, Step, fail, max_diff},
+    scores,
+};
 
 pub(crate) fn run(f: &Fixtures, case: &Value) -> Outcome {
     match check(f, case) {
@@ -35,6 +38,11 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
             .map_err(|o| relabel(o, "with gradients tracked: "))?;
     }
     let mut what = format!("max |diff| {worst:.1e} (atol {atol:.1e})");
+    if matches!(task, "causal_lm" | "seq2seq") && want.contains_key("logits") {
+        // a score is the difference of two numbers that are each as far off as a logit
+        let worst = scores::check(&base, &delta, (case, task), &want, 2.0 * atol)?;
+        what += &format!(", scores {worst:.1e}");
+    }
     if let Some(delta) = &delta {
         match written(&base, delta, case)? {
             Some(again) => {

@@ -8,6 +8,7 @@ mod cases;
 mod fixtures;
 mod mixed;
 mod real;
+mod scores;
 mod training;
 
 use fixtures::{Fixtures, Outcome};

@@ -2,10 +2,18 @@
 
 use candle_core::{Device, Tensor};
 use deltaserve::{
-    delta::{Delta, DeltaFiles, DeltaSpec, Patch, Prefix, PrefixForm, Prompt, PromptStage, Site, Stack, Task},
+    delta::{
+        Delta, DeltaBatch, DeltaFiles, DeltaSpec, Patch, Prefix, PrefixForm, Prompt, PromptStage, Site, Stack, Task,
+    },
     grpc::proto,
     interop::{self, EncodeMeta},
-    model::testing::{Rng, tiny_t5},
+    model::{
+        Input, Source,
+        testing::{Rng, tiny_t5},
+    },
+    nn::Cx,
+    rows::RowLayout,
+    text::TextModel,
 };
 use serde_json::Value;
 use tonic::Code;
@@ -51,6 +59,19 @@ fn prefix_of(world: &World, n: usize) -> DeltaFiles {
     files(world, "prefix", sites.into_iter().map(|(site, _)| (site, Patch::Prefix(prefix.clone()))).collect())
 }
 
+/// A prefix of `n` keys in every attention.
+fn everywhere(world: &World, n: usize) -> DeltaFiles {
+    let (mut rng, width) = (Rng(13), world.base.arch.kv_width());
+    let mut patches = Vec::new();
+    for stack in [Stack::Main, Stack::Encoder, Stack::Memory] {
+        for (site, _) in world.base.sites.prefix_sites(stack) {
+            let (k, v) = (random(&mut rng, n, width), random(&mut rng, n, width));
+            patches.push((site, Patch::Prefix(Prefix { k, v, form: PrefixForm::Pinned, stack })));
+        }
+    }
+    files(world, "prefix", patches)
+}
+
 fn without_start() -> World {
     let mut config = tiny_t5();
     config["decoder_start_token_id"] = Value::Null;
@@ -74,7 +95,9 @@ async fn different_deltas_and_sources_in_one_batch_answer_as_if_alone() {
         deltas.push(format!("d{i}"));
         client.upload(&deltas[i + 1], &world.delta(i as u64 + 20)).await.expect("an upload");
     }
-    for (name, files) in [("prompt", prompt_of(&world, 5)), ("prefix", prefix_of(&world, 3))] {
+    let positions =
+        [("prompt", prompt_of(&world, 5)), ("prefix", prefix_of(&world, 3)), ("everywhere", everywhere(&world, 4))];
+    for (name, files) in positions {
         client.upload(name, &files).await.expect("an upload");
         deltas.push(name.into());
     }
@@ -105,27 +128,50 @@ async fn different_deltas_and_sources_in_one_batch_answer_as_if_alone() {
     running.stop().await;
 }
 
+/// Log-probabilities of output tokens behind a source, by one plain forward.
+fn likelihoods(world: &World, source: &[u32], output: &[u32]) -> Vec<f32> {
+    let base = &world.base;
+    let read = Source::encode(base, RowLayout::packed(&[source.len()]), source, &[None], None).expect("encodes");
+    let (memory, none) = (read.memory(), DeltaBatch::none());
+    let tokens = [&[0], output].concat();
+    let rows = RowLayout::packed(&[tokens.len()]);
+    let cx = Cx { memory: Some(&memory), ..Cx::new(&rows, &none) };
+    let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("runs");
+    let pick: Vec<u32> = (0..output.len() as u32).collect();
+    let nll = base.transformer.nll(&hidden, &pick, output, &cx).and_then(|t| t.to_vec1::<f32>()).expect("a head");
+    nll.into_iter().map(|x| -x).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_score_is_the_likelihood_of_what_is_generated() {
+async fn scores_and_generated_tokens_have_the_likelihood_that_the_model_gives_them() {
     let world = t5();
+    let text = TextModel::open(world.config.base.source.as_ref()).expect("a tokenizer");
+    let ids = |of: &str| text.encode_user(of, true).expect("ids");
     let running = world.start().await;
+    let inputs = vec![scored("hello there", "a fine thing"), scored("hello there", "z")];
+    let request = proto::ScoreRequest { delta: String::new(), inputs, deltas: vec![] };
+    let reply = running.client.inference().score(running.client.request(request)).await.expect("scores").into_inner();
+    for (result, completion) in reply.results.iter().zip(["a fine thing", "z"]) {
+        let want = likelihoods(&world, &ids("hello there"), &ids(completion));
+        let got: Vec<(u32, f32)> = result.tokens.iter().map(|t| (t.id, t.logprob)).collect();
+        assert_eq!(got.iter().map(|t| t.0).collect::<Vec<_>>(), ids(completion));
+        assert!(got.iter().zip(&want).all(|((_, a), b)| (a - b).abs() < 1e-4), "{got:?} {want:?}");
+        let sum: f64 = want.iter().map(|x| f64::from(*x)).sum();
+        assert!((result.log_likelihood - sum).abs() < 1e-3, "{} {sum}", result.log_likelihood);
+    }
     let mut request = ask("", "hello there", 6);
     request.options.as_mut().expect("options").logprobs = Some(0);
     let mut stream = running.client.stream(request).await.expect("a stream");
-    let (mut ids, mut sum) = (vec![], 0.0);
+    let (mut said, mut likely) = (vec![], vec![]);
     while let Some(response) = stream.message().await.expect("a message") {
         if let Some(proto::generate_response::Event::Delta(d)) = response.event {
-            ids.extend(d.token_ids);
-            sum += d.logprobs.iter().map(|l| f64::from(l.token.as_ref().map_or(0.0, |t| t.logprob))).sum::<f64>();
+            said.extend(d.token_ids);
+            likely.extend(d.logprobs.iter().map(|l| l.token.as_ref().map_or(0.0, |t| t.logprob)));
         }
     }
-    assert_eq!(ids.len(), 6);
-    let said = running.client.text("", "hello there", 6).await;
-    // the text of ordinary characters gives the same tokens again
-    if said.chars().all(|c| c.is_ascii_alphanumeric()) {
-        let got = score(&running.client, "", scored("hello there", &said)).await.expect("a score");
-        assert!((got - sum).abs() < 1e-3, "{got} {sum}");
-    }
+    let want = likelihoods(&world, &ids("hello there"), &said);
+    assert_eq!((said.len(), likely.len()), (6, 6));
+    assert!(likely.iter().zip(&want).all(|(a, b): (&f32, &f32)| (a - b).abs() < 1e-4), "{likely:?} {want:?}");
     running.stop().await;
 }
 

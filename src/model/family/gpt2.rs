@@ -22,6 +22,7 @@ const NAMES: Names = Names {
     },
     lm_head: "lm_head",
     cls_head: "score",
+    tag_head: "classifier",
     ..Names::NONE
 };
 

@@ -59,6 +59,20 @@ pub fn from_config(config: &Value) -> Result<Architecture, ModelError> {
     Ok(arch)
 }
 
+/// Takes what `generation_config.json` says beside the config: further tokens that end a sequence, and an encoder-decoder's
+/// first token where the config names none.
+pub(super) fn complete(arch: &mut Architecture, generation: &Value) {
+    let c = Config(generation);
+    for id in c.tokens("eos_token_id") {
+        if !arch.eos.contains(&id) {
+            arch.eos.push(id);
+        }
+    }
+    if arch.is_encoder_decoder() && arch.decoder_start.is_none() {
+        arch.decoder_start = c.tokens("decoder_start_token_id").first().copied();
+    }
+}
+
 /// What most families have in common, to be filled in: sizes are missing, every option is off, norms are RMS and stand
 /// before the halves. Special tokens and the checkpoint's own head are read from the config.
 fn plain(c: &Config<'_>, names: Names, layers: usize) -> Result<Architecture, ModelError> {
@@ -92,7 +106,7 @@ fn plain(c: &Config<'_>, names: Names, layers: usize) -> Result<Architecture, Mo
         decoder_start: None,
         eos: c.tokens("eos_token_id"),
         pad: c.tokens("pad_token_id").first().copied(),
-        head: c.head(),
+        head: c.head()?,
         names,
     })
 }
@@ -190,6 +204,11 @@ impl Config<'_> {
         self.get(key).and_then(Value::as_bool).unwrap_or(default)
     }
 
+    /// Whether the config does not speak of a key at all; `null` is an answer.
+    fn lacks(&self, key: &str) -> bool {
+        self.0.get(key).is_none()
+    }
+
     /// A token id, or a list of them.
     fn tokens(&self, key: &str) -> Vec<u32> {
         match self.get(key) {
@@ -200,14 +219,17 @@ impl Config<'_> {
     }
 
     /// The head that the checkpoint's class brings, by the class's name.
-    fn head(&self) -> Option<BaseHead> {
-        let class = self.get("architectures")?.get(0)?.as_str()?;
+    ///
+    /// # Errors
+    /// A regression of several numbers, which this server does not read.
+    fn head(&self) -> Result<Option<BaseHead>, ModelError> {
+        let class = self.get("architectures").and_then(|list| list.get(0)?.as_str()).unwrap_or_default();
         let task = if class.ends_with("ForSequenceClassification") {
             Task::SeqCls
         } else if class.ends_with("ForTokenClassification") {
             Task::TokenCls
         } else {
-            return None;
+            return Ok(None);
         };
         let mut labels: Vec<(usize, String)> = match self.get("id2label").and_then(Value::as_object) {
             Some(map) => map.iter().filter_map(|(k, v)| Some((k.parse().ok()?, v.as_str()?.to_owned()))).collect(),
@@ -216,9 +238,48 @@ impl Config<'_> {
         labels.sort();
         let said = self.get("problem_type").and_then(Value::as_str).and_then(Problem::from_name);
         let usual = if labels.len() == 1 && task == Task::SeqCls { Problem::Regression } else { Problem::SingleLabel };
-        // several numbers per text are not a problem that is served
-        let fits = |p: &Problem| task == Task::SeqCls && (*p != Problem::Regression || labels.len() == 1);
-        let problem = said.filter(fits).unwrap_or(usual);
-        Some(BaseHead { task, problem, labels: labels.into_iter().map(|(_, l)| l).collect() })
+        let problem = said.filter(|_| task == Task::SeqCls).unwrap_or(usual);
+        if problem == Problem::Regression && labels.len() != 1 {
+            return Err(ModelError::Unsupported(format!(
+                "config.json: problem_type \"regression\" with {} outputs (num_labels); a regression of one is supported",
+                labels.len()
+            )));
+        }
+        Ok(Some(BaseHead { task, problem, labels: labels.into_iter().map(|(_, l)| l).collect() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::from_config;
+    use crate::{
+        delta::{Problem, Task},
+        model::testing::tiny_bert,
+    };
+
+    #[test]
+    fn a_head_is_read_as_its_problem_says_or_refused_by_name() {
+        let with = |class: &str, problem: Option<&str>, labels: usize| {
+            let mut config = tiny_bert();
+            config["architectures"] = json!([class]);
+            config["problem_type"] = json!(problem);
+            let names = (0..labels).map(|i| (i.to_string(), json!(format!("LABEL_{i}"))));
+            config["id2label"] = names.collect::<serde_json::Map<_, _>>().into();
+            from_config(&config).map(|a| a.head.map(|h| (h.task, h.problem, h.labels.len())))
+        };
+        const TEXTS: &str = "BertForSequenceClassification";
+        let read = |problem, labels| with(TEXTS, problem, labels).unwrap().unwrap();
+        assert_eq!(read(None, 3), (Task::SeqCls, Problem::SingleLabel, 3));
+        assert_eq!(read(None, 1), (Task::SeqCls, Problem::Regression, 1));
+        assert_eq!(read(Some("regression"), 1), (Task::SeqCls, Problem::Regression, 1));
+        assert_eq!(read(Some("multi_label_classification"), 3), (Task::SeqCls, Problem::MultiLabel, 3));
+        let refused = with(TEXTS, Some("regression"), 3).unwrap_err().to_string();
+        assert!(refused.contains("\"regression\" with 3 outputs") && refused.contains("one is supported"), "{refused}");
+        // transformers' heads for tokens give one label each, whatever the config says
+        let tags = with("BertForTokenClassification", Some("regression"), 3).unwrap();
+        assert_eq!(tags, Some((Task::TokenCls, Problem::SingleLabel, 3)));
+        assert_eq!(with("BertModel", Some("regression"), 3).unwrap(), None);
     }
 }

@@ -71,6 +71,9 @@ pub(super) fn architecture(c: &Config<'_>) -> Result<Architecture, ModelError> {
     let layers = if c.get("num_decoder_layers").is_some() { c.layers("num_decoder_layers")? } else { encoder_layers };
     let (gated, act) = feed_forward(c)?;
     let tied = c.bool_or("tie_word_embeddings", true);
+    // the library's own values where a config does not speak of them
+    let or = |key: &str, usual: u32| if c.lacks(key) { vec![usual] } else { c.tokens(key) };
+    let (pad, eos) = (or("pad_token_id", 0).first().copied(), or("eos_token_id", 1));
     Ok(Architecture {
         family: "t5",
         hidden,
@@ -90,7 +93,9 @@ pub(super) fn architecture(c: &Config<'_>) -> Result<Architecture, ModelError> {
         tied_head: tied,
         head_scale: if tied { (hidden as f64).powf(-0.5) } else { 1.0 },
         // transformers starts with the padding token where the config names no other
-        decoder_start: c.tokens("decoder_start_token_id").first().or(c.tokens("pad_token_id").first()).copied(),
+        decoder_start: c.tokens("decoder_start_token_id").first().copied().or(pad),
+        pad,
+        eos,
         ..plain(c, if gated { GATED } else { NAMES }, layers)?
     })
 }
@@ -105,5 +110,56 @@ fn feed_forward(c: &Config<'_>) -> Result<(bool, Act), ModelError> {
     match Act::from_hf(name) {
         Some(act) => Ok((gated, act)),
         None => Err(ModelError::Config(format!("feed_forward_proj {text:?} is not known"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::model::{
+        Base, LoadOptions,
+        testing::{tiny_llama, tiny_t5, write_random},
+    };
+
+    /// End of sequence, first token and padding of a base with these two files.
+    fn tokens(config: &Value, generation: Option<Value>) -> (Vec<u32>, Option<u32>, Option<u32>) {
+        let dir = tempfile::tempdir().unwrap();
+        write_random(dir.path(), config, 1).unwrap();
+        if let Some(generation) = generation {
+            std::fs::write(dir.path().join("generation_config.json"), generation.to_string()).unwrap();
+        }
+        let arch = Base::load(dir.path(), &LoadOptions::default()).unwrap().arch;
+        (arch.eos, arch.decoder_start, arch.pad)
+    }
+
+    #[test]
+    fn special_tokens_come_from_both_configs_and_the_library_s_own_values() {
+        let mut config = tiny_t5();
+        config["eos_token_id"] = json!(7);
+        assert_eq!(tokens(&config, None), (vec![7], Some(0), Some(0)));
+        assert_eq!(tokens(&config, Some(json!({"pad_token_id": 0}))), (vec![7], Some(0), Some(0)));
+        assert_eq!(tokens(&config, Some(json!({"eos_token_id": [7, 9]}))).0, [7, 9]);
+        // a config that does not speak of them means T5's own
+        for key in ["eos_token_id", "pad_token_id", "decoder_start_token_id"] {
+            config.as_object_mut().unwrap().remove(key);
+        }
+        assert_eq!(tokens(&config, None), (vec![1], Some(0), Some(0)));
+        // one that says null means none
+        config["eos_token_id"] = Value::Null;
+        config["pad_token_id"] = Value::Null;
+        assert_eq!(tokens(&config, None), (vec![], None, None));
+        assert_eq!(
+            tokens(&config, Some(json!({"eos_token_id": 5, "decoder_start_token_id": 3}))),
+            (vec![5], Some(3), None)
+        );
+        // other families have no values of their own
+        let mut llama = tiny_llama();
+        llama.as_object_mut().unwrap().remove("eos_token_id");
+        assert_eq!(tokens(&llama, None).0, Vec::<u32>::new());
+        assert_eq!(
+            tokens(&llama, Some(json!({"eos_token_id": 2, "decoder_start_token_id": 3}))),
+            (vec![2], None, None)
+        );
     }
 }
