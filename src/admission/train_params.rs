@@ -295,6 +295,9 @@ pub struct HyperParams {
     /// Optimizer steps between checkpoints; `None` = by the clock.
     #[serde(default)]
     pub checkpoint_every: Option<u32>,
+    /// Publish the last checkpoint, not the best of the evaluations.
+    #[serde(default)]
+    pub keep_last: bool,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -362,6 +365,9 @@ pub struct ResolvedTraining {
     /// Optimizer steps between checkpoints; 0 = by the clock.
     #[serde(default)]
     pub checkpoint_every: u32,
+    /// Whether the last checkpoint is published, not the best of the evaluations.
+    #[serde(default)]
+    pub keep_last: bool,
 }
 
 /// What a job would do: the reply of `Plan`.

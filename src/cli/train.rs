@@ -165,6 +165,9 @@ struct HyperArgs {
     /// Figure that chooses the best checkpoint: loss, perplexity, accuracy, macro_f1, mcc, span_f1.
     #[arg(long, value_name = "NAME")]
     eval_metric: Option<String>,
+    /// Publish the last checkpoint, not the best: validation rows are only watched.
+    #[arg(long)]
+    keep_last: bool,
     /// End after this many evaluations without a gain.
     #[arg(long, value_name = "N")]
     patience: Option<u32>,
@@ -320,6 +323,7 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         packing: args.packing,
         label_smoothing: args.label_smoothing,
         checkpoint_every: args.checkpoint_every,
+        keep_last: args.keep_last,
         eval_metric: args.eval_metric.clone(),
         patience: args.patience,
         min_delta: args.min_delta,

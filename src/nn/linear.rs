@@ -28,6 +28,12 @@ impl Linear {
         if cx.deltas.scales_input(&self.parts) {
             return self.forward_scaled(x, cx);
         }
+        // while training, updates and product are one op: it keeps one output where separate ones keep several
+        if let Some(updates) = cx.deltas.updates(&self.parts, x.dim(0)?)
+            && ops::takes_updates(x, &self.weight, self.bias.as_ref(), &updates)
+        {
+            return ops::updated_linear(x, &self.weight, self.bias.as_ref(), &updates);
+        }
         let y = ops::linear(x, &self.weight, self.bias.as_ref())?;
         cx.deltas.patch(&self.parts, x, y)
     }

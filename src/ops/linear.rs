@@ -99,6 +99,19 @@ impl Weight {
         self.tensor.track_op()
     }
 
+    /// Whether it lies as the CPU's kernels take it.
+    pub(super) fn in_panels(&self) -> bool {
+        self.form == Form::Panels
+    }
+
+    /// Its panels, for [`packed`]; an error for any other form.
+    pub(super) fn with_panels<R>(&self, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+        match self.form {
+            Form::Panels => with_f32(&self.tensor, f),
+            form => bail!("linear: a weight in panels is needed, not {form:?}"),
+        }
+    }
+
     /// Width of the input.
     pub fn in_dim(&self) -> usize {
         self.in_dim

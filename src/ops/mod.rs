@@ -22,6 +22,7 @@ mod patch;
 mod rope;
 mod scatter;
 mod team;
+mod updated;
 
 pub use activation::{Act, activate, gate};
 pub use adapter::{AdapterRows, RowScale, adapt_in_place};
@@ -36,6 +37,7 @@ pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use rope::{RopeTable, rope};
 pub use scatter::write_rows;
 pub(crate) use team::each;
+pub use updated::{Update, takes_updates, updated_linear};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 

@@ -114,6 +114,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         min_delta: 0.0,
         label_smoothing: 0.0,
         checkpoint_every: 0,
+        keep_last: false,
     }
 }
 

@@ -356,8 +356,8 @@ async fn checkpoints_replace_each_other_and_each_is_told() {
             steps.push(c.step);
         }
     }
-    // later than a multiple where the one before was still being written
-    assert!(steps[0] == 3 && steps.windows(2).all(|w| w[0] / 3 < w[1] / 3), "{steps:?}");
+    // later than a multiple where the one before was still being written, or took its share of the time
+    assert!(steps[0] >= 3 && steps.windows(2).all(|w| w[0] / 3 < w[1] / 3), "{steps:?}");
     let blobs = || {
         let shards = std::fs::read_dir(dir.path().join("blobs")).unwrap();
         shards.map(|s| std::fs::read_dir(s.unwrap().path()).unwrap().count()).sum::<usize>()

@@ -35,7 +35,7 @@ use crate::{
         metrics::TrainMetrics,
         objective::{Losses, smoothed_losses},
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
-        plan::{MICRO_TOKENS, Prepared},
+        plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
         spec::TrainSpec,
         start,
         trainable::{Snapshot, Trainable},
@@ -333,7 +333,8 @@ impl Run {
         self.dropout = batches::rng_at(r.seed, Stream::Dropout, self.step);
         // with packing, a batch counts packs; the token bound alone decides how they are cut
         let examples = if r.packing { usize::MAX } else { r.batch_size as usize };
-        let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.lens), examples, MICRO_TOKENS).into();
+        let most = if self.trainable.is_full() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
+        let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.lens), examples, most).into();
         let weight = batch.iter().map(|i| self.input.train[*i].weight()).sum::<usize>().max(1) as f64;
         let tokens = batch.iter().map(|i| self.lens[*i]).sum();
         Step { todo, weight, tokens, grads: vec![None; self.trainable.vars().len()], ..Step::default() }

@@ -48,6 +48,26 @@ async fn a_job_without_gain_ends_early_and_the_chosen_figure_decides() {
     assert_eq!(client.job(&job.id).await.expect("the job").step, 3);
     let best = evals.iter().map(|e| e.mcc.unwrap_or_default()).fold(f64::MIN, f64::max);
     assert_eq!(ended.result.and_then(|r| r.best_eval).and_then(|e| e.mcc), Some(best));
+
+    // what is learned is the opposite of what is held: the first evaluation is the best, the last is kept where asked for
+    let turned: String =
+        moods(16).replace("\"up\"", "\"?\"").replace("\"down\"", "\"up\"").replace("\"?\"", "\"down\"");
+    let mut steps = Vec::new();
+    for keep_last in [false, true] {
+        let mut spec = validated("kept", proto::Task::SeqCls, turned.clone(), moods(6));
+        let hyper = spec.hyper.as_mut().expect("hyper");
+        (hyper.eval_every, hyper.max_steps, hyper.keep_last) = (Some(10), Some(60), keep_last);
+        hyper.eval_metric = Some("loss".into());
+        let job = client.create_job(spec, "").await.expect("a job");
+        assert_eq!(job.resolved.expect("resolved").keep_last, keep_last);
+        let events = client.events(&job.id, 0).await.expect("a watch");
+        let best = |e: &proto::JobEvent| if let Some(Body::Eval(e)) = &e.body { Some(e.best) } else { None };
+        let best: Vec<bool> = events.iter().filter_map(best).collect();
+        assert_eq!((best.len(), best.iter().all(|b| *b)), (6, keep_last), "{best:?}");
+        let result = client.ended(&job.id).await.result.expect("a result");
+        steps.push(result.best_eval.expect("an evaluation").step);
+    }
+    assert!(steps[0] < 60 && steps[1] == 60, "{steps:?}");
     running.stop().await;
 }
 

@@ -30,8 +30,8 @@ pub(super) fn write(plan: &Plan, results: &Results, out: &Path) -> anyhow::Resul
     writeln!(
         text,
         "Made by `deltaserve study` {} on {} threads. Seeds: {}; a cell with several has their median and, in brackets, \
-         their range. Deltas are trained and scored through the server's own API; the best checkpoint is chosen on \
-         validation rows, the test rows are scored once. `results.jsonl` has every run.\n",
+         their range. Deltas are trained and scored through the server's own API; test rows are scored once, under \
+         the checkpoint that the job publishes. `results.jsonl` has every run.\n",
         env!("CARGO_PKG_VERSION"),
         std::env::var("RAYON_NUM_THREADS").unwrap_or_else(|_| "all".to_owned()),
         plan.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),

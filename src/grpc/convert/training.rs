@@ -140,6 +140,7 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         min_delta: m.min_delta,
         label_smoothing: m.label_smoothing,
         checkpoint_every: m.checkpoint_every,
+        keep_last: m.keep_last,
     }
 }
 
@@ -238,6 +239,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         min_delta: r.min_delta,
         label_smoothing: r.label_smoothing,
         checkpoint_every: r.checkpoint_every,
+        keep_last: r.keep_last,
     }
 }
 

@@ -136,6 +136,7 @@ impl Chosen<'_> {
             min_delta: h.min_delta.unwrap_or(0.0),
             label_smoothing: h.label_smoothing.unwrap_or(0.0),
             checkpoint_every: h.checkpoint_every.unwrap_or(0),
+            keep_last: h.keep_last,
         }
     }
 }

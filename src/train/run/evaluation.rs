@@ -58,7 +58,8 @@ impl Run {
             return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
         }
         let metric = self.input.resolved.eval_metric;
-        eval.best = self.best.as_ref().is_none_or(|best| better(&eval, &best.eval, metric));
+        let better = |best: &Best| better(&eval, &best.eval, metric);
+        eval.best = self.input.resolved.keep_last || self.best.as_ref().is_none_or(better);
         if eval.best {
             self.best = Some(Best { eval: eval.clone(), snapshot: self.trainable.snapshot()? });
         }
