@@ -9,6 +9,7 @@ mod tokens;
 use candle_core::{Result, Tensor, bail};
 
 use super::bytes_of;
+use crate::ops;
 
 pub use affine::Affine;
 pub(crate) use bottleneck::AdapterIo;
@@ -198,8 +199,8 @@ impl Patch {
     pub fn apply(&self, x: &Tensor, out: &Tensor) -> Result<Tensor> {
         match self {
             Self::LowRank(l) => out + l.update(x)?,
-            Self::Bias(b) => out.broadcast_add(&b.to_dtype(out.dtype())?),
-            Self::Scale(s) => out.broadcast_mul(&s.to_dtype(out.dtype())?),
+            Self::Bias(b) => ops::add_bias(out, &b.to_dtype(out.dtype())?),
+            Self::Scale(s) => ops::scale_columns(out, &s.to_dtype(out.dtype())?),
             Self::InScale(_) | Self::Prompt(_) | Self::Prefix(_) => Ok(out.clone()), // applied elsewhere
             Self::Affine(p) => p.apply(x),
             Self::Dora(p) => p.apply(x, out),

@@ -227,7 +227,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     }
     if weight.is_trained() {
         let y = x.matmul(&weight.as_in_out()?)?; // [rows, out]
-        return bias.map_or(Ok(y.clone()), |b| y.broadcast_add(b));
+        return bias.map_or(Ok(y.clone()), |b| super::add_bias(&y, b));
     }
     // a bias that is trained must stay in the graph
     let (inside, after) = match bias {
@@ -239,7 +239,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     let op = FrozenLinear { weight: weight.clone(), bias: inside };
     let y = if x.track_op() { x.apply_op1(op)? } else { x.apply_op1_no_bwd(&op)? };
     match after {
-        Some(b) => y.broadcast_add(b),
+        Some(b) => super::add_bias(&y, b),
         None => Ok(y),
     }
 }

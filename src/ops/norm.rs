@@ -25,9 +25,9 @@ impl Norm {
         let x = if self.center { x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)? } else { x };
         let var = x.sqr()?.mean_keepdim(D::Minus1)?;
         let y = x.broadcast_div(&(var + self.eps)?.sqrt()?)?;
-        let y = y.to_dtype(dtype)?.broadcast_mul(&self.gain)?;
+        let y = super::scale_columns(&y.to_dtype(dtype)?, &self.gain)?;
         match &self.bias {
-            Some(b) => y.broadcast_add(b),
+            Some(b) => super::add_bias(&y, b),
             None => Ok(y),
         }
     }

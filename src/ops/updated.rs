@@ -211,7 +211,7 @@ impl UpdatedLinear {
             }
         }
         if self.trained_bias.is_some() {
-            gvector.push(grad.sum(0)?);
+            gvector.push(super::columns::column_sums(&grad)?);
         }
         let glow = match glow.len() {
             0 => None,

@@ -61,7 +61,7 @@ impl DeltaBatch {
             let s = s.to_dtype(x.dtype())?;
             let slot = &self.slots[*slot];
             if slot.covers(self.rows) {
-                y = y.broadcast_mul(&s)?;
+                y = ops::scale_columns(&y, &s)?;
                 continue;
             }
             let Some(idx) = slot.index(x.device())? else { continue };

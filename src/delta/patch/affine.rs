@@ -49,9 +49,9 @@ impl Affine {
         }
         // a norm without an affine map, whose backward gives dX only; the affine map is left to autograd
         let unit = ops::Norm { gain: gain.ones_like()?.detach(), bias: None, center, eps };
-        let y = ops::norm(x, &unit)?.broadcast_mul(&gain)?;
+        let y = ops::scale_columns(&ops::norm(x, &unit)?, &gain)?;
         match bias {
-            Some(b) => y.broadcast_add(&b),
+            Some(b) => ops::add_bias(&y, &b),
             None => Ok(y),
         }
     }
