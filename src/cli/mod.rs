@@ -8,6 +8,8 @@ mod classify;
 mod client;
 mod deltas;
 mod demo;
+mod files;
+mod generate;
 mod infer;
 mod jobs;
 mod merge;
@@ -70,8 +72,8 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum ClientCommand {
-    /// Continue a prompt.
-    Generate(WithCommon<infer::GenerateArgs>),
+    /// Continue a prompt, or the rows of a JSON Lines file.
+    Generate(WithCommon<generate::GenerateArgs>),
     /// Label texts, or the rows of a JSON Lines file.
     Classify(WithCommon<classify::ClassifyArgs>),
     /// Turn texts into vectors.
@@ -134,7 +136,7 @@ impl Cli {
 impl ClientCommand {
     async fn run(self) -> anyhow::Result<()> {
         match self {
-            Self::Generate(c) => infer::generate(&c.common, c.args).await,
+            Self::Generate(c) => generate::generate(&c.common, c.args).await,
             Self::Classify(c) => classify::classify(&c.common, c.args).await,
             Self::Embed(c) => infer::embed(&c.common, c.args).await,
             Self::Score(c) => infer::score(&c.common, c.args).await,

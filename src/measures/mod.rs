@@ -1,14 +1,16 @@
 //! Measures of predictions against gold: pure counts and formulas, the same for evaluations while training and for files
-//! that are classified. Conventions are those of scikit-learn and seqeval.
+//! that are classified or continued. Conventions are those of scikit-learn, seqeval, sacrebleu and rouge-score.
 
 mod classes;
 mod sets;
 mod spans;
+mod text;
 mod values;
 
 pub use classes::Classes;
 pub use sets::Sets;
 pub use spans::{Span, Spans, has_spans, spans};
+pub use text::{Bleu, Texts, rouge_l};
 pub use values::Values;
 
 /// Harmonic mean of precision and recall from counts; 0 where nothing was claimed or due.

@@ -14,6 +14,7 @@ mod evaluation;
 mod folders;
 mod full;
 mod generate;
+mod generate_file;
 mod heads;
 mod hostile;
 mod hot_swap;

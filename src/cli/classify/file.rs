@@ -1,17 +1,11 @@
 //! A file through Classify: checked as a whole, sent in batches with several under way, written in order.
 
-use std::{
-    io::{BufWriter, Read, Write},
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
+use std::{io::Write, path::Path};
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, stream};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tonic::Status;
-use tonic_types::StatusExt as _;
 
 use super::{
     ClassifyArgs,
@@ -19,15 +13,18 @@ use super::{
     scores::Scores,
 };
 use crate::{
-    cli::{Common, client::Client, merge::choice, output},
+    cli::{
+        Common,
+        client::Client,
+        files::{Progress, Target, read, while_busy},
+        merge::choice,
+    },
     delta::Problem,
     grpc::proto,
 };
 
 /// Most bytes of texts in one request, well below a server's smallest message limit.
 const BATCH_BYTES: usize = 512 << 10;
-/// A server that is busy with others is asked again for this long.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// The tag of a word that has no token.
 const OUTSIDE: &str = "O";
 
@@ -69,60 +66,6 @@ pub(super) async fn scored(client: &Client, args: &ClassifyArgs, path: &Path) ->
     Ok(scores)
 }
 
-/// Where the rows go: a file is written beside its place and moved there when it is whole.
-struct Target {
-    to: BufWriter<Box<dyn Write + Send>>,
-    /// What is written, and where it belongs.
-    part: Option<(PathBuf, PathBuf)>,
-}
-
-impl Target {
-    fn open(path: &Path, to_stdout: bool) -> anyhow::Result<Self> {
-        if to_stdout {
-            return Ok(Self { to: BufWriter::new(Box::new(std::io::stdout())), part: None });
-        }
-        // a pipe or a device is written to as it is
-        let special = std::fs::metadata(path).is_ok_and(|m| !m.is_file());
-        let place = if special {
-            path.to_owned()
-        } else {
-            let name = path.file_name().with_context(|| format!("--out {} names no file", path.display()))?;
-            path.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()))
-        };
-        let open = std::fs::OpenOptions::new().write(true).create(!special).truncate(!special).open(&place);
-        let file = open.with_context(|| format!("create {}", place.display()))?;
-        let part = (!special).then(|| (place, path.to_owned()));
-        Ok(Self { to: BufWriter::new(Box::new(file)), part })
-    }
-
-    fn finish(mut self) -> anyhow::Result<()> {
-        self.to.flush()?;
-        if let Some((part, path)) = &self.part {
-            std::fs::rename(part, path).with_context(|| format!("move the rows to {}", path.display()))?;
-        }
-        self.part = None;
-        Ok(())
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        if let Some((part, _)) = &self.part {
-            // best effort: the rows of a call that failed are of no use
-            let _ = std::fs::remove_file(part);
-        }
-    }
-}
-
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
-    if path.as_os_str() != "-" {
-        return std::fs::read(path).with_context(|| format!("read {}", path.display()));
-    }
-    let mut bytes = Vec::new();
-    std::io::stdin().read_to_end(&mut bytes).context("read standard input")?;
-    Ok(bytes)
-}
-
 /// The version that answers and what it labels; the base's own head is asked.
 async fn head(client: &Client, delta: &str) -> anyhow::Result<HeadInfo> {
     if !delta.is_empty() {
@@ -161,7 +104,7 @@ fn batches(rows: &[Row], most: usize) -> Vec<&[Row]> {
     out
 }
 
-/// Results of a batch's inputs. A server that is busy is asked again, a little later each time.
+/// Results of a batch's inputs.
 async fn call<'a>(
     client: &Client,
     reference: &str,
@@ -173,25 +116,9 @@ async fn call<'a>(
     }
     let count = inputs.len();
     let request = proto::ClassifyRequest { delta: reference.to_owned(), inputs, truncate: true, ..Default::default() };
-    let (start, mut pause) = (Instant::now(), Duration::from_millis(20));
-    loop {
-        match client.inference().classify(request.clone()).await {
-            Ok(reply) => {
-                let results = reply.into_inner().results;
-                let whole = results.len() == count;
-                return if whole { Ok((batch, results)) } else { Err(Status::internal("a reply without all results")) };
-            }
-            Err(status) if busy(&status) && start.elapsed() < PATIENCE => {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(1));
-            }
-            Err(status) => return Err(status),
-        }
-    }
-}
-
-fn busy(status: &Status) -> bool {
-    status.get_details_error_info().is_some_and(|info| info.reason == "OVERLOADED")
+    let ask = || async { client.inference().classify(request.clone()).await };
+    let results = while_busy(ask).await?.into_inner().results;
+    if results.len() == count { Ok((batch, results)) } else { Err(Status::internal("a reply without all results")) }
 }
 
 fn wire(input: &Input) -> Option<proto::ClassifyInput> {
@@ -255,36 +182,6 @@ fn probability(p: f32) -> Value {
     json!((f64::from(p) * 1e6).round() / 1e6)
 }
 
-/// A bar on a terminal, else a line now and then; on standard error.
-struct Progress {
-    bar: ProgressBar,
-    total: u64,
-    done: u64,
-    said: Instant,
-}
-
-impl Progress {
-    fn new(total: u64) -> Self {
-        let template = "[{bar:32}] {pos}/{len}  {per_sec}  eta {eta}";
-        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::new(total).with_style(style.progress_chars("=> "));
-        Self { bar, total, done: 0, said: Instant::now() }
-    }
-
-    fn advance(&mut self, rows: u64) {
-        self.done += rows;
-        self.bar.set_position(self.done);
-        if self.bar.is_hidden() && self.said.elapsed() >= Duration::from_secs(5) {
-            self.said = Instant::now();
-            output::note(&format!("{}/{} rows", self.done, self.total));
-        }
-    }
-
-    fn finish(&self) {
-        self.bar.finish_and_clear();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -300,27 +197,6 @@ mod tests {
         let lens: Vec<usize> = batches(&rows, 100).iter().map(|b| b.len()).collect();
         assert_eq!(lens, [4, 6]);
         assert!(batches(&[], 4).is_empty());
-        Ok(())
-    }
-
-    #[test]
-    fn a_file_is_there_whole_or_as_it_was() -> anyhow::Result<()> {
-        let dir = std::env::temp_dir().join(format!("deltaserve-classify-{}", std::process::id()));
-        std::fs::create_dir_all(&dir)?;
-        let path = dir.join("out.jsonl");
-        std::fs::write(&path, "before")?;
-        let names = || std::fs::read_dir(&dir).map(|all| all.count());
-        let mut fails = Target::open(&path, false)?;
-        writeln!(fails.to, "half")?;
-        fails.to.flush()?;
-        assert_eq!(std::fs::read_to_string(&path)?, "before");
-        drop(fails);
-        assert_eq!((std::fs::read_to_string(&path)?.as_str(), names()?), ("before", 1));
-        let mut whole = Target::open(&path, false)?;
-        writeln!(whole.to, "all")?;
-        whole.finish()?;
-        assert_eq!((std::fs::read_to_string(&path)?.as_str(), names()?), ("all\n", 1));
-        std::fs::remove_dir_all(&dir)?;
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::bail;
 use serde_json::{Map, Value};
 
-use crate::delta::Problem;
+use crate::{cli::files::not_json, delta::Problem};
 
 /// What answers.
 #[derive(Debug, Clone, Default)]
@@ -110,13 +110,6 @@ fn row(line: &[u8], head: &HeadInfo) -> Result<Row, String> {
         (whole(&fields)?, Vec::new(), label(&fields, head)?)
     };
     Ok(Row { fields, input, words, gold })
-}
-
-/// The parser's words; its own line number is that of this line alone.
-fn not_json(e: serde_json::Error) -> String {
-    let (what, column) = (e.to_string(), e.column());
-    let what = what.rsplit_once(" at line").map_or(what.as_str(), |(what, _)| what);
-    format!("is not JSON: {what} at column {column}")
 }
 
 /// `text`, and `pair` if there is one.
