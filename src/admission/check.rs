@@ -374,6 +374,9 @@ fn names(list: &[String], field: &str, problems: &mut Problems) {
     }
 }
 
+/// Most examples that a job tells the losses of.
+const MAX_WORST: u32 = 1000;
+
 impl HyperParams {
     fn check(&self, at: &str, problems: &mut Problems) {
         let numbers = [
@@ -405,6 +408,9 @@ impl HyperParams {
             if let Some(value) = value {
                 problems.integer(&format!("{at}.{name}"), value, 1, high);
             }
+        }
+        if let Some(value) = self.worst_examples {
+            problems.integer(&format!("{at}.worst_examples"), value, 0, MAX_WORST);
         }
     }
 }

@@ -158,6 +158,36 @@ pub enum JobEventBody {
     Forgetting(ForgettingEvent),
     /// It goes on from a checkpoint.
     Resumed(ResumedEvent),
+    /// The examples with the highest loss.
+    Worst(WorstEvent),
+}
+
+/// The examples with the highest loss, worst first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorstEvent {
+    /// After this many optimizer steps.
+    pub step: u32,
+    /// Whether they were held out for evaluation; else they were trained on.
+    pub held_out: bool,
+    /// Whether their lines are those of the separate examples for evaluation; else of the training data.
+    pub of_validation: bool,
+    /// They.
+    pub examples: Vec<WorstExample>,
+}
+
+/// An example with a high loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorstExample {
+    /// Its line, counting from 1.
+    pub line: u64,
+    /// Mean loss over its supervised tokens or words.
+    pub loss: f64,
+    /// An excerpt, as the model sees it.
+    pub text: String,
+    /// Its label, where it has one.
+    pub label: String,
+    /// The likeliest label, where it has one.
+    pub predicted: String,
 }
 
 /// The job goes on from a checkpoint: what was said of later steps is void.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub use super::eval_metric::EvalMetric;
 pub use super::jobs::{
     CheckpointEvent, EvalEvent, ForgettingEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState,
-    MetricsEvent, ModelResult, NoteEvent, ResumedEvent, StateEvent,
+    MetricsEvent, ModelResult, NoteEvent, ResumedEvent, StateEvent, WorstEvent, WorstExample,
 };
 pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
@@ -298,6 +298,9 @@ pub struct HyperParams {
     /// Publish the last checkpoint, not the best of the evaluations.
     #[serde(default)]
     pub keep_last: bool,
+    /// How many of the examples with the highest loss are told; `None` = 10 of those for evaluation.
+    #[serde(default)]
+    pub worst_examples: Option<u32>,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -368,6 +371,9 @@ pub struct ResolvedTraining {
     /// Whether the last checkpoint is published, not the best of the evaluations.
     #[serde(default)]
     pub keep_last: bool,
+    /// How many of the examples with the highest loss are told.
+    #[serde(default)]
+    pub worst_examples: u32,
 }
 
 /// What a job would do: the reply of `Plan`.

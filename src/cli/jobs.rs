@@ -29,6 +29,9 @@ enum JobsCommand {
     Get {
         /// The job's id.
         id: String,
+        /// Its examples with the highest loss, in place of the job.
+        #[arg(long)]
+        worst: bool,
     },
     /// Follow a job's events to its end.
     Watch {
@@ -123,7 +126,8 @@ pub(super) async fn jobs(common: &Common, args: JobsArgs) -> anyhow::Result<()> 
             }
             print_jobs(common, &all)
         }
-        JobsCommand::Get { id } => {
+        JobsCommand::Get { id, worst: true } => train::worst::print(common, &client, &id).await,
+        JobsCommand::Get { id, worst: false } => {
             print_jobs(common, training.get_job(proto::GetJobRequest { id }).await?.into_inner().job.as_slice())
         }
         JobsCommand::Watch { id, from } => train::watch(common, &client, &id, from).await,

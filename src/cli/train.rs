@@ -4,6 +4,7 @@ use std::{fs, path::Path, time::Duration};
 
 mod methods;
 mod view;
+pub(super) mod worst;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -138,6 +139,9 @@ struct HyperArgs {
     /// Optimizer steps between checkpoints, from which a job goes on after a stop of the server [default: every 30 s].
     #[arg(long, value_name = "STEPS")]
     checkpoint_every: Option<u32>,
+    /// Tell this many of the examples with the highest loss at the end: of those for evaluation, else of the training data.
+    #[arg(long, value_name = "K")]
+    worst: Option<u32>,
     /// Share of the steps with rising learning rate.
     #[arg(long)]
     warmup_ratio: Option<f64>,
@@ -199,7 +203,14 @@ pub(super) async fn run(common: &Common, args: TrainArgs) -> anyhow::Result<()> 
     } else {
         output::note(&format!("job {} (watch again with: deltaserve jobs watch {})", job.id, job.id));
     }
-    if args.detach { Ok(()) } else { watch(common, &client, &job.id, 0).await }
+    if args.detach {
+        return Ok(());
+    }
+    let ended = watch(common, &client, &job.id, 0).await;
+    if args.hyper.worst.is_some_and(|k| k > 0) && !common.json {
+        worst::print(common, &client, &job.id).await?;
+    }
+    ended
 }
 
 impl TrainArgs {
@@ -324,6 +335,7 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         label_smoothing: args.label_smoothing,
         checkpoint_every: args.checkpoint_every,
         keep_last: args.keep_last,
+        worst_examples: args.worst,
         eval_metric: args.eval_metric.clone(),
         patience: args.patience,
         min_delta: args.min_delta,

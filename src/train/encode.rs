@@ -12,6 +12,7 @@ use crate::{
         dataset::{Dataset, Example, Row},
         issue::{Code, Report},
         validate::LabelSet,
+        worst::Decoder,
     },
 };
 
@@ -48,6 +49,8 @@ pub struct TextCodec {
     pub chat: Option<ChatCodec>,
     /// Ids that end a text; the first is appended to completions.
     pub eos: Vec<u32>,
+    /// Ids to text, for people.
+    pub decoder: Decoder,
     /// First token of an encoder-decoder's output.
     decoder_start: Option<u32>,
     prefix: Vec<u32>,
@@ -80,7 +83,8 @@ impl TextCodec {
         let at = (0..=full.len().saturating_sub(plain.len())).find(|at| full[*at..].starts_with(&plain));
         let at = at.ok_or("special tokens do not surround the text")?;
         let (prefix, suffix) = (full[..at].to_vec(), full[at + plain.len()..].to_vec());
-        Ok(Self { encode, encode_words, chat, eos, decoder_start: None, prefix, suffix })
+        let decoder = Decoder::default();
+        Ok(Self { encode, encode_words, chat, eos, decoder, decoder_start: None, prefix, suffix })
     }
 
     /// For an encoder-decoder, whose outputs start with this token.
@@ -101,7 +105,7 @@ impl TextCodec {
     ) -> Result<Self, String> {
         tokenizer.set_encode_special_tokens(true);
         let tokenizer = Arc::new(tokenizer);
-        let words = Arc::clone(&tokenizer);
+        let (words, reader) = (Arc::clone(&tokenizer), Arc::clone(&tokenizer));
         let encode: EncodeFn = Arc::new(move |text, special| {
             tokenizer.encode_fast(text, special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string())
         });
@@ -111,7 +115,8 @@ impl TextCodec {
             let ids = encoding.get_ids().iter().zip(encoding.get_word_ids());
             Ok(ids.filter_map(|(id, word)| word.map(|w| (*id, w as usize))).collect())
         });
-        Self::new(encode, encode_words, chat, eos)
+        let decoder = Decoder::new(move |ids| reader.decode(ids, true).unwrap_or_default());
+        Ok(Self { decoder, ..Self::new(encode, encode_words, chat, eos)? })
     }
 
     /// Ids without special tokens.
@@ -160,12 +165,14 @@ pub struct Encoded {
     pub target: Target,
     /// For an encoder-decoder: what the encoder reads. Else empty.
     pub source: Vec<u32>,
+    /// The line that it came from, counting from 1; a long text makes several examples. 0 = unknown.
+    pub line: u64,
 }
 
 impl Encoded {
     /// An example without an encoder's side.
     pub fn new(tokens: Vec<u32>, target: Target) -> Self {
-        Self { tokens, target, source: Vec::new() }
+        Self { tokens, target, source: Vec::new(), line: 0 }
     }
 
     /// Rows that it takes in a forward.
@@ -193,9 +200,11 @@ pub fn encode(
 ) -> Vec<Encoded> {
     let mut encoder = Encoder { codec, labels, max_length, report, out: Vec::with_capacity(data.rows.len()) };
     for row in &data.rows {
+        let before = encoder.out.len();
         if let Err((code, message)) = encoder.row(row) {
             encoder.report.error(code, row.line, "", message);
         }
+        encoder.out[before..].iter_mut().for_each(|example| example.line = row.line);
     }
     encoder.out
 }

@@ -80,7 +80,7 @@ pub(super) fn examples(task: Task, n: usize) -> Arc<[Encoded]> {
         };
         let source =
             if task == Task::Seq2Seq { tokens.iter().rev().map(|t| t + 50).chain([1]).collect() } else { vec![] };
-        Encoded { tokens, target, source }
+        Encoded { tokens, target, source, line: i as u64 + 1 }
     };
     (0..n).map(one).collect()
 }
@@ -115,6 +115,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         label_smoothing: 0.0,
         checkpoint_every: 0,
         keep_last: false,
+        worst_examples: 0,
     }
 }
 
@@ -122,7 +123,16 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
     let labels: Vec<String> = if task.generates() { vec![] } else { vec!["a".into(), "b".into()] };
     let spec = TrainSpec::resolve(methods, task, &labels, shape(base)).unwrap();
     let resolved = ResolvedTraining { task, labels, methods: methods.to_vec(), ..resolved };
-    RunInput { resolved, spec, train: examples(task, 40), validation: Arc::from([]), held: Arc::from([]), start: None }
+    RunInput {
+        resolved,
+        spec,
+        train: examples(task, 40),
+        validation: Arc::from([]),
+        held: Arc::from([]),
+        start: None,
+        separate_validation: true,
+        decoder: Default::default(),
+    }
 }
 
 fn lora() -> Vec<MethodPart> {
@@ -381,6 +391,42 @@ fn the_best_evaluation_is_what_is_published() {
 }
 
 #[test]
+fn the_worst_examples_are_those_of_the_best_evaluation_or_of_the_end() {
+    let base = tiny("llama");
+    let resolved = ResolvedTraining { eval_every: 2, worst_examples: 3, ..hyper(6) };
+    let of = |validation: Arc<[Encoded]>| {
+        let input = RunInput { validation, ..input(&base, Task::CausalLm, &lora(), resolved.clone()) };
+        let (events, outcome) = finish(Run::new(Arc::clone(&base), None, input).unwrap());
+        let Outcome::Trained(end) = outcome else { panic!("{outcome:?}") };
+        let told = events.into_iter().rev().find_map(|e| if let JobEventBody::Worst(w) = e { Some(w) } else { None });
+        (told.unwrap(), end)
+    };
+    // one of the examples repeats a token that is nowhere else
+    let mut odd = examples(Task::CausalLm, 12).to_vec();
+    odd[5].tokens = vec![3, 60, 60, 3];
+    odd[5].target = Target::Tokens(vec![false, true, true, true]);
+    for (validation, held_out) in [(Arc::from(odd), true), (Arc::from([]), false)] {
+        let (worst, end) = of(Arc::clone(&validation));
+        let all = if held_out { validation } else { examples(Task::CausalLm, 40) };
+        assert_eq!((worst.held_out, worst.of_validation, worst.examples.len()), (held_out, held_out, 3));
+        let delta = Arc::new(end.delta);
+        let mean = |e: &Encoded| {
+            let each = flat(&losses(&base, Arc::clone(&delta), &[e], None).unwrap().each);
+            f64::from(each.iter().sum::<f32>()) / each.len() as f64
+        };
+        let mut expected: Vec<(f64, u64)> = all.iter().map(|e| (mean(e), e.line)).collect();
+        expected.sort_by(|a, b| b.0.total_cmp(&a.0));
+        for (told, (loss, line)) in worst.examples.iter().zip(&expected) {
+            assert!((told.loss - loss).abs() < 1e-4, "{told:?} {loss} {line}");
+        }
+        if held_out {
+            assert_eq!(worst.examples[0].line, 6);
+            assert_eq!(Some(worst.step), end.best_eval.map(|e| e.step));
+        }
+    }
+}
+
+#[test]
 fn forgetting_is_the_loss_with_the_delta_less_the_loss_without() {
     let base = tiny("llama");
     let held = examples(Task::CausalLm, 70);
@@ -436,6 +482,8 @@ fn a_prepared_request_runs() {
         held: Arc::from([]),
         validation: Arc::from([]),
         start: None,
+        separate_validation: false,
+        decoder: Default::default(),
     };
     assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());
 }

@@ -51,6 +51,7 @@ mod transfer_laws;
 pub mod validate;
 mod watch;
 mod worker;
+pub mod worst;
 
 pub use handle::{Kept, SpawnError, TrainError, TrainerConfig, TrainerHandle, TrainerParts};
 pub use joblog::KeptJob;

@@ -26,6 +26,7 @@ use crate::{
         spec::{BaseShape, Start, TrainSpec},
         transfer::{self, Continue, Continued},
         validate::{LabelSet, check_train, check_validation},
+        worst::Decoder,
     },
 };
 
@@ -76,6 +77,10 @@ pub struct Prepared {
     pub start: Option<Continued>,
     /// The held text whose loss is compared at the end; may be empty.
     pub held: Arc<[Encoded]>,
+    /// Whether the validation examples have a file of their own; else they were drawn from the training data.
+    pub separate_validation: bool,
+    /// Ids to text.
+    pub decoder: Decoder,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -174,7 +179,9 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         warnings,
         resolved,
     };
-    Ok(Prepared { reply, spec, train: train.into(), validation: validation.into(), held: held.into(), start })
+    let (train, validation, held, decoder) = (train.into(), validation.into(), held.into(), codec.decoder.clone());
+    let separate_validation = inputs.validation.is_some();
+    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder })
 }
 
 /// Shortest examples that a base must have room for.

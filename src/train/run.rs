@@ -40,6 +40,7 @@ use crate::{
         start,
         trainable::{Snapshot, Trainable},
         transfer::{Continued, Ewc},
+        worst::{Decoder, Worst},
     },
 };
 use held::Held;
@@ -68,6 +69,10 @@ pub struct RunInput {
     pub start: Option<Continued>,
     /// The held text whose loss is compared at the end; may be empty.
     pub held: Arc<[Encoded]>,
+    /// Whether the validation examples have a file of their own; else they were drawn from the training data.
+    pub separate_validation: bool,
+    /// Ids to text.
+    pub decoder: Decoder,
 }
 
 impl From<&Prepared> for RunInput {
@@ -79,6 +84,8 @@ impl From<&Prepared> for RunInput {
             validation: Arc::clone(&p.validation),
             start: p.start.clone(),
             held: Arc::clone(&p.held),
+            separate_validation: p.separate_validation,
+            decoder: p.decoder.clone(),
         }
     }
 }
@@ -99,7 +106,16 @@ struct Step {
 #[derive(Debug)]
 enum Phase {
     Train(Step),
-    Eval { todo: VecDeque<Vec<usize>>, tally: Tally },
+    Eval {
+        todo: VecDeque<Vec<usize>>,
+        tally: Tally,
+        worst: Worst,
+    },
+    /// The losses of the training examples, after the last step.
+    Worst {
+        todo: VecDeque<Vec<usize>>,
+        worst: Worst,
+    },
     Held(Held),
 }
 
@@ -134,6 +150,8 @@ pub struct Run {
     patience: Patience,
     /// Whether the patience has run out.
     stopped: bool,
+    /// Whether the losses of the training examples were told.
+    told: bool,
     /// Weights that gave a finite loss.
     good: Option<(u32, Snapshot)>,
     /// Weights whose loss is not known yet.
@@ -197,6 +215,7 @@ impl Run {
             best: None,
             patience: Patience::new(r.eval_metric, r.patience, r.min_delta),
             stopped: false,
+            told: false,
             unproven: None,
             started: Instant::now(),
             begun: 0,
@@ -291,7 +310,18 @@ impl Run {
                 None => self.finish_held(events).map(Some),
             };
         }
+        if let Phase::Worst { todo, .. } = &mut self.phase {
+            match todo.pop_front() {
+                Some(batch) => self.worst_micro(&batch)?,
+                None => self.finish_worst(events),
+            }
+            return Ok(None);
+        }
         if self.stopped || self.step >= self.input.resolved.total_steps {
+            if self.worst_due() {
+                self.phase = self.begin_worst();
+                return Ok(None);
+            }
             return if self.input.held.is_empty() {
                 self.trained().map(Some)
             } else {

@@ -129,3 +129,44 @@ async fn tags_are_judged_by_their_spans_and_encoder_decoders_by_their_loss() {
     assert!(!of.is_empty() && of.iter().all(|e| e.perplexity.is_some() && e.accuracy.is_none()), "{of:?}");
     running.stop().await;
 }
+
+/// Words that the job's task says little of are told by line, with the label that was given and the one that is likely.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_examples_with_the_highest_loss_are_told_by_line() {
+    let world = World::encoder();
+    let running = world.start().await;
+    let client = &running.client;
+    let worst = async |spec: proto::TrainingSpec| {
+        let job = client.create_job(spec, "").await.expect("a job");
+        let events = client.events(&job.id, 0).await.expect("a watch");
+        let told =
+            events.iter().filter_map(|e| if let Some(Body::Worst(w)) = &e.body { Some(w.clone()) } else { None });
+        (job.id, told.collect::<Vec<_>>())
+    };
+    let text = labelled(40);
+    let mut lines: Vec<&str> = text.lines().collect();
+    let wrong = lines[16].replace("first", "last");
+    lines[16] = &wrong;
+    let data = "\n".to_owned() + &lines.join("\n");
+    let mut of_training = spec("kinds", proto::Task::SeqCls, data, 60);
+    let (_, none) = worst(of_training.clone()).await;
+    assert!(none.is_empty(), "a pass over the training data is asked for");
+    of_training.hyper.as_mut().expect("hyper").worst_examples = Some(2);
+    let (id, told) = worst(of_training).await;
+    let [one] = &told[..] else { panic!("{told:?}") };
+    assert_eq!((one.step, one.held_out, one.of_validation, one.examples.len()), (60, false, false, 2));
+    let top = &one.examples[0];
+    // the first line of the file is empty
+    assert_eq!((top.line, top.label.as_str(), top.predicted.as_str()), (18, "last", "first"), "{told:?}");
+    assert!(top.loss > one.examples[1].loss && top.text.starts_with("aaa"), "{told:?}");
+    let said = crate::classify_file::cli(&running, &["jobs", "get", &id, "--worst"]).await;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains("last (model: first)") && said.contains("18"), "{said}");
+
+    let held = validated("kinds", proto::Task::SeqCls, labelled(40), format!("{}\n", lines[..20].join("\n")));
+    let (_, told) = worst(held).await;
+    let last = told.last().expect("told with the best evaluation");
+    assert!(last.held_out && last.of_validation && last.examples.len() == 10, "{last:?}");
+    assert_eq!(last.examples[0].line, 17, "{last:?}");
+    running.stop().await;
+}

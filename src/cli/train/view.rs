@@ -47,7 +47,8 @@ impl View {
             ))?,
             Some(Body::Resumed(r)) => self.say(&format!("goes on from step {}", r.step))?,
             Some(Body::Log(n)) => self.say(&n.message)?,
-            None => {}
+            // a list: `worst::print` shows the last one
+            Some(Body::Worst(_)) | None => {}
         }
         Ok(None)
     }

@@ -4,7 +4,7 @@ use crate::{
     admission::{
         jobs::{
             EvalEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, MetricsEvent, ModelResult,
-            NoteEvent,
+            NoteEvent, WorstEvent, WorstExample,
         },
         params::ServeError,
     },
@@ -105,6 +105,7 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
             forgetting: f.delta_loss - f.base_loss,
         }),
         JobEventBody::Resumed(r) => Body::Resumed(proto::Resumed { step: r.step }),
+        JobEventBody::Worst(w) => Body::Worst(worst(w)),
     };
     proto::JobEvent { seq: event.seq, time_ms: event.at_ms, body: Some(body) }
 }
@@ -122,6 +123,22 @@ fn metrics(m: MetricsEvent) -> proto::Metrics {
         step_ms: m.step_ms,
         yielded_ms: m.yielded_ms,
         ewc_penalty: m.ewc_penalty,
+    }
+}
+
+fn worst(w: WorstEvent) -> proto::WorstExamples {
+    let example = |e: WorstExample| proto::WorstExample {
+        line: e.line,
+        loss: e.loss,
+        text: e.text,
+        label: e.label,
+        predicted: e.predicted,
+    };
+    proto::WorstExamples {
+        step: w.step,
+        held_out: w.held_out,
+        of_validation: w.of_validation,
+        examples: w.examples.into_iter().map(example).collect(),
     }
 }
 

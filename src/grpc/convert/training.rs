@@ -141,6 +141,7 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         label_smoothing: m.label_smoothing,
         checkpoint_every: m.checkpoint_every,
         keep_last: m.keep_last,
+        worst_examples: m.worst_examples,
     }
 }
 
@@ -240,6 +241,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         label_smoothing: r.label_smoothing,
         checkpoint_every: r.checkpoint_every,
         keep_last: r.keep_last,
+        worst_examples: r.worst_examples,
     }
 }
 

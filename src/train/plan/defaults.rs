@@ -16,6 +16,9 @@ use crate::{
     },
 };
 
+/// Examples with the highest loss that a job with an evaluation tells unless it is asked for another number.
+const WORST: u32 = 10;
+
 /// Method parts with every field set.
 pub(super) fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<'_>) -> Vec<MethodPart> {
     let rank_default = if task.generates() && base.causal { 16 } else { 8 };
@@ -137,6 +140,7 @@ impl Chosen<'_> {
             label_smoothing: h.label_smoothing.unwrap_or(0.0),
             checkpoint_every: h.checkpoint_every.unwrap_or(0),
             keep_last: h.keep_last,
+            worst_examples: h.worst_examples.unwrap_or(if params.validation.is_some() { WORST } else { 0 }),
         }
     }
 }
