@@ -3,8 +3,8 @@
 
 use super::{
     params::{
-        ClassifyInput, ClassifyParams, EmbedParams, GenerateParams, Prompt, Sampling, ScoreParams, ServeError,
-        Violation,
+        BeamParams, ClassifyInput, ClassifyParams, EmbedParams, GenerateParams, MAX_BEAMS, Prompt, Sampling,
+        ScoreParams, ServeError, Violation,
     },
     train_params::{
         AdapterPart, AdapterScaling, HyperParams, LoraPart, MethodPart, TrainData, TrainParams, Validation,
@@ -112,6 +112,9 @@ impl std::fmt::Display for Range {
     }
 }
 
+/// Longest run of tokens that can be kept from coming twice.
+const MAX_NGRAM: u32 = 256;
+
 impl Sampling {
     /// Checks every number.
     pub fn check(&self, at: &str, problems: &mut Problems) {
@@ -122,6 +125,12 @@ impl Sampling {
         problems.range(&field("repetition_penalty"), self.repetition_penalty.into(), &Range::above(0.0, 100.0));
         problems.range(&field("frequency_penalty"), self.frequency_penalty.into(), &Range::closed(-2.0, 2.0));
         problems.range(&field("presence_penalty"), self.presence_penalty.into(), &Range::closed(-2.0, 2.0));
+        problems.integer(&field("no_repeat_ngram_size"), self.no_repeat_ngram_size, 0, MAX_NGRAM);
+    }
+
+    /// Whether every token is chosen by its score alone.
+    fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0 && self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
     }
 }
 
@@ -160,6 +169,26 @@ impl GenerateParams {
         problems.count("options.stop_tokens", self.stop_tokens.len(), 0, MAX_STOP_TOKENS);
         problems.integer("options.logprobs", self.logprobs.unwrap_or(0), 0, MAX_LOGPROBS);
         problems.integer("options.n", self.n, 1, MAX_N);
+        self.check_beams(problems);
+    }
+
+    /// Sequences that it has in the engine.
+    pub fn sequences(&self) -> u32 {
+        self.beams.map_or(self.n, |search| search.beams.max(self.n))
+    }
+
+    fn check_beams(&self, problems: &mut Problems) {
+        let Some(BeamParams { beams, length_penalty, .. }) = self.beams else { return };
+        problems.integer("options.num_beams", beams, 1, MAX_BEAMS);
+        problems.range("options.length_penalty", length_penalty.into(), &Range::closed(-10.0, 10.0));
+        problems.require(self.n <= beams, "options.n", || format!("is {}, more than the {beams} beams", self.n));
+        let beside = |field: &str, given: bool, problems: &mut Problems| {
+            problems
+                .require(!given, field, || "does not go with num_beams: beams are chosen by their scores".to_owned());
+        };
+        beside("options.sampling", !self.sampling.is_greedy(), problems);
+        beside("options.stop", !self.stop.is_empty(), problems);
+        beside("options.logprobs", self.logprobs.is_some(), problems);
     }
 
     /// Checks everything.

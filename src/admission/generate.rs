@@ -10,6 +10,7 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::mpsc;
 
 use super::{
+    beams::Told,
     params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
     places::Place,
     service::{CallLease, Pieces, Service, ServiceParts, chat_error, text_error},
@@ -46,7 +47,7 @@ impl Service {
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
         params.check()?;
         self.can_generate()?;
-        let places = self.places().take(params.n as usize)?;
+        let places = self.places().take(params.sequences() as usize)?;
         self.continue_prompt(tenant, params, Instant::now(), places, call).await
     }
 
@@ -65,11 +66,11 @@ impl Service {
         params.check()?;
         self.can_generate()?;
         let deadline = params.timeout.map(|timeout| arrived + timeout);
-        let places = self.places().wait(params.n as usize, arrived, deadline).await?;
+        let places = self.places().wait(params.sequences() as usize, arrived, deadline).await?;
         self.continue_prompt(tenant, params, arrived, places, call).await
     }
 
-    /// Prompts with `n` continuations each that one call has in the engine at a time.
+    /// Prompts of `n` sequences each that one call has in the engine at a time.
     pub fn prompts_at_a_time(&self, n: u32) -> usize {
         (self.places().share() / (n as usize).max(1)).max(1)
     }
@@ -99,6 +100,7 @@ impl Service {
         let admitted = self.admit_once(tenant, &params.delta, (arrived, params.timeout), call).await?;
         self.check_source("prompt", &input, &admitted)?;
         self.check_room("max_new_tokens", &input, new, &admitted)?;
+        self.check_beams(&params, &input, &admitted)?;
         if let Some(lease) = &admitted.lease {
             let task = lease.delta().spec.task;
             if matches!(task, Task::SeqCls | Task::TokenCls) {
@@ -114,17 +116,28 @@ impl Service {
             true => params.stop_tokens.clone(),
             false => params.stop_tokens.iter().chain(&self.eos()).copied().collect(),
         };
+        let generate = |sampling, beams| {
+            let logprobs = params.logprobs.map(|n| n as usize);
+            Work::Generate(engine::Generate {
+                sampling,
+                max_new_tokens: new,
+                stop_tokens: stop_tokens.clone(),
+                logprobs,
+                beams,
+            })
+        };
+        if let Some(search) = params.beams {
+            let told = Told { seed, before: before.to_vec() };
+            let work = generate(params.sampling.clone(), Some(engine::Beams { search, told: params.n as usize }));
+            let events = self.submit(input, work, &admitted, places)?;
+            return Ok(self.searched(events, params.n, told, &admitted));
+        }
         let mut continuations = Vec::with_capacity(places.len());
         for (index, place) in (0u32..).zip(places) {
             let seed = seed.wrapping_add(u64::from(index));
             let mut sampling = params.sampling.clone();
             sampling.seed = Some(seed);
-            let work = Work::Generate(engine::Generate {
-                sampling,
-                max_new_tokens: new,
-                stop_tokens: stop_tokens.clone(),
-                logprobs: params.logprobs.map(|n| n as usize),
-            });
+            let work = generate(sampling, None);
             let events = self.submit(input.clone(), work, &admitted, place)?;
             let text = Arc::clone(&self.parts().text);
             let decode = DecodeStream::after(Arc::clone(&text), before).map_err(|e| text_error("prompt", &e))?;
@@ -234,7 +247,9 @@ impl Continuation {
                 }
                 Some(Event::Finished(end)) => self.finish(end.reason, end.usage, end.timings),
                 Some(Event::Failed(e)) => self.fail(e.into()),
-                Some(Event::Output(..)) => self.fail(ServeError::Internal("the engine mixed up its work".into())),
+                Some(Event::Output(..) | Event::Hypotheses(..)) => {
+                    self.fail(ServeError::Internal("the engine mixed up its work".into()))
+                }
                 None => self.fail(ServeError::Internal("the engine has stopped".into())),
             }
         }
@@ -302,7 +317,15 @@ impl Continuation {
     fn end(&mut self, reason: FinishReason, usage: Usage, timings: Timings) {
         self.over = true;
         let (index, seed, served_by) = (self.index, self.seed, self.served_by.clone());
-        self.ready.push_back(Ok(GenerateChunk::Finished { index, reason, usage, timings, served_by, seed }));
+        self.ready.push_back(Ok(GenerateChunk::Finished {
+            index,
+            reason,
+            usage,
+            timings,
+            served_by,
+            seed,
+            score: None,
+        }));
     }
 }
 

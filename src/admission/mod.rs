@@ -3,6 +3,8 @@
 //! Every edge calls [`Service`]; one function per call, read from top to bottom: check, take a permit, tokenise, resolve
 //! and lease, hand over, answer. Nothing here computes; tokenising and decoding run on the blocking pool.
 
+mod beam_params;
+mod beams;
 mod catalog;
 pub mod catalog_params;
 pub mod check;

@@ -28,6 +28,8 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// Subtracted once if the token is in the output; in [-2, 2].
     pub presence_penalty: f32,
+    /// No run of so many tokens comes twice in prompt and output; 0 = off. Of an encoder-decoder, the output alone counts.
+    pub no_repeat_ngram_size: u32,
     /// Seed of this request; the server draws one if absent and reports it.
     pub seed: Option<u64>,
 }
@@ -42,6 +44,7 @@ impl Default for Sampling {
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            no_repeat_ngram_size: 0,
             seed: None,
         }
     }
@@ -67,6 +70,7 @@ pub enum Prompt {
     Tokens(Vec<u32>),
 }
 
+pub use super::beam_params::{BeamParams, EarlyStopping, MAX_BEAMS};
 pub use super::choice::DeltaChoice;
 
 /// A Generate request.
@@ -90,6 +94,8 @@ pub struct GenerateParams {
     pub logprobs: Option<u32>,
     /// Independent continuations, 1 to 16; continuation i has seed + i.
     pub n: u32,
+    /// Search with beams; continuation i is then the i-th best output.
+    pub beams: Option<BeamParams>,
     /// Give up when this much time has passed since arrival.
     pub timeout: Option<Duration>,
 }
@@ -192,6 +198,8 @@ pub enum GenerateChunk {
         served_by: ServedBy,
         /// The seed that reproduces it.
         seed: u64,
+        /// Of a beam search: its sum of log-probabilities over its length to the power of the length penalty.
+        score: Option<f32>,
     },
 }
 

@@ -1,6 +1,7 @@
 //! The service: what every edge holds, and the steps that all calls share.
 
 use std::{
+    any::Any,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -16,7 +17,7 @@ use super::{
     check::Problems,
     merge::MERGES,
     params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
-    places::{Place, Places},
+    places::Places,
 };
 use crate::{
     delta::Delta,
@@ -241,7 +242,7 @@ impl Service {
         input: Input,
         work: Work,
         admitted: &Admitted,
-        place: Place,
+        place: impl Any + Send + Sync,
     ) -> Result<mpsc::Receiver<Event>, ServeError> {
         let (events, receiver) = mpsc::channel(work.events());
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));

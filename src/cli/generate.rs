@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 mod file;
 mod rows;
@@ -49,6 +49,18 @@ pub(super) struct GenerateArgs {
     /// Penalty once a token is in the output.
     #[arg(long, allow_negative_numbers = true)]
     presence_penalty: Option<f32>,
+    /// No run of so many tokens comes twice; 0 = off.
+    #[arg(long, value_name = "N")]
+    no_repeat_ngram_size: Option<u32>,
+    /// Search with so many beams; the text comes at the end.
+    #[arg(long, value_name = "N")]
+    num_beams: Option<u32>,
+    /// With beams: over 0 favours long outputs, below 0 short ones [default: 1].
+    #[arg(long, value_name = "X", allow_negative_numbers = true, requires = "num_beams")]
+    length_penalty: Option<f32>,
+    /// With beams: when the search ends [default: heuristic].
+    #[arg(long, requires = "num_beams")]
+    early_stopping: Option<EarlyStoppingArg>,
     /// Seed of the sampling.
     #[arg(long)]
     seed: Option<u64>,
@@ -75,6 +87,17 @@ pub(super) struct GenerateArgs {
     in_flight: u16,
 }
 
+/// When a beam search ends before the longest output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EarlyStoppingArg {
+    /// When no open beam seems able to do better.
+    Heuristic,
+    /// As soon as as many outputs have ended as there are beams.
+    Full,
+    /// When no open beam can do better at any length.
+    Never,
+}
+
 impl GenerateArgs {
     fn options(&self) -> proto::GenerateOptions {
         proto::GenerateOptions {
@@ -87,6 +110,7 @@ impl GenerateArgs {
                 repetition_penalty: self.repetition_penalty,
                 frequency_penalty: self.frequency_penalty,
                 presence_penalty: self.presence_penalty,
+                no_repeat_ngram_size: self.no_repeat_ngram_size,
                 seed: self.seed,
             }),
             stop: self.stop.clone(),
@@ -94,6 +118,15 @@ impl GenerateArgs {
             ignore_eos: self.ignore_eos,
             logprobs: self.logprobs,
             n: Some(self.n),
+            num_beams: self.num_beams,
+            length_penalty: self.length_penalty,
+            early_stopping: match self.early_stopping {
+                None => proto::EarlyStopping::Unspecified,
+                Some(EarlyStoppingArg::Heuristic) => proto::EarlyStopping::Heuristic,
+                Some(EarlyStoppingArg::Full) => proto::EarlyStopping::Full,
+                Some(EarlyStoppingArg::Never) => proto::EarlyStopping::Never,
+            }
+            .into(),
         }
     }
 

@@ -4,6 +4,8 @@
 //! with the trainer but the [`Pacer`]. Requests join and leave between steps (continuous batching); rows of different
 //! deltas and of the bare base share one forward.
 
+mod beam;
+mod branches;
 mod metrics;
 mod request;
 mod sampler;
@@ -14,7 +16,8 @@ mod step;
 mod worker;
 
 pub use request::{
-    EngineError, Event, Finished, Generate, HeldDelta, Output, Permit, Request, SubmitError, TokenOut, Work,
+    Beams, EngineError, Event, Finished, Generate, HeldDelta, Hypothesis, Output, Permit, Request, SubmitError,
+    TokenOut, Work,
 };
 
 use std::{
@@ -156,6 +159,8 @@ struct Checks {
     /// Cache slots that one sequence can have.
     slots: usize,
     pages: usize,
+    /// Sequences that may run at a time.
+    sequences: usize,
     queue: usize,
 }
 
@@ -181,11 +186,13 @@ pub fn spawn(
         pages: arch.is_causal().then_some(pages),
     };
     let queue = config.queue.max(1);
+    let sequences = config.max_sequences.min(config.max_batch_tokens).max(1);
     // bounded; `submit` never waits: a full queue is an answer
     let (commands, receiver) = mpsc::sync_channel(queue);
     let shared = Arc::new(Shared::default());
     let positions = arch.max_positions.min(limits.max_positions());
-    let checks = Arc::new(Checks { arch: arch.clone(), positions, slots: limits.max_positions(), pages, queue });
+    let checks =
+        Arc::new(Checks { arch: arch.clone(), positions, slots: limits.max_positions(), pages, sequences, queue });
     let worker = Worker {
         commands: receiver,
         shared: Arc::clone(&shared),
@@ -246,6 +253,11 @@ impl EngineHandle {
     /// Longest sequence (prompt and output) behind what a delta puts ahead of it.
     pub fn max_tokens(&self, ahead: Ahead) -> usize {
         ahead.room(self.checks.arch.max_positions, self.checks.slots)
+    }
+
+    /// Sequences that may run at a time; beams count.
+    pub fn max_sequences(&self) -> usize {
+        self.checks.sequences
     }
 
     /// The engine now.
@@ -321,6 +333,17 @@ impl Checks {
         }
         let memory = source + request.source_keys();
         let (pages, most) = (pages_for(memory) + pages_for(ahead.slots() + len + new), self.pages);
+        if let Work::Generate(Generate { beams: Some(Beams { search, told }), .. }) = &request.work {
+            let beams = search.beams as usize;
+            if beams == 0 || beams > self.sequences || *told > beams {
+                return Err(format!("{beams} beams, {told} told: accepted are 1 to {}", self.sequences));
+            }
+            let pages = pages_for(memory) + beams.saturating_mul(pages_for(ahead.slots() + len + new));
+            if pages > most {
+                let limit = most * PAGE_SIZE;
+                return Err(format!("{beams} beams of {len} + {new} positions exceed the cache of {limit} positions"));
+            }
+        }
         if source > 0 && pages > most {
             let limit = most * PAGE_SIZE;
             return Err(format!(

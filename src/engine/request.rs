@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::mpsc;
 
 use crate::{
-    admission::params::{FinishReason, Pooling, Sampling, Timings, Usage},
+    admission::params::{BeamParams, FinishReason, Pooling, Sampling, Timings, Usage},
     delta::{Delta, Stack},
     ids::DeltaId,
     rows::Ahead,
@@ -144,19 +144,30 @@ pub struct Generate {
     pub stop_tokens: Vec<u32>,
     /// Report log-probabilities, with this many alternatives.
     pub logprobs: Option<usize>,
+    /// Search with beams instead of choosing tokens one by one: the penalties of `sampling` apply, its filters do not.
+    pub beams: Option<Beams>,
+}
+
+/// A beam search and what is told of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Beams {
+    /// How to search.
+    pub search: BeamParams,
+    /// How many of the outputs are told, the best ones; at most as many as beams.
+    pub told: usize,
 }
 
 impl Work {
     /// Most events that this work sends.
     pub fn events(&self) -> usize {
         match self {
-            Self::Generate(g) => g.max_new_tokens.saturating_add(2),
+            Self::Generate(g) if g.beams.is_none() => g.max_new_tokens.saturating_add(2),
             _ => 2,
         }
     }
 }
 
-/// What the engine tells about a request. Exactly one of `Finished`, `Output` and `Failed` comes last; a channel that
+/// What the engine tells about a request. Exactly one of `Finished`, `Hypotheses`, `Output` and `Failed` comes last; a channel that
 /// closes without one means that the engine has stopped.
 #[derive(Debug, Clone)]
 pub enum Event {
@@ -164,6 +175,8 @@ pub enum Event {
     Token(TokenOut, Duration),
     /// The continuation is complete.
     Finished(Finished),
+    /// The best outputs of a beam search, best first.
+    Hypotheses(Vec<Hypothesis>, Timings),
     /// The result of work other than `Generate`.
     Output(Output, Timings),
     /// The request failed; its events before this one stay valid.
@@ -190,6 +203,19 @@ pub struct Finished {
     pub usage: Usage,
     /// Where the time went.
     pub timings: Timings,
+}
+
+/// An output of a beam search.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hypothesis {
+    /// Its tokens, without the one that ended it.
+    pub tokens: Vec<u32>,
+    /// The sum of its tokens' log-probabilities over their number to the power of the length penalty.
+    pub score: f32,
+    /// `StopToken` or `Length`.
+    pub reason: FinishReason,
+    /// Tokens; a stop token counts.
+    pub usage: Usage,
 }
 
 /// The result of work other than `Generate`.

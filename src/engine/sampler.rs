@@ -1,9 +1,12 @@
 //! From one row of logits to the next token: a pure function.
 //!
-//! Order, as in vLLM and Hugging Face: penalties, temperature, min-p, top-k, top-p. The random number depends on the
+//! Order, as in vLLM and Hugging Face: penalties, repeated runs, temperature, min-p, top-k, top-p. The random number depends on the
 //! request's seed and the position only, so neither the batch's composition nor a recomputation changes a token.
 
-use std::{cmp::Ordering, collections::HashMap};
+use std::{
+    cmp::Ordering,
+    collections::{HashMap, HashSet},
+};
 
 use crate::admission::params::Sampling;
 
@@ -30,6 +33,7 @@ pub(super) fn choose(logits: &[f32], history: History<'_>, how: &Sampling, seed:
     if is_penalised(how) {
         let mut logits = logits.to_vec();
         penalise(&mut logits, history, how);
+        forbid_repeats(&mut logits, history, how.no_repeat_ngram_size as usize);
         let (best, max) = scan(&logits)?;
         return Ok(draw(&logits, best, max, how, uniform(seed, position(history))));
     }
@@ -44,9 +48,7 @@ pub(super) fn choose(logits: &[f32], history: History<'_>, how: &Sampling, seed:
 /// # Errors
 /// Logits that are not finite.
 pub(super) fn logprobs(logits: &[f32], token: u32, n: usize) -> Result<(f32, Vec<(u32, f32)>), NonFinite> {
-    let (_, max) = scan(logits)?;
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    let norm = f64::from(max) + sum.ln();
+    let norm = log_sum_exp(logits)?;
     let logprob = |l: f32| (f64::from(l) - norm) as f32;
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
     let n = n.min(ids.len());
@@ -56,6 +58,36 @@ pub(super) fn logprobs(logits: &[f32], token: u32, n: usize) -> Result<(f32, Vec
     }
     let top = ids[..n].iter().map(|&id| (id, logprob(logits[id as usize]))).collect();
     Ok((logits.get(token as usize).map_or(f32::NEG_INFINITY, |&l| logprob(l)), top))
+}
+
+/// The `n` likeliest tokens of a beam with their log-probabilities, best first. As in transformers, penalties are applied to
+/// the log-probabilities, not to the logits.
+///
+/// # Errors
+/// Logits that are not finite.
+pub(super) fn candidates(
+    logits: &[f32],
+    history: History<'_>,
+    how: &Sampling,
+    n: usize,
+) -> Result<Vec<(u32, f32)>, NonFinite> {
+    let norm = log_sum_exp(logits)?;
+    let mut scores: Vec<f32> = logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect();
+    if is_penalised(how) {
+        penalise(&mut scores, history, how);
+        forbid_repeats(&mut scores, history, how.no_repeat_ngram_size as usize);
+    }
+    let mut ids: Vec<u32> = (0..scores.len() as u32).collect();
+    keep_best(&mut ids, n.clamp(1, scores.len().max(1)), &scores);
+    ids.sort_unstable_by(|&a, &b| better(&scores, a, b));
+    Ok(ids.into_iter().map(|id| (id, scores[id as usize])).collect())
+}
+
+/// The logarithm of the sum of the exponentials.
+fn log_sum_exp(logits: &[f32]) -> Result<f64, NonFinite> {
+    let (_, max) = scan(logits)?;
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    Ok(f64::from(max) + sum.ln())
 }
 
 /// A uniform number in [0, 1) for a position of a request: two rounds of SplitMix64's finaliser (Steele et al. 2014) as
@@ -77,7 +109,8 @@ fn position(history: History<'_>) -> u64 {
 }
 
 fn is_penalised(how: &Sampling) -> bool {
-    how.repetition_penalty != 1.0 || how.frequency_penalty != 0.0 || how.presence_penalty != 0.0
+    let penalties = how.repetition_penalty != 1.0 || how.frequency_penalty != 0.0 || how.presence_penalty != 0.0;
+    penalties || how.no_repeat_ngram_size > 0
 }
 
 /// The first index of the largest logit, and that logit.
@@ -113,6 +146,27 @@ fn penalise(logits: &mut [f32], history: History<'_>, how: &Sampling) {
         }
         if count > 0 {
             *logit -= how.frequency_penalty * count as f32 + how.presence_penalty;
+        }
+    }
+}
+
+/// Forbids every token that would end a run of `n` tokens which prompt and output already have (as transformers'
+/// `no_repeat_ngram_size`). Where no token would be left, nothing is forbidden.
+fn forbid_repeats(logits: &mut [f32], history: History<'_>, n: usize) {
+    let all = [history.prompt, history.output].concat();
+    if n == 0 || all.len() < n {
+        return;
+    }
+    let (ahead, end) = (n - 1, all.len() + 1 - n);
+    let tail = &all[end..];
+    let forbidden: HashSet<u32> = all.windows(n).filter(|run| run[..ahead] == *tail).map(|run| run[ahead]).collect();
+    let finite = |(id, l): (usize, &f32)| l.is_finite() && !forbidden.contains(&(id as u32));
+    if !logits.iter().enumerate().any(finite) {
+        return;
+    }
+    for id in forbidden {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit = f32::NEG_INFINITY;
         }
     }
 }

@@ -9,6 +9,10 @@
 //! A sequence of an encoder-decoder has a source, too: its encoder runs whole in the step in which the sequence begins (again,
 //! if it lost its pages), and the source's keys and values have pages of their own, for as long as the sequence runs.
 //!
+//! A beam search is one sequence with several branches: one while its prompt is computed, then one per open beam, each with
+//! pages of its own. All of its branches are in a step or none is; it has as many places as it may have branches, and where it
+//! loses its pages it starts over with one. What a source gives is read by all of them.
+//!
 //! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, so
 //! each is served within a bounded number of steps.
 
@@ -19,6 +23,10 @@ use crate::{
     kv::{PAGE_SIZE, PagePool, PageTable, pages_for},
 };
 
+mod parts;
+
+pub(super) use parts::{Demand, NeverFits, Share, StepPlan};
+
 /// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
 pub(super) type SeqId = u64;
 
@@ -27,7 +35,7 @@ pub(super) type SeqId = u64;
 pub(super) struct Limits {
     /// Most rows of a step; an encoder's sequence that is longer runs alone.
     pub(super) max_batch_tokens: usize,
-    /// Most sequences that hold pages at a time.
+    /// Most sequences that hold pages at a time; a beam search counts as many as it may have branches.
     pub(super) max_sequences: usize,
     /// Most distinct deltas in a step; the bare base does not count.
     pub(super) max_deltas: usize,
@@ -44,63 +52,6 @@ impl Limits {
     }
 }
 
-/// A sequence that could never run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the request needs a cache of {positions} positions; this server has {limit}")]
-pub(super) struct NeverFits {
-    /// Positions that it may need.
-    pub(super) positions: usize,
-    /// Positions that there are.
-    pub(super) limit: usize,
-}
-
-/// A sequence as the scheduler sees it: counts of positions. Those of virtual rows are computed like any other; keys
-/// without rows (prefixes) only take room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Demand {
-    /// Positions that are known and to be computed, at least 1.
-    pub(super) total: usize,
-    /// Most positions that it can come to.
-    pub(super) most: usize,
-    /// Cache slots ahead of the first computed position's.
-    pub(super) reserved: usize,
-    /// Positions that its encoder reads; 0 for a base that is no encoder-decoder.
-    pub(super) source: usize,
-    /// Cache slots ahead of theirs.
-    pub(super) source_reserved: usize,
-}
-
-/// One sequence's share of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Share {
-    /// Whose.
-    pub(super) id: SeqId,
-    /// Positions computed before.
-    pub(super) context: usize,
-    /// Rows in this step.
-    pub(super) len: usize,
-    /// Rows of its encoder in this step.
-    pub(super) encode: usize,
-    /// Whether this step computes its last known position.
-    pub(super) completes: bool,
-}
-
-/// The next step.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct StepPlan {
-    /// Shares, decode first.
-    pub(super) shares: Vec<Share>,
-    /// Sequences that lost their pages and start over later.
-    pub(super) preempted: Vec<SeqId>,
-}
-
-impl StepPlan {
-    /// Rows of the step.
-    pub(super) fn rows(&self) -> usize {
-        self.shares.iter().map(|s| s.len + s.encode).sum()
-    }
-}
-
 #[derive(Debug)]
 struct Entry {
     delta: Option<DeltaId>,
@@ -109,7 +60,14 @@ struct Entry {
     computed: usize,
     /// Cache slots ahead of theirs.
     reserved: usize,
-    pages: PageTable,
+    /// Pages of each branch. One table, but for a beam search.
+    branches: Vec<PageTable>,
+    /// Branches that it has now, or is to have with its next share.
+    open: usize,
+    /// Most of them.
+    width: usize,
+    /// Positions that were known at first.
+    given: usize,
     /// Positions of its encoder; 0 without one.
     source: usize,
     /// Cache slots ahead of theirs.
@@ -165,23 +123,37 @@ impl Scheduler {
     /// # Errors
     /// A sequence that the cache can never hold.
     pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
-        let Demand { total, most, reserved, source, source_reserved } = demand;
-        debug_assert!(total > 0 && total <= most);
+        let Demand { total, most, reserved, source, source_reserved, width } = demand;
+        debug_assert!(total > 0 && total <= most && width > 0);
         let limit = self.limits.max_positions();
         let memory = source.saturating_add(source_reserved).next_multiple_of(PAGE_SIZE);
-        let positions = most.saturating_add(reserved).saturating_add(memory);
-        if positions > limit {
-            return Err(NeverFits { positions, limit });
+        let mut own = most.saturating_add(reserved);
+        if width > 1 {
+            own = own.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE).saturating_mul(width);
         }
-        let (pages, memory) = (PageTable::default(), PageTable::default());
-        let entry = Entry { delta, total, computed: 0, reserved, pages, source, source_reserved, memory };
+        let positions = own.saturating_add(memory);
+        if positions > limit {
+            return Err(NeverFits::Positions { positions, limit });
+        }
+        if width > self.limits.max_sequences {
+            return Err(NeverFits::Width { width, limit: self.limits.max_sequences });
+        }
+        let (branches, memory) = (vec![PageTable::default()], PageTable::default());
+        let (computed, given, open) = (0, total, 1);
+        let entry =
+            Entry { delta, total, computed, reserved, branches, open, width, given, source, source_reserved, memory };
         self.waiting.insert(id, entry);
         Ok(())
     }
 
-    /// Sequences that hold pages.
+    /// Sequences that hold pages; branches count.
     pub(super) fn running(&self) -> usize {
-        self.running.len()
+        self.running.values().map(|e| e.open).sum()
+    }
+
+    /// Places that nobody has.
+    fn places(&self) -> usize {
+        self.limits.max_sequences.saturating_sub(self.running.values().map(|e| e.width).sum())
     }
 
     /// Sequences that wait for admission.
@@ -199,12 +171,28 @@ impl Scheduler {
         &self.pool
     }
 
-    /// Cache slots of a running sequence: the reserved ones, then those of its first positions; empty for a base without
-    /// a cache.
-    pub(super) fn slots(&self, id: SeqId, positions: usize) -> std::sync::Arc<[u32]> {
-        match self.running.get(&id) {
-            Some(entry) if self.limits.pages.is_some() => entry.pages.slots(entry.reserved + positions),
+    /// Cache slots of a running sequence's branch: the reserved ones, then those of its first positions; empty for a base
+    /// without a cache.
+    pub(super) fn slots(&self, id: SeqId, branch: usize, positions: usize) -> std::sync::Arc<[u32]> {
+        match self.running.get(&id).and_then(|e| e.branches.get(branch).map(|pages| (e, pages))) {
+            Some((entry, pages)) if self.limits.pages.is_some() => pages.slots(entry.reserved + positions),
             _ => [].into(),
+        }
+    }
+
+    /// A beam search has so many open beams now: its next share has a row of each. Pages of those that are no more are
+    /// kept until [`Self::trim`].
+    pub(super) fn branch(&mut self, id: SeqId, open: usize) {
+        if let Some(entry) = self.running.get_mut(&id) {
+            entry.open = open.clamp(1, entry.width);
+        }
+    }
+
+    /// Takes the pages of branches that are no more.
+    pub(super) fn trim(&mut self, id: SeqId) {
+        let Some(entry) = self.running.get_mut(&id) else { return };
+        while entry.branches.len() > entry.open {
+            entry.branches.pop().into_iter().for_each(|mut pages| self.pool.release(&mut pages));
         }
     }
 
@@ -249,8 +237,7 @@ impl Scheduler {
     pub(super) fn remove(&mut self, id: SeqId) {
         let removed = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
         let Some(mut entry) = removed else { return };
-        self.pool.release(&mut entry.pages);
-        self.pool.release(&mut entry.memory);
+        release(&mut self.pool, &mut entry);
         if let Some(delta) = entry.delta {
             let mut all = self.running.values().chain(self.waiting.values());
             if !all.any(|e| e.delta == Some(delta)) {
@@ -264,21 +251,20 @@ impl Scheduler {
     /// # Errors
     /// Says what is wrong.
     pub(super) fn check(&self) -> Result<(), String> {
-        let holds = |e: &Entry| !e.pages.is_empty() || !e.memory.is_empty();
+        let holds = |e: &Entry| e.branches.iter().any(|pages| !pages.is_empty()) || !e.memory.is_empty();
         if let Some((id, _)) = self.waiting.iter().find(|(_, e)| holds(e)) {
             return Err(format!("sequence {id} waits and holds pages"));
         }
-        self.pool.check(self.running.values().flat_map(|e| [&e.pages, &e.memory]))
+        self.pool.check(self.running.values().flat_map(|e| e.branches.iter().chain([&e.memory])))
     }
 
     /// Deltas of this step: all that want to run, or those that waited longest.
     fn allowed_deltas(&self) -> HashSet<DeltaId> {
-        let places = self.limits.max_sequences.saturating_sub(self.running.len());
-        let mut free = self.pool.free();
-        let admissible = self.waiting.iter().take(places).take_while(|(_, e)| {
+        let (mut places, mut free) = (self.places(), self.pool.free());
+        let admissible = self.waiting.iter().take_while(|(_, e)| {
             let need = self.pages_of(e);
-            let fits = need <= free;
-            free = free.saturating_sub(need);
+            let fits = need <= free && e.width <= places;
+            (free, places) = (free.saturating_sub(need), places.saturating_sub(e.width));
             fits
         });
         // delta -> its oldest sequence
@@ -317,6 +303,11 @@ impl Scheduler {
                 continue;
             }
             self.share(id, budget, plan);
+            // all branches have a row: places keep decode within a step
+            let Some(entry) = self.running.get(&id) else { continue };
+            let Some(first) = plan.shares.last().copied() else { continue };
+            plan.shares.extend((1..entry.open).map(|branch| Share { branch, ..first }));
+            *budget = budget.saturating_sub(entry.open - 1);
         }
     }
 
@@ -340,14 +331,15 @@ impl Scheduler {
         if !plan.preempted.is_empty() {
             return;
         }
-        let places = self.limits.max_sequences.saturating_sub(self.running.len());
+        let mut places = self.places();
         let ids: Vec<SeqId> = self.waiting.keys().copied().take(places).collect();
         let mut kept = 0;
         for id in ids {
             let Some(entry) = self.waiting.get(&id) else { continue };
-            if *budget == 0 {
+            if *budget == 0 || entry.width > places {
                 return;
             }
+            places -= entry.width;
             let pages = self.pages_of(entry);
             if !may_run(entry, allowed) {
                 kept += pages;
@@ -383,7 +375,7 @@ impl Scheduler {
             None => missing,
         };
         *budget = budget.saturating_sub(len);
-        plan.shares.push(Share { id, context: entry.computed, len, encode, completes: len == missing });
+        plan.shares.push(Share { id, branch: 0, context: entry.computed, len, encode, completes: len == missing });
     }
 
     /// Makes a sequence's pages cover its positions, at the cost of younger sequences. `false`: it has to wait, because
@@ -392,7 +384,11 @@ impl Scheduler {
         loop {
             let Some(entry) = self.running.get_mut(&id) else { return false };
             let slots = entry.slots();
-            if self.limits.pages.is_none() || self.pool.cover(&mut entry.pages, slots) {
+            if entry.branches.len() < entry.open {
+                entry.branches.resize_with(entry.open, PageTable::default);
+            }
+            let mut open = entry.branches.iter_mut().take(entry.open);
+            if self.limits.pages.is_none() || open.all(|pages| self.pool.cover(pages, slots)) {
                 return true;
             }
             match self.running.last_key_value().map(|(youngest, _)| *youngest) {
@@ -404,18 +400,28 @@ impl Scheduler {
 
     fn preempt(&mut self, id: SeqId, plan: &mut StepPlan) {
         let Some(mut entry) = self.running.remove(&id) else { return };
-        self.pool.release(&mut entry.pages);
-        self.pool.release(&mut entry.memory);
+        release(&mut self.pool, &mut entry);
         entry.computed = 0;
+        if entry.width > 1 {
+            // nothing of a search was told yet: it starts over
+            (entry.total, entry.open) = (entry.given, 1);
+        }
         self.waiting.insert(id, entry);
         plan.preempted.push(id);
     }
 }
 
+/// Takes all pages of a sequence back.
+fn release(pool: &mut PagePool, entry: &mut Entry) {
+    entry.branches.iter_mut().for_each(|pages| pool.release(pages));
+    entry.branches.truncate(1);
+    pool.release(&mut entry.memory);
+}
+
 /// Takes the pages that a sequence begins with, which must be free.
 fn cover_all(pool: &mut PagePool, entry: &mut Entry) -> bool {
     let (slots, memory) = (entry.slots(), entry.memory_slots());
-    pool.cover(&mut entry.memory, memory) && pool.cover(&mut entry.pages, slots)
+    pool.cover(&mut entry.memory, memory) && entry.branches.iter_mut().all(|pages| pool.cover(pages, slots))
 }
 
 fn may_run(entry: &Entry, allowed: &HashSet<DeltaId>) -> bool {

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use super::{
+    branches::{Branches, Move},
     request::{EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
     scheduler::Demand,
@@ -23,6 +24,10 @@ pub(super) enum Fate {
         /// A token was appended.
         grew: bool,
     },
+    /// Other branches of its step are to be seen first.
+    Waits,
+    /// A token was appended to each of so many beams.
+    Branches(usize),
     /// The last event was sent, or nobody listens any more.
     Ends,
 }
@@ -47,12 +52,18 @@ pub(super) struct Sequence {
     /// Scores, or the sum of hidden rows, or pooled rows so far.
     numbers: Vec<f32>,
     token_logits: Vec<Vec<f32>>,
+    search: Option<Branches>,
 }
 
 impl Sequence {
     pub(super) fn new(request: Request) -> Self {
         let prompt = request.tokens.len();
-        Self { request, prompt, started: None, first: None, last: None, numbers: vec![], token_logits: vec![] }
+        let search = match &request.work {
+            Work::Generate(how) => how.beams.map(|beams| Branches::new(&request.tokens, how, &beams.search)),
+            _ => None,
+        };
+        let (numbers, token_logits) = (vec![], vec![]);
+        Self { request, prompt, started: None, first: None, last: None, numbers, token_logits, search }
     }
 
     /// What its delta puts ahead of its tokens.
@@ -78,6 +89,10 @@ impl Sequence {
             reserved: ahead.keys,
             source: self.request.source_rows(),
             source_reserved: self.request.source_keys(),
+            width: match &self.request.work {
+                Work::Generate(Generate { beams: Some(beams), .. }) => beams.search.beams.max(1) as usize,
+                _ => 1,
+            },
         }
     }
 
@@ -85,13 +100,31 @@ impl Sequence {
         self.request.delta.as_ref().map(super::HeldDelta::id)
     }
 
-    pub(super) fn tokens(&self) -> &[u32] {
-        &self.request.tokens
+    /// Prompt and output so far of a branch; 0 of a sequence without others.
+    pub(super) fn tokens(&self, branch: usize) -> &[u32] {
+        self.search.as_ref().map_or(&self.request.tokens, |search| search.tokens(branch))
     }
 
-    pub(super) fn history(&self) -> History<'_> {
-        let (prompt, output) = self.request.tokens.split_at(self.prompt);
+    pub(super) fn history(&self, branch: usize) -> History<'_> {
+        let tokens = self.tokens(branch);
+        let (prompt, output) = tokens.split_at(self.prompt.min(tokens.len()));
         History { prompt, output }
+    }
+
+    /// How many continuations a search wants to know of each branch; `None` of a sequence that takes one token.
+    pub(super) fn candidates(&self) -> Option<usize> {
+        self.search.as_ref().map(Branches::candidates)
+    }
+
+    /// Keys and values that its branches go on from, and the first cache slot of what they do not share.
+    pub(super) fn moves(&self) -> (Vec<Move>, usize) {
+        let own = self.ahead().slots() + self.prompt;
+        (self.search.as_ref().map(Branches::moves).unwrap_or_default(), own)
+    }
+
+    /// They were copied.
+    pub(super) fn moved(&mut self) {
+        self.search.as_mut().into_iter().for_each(Branches::moved);
     }
 
     /// Its first rows are about to be computed. Returns whether this is the first time.
@@ -110,6 +143,7 @@ impl Sequence {
     pub(super) fn restart(&mut self) {
         self.numbers.clear();
         self.token_logits.clear();
+        self.search.as_mut().into_iter().for_each(Branches::restart);
     }
 
     /// Sends the last event. Nobody may listen, which is fine.
@@ -127,6 +161,7 @@ impl Sequence {
         match got {
             Got::Nothing => {}
             Got::Token(token) => return self.append(token, now),
+            Got::Candidates(found) => return self.search_on(found, now),
             Got::NonFinite => return Err(EngineError::NonFinite),
             Got::NoHead => return Err(EngineError::NoHead),
             Got::Numbers(numbers) => self.numbers.extend(numbers),
@@ -156,13 +191,42 @@ impl Sequence {
         Ok((Fate::Ends, None))
     }
 
-    fn append(&mut self, token: TokenOut, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+    /// Notes when a token came.
+    fn tick(&mut self, now: Instant) -> Tick {
         let tick = match self.last {
             None => Tick::First(now.duration_since(self.request.arrived).as_secs_f64()),
             Some(last) => Tick::Next(now.duration_since(last).as_secs_f64()),
         };
         self.first.get_or_insert(now);
         self.last = Some(now);
+        tick
+    }
+
+    /// Takes a branch's continuations; with those of the last, the next beams are chosen.
+    fn search_on(&mut self, found: Vec<(u32, f32)>, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+        let strange = || EngineError::Internal("continuations for work that searches none".into());
+        let search = self.search.as_mut().ok_or_else(strange)?;
+        if !search.collect(found) {
+            return Ok((Fate::Waits, None));
+        }
+        let tick = self.tick(now);
+        let Work::Generate(Generate { stop_tokens, beams: Some(beams), .. }) = &self.request.work else {
+            return Err(strange());
+        };
+        let over = self.search.as_mut().is_some_and(|search| search.select(stop_tokens));
+        if !over {
+            return Ok((Fate::Branches(self.search.as_ref().map_or(1, Branches::open)), Some(tick)));
+        }
+        let (prompt, timings) = (self.prompt_tokens() as u32, self.timings());
+        if let Some(search) = self.search.take() {
+            let best = search.into_best(beams.told, stop_tokens, prompt);
+            let _ = self.request.events.try_send(Event::Hypotheses(best, timings));
+        }
+        Ok((Fate::Ends, Some(tick)))
+    }
+
+    fn append(&mut self, token: TokenOut, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+        let tick = self.tick(now);
         let Work::Generate(Generate { max_new_tokens, stop_tokens, .. }) = &self.request.work else {
             return Err(EngineError::Internal("a token for work that generates none".into()));
         };

@@ -39,6 +39,8 @@ pub(super) enum Got {
     Nothing,
     /// The next token.
     Token(TokenOut),
+    /// The likeliest next tokens of a beam with their log-probabilities, best first.
+    Candidates(Vec<(u32, f32)>),
     /// Logits that no token can be chosen from.
     NonFinite,
     /// Classification without a head.
@@ -71,6 +73,11 @@ impl Stepper {
         self.compiled = None;
     }
 
+    /// Copies cached keys and values from slots to others, all at once.
+    pub(super) fn copy(&self, from: &[u32], to: &[u32]) -> Result<()> {
+        self.kv.as_ref().map_or(Ok(()), |kv| kv.copy(from, to))
+    }
+
     /// Computes all tasks in one forward; one result per task, and the number of distinct deltas.
     pub(super) fn run(&mut self, tasks: &[Task<'_>]) -> Result<(Vec<Got>, usize)> {
         let mut rows = RowLayout::default();
@@ -80,7 +87,7 @@ impl Stepper {
         for Task { share, sequence, slots, .. } in tasks {
             rows.push_after(sequence.ahead(), share.len, share.context, Arc::clone(slots));
             let range = rows.spans().last().map(Span::tokens).unwrap_or_default();
-            tokens.extend_from_slice(&sequence.tokens()[range.clone()]);
+            tokens.extend_from_slice(&sequence.tokens(share.branch)[range.clone()]);
             if typed {
                 let given = sequence.request.token_types.as_deref();
                 types.extend(range.map(|i| given.and_then(|t| t.get(i)).copied().unwrap_or(0)));
@@ -165,7 +172,7 @@ impl Reader<'_> {
         let chosen = with_numbers(&logits, |numbers| {
             let mut chosen: Vec<Got> = which.iter().map(|_| Got::Nothing).collect();
             each(numbers.chunks_exact(vocab).zip(&which).zip(&mut chosen).collect(), |((row, &i), chosen)| {
-                *chosen = choose(row, self.tasks[i].sequence);
+                *chosen = choose(row, self.tasks[i].sequence, self.tasks[i].share.branch);
             });
             chosen
         })?;
@@ -181,7 +188,7 @@ impl Reader<'_> {
             let before = pick.len();
             for (row, token) in span.token_rows().zip(span.tokens()) {
                 let target = token + 1;
-                if let Some(&token) = task.sequence.tokens().get(target).filter(|_| target >= from) {
+                if let Some(&token) = task.sequence.tokens(0).get(target).filter(|_| target >= from) {
                     pick.push(row as u32);
                     targets.push(token);
                 }
@@ -254,14 +261,19 @@ impl Reader<'_> {
     }
 }
 
-/// The next token of one sequence.
-fn choose(logits: &[f32], sequence: &Sequence) -> Got {
+/// The next token of one sequence, or the likeliest ones of its branch.
+fn choose(logits: &[f32], sequence: &Sequence, branch: usize) -> Got {
     let Work::Generate(how) = &sequence.request.work else { return Got::Nothing };
+    if let Some(n) = sequence.candidates() {
+        let found = sampler::candidates(logits, sequence.history(branch), &how.sampling, n);
+        return found.map_or(Got::NonFinite, Got::Candidates);
+    }
     let seed = how.sampling.seed.unwrap_or(0);
-    let token = sampler::choose(logits, sequence.history(), &how.sampling, seed).and_then(|id| match how.logprobs {
-        None => Ok(TokenOut { id, logprob: 0.0, top: vec![] }),
-        Some(n) => sampler::logprobs(logits, id, n).map(|(logprob, top)| TokenOut { id, logprob, top }),
-    });
+    let token =
+        sampler::choose(logits, sequence.history(branch), &how.sampling, seed).and_then(|id| match how.logprobs {
+            None => Ok(TokenOut { id, logprob: 0.0, top: vec![] }),
+            Some(n) => sampler::logprobs(logits, id, n).map(|(logprob, top)| TokenOut { id, logprob, top }),
+        });
     token.map_or(Got::NonFinite, Got::Token)
 }
 

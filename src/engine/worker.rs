@@ -181,16 +181,39 @@ impl Worker {
 
     /// Runs the forward. A panic in it is an error of this step.
     fn compute(&mut self, shares: &[Share]) -> Result<(Vec<Got>, usize), String> {
+        self.reorder(shares)?;
         let (scheduler, sequences) = (&self.scheduler, &self.sequences);
         let task = |share: &Share| {
             let sequence = sequences.get(&share.id).ok_or_else(|| format!("sequence {} is unknown", share.id))?;
-            let slots = scheduler.slots(share.id, share.context + share.len);
+            let slots = scheduler.slots(share.id, share.branch, share.context + share.len);
             Ok(Task { share: *share, sequence, slots, memory: scheduler.memory_slots(share.id) })
         };
         let tasks = shares.iter().map(task).collect::<Result<Vec<_>, String>>()?;
         let (stepper, device) = (&mut self.stepper, &self.base.device);
         // a torn value could only be the compiled batch, which is forgotten after an error
         caught(|| device.with_context(|| stepper.run(&tasks)))
+    }
+
+    /// Gives the beams of this step the keys and values that they go on from, and takes pages back of beams that are no more.
+    fn reorder(&mut self, shares: &[Share]) -> Result<(), String> {
+        let (mut from, mut to) = (Vec::new(), Vec::new());
+        for share in shares.iter().filter(|share| share.branch == 0) {
+            let Some(sequence) = self.sequences.get_mut(&share.id).filter(|s| s.candidates().is_some()) else {
+                continue;
+            };
+            let (moves, own) = sequence.moves();
+            for each in moves {
+                let slots = |branch| self.scheduler.slots(share.id, branch, share.context);
+                let skipped = if each.whole { 0 } else { own };
+                from.extend(slots(each.from).iter().skip(skipped));
+                to.extend(slots(each.to).iter().skip(skipped));
+            }
+            sequence.moved();
+        }
+        let (stepper, device) = (&self.stepper, &self.base.device);
+        caught(|| device.with_context(|| stepper.copy(&from, &to)))?;
+        shares.iter().filter(|share| share.branch == 0).for_each(|share| self.scheduler.trim(share.id));
+        Ok(())
     }
 
     /// Hands results to their sequences.
@@ -208,6 +231,11 @@ impl Worker {
                     self.metrics.completion_tokens.increment(u64::from(tick.is_some()));
                     match fate {
                         Fate::GoesOn { grew } => self.scheduler.advance(share, grew),
+                        Fate::Waits => {}
+                        Fate::Branches(open) => {
+                            self.scheduler.advance(share, true);
+                            self.scheduler.branch(share.id, open);
+                        }
                         Fate::Ends => drop(self.retire(share.id)),
                     }
                 }

@@ -45,7 +45,7 @@ impl InferenceService for Inference {
     ) -> Result<Response<proto::GenerateBatchResponse>, Status> {
         let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
         let all = convert::generate_batch(request.into_inner(), timeout)?;
-        let at_a_time = self.service.prompts_at_a_time(all.first().map_or(1, |params| params.n));
+        let at_a_time = self.service.prompts_at_a_time(all.first().map_or(1, GenerateParams::sequences));
         let arrived = Instant::now();
         let call = CallLease::default();
         let work = all.into_iter().enumerate().map(|(i, params)| self.complete(&tenant, i, params, (arrived, &call)));
@@ -120,13 +120,14 @@ async fn gather(
                 g.token_ids.extend(token_ids);
                 g.logprobs.extend(logprobs.into_iter().map(convert::token_logprob));
             }
-            GenerateChunk::Finished { index, reason, usage, timings, served_by, seed } => {
+            GenerateChunk::Finished { index, reason, usage, timings, served_by, seed, score } => {
                 let g = out.get_mut(index as usize).ok_or_else(strange)?;
                 g.reason = convert::finish_reason(reason);
                 g.usage = Some(convert::usage(usage));
                 g.timings = Some(convert::timings(timings));
                 g.served_by = Some(convert::served_by(served_by));
                 g.seed = seed;
+                g.score = score;
             }
         }
     }
@@ -172,6 +173,7 @@ mod tests {
             timings: Timings { decode: Duration::from_millis(ms), ..Timings::default() },
             served_by: ServedBy { name: String::new(), number: 0, id: None, parts: vec![] },
             seed: 1,
+            score: None,
         })
     }
 

@@ -28,6 +28,7 @@ pub(crate) mod json {
 
     names! {
         finish_reason: FinishReason, "FINISH_REASON_";
+        early_stopping: EarlyStopping, "EARLY_STOPPING_";
         pooling: Pooling, "POOLING_";
         publish_mode: PublishMode, "PUBLISH_MODE_";
         task: Task, "TASK_";

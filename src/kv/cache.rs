@@ -41,6 +41,19 @@ impl KvCache {
         self.layers[layer].clone()
     }
 
+    /// Copies keys and values of all layers: slot `to[i]` gets what slot `from[i]` had before the call.
+    ///
+    /// # Errors
+    /// A slot outside the cache.
+    pub(crate) fn copy(&self, from: &[u32], to: &[u32]) -> Result<()> {
+        let Some((first, _)) = self.layers.first().filter(|_| !from.is_empty()) else { return Ok(()) };
+        let from = Tensor::new(from, first.device())?;
+        for cached in self.layers.iter().flat_map(|(k, v)| [k, v]) {
+            ops::write_rows(cached, to, &cached.index_select(&from, 0)?)?;
+        }
+        Ok(())
+    }
+
     /// Writes the step's new keys and values of a layer: row `i` goes to `slots[i]`.
     ///
     /// # Errors

@@ -105,6 +105,7 @@ async fn requests_out_of_range_are_refused_by_field_with_the_limit() {
         ("repetition_penalty", proto::Sampling { repetition_penalty: Some(-1.0), ..none() }),
         ("frequency_penalty", proto::Sampling { frequency_penalty: Some(f32::NAN), ..none() }),
         ("presence_penalty", proto::Sampling { presence_penalty: Some(9.0), ..none() }),
+        ("no_repeat_ngram_size", proto::Sampling { no_repeat_ngram_size: Some(1000), ..none() }),
     ] {
         expect_invalid(&refused(of(sampling)).await, &format!("options.sampling.{field}"), &["accepted"]);
     }

@@ -177,3 +177,89 @@ async fn the_other_inference_calls_answer_and_say_who_served_them() {
     assert_eq!((tokens.ids.len(), tokens.tokens.len()), (4, 4));
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_run_of_tokens_comes_twice_where_that_is_asked_for() {
+    let world = World::new();
+    let running = world.start().await;
+    let twice = |ids: &[u32]| {
+        let pairs: Vec<&[u32]> = ids.windows(2).collect();
+        (1..pairs.len()).any(|i| pairs[..i].contains(&pairs[i]))
+    };
+    let mut request = ask("", "once upon", 200);
+    assert!(twice(&running.client.generate(request.clone()).await.expect("a stream").ids), "it repeats itself");
+    let sampling = proto::Sampling { no_repeat_ngram_size: Some(2), ..Default::default() };
+    request.options.as_mut().expect("options").sampling = Some(sampling);
+    let ids = running.client.generate(request).await.expect("a stream").ids;
+    assert!(ids.len() == 200 && !twice(&ids));
+    running.stop().await;
+}
+
+/// The outputs of a search come best first, with scores that are those of Score, from Generate and GenerateBatch alike.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_beam_search_gives_its_best_outputs_with_their_scores() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    client.upload("style", &world.delta(1)).await.expect("an upload");
+    let search =
+        |n: u32| proto::GenerateOptions { num_beams: Some(4), length_penalty: Some(0.5), n: Some(n), ..options(12) };
+    let ask = |prompts: &[&str], n| proto::GenerateBatchRequest {
+        delta: "style".into(),
+        prompts: prompts.iter().map(|p| prompt(p)).collect(),
+        options: Some(search(n)),
+        deltas: vec![],
+    };
+    let all = client.batch(ask(&["once upon", "a"], 4)).await.expect("a batch").generations;
+    assert_eq!(all.iter().map(|g| (g.prompt_index, g.index)).collect::<Vec<_>>()[3..5], [(0, 3), (1, 0)]);
+    for of_prompt in all.chunks(4) {
+        let scores: Vec<f32> = of_prompt.iter().map(|g| g.score.expect("a score")).collect();
+        assert!(scores.windows(2).all(|w| w[0] >= w[1]), "{scores:?}");
+        assert!(of_prompt.iter().all(|g| g.token_ids.len() == 12 && g.reason() == proto::FinishReason::Length));
+    }
+    let best = &all[0];
+    let greedy = proto::GenerateBatchRequest {
+        options: Some(proto::GenerateOptions { logprobs: Some(0), ..options(12) }),
+        ..ask(&["once upon"], 1)
+    };
+    let greedy = client.batch(greedy).await.expect("a batch").generations.remove(0);
+    let sum: f32 = greedy.logprobs.iter().filter_map(|t| t.token.as_ref()).map(|t| t.logprob).sum();
+    assert!(best.score.unwrap_or_default() >= sum / 12f32.sqrt() - 1e-3, "{sum} {best:?}");
+    let request = proto::GenerateRequest {
+        delta: "style".into(),
+        prompt: Some(prompt("once upon")),
+        options: Some(search(1)),
+        deltas: vec![],
+    };
+    let said = client.generate(request).await.expect("a stream");
+    assert_eq!((said.text, said.ids, said.pieces), (best.text.clone(), best.token_ids.clone(), 1));
+    assert_eq!(said.finished.score, best.score);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_go_with_beams_is_refused_by_field() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    let refused = async |options: proto::GenerateOptions| {
+        let request = proto::GenerateRequest { options: Some(options), ..ask("", "once upon", 4) };
+        client.generate(request).await.expect_err("refused")
+    };
+    let beams = |n| proto::GenerateOptions { num_beams: Some(n), ..options(4) };
+    expect_invalid(&refused(beams(0)).await, "options.num_beams", &["1 to 16"]);
+    expect_invalid(&refused(beams(17)).await, "options.num_beams", &["1 to 16"]);
+    let of = proto::GenerateOptions { n: Some(3), ..beams(2) };
+    expect_invalid(&refused(of).await, "options.n", &["2 beams"]);
+    let of = proto::GenerateOptions { length_penalty: Some(f32::NAN), ..beams(2) };
+    expect_invalid(&refused(of).await, "options.length_penalty", &["10"]);
+    let of = proto::GenerateOptions { sampling: Some(sampled(1)), ..beams(2) };
+    expect_invalid(&refused(of).await, "options.sampling", &["num_beams"]);
+    let of = proto::GenerateOptions { stop: vec!["x".into()], logprobs: Some(1), ..beams(2) };
+    expect_invalid(&refused(of).await, "options.logprobs", &["num_beams"]);
+    let of = proto::GenerateOptions { length_penalty: Some(2.0), ..options(4) };
+    expect_invalid(&refused(of).await, "options.length_penalty", &["num_beams"]);
+    let of = proto::GenerateOptions { early_stopping: 9, ..beams(2) };
+    expect_invalid(&refused(of).await, "options.early_stopping", &["9"]);
+    running.stop().await;
+}

@@ -49,6 +49,7 @@ pub(super) async fn complete(
         ignore_eos: false,
         logprobs: None,
         n: 1,
+        beams: None,
         timeout: None,
     };
     let mut stream = service.generate(tenant, params).await?;

@@ -161,6 +161,33 @@ fn penalties_weaken_what_was_seen() {
     assert_eq!(choose(&[-3.0, -2.9, -2.0], negative, &Sampling { repetition_penalty: 2.0, ..how }, 0), Ok(1));
 }
 
+proptest! {
+    #[test]
+    fn no_run_comes_twice(logits in proptest::collection::vec(-1.0f32..1.0, 6), n in 1u32..5, cold: bool, seed: u64) {
+        let how = Sampling { no_repeat_ngram_size: n, temperature: if cold { 0.0 } else { 1.0 }, ..Sampling::default() };
+        let (prompt, n) = (vec![0u32, 1, 2], n as usize);
+        let mut tokens = prompt.clone();
+        for _ in 0..24 {
+            let history = History { prompt: &prompt, output: &tokens[prompt.len()..] };
+            let next = choose(&logits, history, &how, seed).unwrap();
+            let repeats = |t: u32| {
+                let whole = [tokens.as_slice(), &[t]].concat();
+                whole.len() > n && whole[..whole.len() - 1].windows(n).any(|w| w == &whole[whole.len() - n..])
+            };
+            prop_assert!(!repeats(next) || (0..6).all(repeats), "{:?} {}", tokens, next);
+            if cold {
+                let allowed: Vec<u32> = (0..6).filter(|&t| !repeats(t)).collect();
+                let best = ranked(&logits).into_iter().find(|t| allowed.is_empty() || allowed.contains(t));
+                prop_assert_eq!(Some(next), best);
+                // a beam names the same one first
+                let found = candidates(&logits, history, &how, 2).unwrap();
+                prop_assert_eq!((found[0].0, found.len()), (next, 2));
+            }
+            tokens.push(next);
+        }
+    }
+}
+
 #[test]
 fn logits_that_are_not_finite_are_an_error() {
     for at in [0, 3, 16, 20] {

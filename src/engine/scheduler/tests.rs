@@ -10,7 +10,7 @@ fn delta(n: u8) -> Option<DeltaId> {
 }
 
 fn demand(total: usize, most: usize) -> Demand {
-    Demand { total, most, reserved: 0, source: 0, source_reserved: 0 }
+    Demand { total, most, reserved: 0, source: 0, source_reserved: 0, width: 1 }
 }
 
 fn limits() -> Limits {
@@ -27,6 +27,8 @@ struct Job {
     source: usize,
     /// Cache slots ahead, as the delta has it.
     reserved: usize,
+    /// Beams; 1 = none.
+    width: usize,
 }
 
 impl Job {
@@ -38,11 +40,12 @@ impl Job {
 
 fn jobs() -> impl Strategy<Value = Vec<Job>> {
     let source = prop_oneof![Just(0), 1usize..60];
-    let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30, source);
-    let job = job.prop_map(|(at, delta, prompt, new, source)| {
+    let width = prop_oneof![Just(1), Just(1), 2usize..5];
+    let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30, source, width);
+    let job = job.prop_map(|(at, delta, prompt, new, source, width)| {
         // some deltas have a prefix
         let reserved = [0, 0, 3, 16, 0, 1][usize::from(delta)];
-        Job { at, delta, prompt, new, source, reserved }
+        Job { at, delta, prompt, new, source, reserved, width }
     });
     proptest::collection::vec(job, 1..25)
 }
@@ -72,14 +75,16 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
         while arrivals.front().is_some_and(|j| j.at <= step) {
             let Some(mut job) = arrivals.pop_front() else { break };
             if limits.pages.is_none() {
-                (job.new, job.source) = (0, 0);
+                (job.new, job.source, job.width) = (0, 0, 1);
             }
             let most = job.prompt + job.new.saturating_sub(1);
             let (reserved, source, source_reserved) = (job.reserved, job.source, job.source_reserved());
-            let demand = Demand { total: job.prompt, most, reserved, source, source_reserved };
+            let width = job.width;
+            let demand = Demand { total: job.prompt, most, reserved, source, source_reserved, width };
             match scheduler.submit(next, delta(job.delta), demand) {
                 Ok(()) => drop(left.insert(next, (job, 0))),
-                Err(e) => prop_assert!(e.positions > e.limit),
+                Err(NeverFits::Positions { positions, limit }) => prop_assert!(positions > limit),
+                Err(NeverFits::Width { width, limit }) => prop_assert!(width > limit),
             }
             next += 1;
         }
@@ -93,14 +98,22 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
             continue;
         }
         let plan = scheduler.plan();
+        for id in &plan.preempted {
+            // a search starts over
+            left.get_mut(id).filter(|(job, _)| job.width > 1).into_iter().for_each(|(_, made)| *made = 0);
+        }
         check_step(&scheduler, &plan, limits, &left)?;
-        for share in &plan.shares {
+        // the branches of a search go on, and end, together
+        for share in plan.shares.iter().filter(|share| share.branch == 0) {
             let Some((job, made)) = left.get_mut(&share.id) else { return Err(TestCaseError::fail("unknown id")) };
             if !share.completes {
                 scheduler.advance(share, false);
                 continue;
             }
             *made += 1;
+            scheduler.trim(share.id);
+            // now all beams go on, now fewer
+            scheduler.branch(share.id, job.width - usize::from(*made % 5 == 4 && job.width > 1));
             let done = *made >= job.new.max(1);
             scheduler.advance(share, !done);
             if done {
@@ -124,10 +137,17 @@ fn check_step(
     prop_assert!(plan.rows() <= l.max_batch_tokens + over || (l.pages.is_none() && plan.shares.len() == 1));
     prop_assert!(s.running() <= l.max_sequences);
     prop_assert_eq!(s.check(), Ok(()));
-    let mut ids: Vec<SeqId> = plan.shares.iter().map(|s| s.id).collect();
-    ids.sort_unstable();
+    let mut parts: Vec<(SeqId, usize)> = plan.shares.iter().map(|s| (s.id, s.branch)).collect();
+    parts.sort_unstable();
+    parts.dedup();
+    prop_assert_eq!(parts.len(), plan.shares.len(), "one share per branch");
+    let mut ids: Vec<SeqId> = parts.iter().map(|p| p.0).collect();
     ids.dedup();
-    prop_assert_eq!(ids.len(), plan.shares.len(), "one share per sequence");
+    for id in &ids {
+        let (job, made) = &left[id];
+        let all = if *made == 0 { 1 } else { job.width - usize::from(made % 5 == 4 && job.width > 1) };
+        prop_assert_eq!(parts.iter().filter(|p| p.0 == *id).count(), all, "all branches or none");
+    }
     prop_assert!(plan.preempted.iter().all(|p| !ids.contains(p)));
     let deltas: HashSet<u8> = ids.iter().map(|id| left[id].0.delta).filter(|d| *d > 0).collect();
     prop_assert!(deltas.len() <= l.max_deltas);
@@ -142,8 +162,12 @@ fn check_step(
                 prop_assert!(share.len <= l.prefill_chunk);
                 prop_assert_eq!(share.encode, if share.context == 0 { job.source } else { 0 }, "once per start");
                 prop_assert_eq!(s.memory_slots(share.id).len(), job.source_reserved() + job.source);
-                let slots = s.slots(share.id, share.context + share.len);
+                let slots = s.slots(share.id, share.branch, share.context + share.len);
                 prop_assert_eq!(slots.len(), job.reserved + share.context + share.len);
+                let others = plan.shares.iter().filter(|o| (o.id, o.branch) != (share.id, share.branch));
+                let taken: HashSet<u32> =
+                    others.flat_map(|o| s.slots(o.id, o.branch, o.context + o.len).to_vec()).collect();
+                prop_assert!(slots.iter().all(|slot| !taken.contains(slot)), "a slot has one holder");
             }
         }
     }
@@ -223,7 +247,7 @@ fn the_youngest_gives_its_pages_and_comes_back_first() {
     assert_eq!((ids(&plan), plan.preempted), (vec![1], vec![2]));
     s.remove(1);
     let plan = go(&mut s);
-    assert_eq!(plan.shares[0], Share { id: 2, context: 0, len: PAGE_SIZE + 1, encode: 0, completes: true });
+    assert_eq!(plan.shares[0], Share { id: 2, branch: 0, context: 0, len: PAGE_SIZE + 1, encode: 0, completes: true });
     assert_eq!(ids(&plan), vec![2, 3]);
 }
 
@@ -231,7 +255,7 @@ fn the_youngest_gives_its_pages_and_comes_back_first() {
 fn a_request_beyond_the_cache_is_refused_with_the_numbers() {
     let mut s = Scheduler::new(Limits { pages: Some(2), ..limits() });
     let limit = 2 * PAGE_SIZE;
-    assert_eq!(s.submit(1, None, demand(1, limit + 1)), Err(NeverFits { positions: limit + 1, limit }));
+    assert_eq!(s.submit(1, None, demand(1, limit + 1)), Err(NeverFits::Positions { positions: limit + 1, limit }));
     assert_eq!(s.submit(1, None, demand(1, limit)), Ok(()));
 }
 

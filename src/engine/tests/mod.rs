@@ -1,5 +1,6 @@
 //! The engine's laws, on tiny random bases with random deltas.
 
+mod beams;
 mod generation;
 mod lifecycle;
 mod positions;
@@ -120,6 +121,7 @@ impl Job {
 struct Answer {
     tokens: Vec<TokenOut>,
     finished: Option<Finished>,
+    found: Option<Vec<Hypothesis>>,
     output: Option<(Output, Timings)>,
     failed: Option<EngineError>,
 }
@@ -128,11 +130,15 @@ impl Answer {
     fn read(mut events: mpsc::Receiver<Event>) -> Self {
         let mut answer = Self::default();
         while let Some(event) = events.blocking_recv() {
-            let last = answer.finished.is_some() || answer.output.is_some() || answer.failed.is_some();
+            let last = answer.finished.is_some()
+                || answer.found.is_some()
+                || answer.output.is_some()
+                || answer.failed.is_some();
             assert!(!last, "nothing follows the last event: {event:?}");
             match event {
                 Event::Token(token, _) => answer.tokens.push(token),
                 Event::Finished(finished) => answer.finished = Some(finished),
+                Event::Hypotheses(found, _) => answer.found = Some(found),
                 Event::Output(output, timings) => answer.output = Some((output, timings)),
                 Event::Failed(error) => answer.failed = Some(error),
             }
@@ -220,5 +226,11 @@ fn prompt(n: u64, len: usize) -> Vec<u32> {
 }
 
 fn greedy(max_new_tokens: usize) -> Work {
-    Work::Generate(Generate { sampling: Sampling::default(), max_new_tokens, stop_tokens: vec![], logprobs: Some(3) })
+    Work::Generate(Generate {
+        sampling: Sampling::default(),
+        max_new_tokens,
+        stop_tokens: vec![],
+        logprobs: Some(3),
+        beams: None,
+    })
 }

@@ -7,10 +7,10 @@ use crate::{
         catalog_params::check_weighted,
         check::{MAX_PROMPTS, Problems},
         params::{
-            ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, DeltaChoice, EmbedParams,
-            EmbedReply, FinishReason, GenerateChunk, GenerateParams, LabelScore, Pooling, Prompt, Sampling,
-            ScoreParams, ScoreReply, Scored, ServeError, ServedBy, ServedPart, Timings, TokenLabel, TokenLogprob,
-            Usage,
+            BeamParams, ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, DeltaChoice,
+            EarlyStopping, EmbedParams, EmbedReply, FinishReason, GenerateChunk, GenerateParams, LabelScore, Pooling,
+            Prompt, Sampling, ScoreParams, ScoreReply, Scored, ServeError, ServedBy, ServedPart, Timings, TokenLabel,
+            TokenLogprob, Usage,
         },
     },
     grpc::proto,
@@ -26,7 +26,7 @@ pub(in crate::grpc) fn generate(
     let mut problems = Problems::default();
     let prompt = prompt("prompt", request.prompt, &mut problems);
     let delta = choice(request.delta, request.deltas, &mut problems);
-    let params = options(delta, prompt, request.options, timeout);
+    let params = options(delta, prompt, request.options, timeout, &mut problems);
     params.check_options(&mut problems);
     problems.finish()?;
     Ok(params)
@@ -43,7 +43,7 @@ pub(in crate::grpc) fn generate_batch(
     }
     let mut problems = Problems::default();
     let delta = choice(request.delta, request.deltas, &mut problems);
-    let template = options(delta, Prompt::Tokens(Vec::new()), request.options, timeout);
+    let template = options(delta, Prompt::Tokens(Vec::new()), request.options, timeout, &mut problems);
     template.check_options(&mut problems);
     let mut all = Vec::with_capacity(count);
     for (i, message) in request.prompts.into_iter().enumerate() {
@@ -96,9 +96,12 @@ fn options(
     prompt: Prompt,
     message: Option<proto::GenerateOptions>,
     timeout: Option<Duration>,
+    problems: &mut Problems,
 ) -> GenerateParams {
     let o = message.unwrap_or_default();
+    let beams = beams(&o, problems);
     GenerateParams {
+        beams,
         delta,
         prompt,
         max_new_tokens: o.max_new_tokens.unwrap_or(DEFAULT_NEW_TOKENS),
@@ -112,6 +115,33 @@ fn options(
     }
 }
 
+/// A beam search, where more than one beam is asked for.
+fn beams(o: &proto::GenerateOptions, problems: &mut Problems) -> Option<BeamParams> {
+    use proto::EarlyStopping as Wire;
+    let early_stopping = match Wire::try_from(o.early_stopping) {
+        Ok(Wire::Unspecified | Wire::Heuristic) => EarlyStopping::Heuristic,
+        Ok(Wire::Full) => EarlyStopping::Full,
+        Ok(Wire::Never) => EarlyStopping::Never,
+        Err(unknown) => {
+            problems.push("options.early_stopping", unknown.to_string());
+            EarlyStopping::default()
+        }
+    };
+    match o.num_beams {
+        None | Some(1) => {
+            for (field, given) in
+                [("length_penalty", o.length_penalty.is_some()), ("early_stopping", o.early_stopping != 0)]
+            {
+                problems.require(!given, &format!("options.{field}"), || {
+                    "is given without num_beams over 1, which it is for".into()
+                });
+            }
+            None
+        }
+        Some(beams) => Some(BeamParams { beams, length_penalty: o.length_penalty.unwrap_or(1.0), early_stopping }),
+    }
+}
+
 fn sampling(s: proto::Sampling) -> Sampling {
     let neutral = Sampling::default();
     Sampling {
@@ -122,6 +152,7 @@ fn sampling(s: proto::Sampling) -> Sampling {
         repetition_penalty: s.repetition_penalty.unwrap_or(neutral.repetition_penalty),
         frequency_penalty: s.frequency_penalty.unwrap_or(neutral.frequency_penalty),
         presence_penalty: s.presence_penalty.unwrap_or(neutral.presence_penalty),
+        no_repeat_ngram_size: s.no_repeat_ngram_size.unwrap_or(neutral.no_repeat_ngram_size),
         seed: s.seed,
     }
 }
@@ -194,7 +225,7 @@ pub(in crate::grpc) fn generate_response(chunk: GenerateChunk) -> proto::Generat
             token_ids,
             logprobs: logprobs.into_iter().map(token_logprob).collect(),
         }),
-        GenerateChunk::Finished { index, reason, usage: u, timings: t, served_by: s, seed } => {
+        GenerateChunk::Finished { index, reason, usage: u, timings: t, served_by: s, seed, score } => {
             Event::Finished(proto::Finished {
                 index,
                 reason: finish_reason(reason),
@@ -202,6 +233,7 @@ pub(in crate::grpc) fn generate_response(chunk: GenerateChunk) -> proto::Generat
                 timings: Some(timings(t)),
                 served_by: Some(served_by(s)),
                 seed,
+                score,
             })
         }
     };
@@ -329,6 +361,7 @@ mod tests {
             repetition_penalty: Some(-1.0),
             frequency_penalty: Some(2.5),
             presence_penalty: Some(f32::NEG_INFINITY),
+            no_repeat_ngram_size: Some(257),
             ..Default::default()
         };
         let options = proto::GenerateOptions {
@@ -351,6 +384,7 @@ mod tests {
             "options.sampling.repetition_penalty",
             "options.sampling.frequency_penalty",
             "options.sampling.presence_penalty",
+            "options.sampling.no_repeat_ngram_size",
             "options.stop[0]",
             "options.stop[1]",
             "options.stop_tokens",
