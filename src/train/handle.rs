@@ -406,6 +406,7 @@ impl TrainerHandle {
         if job.state.is_terminal() {
             return Ok(job);
         }
+        self.shared.check_alive()?; // asked first: where nothing trains, no cancel is half taken
         let (done, marked) = oneshot::channel();
         if self.commands.send(Command::Cancel(id.to_owned(), done)).await.is_ok() {
             let _ = marked.await;
