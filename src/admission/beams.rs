@@ -39,22 +39,26 @@ impl Service {
         let delta = admitted.lease.as_ref().map(|l| l.delta());
         let ahead = delta.map(|d| d.ahead()).unwrap_or_default().slots();
         let (len, new) = (input.tokens.len(), params.max_new_tokens as usize);
-        let memory = match input.source.len() {
+        let memory = |source: usize| match source {
             0 => 0,
             source => {
                 let keys = delta.map_or(0, |d| d.ahead_of(crate::delta::Stack::Memory).keys);
                 delta.map_or(0, |d| d.source_ahead().rows) + source + keys
             }
         };
-        let needs = pages_for(memory) + (beams as usize).saturating_mul(pages_for(ahead + len + new));
-        let has = engine.stats().pages_total;
+        let pages = |len: usize, source: usize| {
+            pages_for(memory(source)) + (beams as usize).saturating_mul(pages_for(ahead + len + new))
+        };
+        let (needs, has) = (pages(len, input.source.len()), engine.stats().pages_total);
         if needs > has {
             let message = format!(
-                "is {beams}: so many outputs of {len} + {new} tokens need a cache of {} positions; this server has {}",
+                "{beams} outputs of {len} + {new} tokens need a cache of {} positions; this server has {}",
                 needs * PAGE_SIZE,
                 has * PAGE_SIZE
             );
-            return Err(ServeError::field("options.num_beams", message));
+            // a shorter prompt may do, or none would
+            let field = if pages(1, input.source.len().min(1)) > has { "options.num_beams" } else { "prompt" };
+            return Err(ServeError::field(field, message));
         }
         Ok(())
     }

@@ -128,9 +128,14 @@ impl Sampling {
         problems.integer(&field("no_repeat_ngram_size"), self.no_repeat_ngram_size, 0, MAX_NGRAM);
     }
 
-    /// Whether every token is chosen by its score alone.
-    fn is_greedy(&self) -> bool {
-        self.temperature <= 0.0 && self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
+    /// The fields that leave tokens to chance, and whether they are set to.
+    fn chances(&self) -> [(&'static str, bool); 4] {
+        [
+            ("temperature", self.temperature > 0.0),
+            ("top_k", self.top_k != 0),
+            ("top_p", self.top_p < 1.0),
+            ("min_p", self.min_p > 0.0),
+        ]
     }
 }
 
@@ -177,6 +182,11 @@ impl GenerateParams {
         self.beams.map_or(self.n, |search| search.beams.max(self.n))
     }
 
+    /// The field that asks for so many.
+    pub(super) fn sequences_field(&self) -> &'static str {
+        if self.beams.is_some() { "options.num_beams" } else { "options.n" }
+    }
+
     fn check_beams(&self, problems: &mut Problems) {
         let Some(BeamParams { beams, length_penalty, .. }) = self.beams else { return };
         problems.integer("options.num_beams", beams, 1, MAX_BEAMS);
@@ -186,7 +196,9 @@ impl GenerateParams {
             problems
                 .require(!given, field, || "does not go with num_beams: beams are chosen by their scores".to_owned());
         };
-        beside("options.sampling", !self.sampling.is_greedy(), problems);
+        for (field, given) in self.sampling.chances() {
+            beside(&format!("options.sampling.{field}"), given, problems);
+        }
         beside("options.stop", !self.stop.is_empty(), problems);
         beside("options.logprobs", self.logprobs.is_some(), problems);
     }
@@ -404,7 +416,7 @@ fn names(list: &[String], field: &str, problems: &mut Problems) {
 }
 
 /// Most examples that a job tells the losses of.
-const MAX_WORST: u32 = 1000;
+const MAX_WORST: u32 = 100;
 
 impl HyperParams {
     fn check(&self, at: &str, problems: &mut Problems) {

@@ -47,7 +47,7 @@ impl Service {
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
         params.check()?;
         self.can_generate()?;
-        let places = self.places().take(params.sequences() as usize)?;
+        let places = self.places().take(params.sequences() as usize, params.sequences_field())?;
         self.continue_prompt(tenant, params, Instant::now(), places, call).await
     }
 
@@ -66,7 +66,8 @@ impl Service {
         params.check()?;
         self.can_generate()?;
         let deadline = params.timeout.map(|timeout| arrived + timeout);
-        let places = self.places().wait(params.sequences() as usize, arrived, deadline).await?;
+        let places =
+            self.places().wait((params.sequences() as usize, params.sequences_field()), arrived, deadline).await?;
         self.continue_prompt(tenant, params, arrived, places, call).await
     }
 

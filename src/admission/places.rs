@@ -45,12 +45,12 @@ impl Places {
         share_of(self.most)
     }
 
-    /// `n` places at once.
+    /// `n` places at once; `field` of the request asks for so many.
     ///
     /// # Errors
     /// [`ServeError::Overloaded`] if they are not free; a field error if there are not so many.
-    pub(super) fn take(&self, n: usize) -> Result<Vec<Place>, ServeError> {
-        let (most, take) = (self.most, self.fits(n)?);
+    pub(super) fn take(&self, n: usize, field: &str) -> Result<Vec<Place>, ServeError> {
+        let (most, take) = (self.most, self.fits(n, field)?);
         let Ok(all) = Arc::clone(&self.free).try_acquire_many_owned(take) else {
             let free = self.free.available_permits();
             return Err(ServeError::Overloaded(format!("{n} sequences asked for, {free} of {most} places are free")));
@@ -58,11 +58,11 @@ impl Places {
         Ok(self.places(n, all))
     }
 
-    fn fits(&self, n: usize) -> Result<u32, ServeError> {
+    fn fits(&self, n: usize, field: &str) -> Result<u32, ServeError> {
         let most = self.most;
         let fits = u32::try_from(n).ok().filter(|_| n <= most);
         fits.ok_or_else(|| {
-            ServeError::field("n", format!("{n} sequences; this server admits at most {most} at a time"))
+            ServeError::field(field, format!("asks for {n} sequences; this server admits at most {most} at a time"))
         })
     }
 
@@ -75,13 +75,13 @@ impl Places {
     /// # Errors
     /// [`ServeError::Overloaded`] if they are not free.
     pub(super) fn take_bulk(&self, n: usize) -> Result<Vec<Place>, ServeError> {
-        let Ok(bulk) = Arc::clone(&self.bulk).try_acquire_many_owned(self.fits(n)?) else {
+        let Ok(bulk) = Arc::clone(&self.bulk).try_acquire_many_owned(self.fits(n, "inputs")?) else {
             let free = self.bulk.available_permits();
             let message =
                 format!("{n} sequences asked for, {free} of {} places for calls of many are free", self.bulk_most);
             return Err(ServeError::Overloaded(message));
         };
-        Ok(with_bulk(self.take(n)?, bulk))
+        Ok(with_bulk(self.take(n, "inputs")?, bulk))
     }
 
     /// One more place for a call that has some already, when one gets free. Calls wait in order, and each place in use
@@ -90,21 +90,22 @@ impl Places {
     /// # Errors
     /// [`ServeError::DeadlineExceeded`].
     pub(super) async fn next(&self, since: Instant, deadline: Option<Instant>) -> Result<Place, ServeError> {
-        let one = self.wait(1, since, deadline).await?.pop();
+        let one = self.wait((1, "inputs"), since, deadline).await?.pop();
         one.ok_or_else(|| ServeError::Internal("a place is missing".into()))
     }
 
-    /// `n` places at once, as soon as they are free, for a call that was admitted already.
+    /// As many places at once as a field of the request asks for, as soon as they are free, for a call that was admitted
+    /// already.
     ///
     /// # Errors
     /// [`ServeError::DeadlineExceeded`]; a field error if there are not so many.
     pub(super) async fn wait(
         &self,
-        n: usize,
+        (n, field): (usize, &str),
         since: Instant,
         deadline: Option<Instant>,
     ) -> Result<Vec<Place>, ServeError> {
-        let (fits, most) = (self.fits(n)?, u32::try_from(self.bulk_most).unwrap_or(u32::MAX));
+        let (fits, most) = (self.fits(n, field)?, u32::try_from(self.bulk_most).unwrap_or(u32::MAX));
         let (free, bulk) = (Arc::clone(&self.free), Arc::clone(&self.bulk));
         let acquire = async move {
             let bulk = bulk.acquire_many_owned(fits.min(most)).await?;
@@ -149,30 +150,30 @@ mod tests {
         assert!(matches!(places.take_bulk(1), Err(ServeError::Overloaded(_))));
         let waits = {
             let places = Arc::clone(&places);
-            tokio::spawn(async move { places.wait(2, Instant::now(), None).await.map(|got| got.len()) })
+            tokio::spawn(async move { places.wait((2, "n"), Instant::now(), None).await.map(|got| got.len()) })
         };
         tokio::task::yield_now().await;
-        drop(places.take(3).unwrap());
+        drop(places.take(3, "n").unwrap());
         assert!(!waits.is_finished());
         drop(held);
         assert_eq!(waits.await.unwrap().unwrap(), 2);
         assert_eq!(places.take_bulk(3).unwrap().len(), 3);
-        assert_eq!(places.take(12).unwrap().len(), 12);
+        assert_eq!(places.take(12, "n").unwrap().len(), 12);
     }
 
     #[tokio::test]
     async fn places_are_taken_at_once_or_not_at_all_and_come_back() {
         let places = Places::new(3);
-        assert!(matches!(places.take(4), Err(ServeError::Invalid(_))));
-        let mut held = places.take(2).unwrap();
-        assert!(matches!(places.take(2), Err(ServeError::Overloaded(_))));
-        let third = places.take(1).unwrap();
+        assert!(matches!(places.take(4, "n"), Err(ServeError::Invalid(_))));
+        let mut held = places.take(2, "n").unwrap();
+        assert!(matches!(places.take(2, "n"), Err(ServeError::Overloaded(_))));
+        let third = places.take(1, "n").unwrap();
         let now = Instant::now();
         let late = places.next(now, Some(now)).await;
         assert!(matches!(late, Err(ServeError::DeadlineExceeded(_))));
         held.pop();
         let next = places.next(now, None).await.unwrap();
         drop((held, third, next));
-        assert_eq!(places.take(3).unwrap().len(), 3);
+        assert_eq!(places.take(3, "n").unwrap().len(), 3);
     }
 }

@@ -184,7 +184,7 @@ impl Service {
         }
         let mut sources = Sources::kept(&kept.blobs);
         let prepared = self.prepare(tenant, Arc::new(params), &mut sources).await?;
-        if prepared.reply.resolved != kept.info.resolved {
+        if prepared.reply.resolved.of_training() != kept.info.resolved.of_training() {
             return Err(Obstacle::Job(ResumeError::Hyper.to_string()));
         }
         let Some(bytes) = self.checkpoint(&kept.info.id).await? else { return Ok((prepared, None)) };

@@ -301,6 +301,9 @@ pub struct HyperParams {
     /// How many of the examples with the highest loss are told; `None` = 10 of those for evaluation.
     #[serde(default)]
     pub worst_examples: Option<u32>,
+    /// Keep only the layers' inputs for the backward pass; `None` = where the memory asks for it.
+    #[serde(default)]
+    pub gradient_checkpointing: Option<bool>,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -369,11 +372,22 @@ pub struct ResolvedTraining {
     #[serde(default)]
     pub checkpoint_every: u32,
     /// Whether the last checkpoint is published, not the best of the evaluations.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_last: bool,
     /// How many of the examples with the highest loss are told.
     #[serde(default)]
     pub worst_examples: u32,
+    /// Whether only the layers' inputs are kept for the backward pass.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gradient_checkpointing: bool,
+}
+
+impl ResolvedTraining {
+    /// What decides how the weights come out: without what is only told, stored or kept in memory meanwhile. A job goes on
+    /// where this is what it was.
+    pub fn of_training(&self) -> Self {
+        Self { gradient_checkpointing: false, checkpoint_every: 0, worst_examples: 0, ..self.clone() }
+    }
 }
 
 /// What a job would do: the reply of `Plan`.

@@ -168,11 +168,11 @@ impl Service {
             let (validation, forgetting) = (validation.as_deref(), held.as_deref());
             let inputs = Inputs { params: &params, train: &train, validation, forgetting, start };
             let prepared = prepare(inputs, info, &parts.codec);
-            let prepared = prepared.map_err(|found| ServeError::Invalid(in_request(found)))?;
+            let mut prepared = prepared.map_err(|found| ServeError::Invalid(in_request(found)))?;
             if let Some(start) = &prepared.start {
                 check_writable(start, base)?;
             }
-            parts.trainer.check_memory(&prepared)?;
+            parts.trainer.fit(&mut prepared)?;
             Ok(prepared)
         })
         .await

@@ -163,6 +163,9 @@ struct HyperArgs {
     /// Put short examples together.
     #[arg(long)]
     packing: Option<bool>,
+    /// Keep only the layers' inputs for the backward pass: less memory, more time. Unset: where the memory asks for it.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    gradient_checkpointing: Option<bool>,
     /// Share of a target's weight that all labels or tokens share.
     #[arg(long, value_name = "X")]
     label_smoothing: Option<f64>,
@@ -336,6 +339,7 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         checkpoint_every: args.checkpoint_every,
         keep_last: args.keep_last,
         worst_examples: args.worst,
+        gradient_checkpointing: args.gradient_checkpointing,
         eval_metric: args.eval_metric.clone(),
         patience: args.patience,
         min_delta: args.min_delta,
@@ -366,9 +370,10 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
         ),
         format!("optimizer   AdamW, lr {}, weight decay {}, clip {}", r.learning_rate, r.weight_decay, r.clip_norm),
         format!(
-            "memory      about {} ({} activations)",
+            "memory      about {} ({} activations{})",
             output::bytes(memory.total),
-            output::bytes(memory.activations)
+            output::bytes(memory.activations),
+            if r.gradient_checkpointing { ", layer by layer" } else { "" }
         ),
     ];
     lines.iter().try_for_each(|l| output::line(l))?;

@@ -68,6 +68,11 @@ struct Entry {
     width: usize,
     /// Positions that were known at first.
     given: usize,
+    /// Most positions that it may come to.
+    most: usize,
+    /// A beam search that lost its pages to an older sequence: begun again as soon as its prompt has room, it would lose
+    /// them again.
+    starts_over: bool,
     /// Positions of its encoder; 0 without one.
     source: usize,
     /// Cache slots ahead of theirs.
@@ -139,9 +144,21 @@ impl Scheduler {
             return Err(NeverFits::Width { width, limit: self.limits.max_sequences });
         }
         let (branches, memory) = (vec![PageTable::default()], PageTable::default());
-        let (computed, given, open) = (0, total, 1);
-        let entry =
-            Entry { delta, total, computed, reserved, branches, open, width, given, source, source_reserved, memory };
+        let entry = Entry {
+            delta,
+            total,
+            computed: 0,
+            reserved,
+            branches,
+            open: 1,
+            width,
+            given: total,
+            most,
+            starts_over: false,
+            source,
+            source_reserved,
+            memory,
+        };
         self.waiting.insert(id, entry);
         Ok(())
     }
@@ -286,7 +303,11 @@ impl Scheduler {
 
     /// Pages that a waiting sequence needs to begin.
     fn pages_of(&self, e: &Entry) -> usize {
-        if self.limits.pages.is_some() { pages_for(e.slots()) + pages_for(e.memory_slots()) } else { 0 }
+        if self.limits.pages.is_none() {
+            return 0;
+        }
+        let own = if e.starts_over { e.width * pages_for(e.reserved + e.most) } else { pages_for(e.slots()) };
+        own + pages_for(e.memory_slots())
     }
 
     /// Sequences that miss one position, oldest first; each may need one more page.
@@ -404,7 +425,7 @@ impl Scheduler {
         entry.computed = 0;
         if entry.width > 1 {
             // nothing of a search was told yet: it starts over
-            (entry.total, entry.open) = (entry.given, 1);
+            (entry.total, entry.open, entry.starts_over) = (entry.given, 1, true);
         }
         self.waiting.insert(id, entry);
         plan.preempted.push(id);

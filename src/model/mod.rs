@@ -15,6 +15,7 @@ mod source;
 mod table;
 pub mod testing;
 mod transformer;
+mod walk;
 mod weights;
 
 pub use arch::{
@@ -27,3 +28,4 @@ pub use export::{ModelFolder, folder_fingerprint, write_folder};
 pub use heads::HeadLogits;
 pub use source::Source;
 pub use transformer::{Input, Transformer};
+pub use walk::Walk;

@@ -4,10 +4,10 @@ use std::{borrow::Cow, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Architecture, Placement, Positions, table::Table};
+use super::{Architecture, Placement, Positions, Walk, table::Table};
 use crate::{
     delta::{self, Head, PromptStage, SiteId},
-    nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer, yield_point},
+    nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer},
     ops::{self, Act, Weight},
 };
 
@@ -162,10 +162,7 @@ impl Transformer {
     /// Token ids outside the vocabulary, positions outside the context, a decoder without its encoder's output, or those
     /// of candle.
     pub fn forward(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
-        if !self.arch.is_causal() && cx.rows.spans().iter().any(|s| s.context_len > 0) {
-            bail!("an encoder's sequence must be computed in one step");
-        }
-        self.run((&self.main, delta::Stack::Main), input, cx)
+        run(&self.walk(*cx)?, input)
     }
 
     /// The encoder's output of an encoder-decoder, `[rows, hidden]`: what [`crate::nn::Encoded`] takes. No cache is used.
@@ -173,27 +170,16 @@ impl Transformer {
     /// # Errors
     /// A base without an encoder of its own; those of [`Self::forward`].
     pub fn encode(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
-        let Some(encoder) = &self.encoder else { bail!("this base is no encoder-decoder") };
-        self.run((encoder, delta::Stack::Encoder), input, &Cx { kv: None, memory: None, ..*cx })
+        run(&self.walk_encoder(*cx)?, input)
     }
 
-    /// Tokens through a stack.
-    fn run(&self, (stack, which): (&Stack, delta::Stack), input: &Input<'_>, cx: &Cx<'_>) -> Result<Tensor> {
-        let positions = cx.rows.positions();
-        self.check(input, cx, &positions)?;
-        let mut x = self.embeddings(which, input, &positions, cx)?; // [rows, hidden]
-        let pass = Pass::new(*cx, (which, self.arch.heads), &stack.styles, &positions, &self.device)?;
-        for block in &stack.blocks {
-            x = yield_point(x, cx)?;
-            x = self.block(block, x, &pass)?;
-        }
-        match &stack.final_norm {
-            Some(norm) => norm.forward(&x, cx),
-            None => Ok(x),
-        }
-    }
-
-    fn embeddings(&self, stack: delta::Stack, input: &Input<'_>, positions: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
+    pub(super) fn embeddings(
+        &self,
+        stack: delta::Stack,
+        input: &Input<'_>,
+        positions: &[u32],
+        cx: &Cx<'_>,
+    ) -> Result<Tensor> {
         let tokens = per_row(input.tokens, cx)?;
         let mut x = self.embed.rows(&tokens)?; // [rows, hidden]
         x = cx.deltas.embed(self.embed_site, &tokens, x)?;
@@ -220,7 +206,7 @@ impl Transformer {
         cx.deltas.virtual_rows(stack, PromptStage::Hidden, cx.rows, x)
     }
 
-    fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    pub(super) fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let cx = &pass.cx;
         let maybe = |norm: &Option<Norm>, y: Tensor| match norm {
             Some(norm) => norm.forward(&y, cx),
@@ -243,7 +229,7 @@ impl Transformer {
         }
     }
 
-    fn check(&self, input: &Input<'_>, cx: &Cx<'_>, positions: &[u32]) -> Result<()> {
+    pub(super) fn check(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<()> {
         let rows = cx.rows.token_rows();
         if input.tokens.len() != rows || input.token_types.is_some_and(|t| t.len() != rows) {
             bail!("{} tokens for {rows} rows of tokens", input.tokens.len());
@@ -253,9 +239,6 @@ impl Transformer {
         }
         if let Some(bad) = input.token_types.iter().flat_map(|t| *t).find(|&&t| t as usize >= self.arch.token_types) {
             bail!("segment {bad} of {}", self.arch.token_types);
-        }
-        if let Some(bad) = positions.iter().find(|&&p| p as usize >= self.arch.max_positions) {
-            bail!("position {bad} of a context of {}", self.arch.max_positions);
         }
         Ok(())
     }
@@ -348,6 +331,13 @@ impl Transformer {
     pub(super) fn norm_at(&self, site: SiteId) -> Option<&Norm> {
         self.norms().find(|n| n.part.0 == site)
     }
+}
+
+/// Tokens through all layers.
+fn run(walk: &Walk<'_>, input: &Input<'_>) -> Result<Tensor> {
+    let x = walk.start(input)?; // [rows, hidden]
+    let x = (0..walk.layers()).try_fold(x, |x, i| walk.layer(i, x))?;
+    walk.end(x)
 }
 
 /// One value per row: virtual rows, which have none, get 0 (a valid token, whose embedding is overwritten).

@@ -32,7 +32,7 @@ pub(super) fn kept(kind: &str) -> (tempfile::TempDir, Arc<Base>) {
     (dir, Arc::new(base))
 }
 
-const CASES: [(&str, Task); 13] = [
+pub(super) const CASES: [(&str, Task); 13] = [
     ("llama", Task::CausalLm),
     ("gpt2", Task::CausalLm),
     ("qwen3", Task::CausalLm),
@@ -48,7 +48,7 @@ const CASES: [(&str, Task); 13] = [
     ("t5", Task::Seq2Seq),
 ];
 
-fn full(base: &Base, task: Task, resolved: ResolvedTraining) -> RunInput {
+pub(super) fn full(base: &Base, task: Task, resolved: ResolvedTraining) -> RunInput {
     input(base, task, &[MethodPart::Full], resolved)
 }
 
@@ -248,7 +248,7 @@ fn the_estimate_counts_the_weights() {
     };
     assert_eq!((llama.joined_parameters(), base.joined_parameters()), (joined(&llama) as u64, 0));
     let spec = TrainSpec::resolve(&[MethodPart::Full], Task::CausalLm, &[], BaseShape::of(&llama)).unwrap();
-    let of = |base: BaseShape<'_>| spec.memory(base, 1, 8, 8).activations;
+    let of = |base: BaseShape<'_>| spec.memory(base, 1, (8, 8), false).activations;
     let without = BaseShape { base: None, ..BaseShape::of(&llama) };
     assert_eq!(of(BaseShape::of(&llama)) - of(without), 8 * joined(&llama) as u64, "copies and their gradients");
 }

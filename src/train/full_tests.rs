@@ -95,15 +95,15 @@ async fn one_trains_every_weight_at_a_time_and_memory_is_asked_again_when_its_tu
     trains(&trainer, &second).await;
     assert_eq!(trainer.get(&a, &third.id).await.unwrap().state, JobState::Queued);
     bytes.0.store(17, Ordering::SeqCst);
-    assert!(trainer.check_memory(&prepared).is_ok(), "another one runs: its memory comes back");
+    assert!(trainer.fit(&mut prepared.clone()).is_ok(), "another one runs: its memory comes back");
     trainer.cancel(&a, &second.id).await.unwrap();
     let failed = ended(&trainer, &third).await;
     let failure = failed.failure.unwrap();
     assert_eq!((failed.state, failure.code.as_str()), (JobState::Failed, "NOT_ENOUGH_MEMORY"));
     assert!(failure.message.contains("17 are available"), "{}", failure.message);
-    let Err(TrainError::Memory(shortage)) = trainer.check_memory(&prepared) else { panic!("17 bytes do") };
+    let Err(TrainError::Memory(shortage)) = trainer.fit(&mut prepared.clone()) else { panic!("17 bytes do") };
     assert!(!shortage.lasting);
-    assert!(trainer.check_memory(&small).is_ok(), "deltas are small");
+    assert!(trainer.fit(&mut small.clone()).is_ok(), "deltas are small");
     bytes.0.store(u64::MAX, Ordering::SeqCst);
     let mut large = prepared.clone();
     large.spec.full = Some(u64::MAX / 8);

@@ -327,16 +327,21 @@ impl TrainerHandle {
         Ok(found.map(|job| job.info))
     }
 
-    /// Whether a prepared job will have its memory. One that trains every weight needs what is available now, unless
-    /// another such job waits or runs: it will start after that, and is asked again then.
+    /// Makes a prepared job fit into the memory of this moment ([`Prepared::fit`]), and says whether it will have it. One
+    /// that trains every weight needs what is available now, unless another such job waits or runs: it will start after
+    /// that, and is asked again then. A delta is not asked.
     ///
     /// # Errors
     /// [`TrainError::Memory`].
-    pub fn check_memory(&self, prepared: &Prepared) -> Result<(), TrainError> {
+    pub fn fit(&self, prepared: &mut Prepared) -> Result<(), TrainError> {
+        let now = self.memory.now();
+        if let Some(room) = now.room() {
+            prepared.fit(room);
+        }
         if prepared.spec.full.is_none() {
             return Ok(());
         }
-        Ok(self.memory.now().check(&prepared.reply.memory, self.shared.full_jobs())?)
+        Ok(now.check(&prepared.reply.memory, self.shared.full_jobs())?)
     }
 
     async fn make(

@@ -116,6 +116,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         checkpoint_every: 0,
         keep_last: false,
         worst_examples: 0,
+        gradient_checkpointing: false,
     }
 }
 
@@ -484,6 +485,7 @@ fn a_prepared_request_runs() {
         start: None,
         separate_validation: false,
         decoder: Default::default(),
+        lean: None,
     };
     assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());
 }

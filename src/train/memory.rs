@@ -56,6 +56,11 @@ impl MemoryProbe {
 }
 
 impl Memory {
+    /// What a job can have at this moment; `None` where nobody says.
+    pub fn room(&self) -> Option<u64> {
+        least(self.available, self.total)
+    }
+
     /// Whether a job that needs this much beside the resident base has room: now, or, where other jobs will give theirs
     /// back first (`later`), at all.
     ///
@@ -64,7 +69,7 @@ impl Memory {
     pub fn check(&self, need: &MemoryEstimate, later: bool) -> Result<(), Shortage> {
         let all = need.total();
         let lasting = self.total.is_some_and(|total| total < all);
-        let room = if lasting || later { self.total } else { least(self.available, self.total) };
+        let room = if lasting || later { self.total } else { self.room() };
         let Some(room) = room.filter(|room| *room < all) else { return Ok(()) };
         let MemoryEstimate { parameters, gradients, optimizer, activations } = need;
         let have = if lasting { "is all that a job can have" } else { "are available now" };

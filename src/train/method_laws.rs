@@ -85,7 +85,7 @@ pub(super) fn all() -> Vec<(&'static str, Vec<MethodPart>)> {
 }
 
 /// Families, each with a task of theirs.
-const BASES: [(&str, Task); 10] = [
+pub(super) const BASES: [(&str, Task); 10] = [
     ("llama", Task::CausalLm),
     ("gpt2", Task::CausalLm),
     ("bert", Task::SeqCls),

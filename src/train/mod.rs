@@ -19,6 +19,9 @@ pub mod ewc;
 mod full_laws;
 #[cfg(test)]
 mod full_tests;
+#[cfg(test)]
+mod gradient_laws;
+pub mod gradients;
 mod handle;
 pub mod issue;
 pub mod joblog;

@@ -48,38 +48,66 @@ pub fn smoothed_losses(
     smoothing: f64,
     pacer: Option<&Arc<Pacer>>,
 ) -> Result<Losses> {
-    let lens: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
-    let rows = RowLayout::packed_after(lens.iter().map(|&len| (len, delta.ahead())));
-    let tokens: Vec<u32> = examples.iter().flat_map(|e| e.tokens.iter().copied()).collect();
-    let deltas = DeltaBatch::single(Arc::clone(&delta), &rows, base.sites.len());
-    let source = source(base, &delta, examples, pacer)?;
+    let texts = Texts::of(base, &delta, examples);
+    let source = match Texts::sources(base, &delta, examples) {
+        Some(Texts { rows, tokens, .. }) => {
+            let deltas = vec![Some(delta); examples.len()];
+            Some(Source::encode(base, rows, &tokens, &deltas, pacer)?)
+        }
+        None => None,
+    };
     let memory = source.as_ref().map(Source::memory);
-    let cx = Cx { rows: &rows, deltas: &deltas, kv: None, pacer, memory: memory.as_ref() };
-    let hidden = base.transformer.forward(&Input { tokens: &tokens, token_types: None }, &cx)?; // [rows, hidden]
-    match examples.first().map(|e| &e.target) {
-        Some(Target::Tokens(_)) => next_token(base, &hidden, examples, smoothing, &cx),
-        Some(Target::Label(_)) => text_label(base, &hidden, examples, smoothing, &cx),
-        Some(Target::Labels(_)) => text_targets(base, &hidden, examples, several, &cx),
-        Some(Target::Value(_)) => text_targets(base, &hidden, examples, squared, &cx),
-        Some(Target::Tags(_)) => word_labels(base, &hidden, examples, smoothing, &cx),
-        None => candle_core::bail!("an empty micro-batch"),
+    let cx = Cx { memory: memory.as_ref(), pacer, ..Cx::new(&texts.rows, &texts.deltas) };
+    let hidden = base.transformer.forward(&Input::tokens(&texts.tokens), &cx)?; // [rows, hidden]
+    loss_of(base, &hidden, examples, smoothing, &cx)
+}
+
+/// Texts of a micro-batch as the forward takes them.
+pub(super) struct Texts {
+    pub(super) rows: RowLayout,
+    pub(super) tokens: Vec<u32>,
+    pub(super) deltas: DeltaBatch,
+}
+
+impl Texts {
+    /// What the model (of an encoder-decoder, the decoder) reads.
+    pub(super) fn of(base: &Base, delta: &Arc<Delta>, examples: &[&Encoded]) -> Self {
+        let rows = RowLayout::packed_after(examples.iter().map(|e| (e.tokens.len(), delta.ahead())));
+        let tokens = examples.iter().flat_map(|e| e.tokens.iter().copied()).collect();
+        let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
+        Self { rows, tokens, deltas }
+    }
+
+    /// What an encoder-decoder's encoder reads.
+    pub(super) fn sources(base: &Base, delta: &Arc<Delta>, examples: &[&Encoded]) -> Option<Self> {
+        base.arch.is_encoder_decoder().then(|| {
+            let rows = RowLayout::packed_after(examples.iter().map(|e| (e.source.len(), delta.source_ahead())));
+            let tokens = examples.iter().flat_map(|e| e.source.iter().copied()).collect();
+            let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
+            Self { rows, tokens, deltas }
+        })
     }
 }
 
-/// What an encoder-decoder's encoder makes of the examples' sources.
-fn source(
+/// The losses of examples whose final hidden states these are, `[rows, hidden]`.
+///
+/// # Errors
+/// As [`losses`].
+pub(super) fn loss_of(
     base: &Base,
-    delta: &Arc<Delta>,
+    hidden: &Tensor,
     examples: &[&Encoded],
-    pacer: Option<&Arc<Pacer>>,
-) -> Result<Option<Source>> {
-    if !base.arch.is_encoder_decoder() {
-        return Ok(None);
+    smoothing: f64,
+    cx: &Cx<'_>,
+) -> Result<Losses> {
+    match examples.first().map(|e| &e.target) {
+        Some(Target::Tokens(_)) => next_token(base, hidden, examples, smoothing, cx),
+        Some(Target::Label(_)) => text_label(base, hidden, examples, smoothing, cx),
+        Some(Target::Labels(_)) => text_targets(base, hidden, examples, several, cx),
+        Some(Target::Value(_)) => text_targets(base, hidden, examples, squared, cx),
+        Some(Target::Tags(_)) => word_labels(base, hidden, examples, smoothing, cx),
+        None => candle_core::bail!("an empty micro-batch"),
     }
-    let rows = RowLayout::packed_after(examples.iter().map(|e| (e.source.len(), delta.source_ahead())));
-    let tokens: Vec<u32> = examples.iter().flat_map(|e| e.source.iter().copied()).collect();
-    let deltas = vec![Some(Arc::clone(delta)); examples.len()];
-    Source::encode(base, rows, &tokens, &deltas, pacer).map(Some)
 }
 
 /// Row `t - 1` predicts token `t`, for every supervised `t`.

@@ -16,7 +16,7 @@ use defaults::{Chosen, max_length, with_defaults};
 use crate::{
     admission::{
         params::Violation,
-        train_params::{HyperParams, PlanReply, TrainParams, Validation},
+        train_params::{HyperParams, MemoryEstimate, PlanReply, TrainParams, Validation},
     },
     train::{
         batches,
@@ -81,6 +81,8 @@ pub struct Prepared {
     pub separate_validation: bool,
     /// Ids to text.
     pub decoder: Decoder,
+    /// The estimate with gradient checkpointing, where the request leaves that open.
+    pub lean: Option<MemoryEstimate>,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -164,10 +166,15 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let most = if spec.full.is_some() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
     let rows = (resolved.batch_size as usize * longest_rows).min(most.max(longest_rows));
     let parameters = start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec));
-    let mut memory = spec.memory(base.shape, parameters, rows, longest_rows);
-    if resolved.ewc.is_some() {
-        memory.optimizer += 2 * memory.parameters;
-    }
+    let estimate = |by_layer| {
+        let mut memory = spec.memory(base.shape, parameters, (rows, longest_rows), by_layer);
+        if resolved.ewc.is_some() {
+            memory.optimizer += 2 * memory.parameters;
+        }
+        memory
+    };
+    let memory = estimate(resolved.gradient_checkpointing);
+    let lean = params.hyper.gradient_checkpointing.is_none().then(|| estimate(true));
     let reply = PlanReply {
         trainable_parameters: parameters,
         train_examples: train.len() as u64,
@@ -181,7 +188,16 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     };
     let (train, validation, held, decoder) = (train.into(), validation.into(), held.into(), codec.decoder.clone());
     let separate_validation = inputs.validation.is_some();
-    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder })
+    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, lean })
+}
+
+impl Prepared {
+    /// Turns gradient checkpointing on where the request leaves it open and the job needs more memory than this.
+    pub fn fit(&mut self, room: u64) {
+        if let Some(lean) = self.lean.take_if(|_| self.reply.memory.total() > room) {
+            (self.reply.memory, self.reply.resolved.gradient_checkpointing) = (lean, true);
+        }
+    }
 }
 
 /// Shortest examples that a base must have room for.

@@ -143,6 +143,13 @@ fn a_run_may_stop_at_any_micro_step() {
         };
         assert_goes_on(&base, &format!("dropout {p}, packing {packing}"), &[], &of);
     }
+    // after the last step: a pass that tells the worst of the training examples, and the held text
+    let of = || {
+        let resolved = ResolvedTraining { worst_examples: 3, ..busy(4) };
+        let held = examples(Task::CausalLm, 3);
+        RunInput { held, ..input(&base, Task::CausalLm, &dropout(0.0), resolved) }
+    };
+    assert_goes_on(&base, "the worst are told once", &[], &of);
     // more than one epoch, and the last evaluations without a gain
     let methods = [lora(LoraPart::default()), vec![MethodPart::Bitfit(BitfitPart::default())]].concat();
     let base = tiny("bert");

@@ -32,8 +32,8 @@ use crate::{
         encode::Encoded,
         eval::{Patience, Tally},
         ewc::{Fisher, Penalty},
+        gradients::{self, Micro},
         metrics::TrainMetrics,
-        objective::{Losses, smoothed_losses},
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
         plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
         spec::TrainSpec,
@@ -379,24 +379,14 @@ impl Run {
     /// of means, so that accumulation equals one large batch.
     fn forward_backward(&mut self, step: &mut Step, batch: &[usize]) -> Result<f64> {
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
-        let delta = self.trainable.delta(&mut self.dropout)?;
-        let base = self.trainable.base(&self.base)?;
-        let smoothing = self.input.resolved.label_smoothing;
-        let Losses { each, .. } = smoothed_losses(&base, delta, &examples, smoothing, self.pacer.as_ref())?;
-        let share = (each.sum_all()? / step.weight)?;
-        let loss = f64::from(share.to_scalar::<f32>()?);
-        if !loss.is_finite() {
-            return Ok(loss);
-        }
-        let mut grads = share.backward()?;
-        for (sum, var) in step.grads.iter_mut().zip(self.trainable.vars()) {
-            if let Some(grad) = grads.remove(var.var.as_tensor()) {
-                let grad = grad.detach();
-                *sum = Some(match sum.take() {
-                    Some(before) => (before + grad)?,
-                    None => grad,
-                });
-            }
+        let (base, delta) = (self.trainable.base(&self.base)?, self.trainable.delta(&mut self.dropout)?);
+        let (smoothing, weight) = (self.input.resolved.label_smoothing, step.weight);
+        let pacer = self.pacer.as_ref();
+        let micro = Micro { base: &base, delta, examples: &examples, smoothing, weight, pacer };
+        let gradients = if self.input.resolved.gradient_checkpointing { gradients::by_layer } else { gradients::whole };
+        let (loss, found) = gradients(&micro, self.trainable.vars())?;
+        for (sum, grad) in step.grads.iter_mut().zip(found) {
+            gradients::add(sum, grad)?;
         }
         Ok(loss)
     }

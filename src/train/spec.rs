@@ -183,7 +183,13 @@ impl TrainSpec {
     /// it. An estimate: every linear keeps its input and output once, attention its probabilities, a language model one
     /// chunk of logits. Full fine-tuning keeps what norms and the head make on their way, all logits included, and
     /// projections that are joined, with their gradients.
-    pub fn memory(&self, base: BaseShape<'_>, parameters: u64, rows: usize, longest: usize) -> MemoryEstimate {
+    pub fn memory(
+        &self,
+        base: BaseShape<'_>,
+        parameters: u64,
+        (rows, longest): (usize, usize),
+        by_layer: bool,
+    ) -> MemoryEstimate {
         const F32: usize = 4;
         const LOGIT_ROWS: usize = 512;
         let parameters = parameters * F32 as u64;
@@ -192,7 +198,9 @@ impl TrainSpec {
         let heads = base.hidden.div_ceil(64).max(1);
         let (logit_rows, copies) = if self.full.is_some() { (2 * rows, 2) } else { (LOGIT_ROWS.min(rows), 1) };
         let logits = if self.task.generates() { logit_rows * base.vocab * 2 } else { 0 };
-        let activations = (copies * rows * widths + rows * longest * heads * layers + logits) * F32;
+        let of_layers = copies * rows * widths + rows * longest * heads * layers;
+        let kept = if by_layer { of_layers / layers.max(1) + rows * base.hidden * layers } else { of_layers };
+        let activations = (kept + logits) * F32;
         let joined = base.base.filter(|_| self.full.is_some()).map_or(0, Base::joined_parameters);
         // a whole model's snapshot and the sum of its gradients over micro-batches count
         let twice = if self.full.is_some() { 2 * parameters } else { parameters };

@@ -71,6 +71,11 @@ struct Found {
     guess: Option<u32>,
 }
 
+/// A loss that is no number is the worst of all, whatever its sign bit.
+fn rank(loss: f64) -> f64 {
+    if loss.is_nan() { f64::INFINITY } else { loss }
+}
+
 /// The worst so far, one per line of the file, worst first.
 #[derive(Debug, Default)]
 pub struct Worst {
@@ -113,11 +118,11 @@ impl Worst {
     fn put(&mut self, new: Found) {
         // a long text makes several examples; its line is told once, with the worst of them
         match self.found.iter().position(|f| f.line == new.line) {
-            Some(at) if self.found[at].loss < new.loss => drop(self.found.remove(at)),
+            Some(at) if rank(self.found[at].loss) < rank(new.loss) => drop(self.found.remove(at)),
             Some(_) => return,
             None => {}
         }
-        let before = |f: &Found| f.loss.total_cmp(&new.loss).reverse().then(f.line.cmp(&new.line)).is_lt();
+        let before = |f: &Found| rank(f.loss).total_cmp(&rank(new.loss)).reverse().then(f.line.cmp(&new.line)).is_lt();
         let at = self.found.partition_point(before);
         self.found.insert(at, new);
         self.found.truncate(self.most);
@@ -170,6 +175,10 @@ mod tests {
         worst.add(&[4, 3], &[refs[4], refs[3]], &losses(&[2.0, 0.5, 0.0, 1.0])).unwrap();
         let told: Vec<_> = worst.told(&all, &[], &Decoder::default()).iter().map(|w| (w.line, w.loss)).collect();
         assert_eq!(told, [(3, 4.0), (1, 2.0), (5, 2.0)]);
+        let mut sick = Worst::new(2);
+        sick.add(&[0, 1, 2], &refs[..3], &losses(&[9.0, 3.0, 1.0, -f32::NAN])).unwrap();
+        let told: Vec<_> = sick.told(&all, &[], &Decoder::default()).iter().map(|w| w.line).collect();
+        assert_eq!(told, [3, 1], "no number is the worst");
         let mut none = Worst::new(0);
         none.add(&[0], &refs[..1], &losses(&[1.0, 1.0])).unwrap();
         assert!(none.told(&all, &[], &Decoder::default()).is_empty());

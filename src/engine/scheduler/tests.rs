@@ -283,3 +283,21 @@ fn one_delta_more_than_places_is_served_in_turn() {
     assert_eq!(ids(&go(&mut s)), vec![1, 2, 9]);
     assert_eq!(ids(&go(&mut s)), vec![1, 9, 3], "the one that was passed over is first");
 }
+
+#[test]
+fn a_search_that_lost_its_pages_begins_again_when_all_its_beams_have_room() {
+    let mut s = Scheduler::new(Limits { pages: Some(8), ..limits() });
+    let search = Demand { width: 3, ..demand(PAGE_SIZE - 1, 2 * PAGE_SIZE) }; // 6 pages at its end
+    s.submit(1, None, search).expect("fits");
+    s.submit(2, None, search).expect("fits");
+    let (mut lost, mut again) = (0, None);
+    for step in 0..PAGE_SIZE + 8 {
+        let plan = go(&mut s);
+        lost += plan.preempted.len();
+        again = again.or(plan.shares.iter().any(|share| share.id == 2 && lost > 0).then_some(step));
+        [1, 2].into_iter().for_each(|id| s.branch(id, 3));
+    }
+    assert_eq!((lost, again), (1, None), "two pages are free, which would do for its prompt");
+    s.remove(1);
+    assert!(ids(&go(&mut s)).contains(&2));
+}

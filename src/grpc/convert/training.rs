@@ -142,6 +142,7 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         checkpoint_every: m.checkpoint_every,
         keep_last: m.keep_last,
         worst_examples: m.worst_examples,
+        gradient_checkpointing: m.gradient_checkpointing,
     }
 }
 
@@ -242,6 +243,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         checkpoint_every: r.checkpoint_every,
         keep_last: r.keep_last,
         worst_examples: r.worst_examples,
+        gradient_checkpointing: r.gradient_checkpointing,
     }
 }
 

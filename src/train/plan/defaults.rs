@@ -140,6 +140,7 @@ impl Chosen<'_> {
             label_smoothing: h.label_smoothing.unwrap_or(0.0),
             checkpoint_every: h.checkpoint_every.unwrap_or(0),
             keep_last: h.keep_last,
+            gradient_checkpointing: h.gradient_checkpointing.unwrap_or(false),
             worst_examples: h.worst_examples.unwrap_or(if params.validation.is_some() { WORST } else { 0 }),
         }
     }

@@ -88,11 +88,14 @@ struct State {
     unproven: Option<u32>,
     /// Bits of EWC's strength.
     ewc: Option<u64>,
+    /// The losses of the training examples were told.
+    #[serde(default)]
+    told: bool,
 }
 
 impl RunInput {
     fn identity(&self, base: &BaseFingerprint) -> Result<Identity> {
-        let hyper = Sha256::digest(serde_json::to_vec(&self.resolved).map_err(Error::wrap)?);
+        let hyper = Sha256::digest(serde_json::to_vec(&self.resolved.of_training()).map_err(Error::wrap)?);
         let mut data = Sha256::new();
         for examples in [&self.train, &self.validation, &self.held] {
             data.update((examples.len() as u64).to_le_bytes());
@@ -217,6 +220,7 @@ impl Run {
             good: self.good.as_ref().map(|(step, _)| *step),
             unproven: self.unproven.as_ref().map(|(step, _)| *step),
             ewc: self.penalty.as_ref().map(|p| p.lambda().to_bits()),
+            told: self.told,
         };
         let text = serde_json::to_string(&state).map_err(Error::wrap)?;
         safetensors::serialize(&tensors, Some(HashMap::from([(KEY.to_owned(), text)]))).map(Some).map_err(Error::wrap)
@@ -255,7 +259,7 @@ impl Run {
         });
         run.patience.go_on(state.patience.0.map(f64::from_bits), state.patience.1);
         run.batches.skip(state.step as usize);
-        (run.step, run.begun, run.stopped) = (state.step, state.step, state.stopped);
+        (run.step, run.begun, run.stopped, run.told) = (state.step, state.step, state.stopped, state.told);
         run.autosave = Autosave::from_step(state.step);
         run.last_loss = f64::from_bits(state.last_loss);
         if state.evaluate {

@@ -1,0 +1,107 @@
+//! Gradients taken layer by layer are those of the whole forward.
+
+use std::sync::Arc;
+
+use super::{
+    batches::{Stream, rng},
+    encode::Encoded,
+    full_laws,
+    gradients::{self, Gradients, Micro},
+    laws::{hyper, input, tiny},
+    method_laws::{BASES, all},
+    optim::global_norm,
+    trainable::{NamedVar, Trainable},
+};
+use crate::{
+    admission::train_params::{LoraPart, MethodPart, PTuningPart, PrefixPart, PromptPart},
+    model::Base,
+    train::run::RunInput,
+};
+
+/// Methods of [`all`], and those that something is computed for before the forward: dropout, networks.
+fn methods(base: &Base) -> Vec<(&'static str, Vec<MethodPart>)> {
+    let mut methods = all();
+    let dropout = LoraPart { rank: Some(3), dropout: Some(0.3), ..LoraPart::default() };
+    methods.push(("lora with dropout", vec![MethodPart::Lora(dropout)]));
+    // layers below the first that is trained need no gradient
+    let upper = LoraPart { rank: Some(3), layers: vec![1], ..LoraPart::default() };
+    methods.push(("lora above", vec![MethodPart::Lora(upper)]));
+    let virtual_tokens = Some(2);
+    let prompt = MethodPart::Prompt(PromptPart { num_virtual_tokens: virtual_tokens, ..PromptPart::default() });
+    let projected = PrefixPart {
+        num_virtual_tokens: virtual_tokens,
+        projection: true,
+        projection_hidden: Some(10),
+        ..PrefixPart::default()
+    };
+    methods.push(("prompt", vec![prompt]));
+    methods.push((
+        "p-tuning",
+        vec![MethodPart::PTuning(PTuningPart { num_virtual_tokens: virtual_tokens, ..PTuningPart::default() })],
+    ));
+    if !base.arch.is_encoder_decoder() {
+        methods.push(("projected prefix", vec![MethodPart::Prefix(projected)]));
+    }
+    methods
+}
+
+/// Away from the start, where many gradients are zero.
+fn shake(vars: &[NamedVar]) {
+    let mut draw = crate::model::testing::Rng(7);
+    for v in vars {
+        let noise: Vec<f32> = (0..v.var.elem_count()).map(|_| 0.2 * draw.uniform() - 0.1).collect();
+        let noise = candle_core::Tensor::from_vec(noise, v.var.shape(), v.var.device()).unwrap();
+        v.var.set(&(v.var.as_detached_tensor() + noise).unwrap()).unwrap();
+    }
+}
+
+/// Loss and gradients both ways, each with the same dropout.
+fn both(base: &Arc<Base>, t: &Trainable, input: &RunInput) -> [(f64, Gradients); 2] {
+    let examples: Vec<&Encoded> = input.train.iter().take(6).collect();
+    [gradients::whole, gradients::by_layer].map(|by| {
+        let delta = t.delta(&mut rng(5, Stream::Dropout)).unwrap();
+        let base = t.base(base).unwrap();
+        let micro = Micro { base: &base, delta, examples: &examples, smoothing: 0.1, weight: 6.0, pacer: None };
+        by(&micro, t.vars()).unwrap()
+    })
+}
+
+fn equal(what: &str, t: &Trainable, [whole, by_layer]: &[(f64, Gradients); 2]) {
+    assert!(whole.0.is_finite() && (whole.0 - by_layer.0).abs() < 1e-6, "{what}: {} {}", whole.0, by_layer.0);
+    for ((v, a), b) in t.vars().iter().zip(&whole.1).zip(&by_layer.1) {
+        let (a, b) = match (a, b) {
+            (Some(a), Some(b)) => (a, b),
+            (None, None) => continue,
+            _ => panic!("{what} {}: {} and {}", v.name, a.is_some(), b.is_some()),
+        };
+        assert!(!b.track_op(), "{what} {}: the gradient keeps its graph", v.name);
+        let (norm, apart) = (global_norm([a]).unwrap(), global_norm([&(a - b).unwrap()]).unwrap());
+        assert!(apart <= 1e-5 * norm + 1e-7, "{what} {}: {apart} of {norm}", v.name);
+    }
+}
+
+#[test]
+fn of_every_method_on_every_family() {
+    for (family, task) in BASES {
+        let base = tiny(family);
+        for (name, methods) in methods(&base) {
+            let input = input(&base, task, &methods, hyper(1));
+            let t = Trainable::init_on(&input.spec, &base, 3).unwrap();
+            shake(t.vars());
+            let found = both(&base, &t, &input);
+            let some = found[0].1.iter().flatten().count();
+            assert!(some > 0, "{family} {name}");
+            equal(&format!("{family} {task:?} {name}"), &t, &found);
+        }
+    }
+}
+
+#[test]
+fn of_full_fine_tuning() {
+    for (family, task) in full_laws::CASES {
+        let (_dir, base) = full_laws::kept(family);
+        let input = full_laws::full(&base, task, hyper(1));
+        let t = Trainable::init_on(&input.spec, &base, 1).unwrap();
+        equal(&format!("{family} {task:?}"), &t, &both(&base, &t, &input));
+    }
+}
