@@ -10,7 +10,7 @@ use super::{
 use crate::{
     delta::{DeltaFiles, Task},
     ids::{DeltaId, DeltaName, TenantId},
-    interop,
+    interop::{self, EncodeMeta, InteropError},
     registry::{DeltaRef, DeltaStatus, ListQuery, Publication, VersionSel},
     store::Origin,
 };
@@ -157,13 +157,30 @@ impl Service {
         self.status(tenant, &made.name, made.number).await
     }
 
-    /// A version's files, in PEFT's folder form.
+    /// A version's files, as they are stored, or in a form that PEFT loads.
     ///
     /// # Errors
-    /// Unknown; or corrupt on disk.
-    pub async fn download(&self, tenant: &TenantId, reference: &str) -> Result<DownloadReply, ServeError> {
+    /// Unknown; corrupt on disk; PEFT has no such form.
+    pub async fn download(
+        &self,
+        tenant: &TenantId,
+        reference: &str,
+        for_peft: bool,
+    ) -> Result<DownloadReply, ServeError> {
         let wanted: DeltaRef = reference.parse().map_err(ServeError::from)?;
         let (version, files) = self.parts().registry.download(tenant, &wanted).await?;
+        let files = if for_peft { self.for_peft(files).await? } else { files };
         Ok(DownloadReply { delta: self.status(tenant, &version.name, version.number).await?, files })
+    }
+
+    async fn for_peft(&self, files: DeltaFiles) -> Result<DeltaFiles, ServeError> {
+        let made = self.blocking(move |parts| {
+            let meta = EncodeMeta { base_name: parts.base_name.clone(), ..EncodeMeta::default() };
+            interop::for_peft(files, &parts.base, &meta).map_err(|e| match e {
+                InteropError::Unapplied(_) => ServeError::field("form", e.to_string()),
+                e => ServeError::Corrupt(e.to_string()),
+            })
+        });
+        made.await
     }
 }

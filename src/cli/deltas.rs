@@ -51,6 +51,9 @@ enum DeltasCommand {
         delta: String,
         /// The folder; made if missing.
         folder: PathBuf,
+        /// In a form that PEFT loads: BitFit as LORA with bias="all". Other methods have one or are refused.
+        #[arg(long)]
+        peft: bool,
     },
     /// Remove a name with all its versions.
     Delete {
@@ -138,7 +141,11 @@ pub(super) async fn run(common: &Common, args: DeltasArgs) -> anyhow::Result<()>
             print(common, reply.delta.as_slice())
         }
         DeltasCommand::Convert { .. } => Ok(()), // done above, without a server
-        DeltasCommand::Download { delta, folder } => download(common, &client, delta, &folder).await,
+        DeltasCommand::Download { delta, folder, peft } => {
+            let form = if peft { proto::DeltaForm::Peft } else { proto::DeltaForm::Unspecified };
+            let request = proto::DownloadRequest { delta, form: form.into() };
+            download(common, &client, request, &folder).await
+        }
         DeltasCommand::Delete { name, expected_id } => {
             deltas.delete_delta(proto::DeleteDeltaRequest { name: name.clone(), expected_id }).await?;
             if common.json { output::json(&serde_json::json!({ "deleted": name })) } else { Ok(()) }
@@ -225,9 +232,14 @@ fn upload(args: &UploadArgs) -> anyhow::Result<Vec<proto::UploadRequest>> {
     Ok(messages.into_iter().map(|m| proto::UploadRequest { message: Some(m) }).collect())
 }
 
-async fn download(common: &Common, client: &Client, delta: String, folder: &Path) -> anyhow::Result<()> {
+async fn download(
+    common: &Common,
+    client: &Client,
+    request: proto::DownloadRequest,
+    folder: &Path,
+) -> anyhow::Result<()> {
     use proto::download_response::Message;
-    let mut stream = client.deltas().download(proto::DownloadRequest { delta }).await?.into_inner();
+    let mut stream = client.deltas().download(request).await?.into_inner();
     fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
     let mut version = None;
     let mut current: Option<(String, BytesMut)> = None;

@@ -10,7 +10,7 @@ use super::{
     tenant::tenant,
     upload::{Receiver, held},
 };
-use crate::admission::{Service, catalog_params::AliasParams};
+use crate::admission::{Service, catalog_params::AliasParams, params::ServeError};
 
 /// Bytes of a download's chunk: large enough to be fast, small enough for every client's message limit.
 const CHUNK: usize = 256 * 1024;
@@ -117,8 +117,14 @@ impl DeltaService for Deltas {
     ) -> Result<Response<Self::DownloadStream>, Status> {
         use proto::download_response::Message;
         let tenant = tenant(request.metadata())?;
-        let reference = convert::required("delta", request.into_inner().delta)?;
-        let reply = self.service.download(&tenant, &reference).await?;
+        let request = request.into_inner();
+        let for_peft = match proto::DeltaForm::try_from(request.form) {
+            Ok(proto::DeltaForm::Unspecified) => false,
+            Ok(proto::DeltaForm::Peft) => true,
+            Err(unknown) => return Err(ServeError::field("form", unknown.to_string()).into()),
+        };
+        let reference = convert::required("delta", request.delta)?;
+        let reply = self.service.download(&tenant, &reference, for_peft).await?;
         let head = Message::Delta(convert::delta(reply.delta));
         let chunks = reply.files.files.into_iter().flat_map(|(file, data)| chunks(file, data)).map(Message::Chunk);
         let messages = std::iter::once(head).chain(chunks);

@@ -1,6 +1,7 @@
 //! A trained delta to files that PEFT or AdapterHub load (BitFit alone and combinations: our own forms).
 
 mod lora;
+mod peft;
 mod positions;
 mod small;
 mod split;
@@ -15,6 +16,7 @@ use crate::{
     delta::{Delta, DeltaFiles, HeadPool, Patch, Problem, Site, SiteId, Task},
     model::Base,
 };
+pub use peft::for_peft;
 use split::Kind;
 
 /// What the tensors do not say.

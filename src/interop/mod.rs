@@ -22,7 +22,7 @@ mod tokens;
 mod virtual_tokens;
 
 pub use convert::convert;
-pub use encode::{EncodeMeta, encode};
+pub use encode::{EncodeMeta, encode, for_peft};
 pub use folder::read_folder;
 
 use serde_json::Value;

@@ -312,3 +312,36 @@ fn a_small_alpha_survives() {
         assert!((scale(&again) / scale(&delta) - 1.0).abs() < 1e-6, "{alpha}");
     }
 }
+
+#[test]
+fn biases_go_to_peft_beside_a_pair_that_adds_nothing() {
+    let base = random_base(&tiny_bert(), 3).unwrap();
+    let (meta, spec) = (EncodeMeta::default(), DeltaSpec { methods: vec!["bitfit".into()], ..DeltaSpec::default() });
+    let bias = |id: SiteId| Some((id, Patch::Bias(base.bias(id).unwrap()?.rand_like(-1.0, 1.0).unwrap())));
+    let biases: Vec<_> = base.sites.iter().filter_map(|(id, _)| bias(id)).collect();
+    let delta = Delta::new(spec.clone(), biases.clone(), None);
+    let ours = encode(&delta, &base, &meta).unwrap();
+    let theirs = for_peft(ours, &base, &meta).unwrap();
+    let config: Value = serde_json::from_slice(&theirs.files["adapter_config.json"]).unwrap();
+    assert_eq!((&config["peft_type"], &config["bias"], &config["r"]), (&json!("LORA"), &json!("all"), &json!(1)));
+    let back = decode(&theirs, &base).unwrap();
+    let own = |d: &Delta| -> Vec<(SiteId, Vec<f32>)> {
+        let bias = |(id, p): &(SiteId, Patch)| match p {
+            Patch::Bias(b) => Some((*id, b.to_vec1().unwrap())),
+            _ => None,
+        };
+        d.patches().iter().filter_map(bias).collect()
+    };
+    let (had, has) = (own(&delta), own(&back));
+    assert_eq!(had.len(), has.len());
+    for ((a, had), (b, has)) in had.iter().zip(&has) {
+        assert!(a == b && had.iter().zip(has).all(|(x, y)| (x - y).abs() < 1e-5), "{a:?}");
+    }
+    let pair = back.patches().iter().find_map(|(_, p)| if let Patch::LowRank(l) = p { Some(l) } else { None }).unwrap();
+    assert!(pair.b.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|b| *b == 0.0));
+    // what is PEFT's already stays, and what it has nothing for is refused
+    assert!(for_peft(theirs.clone(), &base, &meta).unwrap().files == theirs.files);
+    let norms = biases.into_iter().filter(|(id, _)| base.norm(*id).is_some()).collect();
+    let norms = encode(&Delta::new(spec, norms, None), &base, &meta).unwrap();
+    assert!(for_peft(norms, &base, &meta).unwrap_err().to_string().contains("norms alone"));
+}

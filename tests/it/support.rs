@@ -345,7 +345,7 @@ impl Client {
 
     pub(crate) async fn download(&self, delta: &str) -> Result<DeltaFiles, Status> {
         use proto::download_response::Message;
-        let request = self.request(proto::DownloadRequest { delta: delta.into() });
+        let request = self.request(proto::DownloadRequest { delta: delta.into(), form: 0 });
         let mut stream = self.deltas().download(request).await?.into_inner();
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         let mut current = String::new();
