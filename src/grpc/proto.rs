@@ -30,6 +30,7 @@ pub(crate) mod json {
         finish_reason: FinishReason, "FINISH_REASON_";
         early_stopping: EarlyStopping, "EARLY_STOPPING_";
         pooling: Pooling, "POOLING_";
+        delta_form: DeltaForm, "DELTA_FORM_";
         publish_mode: PublishMode, "PUBLISH_MODE_";
         task: Task, "TASK_";
         bias_subset: BiasSubset, "BIAS_SUBSET_";

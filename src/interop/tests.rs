@@ -316,7 +316,16 @@ fn a_small_alpha_survives() {
 #[test]
 fn biases_go_to_peft_beside_a_pair_that_adds_nothing() {
     let base = random_base(&tiny_bert(), 3).unwrap();
-    let (meta, spec) = (EncodeMeta::default(), DeltaSpec { methods: vec!["bitfit".into()], ..DeltaSpec::default() });
+    let meta = EncodeMeta::default();
+    let spec = DeltaSpec {
+        methods: vec!["bitfit".into()],
+        task: Task::Feature,
+        labels: Vec::new(),
+        num_virtual_tokens: 0,
+        problem: Problem::SingleLabel,
+        parameters: 0,
+        resident_bytes: 0,
+    };
     let bias = |id: SiteId| Some((id, Patch::Bias(base.bias(id).unwrap()?.rand_like(-1.0, 1.0).unwrap())));
     let biases: Vec<_> = base.sites.iter().filter_map(|(id, _)| bias(id)).collect();
     let delta = Delta::new(spec.clone(), biases.clone(), None);

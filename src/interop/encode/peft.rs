@@ -39,6 +39,6 @@ pub fn for_peft(files: DeltaFiles, base: &Base, meta: &EncodeMeta) -> Result<Del
     }
     let Some((site, width, out)) = linear else { return none("biases of norms alone") };
     let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &base.device);
-    patches.push((site, Patch::LowRank(LowRank { a: zeros((1, width))?, b: zeros((out, 1))?, scale: 1.0 })));
+    patches.push((site, Patch::LowRank(LowRank { a: zeros((1, width))?, b: zeros((1, out))?, scale: 1.0 })));
     encode(&Delta::new(delta.spec.clone(), patches, delta.head().cloned()), base, meta)
 }
