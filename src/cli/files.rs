@@ -246,7 +246,8 @@ mod tests {
     }
     #[test]
     fn rows_come_with_their_numbers_and_every_bad_line_is_named() {
-        let numbered = |text: &[u8]| rows(text, |n, fields| Ok((n, fields.keys().cloned().collect::<Vec<_>>().join(" "))));
+        let numbered =
+            |text: &[u8]| rows(text, |n, fields| Ok((n, fields.keys().cloned().collect::<Vec<_>>().join(" "))));
         let good = numbered(b"\xef\xbb\xbf{\"b\":1,\"a\":2}\r\n\n  \n{}").unwrap();
         assert_eq!(good, [(1, "b a".to_owned()), (4, String::new())]);
         let bad = numbered(b"{}\nnonsense\n[]\n{\"a\":\"\xff\"}").unwrap_err().to_string();

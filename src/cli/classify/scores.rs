@@ -101,9 +101,8 @@ impl Scores {
             return Ok(lines);
         }
         lines.push(format!("{:<24} {:>9} {:>9} {:>9} {:>8}", "LABEL", "PRECISION", "RECALL", "F1", "GOLD"));
-        let line = |label: &str, [p, r, f]: [f64; 3], due: u64| {
-            format!("{label:<24} {p:>9.4} {r:>9.4} {f:>9.4} {due:>8}")
-        };
+        let line =
+            |label: &str, [p, r, f]: [f64; 3], due: u64| format!("{label:<24} {p:>9.4} {r:>9.4} {f:>9.4} {due:>8}");
         if self.has_spans {
             lines.extend(self.spans.by_kind().map(|(kind, figures, due)| line(kind, figures, due)));
         } else {

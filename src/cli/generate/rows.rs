@@ -37,8 +37,10 @@ fn row(line: usize, fields: Map<String, Value>, chat: bool, system: Option<&str>
         (None, Some(Value::String(text))) if text.is_empty() => return Err("prompt is empty".to_owned()),
         (None, Some(Value::String(text))) if chat => conversation(vec![message("user", text)], system),
         (None, Some(Value::String(_))) if system.is_some() => {
-            return Err("has a prompt, which is plain text and has no place for --system; --chat makes it a user's message"
-                .to_owned());
+            return Err(
+                "has a prompt, which is plain text and has no place for --system; --chat makes it a user's message"
+                    .to_owned(),
+            );
         }
         (None, Some(Value::String(text))) => Prompt::Text(text.clone()),
         (None, Some(_)) => return Err("prompt is not a string".to_owned()),
@@ -146,7 +148,8 @@ mod tests {
 
     #[test]
     fn prompts_are_plain_text_unless_they_are_messages_of_a_user() {
-        let of = |chat, system| parse(b"{\"prompt\":\"a\",\"completion\":\"b\"}", chat, system).map(|all| said(&all[0]));
+        let of =
+            |chat, system| parse(b"{\"prompt\":\"a\",\"completion\":\"b\"}", chat, system).map(|all| said(&all[0]));
         assert_eq!(of(false, None).unwrap(), "a");
         assert_eq!(of(true, None).unwrap(), "user");
         assert_eq!(of(true, Some("s")).unwrap(), "system user");
