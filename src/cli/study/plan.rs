@@ -469,7 +469,7 @@ mod tests {
         let other = plan(|v| v["methods"][0]["options"] = serde_json::json!(["--method", "lora"])).unwrap();
         assert_eq!(one, of(&plan(|_| {}).unwrap(), &[]));
         // what is in results.jsonl of plans that others have must go on to name the same runs
-        assert_eq!(one, "DIGEST");
+        assert_eq!(one, "da37672134bd5b0b");
         let mut generated = plan(|_| {}).unwrap();
         generated.tasks[0].generate = Some(Vec::new());
         assert_ne!(one, of(&generated, &[]));
