@@ -204,10 +204,7 @@ impl Plan {
         let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let mut plan: Self = serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))?;
         plan.folder = path.parent().unwrap_or(Path::new("")).to_owned();
-        for i in 0..plan.tasks.len() {
-            plan.tasks[i].label_names = plan.labels(&plan.tasks[i])?;
-        }
-        plan.check().with_context(|| format!("{}", path.display()))?;
+        plan.read_labels().and_then(|()| plan.check()).with_context(|| format!("{}", path.display()))?;
         Ok(plan)
     }
 
@@ -230,11 +227,15 @@ impl Plan {
         self.methods.iter().find(|m| m.name == name).with_context(|| format!("no method is named {name:?}"))
     }
 
-    fn labels(&self, task: &Task) -> anyhow::Result<Vec<String>> {
-        let Some(file) = &task.labels else { return Ok(Vec::new()) };
-        let path = self.path(file);
-        let text = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("{}: a JSON list of names is needed", path.display()))
+    fn read_labels(&mut self) -> anyhow::Result<()> {
+        for task in &mut self.tasks {
+            let Some(file) = &task.labels else { continue };
+            let path = self.folder.join(file);
+            let text = fs::read(&path).with_context(|| format!("task {}: read {}", task.name, path.display()))?;
+            task.label_names = serde_json::from_slice(&text)
+                .with_context(|| format!("task {}: {}: a JSON list of names is needed", task.name, path.display()))?;
+        }
+        Ok(())
     }
 
     /// The words after `deltaserve train` for a task and a method, without validation rows.
@@ -296,7 +297,7 @@ impl Plan {
             }
             let known = task.metrics();
             ensure!(known.contains(&task.metric()), "task {name}: metric is {:?}, not one of {known:?}", task.metric());
-            for file in [Some(&task.train), Some(&task.test), task.labels.as_ref()].into_iter().flatten() {
+            for file in [&task.train, &task.test] {
                 ensure!(self.path(file).is_file(), "task {name}: no file {}", self.path(file).display());
             }
             if let Some(Validation::File(file)) = &task.validation {
@@ -412,7 +413,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(&str, Change); 14] = [
+        let cases: [(&str, Change); 15] = [
             ("unknown field `base`", |v| v["base"] = 1.into()),
             ("no base is named \"x\"", |v| v["tasks"][0]["bases"] = serde_json::json!(["x"])),
             ("not one of", |v| v["tasks"][0]["metric"] = "bleu".into()),
@@ -428,7 +429,8 @@ mod tests {
                 v["tasks"][1]["generate"] = serde_json::json!(["--beams", "2"]);
             }),
             ("line 1: has neither prompt", |v| v["tasks"][1]["test"] = "test.jsonl".into()),
-            ("no file", |v| v["tasks"][0]["labels"] = "none.json".into()),
+            ("task t1: read ", |v| v["tasks"][0]["labels"] = "none.json".into()),
+            ("a JSON list of names", |v| v["tasks"][0]["labels"] = "train.jsonl".into()),
         ];
         for (part, change) in cases {
             let error = format!("{:#}", plan(change).unwrap_err());
