@@ -8,7 +8,7 @@ mod file;
 mod rows;
 mod scores;
 
-use super::{Common, client::Client, infer::arguments_or_lines, merge::choice, output};
+use super::{Common, client::Client, files::Target, infer::arguments_or_lines, merge::choice, output};
 use crate::{delta::Problem, grpc::proto};
 
 /// Options of `classify`.
@@ -53,13 +53,13 @@ pub(super) async fn file_figures(
         texts: vec![],
         delta: (!delta.is_empty()).then(|| delta.to_owned()).into_iter().collect(),
         file: None,
-        out: PathBuf::from("/dev/null"),
+        out: PathBuf::from("-"),
         top_k: 1,
         threshold: 0.5,
         batch_size: 32,
         in_flight: 4,
     };
-    let scores = file::scored(client, &args, path).await?;
+    let scores = file::scored(client, &args, path, Target::nowhere()).await?;
     Ok((scores.figures(), scores.scored))
 }
 

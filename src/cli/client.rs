@@ -15,7 +15,7 @@ use super::Common;
 use crate::grpc::{
     TENANT_KEY,
     proto::{
-        delta_service_client::DeltaServiceClient, inference_service_client::InferenceServiceClient,
+        self, delta_service_client::DeltaServiceClient, inference_service_client::InferenceServiceClient,
         server_service_client::ServerServiceClient, training_service_client::TrainingServiceClient,
     },
 };
@@ -68,6 +68,16 @@ impl Client {
 
     pub(super) fn deltas(&self) -> DeltaServiceClient<Connection> {
         DeltaServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// A delta by name, and the reference of the version that it is now, so that all requests of a file get the same.
+    ///
+    /// # Errors
+    /// Refused calls.
+    pub(super) async fn version(&self, name: &str) -> anyhow::Result<(String, proto::Delta)> {
+        let request = proto::GetDeltaRequest { delta: name.to_owned() };
+        let found = self.deltas().get_delta(request).await?.into_inner().delta.context("a reply without a delta")?;
+        Ok((format!("{}@{}", found.name, found.id), found))
     }
 
     pub(super) fn training(&self) -> TrainingServiceClient<Connection> {

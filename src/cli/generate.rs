@@ -1,29 +1,32 @@
 //! `generate`: one prompt, streamed, or the rows of a JSON Lines file (`file`) with scores where references are given.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use anyhow::{Context as _, ensure};
+use clap::{ArgGroup, Args, ValueEnum};
 
 mod file;
 mod rows;
 mod scores;
 
-use super::{Common, client::Client, infer::argument_or_stdin, merge::choice, output};
+use super::{Common, client::Client, files::Target, infer::argument_or_stdin, merge::choice, output};
 use crate::grpc::proto;
+pub(super) use {rows::references, scores::FIGURES};
 
 /// Options of `generate`.
 #[derive(Debug, Clone, Args)]
+#[command(group = ArgGroup::new("conversation").args(["chat", "file"]).multiple(true))]
 pub(super) struct GenerateArgs {
     /// What to continue; `-` or nothing = standard input.
     prompt: Option<String>,
     /// Delta: name, name@3 or name@DIGEST; nothing = the bare base. Several add up with weights: -d a=0.7 -d b@2=0.3.
     #[arg(long, short)]
     delta: Vec<String>,
-    /// Treat the prompt as a user's message of a conversation.
+    /// Treat the prompt, or with --file each row's `prompt`, as a user's message of a conversation.
     #[arg(long)]
     chat: bool,
-    /// A system message for the conversation.
-    #[arg(long, requires = "chat")]
+    /// A system message for the conversation; with --file, for each that has none.
+    #[arg(long, requires = "conversation")]
     system: Option<String>,
     /// Most tokens to generate.
     #[arg(long, short = 'm', value_name = "N")]
@@ -77,7 +80,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, short, default_value_t = 1)]
     n: u32,
     /// JSON Lines file with `prompt` or `messages`, and references to be scored against; `-` = standard input.
-    #[arg(long, short, conflicts_with_all = ["prompt", "n", "logprobs", "chat"])]
+    #[arg(long, short, conflicts_with_all = ["prompt", "n", "logprobs"])]
     file: Option<PathBuf>,
     /// Where the rows go with their predictions; `-` = standard output.
     #[arg(long, short, default_value = "-", requires = "file")]
@@ -133,15 +136,61 @@ impl GenerateArgs {
     fn prompt(&self) -> anyhow::Result<proto::Prompt> {
         use proto::prompt::Prompt;
         let text = argument_or_stdin(self.prompt.as_deref())?;
-        let message = |role: &str, content: String| proto::ChatMessage { role: role.to_owned(), content };
         let prompt = if self.chat {
-            let system = self.system.clone().map(|s| message("system", s));
-            Prompt::Chat(proto::Chat { messages: system.into_iter().chain([message("user", text)]).collect() })
+            rows::conversation(vec![rows::message("user", &text)], self.system.as_deref())
         } else {
             Prompt::Text(text)
         };
         Ok(proto::Prompt { prompt: Some(prompt) })
     }
+
+    /// Options as they would stand after `deltaserve generate --file PATH`, without a delta and an output.
+    ///
+    /// # Errors
+    /// What clap says of them; options that are not the caller's to give.
+    fn of_file(words: &[String], path: &Path) -> anyhow::Result<Self> {
+        #[derive(clap::Parser)]
+        #[command(name = "generate", no_binary_name = true)]
+        struct Only {
+            #[command(flatten)]
+            args: GenerateArgs,
+        }
+        let file = ["--file".into(), path.as_os_str().to_owned()];
+        let words = words.iter().map(std::ffi::OsString::from).chain(file);
+        let args = <Only as clap::Parser>::try_parse_from(words)?.args;
+        ensure!(args.delta.is_empty() && args.out.as_os_str() == "-", "--delta and --out have no place here");
+        Ok(args)
+    }
+}
+
+/// Checks that a file can be continued and scored with the options `words` of `generate`.
+///
+/// # Errors
+/// Refused options, bad lines, a file without references.
+pub(super) fn check_file(words: &[String], path: &Path) -> anyhow::Result<()> {
+    let args = GenerateArgs::of_file(words, path)?;
+    let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    let rows = file::parsed(&args, &bytes).with_context(|| path.display().to_string())?;
+    ensure!(rows.iter().any(|row| !row.references.is_empty()), "{}: no row has references", path.display());
+    Ok(())
+}
+
+/// Figures by name of a file's rows continued with the options `words` of `generate` under a delta (empty = the bare base).
+///
+/// # Errors
+/// As of `generate --file`.
+pub(super) async fn file_figures(
+    client: &Client,
+    words: &[String],
+    delta: &str,
+    path: &Path,
+) -> anyhow::Result<Vec<(&'static str, f64)>> {
+    let mut args = GenerateArgs::of_file(words, path)?;
+    args.delta.extend((!delta.is_empty()).then(|| delta.to_owned()));
+    let scores = file::scored(client, &args, &file::rows(&args, path).await?, Target::nowhere()).await?;
+    scores.all_continued()?;
+    ensure!(scores.scored > 0, "{}: no row has references", path.display());
+    Ok(scores.figures())
 }
 
 /// Continues a prompt; streams to standard output.
@@ -176,4 +225,32 @@ pub(super) async fn generate(common: &Common, args: GenerateArgs) -> anyhow::Res
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_a_file_are_those_of_the_command() {
+        let of = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|w| (*w).to_owned()).collect();
+            GenerateArgs::of_file(&words, Path::new("x.jsonl")).map_err(|e| e.to_string())
+        };
+        let args = of(&["--max-new-tokens", "8", "--num-beams", "2", "--system", "s", "--chat"]).unwrap();
+        assert_eq!((args.max_new_tokens, args.num_beams, args.chat), (Some(8), Some(2), true));
+        assert_eq!((args.system.as_deref(), args.file.as_deref()), (Some("s"), Some(Path::new("x.jsonl"))));
+        assert!(of(&["--system", "s"]).is_ok());
+        let refused = [
+            (&["--delta", "d"][..], "no place"),
+            (&["--out", "o"], "no place"),
+            (&["--file", "f"], "--file"),
+            (&["a prompt"], "cannot be used with"),
+            (&["--beams", "2"], "--beams"),
+        ];
+        for (words, part) in refused {
+            let error = of(words).unwrap_err();
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
 }

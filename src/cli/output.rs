@@ -32,6 +32,11 @@ pub(super) fn note(text: &str) {
     eprintln!("{text}");
 }
 
+/// Lines on standard output, or on standard error where standard output has something else.
+pub(super) fn say(lines: &[String], to_stderr: bool) -> anyhow::Result<()> {
+    lines.iter().try_for_each(|text| if to_stderr { Ok(note(text)) } else { line(text) })
+}
+
 /// Whether someone looks at standard output.
 pub(super) fn terminal() -> bool {
     std::io::stdout().is_terminal()

@@ -1,6 +1,6 @@
 //! `train`: upload the data, create the job, watch it with a progress bar (or plain lines, or JSON).
 
-use std::{fs, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 mod methods;
 mod view;
@@ -260,7 +260,7 @@ pub(super) async fn uploaded_spec(
 
 async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result<String> {
     use proto::upload_dataset_request::Message;
-    let data = Bytes::from(fs::read(file).with_context(|| format!("read {}", file.display()))?);
+    let data = Bytes::from(tokio::fs::read(file).await.with_context(|| format!("read {}", file.display()))?);
     let name = file.file_name().map(|n| n.to_string_lossy().chars().take(100).collect()).unwrap_or_default();
     let chunks = (0..data.len().div_ceil(CHUNK)).map(|i| data.slice(i * CHUNK..data.len().min((i + 1) * CHUNK)));
     let head = std::iter::once(Message::Header(proto::DatasetHeader { name }));

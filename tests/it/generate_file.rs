@@ -76,3 +76,47 @@ async fn rows_of_a_file_get_the_texts_of_the_api_in_order_and_scores() {
     assert_eq!(fs::read(&to).expect("an output"), before);
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_of_a_file_are_messages_after_a_system_message_where_a_chat_is_asked_for() {
+    let world = World::new();
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}";
+    let base = std::path::Path::new(&world.config.base.source);
+    fs::write(base.join("chat_template.jinja"), template).expect("a template is written");
+    let running = world.start().await;
+    let dir = tempfile::tempdir().expect("a folder");
+    let from = dir.path().join("in.jsonl");
+    let rows = [
+        json!({"prompt": "hello"}),
+        json!({"messages": [{"role": "user", "content": "hello"}]}),
+        json!({"messages": [{"role": "system", "content": "long"}, {"role": "user", "content": "hello"}]}),
+    ];
+    let write = |rows: &[Value]| {
+        fs::write(&from, rows.iter().map(|r| format!("{r}\n")).collect::<String>()).expect("rows are written");
+    };
+    let ask = async |more: &[&str]| {
+        let asked = ["generate", "-f", from.to_str().unwrap(), "-m", "16", "--ignore-eos"];
+        cli(&running, &[&asked[..], more].concat()).await
+    };
+    let said = |done: &std::process::Output| -> Vec<String> {
+        assert!(done.status.success(), "{done:?}");
+        let all = lines(&String::from_utf8(done.stdout.clone()).expect("UTF-8"));
+        all.iter().map(|row| row["prediction"].as_str().expect("a text").to_owned()).collect()
+    };
+    let mut expected = Vec::new();
+    for rendered in ["hello", "user: hello;", "system: brief;user: hello;", "system: long;user: hello;"] {
+        expected.push(running.client.text("", rendered, 16).await);
+    }
+    let of = |all: [usize; 3]| all.map(|i| expected[i].clone());
+    assert!(expected[1] != expected[2] && expected[2] != expected[3], "or nothing is shown");
+    write(&rows);
+    assert_eq!(said(&ask(&[]).await), of([0, 1, 3]));
+    assert_eq!(said(&ask(&["--chat"]).await), of([1, 1, 3]));
+    assert_eq!(said(&ask(&["--chat", "--system", "brief"]).await), of([2, 2, 3]));
+    let plain = ask(&["--system", "brief"]).await;
+    let error = String::from_utf8_lossy(&plain.stderr).into_owned();
+    assert!(!plain.status.success() && error.contains("line 1: has a prompt") && error.contains("--chat"), "{error}");
+    write(&rows[1..]);
+    assert_eq!(said(&ask(&["--system", "brief"]).await), [expected[2].clone(), expected[3].clone()]);
+    running.stop().await;
+}

@@ -18,6 +18,7 @@ use crate::{
         client::Client,
         files::{Progress, Target, read, while_busy},
         merge::choice,
+        output,
     },
     delta::Problem,
     grpc::proto,
@@ -31,13 +32,19 @@ const OUTSIDE: &str = "O";
 /// Classifies the rows of a file (`-` = standard input) and prints the scores.
 pub(super) async fn classify(common: &Common, args: &ClassifyArgs, path: &Path) -> anyhow::Result<()> {
     let client = Client::connect(common).await?;
-    let scores = scored(&client, args, path).await?;
-    scores.print(common.json, args.out.as_os_str() == "-")
+    let to_stdout = args.out.as_os_str() == "-";
+    let scores = scored(&client, args, path, Target::open(&args.out, to_stdout)?).await?;
+    output::say(&scores.lines(common.json)?, to_stdout)
 }
 
 /// Classifies the rows of a file and counts.
-pub(super) async fn scored(client: &Client, args: &ClassifyArgs, path: &Path) -> anyhow::Result<Scores> {
-    let bytes = read(path)?;
+pub(super) async fn scored(
+    client: &Client,
+    args: &ClassifyArgs,
+    path: &Path,
+    mut out: Target,
+) -> anyhow::Result<Scores> {
+    let bytes = read(path).await?;
     let (delta, deltas) = choice(&args.delta)?;
     anyhow::ensure!(
         deltas.is_empty(),
@@ -45,8 +52,6 @@ pub(super) async fn scored(client: &Client, args: &ClassifyArgs, path: &Path) ->
     );
     let head = head(client, &delta).await?;
     let rows = rows::parse(&bytes, &head).with_context(|| path.display().to_string())?;
-    let to_stdout = args.out.as_os_str() == "-";
-    let mut out = Target::open(&args.out, to_stdout)?;
     let mut progress = Progress::new(rows.len() as u64);
     let mut scores = Scores::default();
     let batches = batches(&rows, args.batch_size.into());
@@ -69,10 +74,9 @@ pub(super) async fn scored(client: &Client, args: &ClassifyArgs, path: &Path) ->
 /// The version that answers and what it labels; the base's own head is asked.
 async fn head(client: &Client, delta: &str) -> anyhow::Result<HeadInfo> {
     if !delta.is_empty() {
-        let request = proto::GetDeltaRequest { delta: delta.to_owned() };
-        let delta = client.deltas().get_delta(request).await?.into_inner().delta.context("a reply without a delta")?;
+        let (reference, delta) = client.version(delta).await?;
         return Ok(HeadInfo {
-            reference: format!("{}@{}", delta.name, delta.id),
+            reference,
             tokens: delta.task() == proto::Task::TokenCls,
             problem: Problem::from_name(&delta.problem_type).unwrap_or_default(),
             labels: delta.labels,

@@ -1,9 +1,8 @@
 //! Rows to classify: JSON lines in the forms that training reads, with or without gold. Every bad line is named.
 
-use anyhow::bail;
 use serde_json::{Map, Value};
 
-use crate::{cli::files::not_json, delta::Problem};
+use crate::{cli::files, delta::Problem};
 
 /// What answers.
 #[derive(Debug, Clone, Default)]
@@ -66,40 +65,15 @@ pub(super) struct Row {
     pub(super) gold: Option<Gold>,
 }
 
-/// Problems that an error lists.
-const SHOWN: usize = 10;
-
 /// Reads a whole file; blank lines are skipped.
 ///
 /// # Errors
 /// Every bad line, by number.
 pub(super) fn parse(bytes: &[u8], head: &HeadInfo) -> anyhow::Result<Vec<Row>> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let mut rows = Vec::new();
-    let mut problems = Vec::new();
-    for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
-        let line = line.trim_ascii();
-        if line.is_empty() {
-            continue;
-        }
-        match row(line, head) {
-            Ok(row) => rows.push(row),
-            Err(problem) => problems.push(format!("line {}: {problem}", i + 1)),
-        }
-    }
-    if !problems.is_empty() {
-        let more = problems.len().saturating_sub(SHOWN);
-        let more = if more > 0 { format!("\nand {more} more") } else { String::new() };
-        problems.truncate(SHOWN);
-        bail!("nothing was sent:\n{}{more}", problems.join("\n"));
-    }
-    Ok(rows)
+    files::rows(bytes, |_, fields| row(fields, head))
 }
 
-fn row(line: &[u8], head: &HeadInfo) -> Result<Row, String> {
-    let text = std::str::from_utf8(line).map_err(|e| format!("is not UTF-8 from byte {}", e.valid_up_to()))?;
-    let value: Value = serde_json::from_str(text).map_err(not_json)?;
-    let Value::Object(fields) = value else { return Err("is not a JSON object".to_owned()) };
+fn row(fields: Map<String, Value>, head: &HeadInfo) -> Result<Row, String> {
     let (input, words, gold) = if head.tokens {
         let words = words(&fields)?;
         let blank = words.iter().all(|w| w.trim().is_empty());
@@ -133,12 +107,7 @@ fn whole(fields: &Map<String, Value>) -> Result<Input, String> {
 /// `tokens`, else the words of `text` between white space.
 fn words(fields: &Map<String, Value>) -> Result<Vec<String>, String> {
     match (fields.get("tokens"), fields.get("text")) {
-        (Some(Value::Array(tokens)), _) => {
-            let word = |(i, t): (usize, &Value)| {
-                t.as_str().map(str::to_owned).ok_or_else(|| format!("tokens[{i}] is not a string"))
-            };
-            tokens.iter().enumerate().map(word).collect()
-        }
+        (Some(Value::Array(tokens)), _) => files::strings("tokens", tokens),
         (Some(_), _) => Err("tokens is not an array".to_owned()),
         (None, Some(Value::String(text))) => Ok(text.split_whitespace().map(str::to_owned).collect()),
         (None, Some(_)) => Err("text is not a string".to_owned()),

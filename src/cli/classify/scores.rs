@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::{
-    cli::output,
+    cli::files,
     measures::{Classes, Sets, Spans, Values, has_spans},
 };
 
@@ -65,8 +65,11 @@ impl Scores {
         }
     }
 
-    /// Figures by name, the most telling last.
+    /// Figures by name, the most telling last; none where no row has gold.
     pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
+        if self.scored == 0 {
+            return Vec::new();
+        }
         match self.problem {
             Problem::SingleLabel => {}
             Problem::MultiLabel => {
@@ -89,41 +92,23 @@ impl Scores {
         all
     }
 
-    /// Prints them: as JSON, or for people; to standard error where standard output has the rows.
-    pub(super) fn print(&self, json: bool, to_stderr: bool) -> anyhow::Result<()> {
-        let say = |text: &str| {
-            if to_stderr {
-                output::note(text);
-                Ok(())
-            } else {
-                output::line(text)
-            }
-        };
-        if json {
-            let mut value = serde_json::to_value(self)?;
-            if let (Some(object), true) = (value.as_object_mut(), self.scored > 0) {
-                self.figures().into_iter().for_each(|(name, x)| drop(object.insert(name.to_owned(), x.into())));
-            }
-            return say(&value.to_string());
+    /// The lines that say them: as JSON, or for people.
+    pub(super) fn lines(&self, json: bool) -> anyhow::Result<Vec<String>> {
+        let remarks = [(self.cut, "cut to the base's context"), (self.empty, "with nothing to read")];
+        let summary = format!("{} rows, {} with gold", self.rows, self.scored);
+        let mut lines = files::figures(json, self, &summary, &remarks, &self.figures())?;
+        if json || self.scored == 0 || self.problem != Problem::SingleLabel {
+            return Ok(lines);
         }
-        let notes = [(self.cut, "cut to the base's context"), (self.empty, "with nothing to read")];
-        let notes: String = notes.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!(", {n} {what}")).collect();
-        say(&format!("{} rows, {} with gold{notes}", self.rows, self.scored))?;
-        if self.scored == 0 {
-            return Ok(());
-        }
-        self.figures().iter().try_for_each(|(name, x)| say(&format!("{name:<16} {x:.4}")))?;
-        if self.problem != Problem::SingleLabel {
-            return Ok(());
-        }
-        say(&format!("{:<24} {:>9} {:>9} {:>9} {:>8}", "LABEL", "PRECISION", "RECALL", "F1", "GOLD"))?;
-        let line = |label: &str, [p, r, f]: [f64; 3], due: u64| {
-            say(&format!("{label:<24} {p:>9.4} {r:>9.4} {f:>9.4} {due:>8}"))
-        };
+        lines.push(format!("{:<24} {:>9} {:>9} {:>9} {:>8}", "LABEL", "PRECISION", "RECALL", "F1", "GOLD"));
+        let line =
+            |label: &str, [p, r, f]: [f64; 3], due: u64| format!("{label:<24} {p:>9.4} {r:>9.4} {f:>9.4} {due:>8}");
         if self.has_spans {
-            return self.spans.by_kind().try_for_each(|(kind, figures, due)| line(kind, figures, due));
+            lines.extend(self.spans.by_kind().map(|(kind, figures, due)| line(kind, figures, due)));
+        } else {
+            lines.extend(self.classes.by_label().map(|(label, figures, due)| line(label, figures, due)));
         }
-        self.classes.by_label().try_for_each(|(label, figures, due)| line(label, figures, due))
+        Ok(lines)
     }
 }
 

@@ -110,8 +110,13 @@ pub(super) async fn run(args: DemoArgs) -> anyhow::Result<()> {
 
     heading("6. Where to look")?;
     output::line("proto/deltaserve/v1/*.proto is the API; `deltaserve serve --base DIR` serves a base of yours;")?;
-    output::line("every figure above is also a metric under /metrics (deltaserve_*). Quality is modest: the base has")?;
-    output::line("2.8 million parameters and read 2 MB of text; what you saw was measured in this run.")?;
+    output::line(
+        "calls, latencies, the cache, and loss and time of training steps are metrics under /metrics (deltaserve_*);",
+    )?;
+    output::line(
+        "the tasks' scores are not. Quality is modest: the base has 2.8 million parameters and read 2 MB of text;",
+    )?;
+    output::line("what you saw was measured in this run.")?;
     output::line(&format!("done in {:.0} s", began.elapsed().as_secs_f64()))?;
     server.stop().await
 }

@@ -30,21 +30,48 @@ use crate::{
 /// Bad lines, all of them, before anything is sent. What concerns all rows (no such delta, a bad option, no server), without
 /// an output. Rows that failed alone, after the others were written.
 pub(super) async fn generate(common: &Common, args: &GenerateArgs, path: &Path) -> anyhow::Result<()> {
-    let rows = rows::parse(&read(path)?, args.system.as_deref()).with_context(|| path.display().to_string())?;
+    let rows = rows(args, path).await?;
     let client = Client::connect(common).await?;
-    let (delta, deltas) = versions(&client, &args.delta).await?;
     let to_stdout = args.out.as_os_str() == "-";
-    let mut out = Target::open(&args.out, to_stdout)?;
+    let scores = scored(&client, args, &rows, Target::open(&args.out, to_stdout)?).await?;
+    output::say(&scores.lines(common.json)?, to_stdout)?;
+    scores.all_continued()
+}
+
+/// The rows of a file, as the options take them.
+///
+/// # Errors
+/// Bad lines, all of them.
+pub(super) async fn rows(args: &GenerateArgs, path: &Path) -> anyhow::Result<Vec<Row>> {
+    parsed(args, &read(path).await?).with_context(|| path.display().to_string())
+}
+
+/// Rows of a file's bytes, as the options take them.
+pub(super) fn parsed(args: &GenerateArgs, bytes: &[u8]) -> anyhow::Result<Vec<Row>> {
+    rows::parse(bytes, args.chat, args.system.as_deref())
+}
+
+/// Continues rows, writes them in order with their predictions, and counts.
+///
+/// # Errors
+/// What concerns all rows.
+pub(super) async fn scored(
+    client: &Client,
+    args: &GenerateArgs,
+    rows: &[Row],
+    mut out: Target,
+) -> anyhow::Result<Scores> {
+    let (delta, deltas) = versions(client, &args.delta).await?;
     let mut progress = Progress::new(rows.len() as u64);
     let mut scores = Scores::default();
-    let calls = stream::iter(&rows).map(|row| {
+    let calls = stream::iter(rows).map(|row| {
         let request = proto::GenerateBatchRequest {
             delta: delta.clone(),
             deltas: deltas.clone(),
             prompts: vec![row.prompt.clone()],
             options: Some(args.options()),
         };
-        call(&client, row, request)
+        call(client, row, request)
     });
     let mut replies = calls.buffered(args.in_flight.into());
     while let Some((row, reply)) = replies.next().await {
@@ -70,19 +97,14 @@ pub(super) async fn generate(common: &Common, args: &GenerateArgs, path: &Path) 
     }
     out.finish()?;
     progress.finish();
-    scores.print(common.json, to_stdout)?;
-    let failed = scores.failed;
-    anyhow::ensure!(failed == 0, "{failed} of {} rows failed: their `error` says why", scores.rows);
-    Ok(())
+    Ok(scores)
 }
 
 /// The deltas of all requests by version, so that all rows of a file get the same.
 async fn versions(client: &Client, given: &[String]) -> anyhow::Result<(String, Vec<proto::WeightedDelta>)> {
     let (mut delta, mut deltas) = choice(given)?;
     for name in deltas.iter_mut().map(|d| &mut d.delta).chain([&mut delta]).filter(|name| !name.is_empty()) {
-        let request = proto::GetDeltaRequest { delta: name.clone() };
-        let found = client.deltas().get_delta(request).await?.into_inner().delta.context("a reply without a delta")?;
-        *name = format!("{}@{}", found.name, found.id);
+        *name = client.version(name).await?.0;
     }
     Ok((delta, deltas))
 }

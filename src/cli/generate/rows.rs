@@ -1,9 +1,11 @@
 //! Rows to continue: JSON lines in the forms that training reads, with or without references. Every bad line is named.
 
-use anyhow::bail;
 use serde_json::{Map, Value};
 
-use crate::{cli::files::not_json, grpc::proto};
+use crate::{
+    cli::files,
+    grpc::proto::{self, prompt::Prompt},
+};
 
 /// One line.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,46 +20,28 @@ pub(super) struct Row {
     pub(super) references: Vec<String>,
 }
 
-/// Problems that an error lists.
-const SHOWN: usize = 10;
-
-/// Reads a whole file; blank lines are skipped. A system message goes ahead of every row's messages.
+/// Reads a whole file; blank lines are skipped. With `chat`, a prompt is a user's message. A system message goes ahead of
+/// every conversation that has none.
 ///
 /// # Errors
 /// Every bad line, by number.
-pub(super) fn parse(bytes: &[u8], system: Option<&str>) -> anyhow::Result<Vec<Row>> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let mut rows = Vec::new();
-    let mut problems = Vec::new();
-    for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
-        let line = line.trim_ascii();
-        if line.is_empty() {
-            continue;
-        }
-        match row(i + 1, line, system) {
-            Ok(row) => rows.push(row),
-            Err(problem) => problems.push(format!("line {}: {problem}", i + 1)),
-        }
-    }
-    if !problems.is_empty() {
-        let more = problems.len().saturating_sub(SHOWN);
-        let more = if more > 0 { format!("\nand {more} more") } else { String::new() };
-        problems.truncate(SHOWN);
-        bail!("nothing was sent:\n{}{more}", problems.join("\n"));
-    }
-    Ok(rows)
+pub(super) fn parse(bytes: &[u8], chat: bool, system: Option<&str>) -> anyhow::Result<Vec<Row>> {
+    files::rows(bytes, |line, fields| row(line, fields, chat, system))
 }
 
-fn row(line: usize, bytes: &[u8], system: Option<&str>) -> Result<Row, String> {
-    use proto::prompt::Prompt;
-    let text = std::str::from_utf8(bytes).map_err(|e| format!("is not UTF-8 from byte {}", e.valid_up_to()))?;
-    let value: Value = serde_json::from_str(text).map_err(not_json)?;
-    let Value::Object(fields) = value else { return Err("is not a JSON object".to_owned()) };
+fn row(line: usize, fields: Map<String, Value>, chat: bool, system: Option<&str>) -> Result<Row, String> {
     let mut references = references(&fields)?;
     let prompt = match (fields.get("messages"), fields.get("prompt")) {
         (Some(_), Some(_)) => return Err("has prompt and messages; one of them is needed".to_owned()),
         (None, None) => return Err("has neither prompt nor messages".to_owned()),
         (None, Some(Value::String(text))) if text.is_empty() => return Err("prompt is empty".to_owned()),
+        (None, Some(Value::String(text))) if chat => conversation(vec![message("user", text)], system),
+        (None, Some(Value::String(_))) if system.is_some() => {
+            return Err(
+                "has a prompt, which is plain text and has no place for --system; --chat makes it a user's message"
+                    .to_owned(),
+            );
+        }
         (None, Some(Value::String(text))) => Prompt::Text(text.clone()),
         (None, Some(_)) => return Err("prompt is not a string".to_owned()),
         (Some(list), None) => {
@@ -71,28 +55,36 @@ fn row(line: usize, bytes: &[u8], system: Option<&str>) -> Result<Row, String> {
             if messages.is_empty() {
                 return Err("messages has nothing to answer".to_owned());
             }
-            if let Some(content) = system
-                && messages[0].role != "system"
-            {
-                messages.insert(0, proto::ChatMessage { role: "system".to_owned(), content: content.to_owned() });
-            }
-            Prompt::Chat(proto::Chat { messages })
+            conversation(messages, system)
         }
     };
     Ok(Row { line, fields, prompt: proto::Prompt { prompt: Some(prompt) }, references })
 }
 
+/// A message by its role.
+pub(super) fn message(role: &str, content: &str) -> proto::ChatMessage {
+    proto::ChatMessage { role: role.to_owned(), content: content.to_owned() }
+}
+
+/// Messages after the system message, unless they have one.
+pub(super) fn conversation(mut messages: Vec<proto::ChatMessage>, system: Option<&str>) -> Prompt {
+    if let Some(content) = system
+        && messages.first().is_none_or(|first| first.role != "system")
+    {
+        messages.insert(0, message("system", content));
+    }
+    Prompt::Chat(proto::Chat { messages })
+}
+
 /// `completion`, a text or several, else `references`.
-fn references(fields: &Map<String, Value>) -> Result<Vec<String>, String> {
+pub(in crate::cli) fn references(fields: &Map<String, Value>) -> Result<Vec<String>, String> {
     let Some((field, value)) = ["completion", "references"].iter().find_map(|f| Some((*f, fields.get(*f)?))) else {
         return Ok(Vec::new());
     };
-    let text =
-        |(i, v): (usize, &Value)| v.as_str().map(str::to_owned).ok_or_else(|| format!("{field}[{i}] is not a string"));
     match value {
         Value::Null => Ok(Vec::new()),
         Value::String(text) => Ok(vec![text.clone()]),
-        Value::Array(list) => list.iter().enumerate().map(text).collect(),
+        Value::Array(list) => files::strings(field, list),
         _ => Err(format!("{field} is neither a string nor an array of strings")),
     }
 }
@@ -112,10 +104,18 @@ fn messages(list: &Value) -> Result<Vec<proto::ChatMessage>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::prompt::Prompt;
 
     fn rows(text: &str) -> Vec<Row> {
-        parse(text.as_bytes(), Some("be brief")).unwrap()
+        parse(text.as_bytes(), false, None).unwrap()
+    }
+
+    /// Roles of a row's conversation, or the text of a plain prompt.
+    fn said(row: &Row) -> String {
+        match &row.prompt.prompt {
+            Some(Prompt::Chat(chat)) => chat.messages.iter().map(|m| m.role.clone()).collect::<Vec<_>>().join(" "),
+            Some(Prompt::Text(text)) => text.clone(),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -132,27 +132,36 @@ mod tests {
 
     #[test]
     fn the_last_answer_of_a_conversation_is_its_reference() {
-        let said = |row: &Row| match &row.prompt.prompt {
-            Some(Prompt::Chat(chat)) => chat.messages.iter().map(|m| m.role.clone()).collect::<Vec<_>>().join(" "),
-            _ => String::new(),
-        };
         let (user, answer) = ("{\"role\":\"user\",\"content\":\"q\"}", "{\"role\":\"assistant\",\"content\":\"a\"}");
         let system = "{\"role\":\"system\",\"content\":\"s\"}";
-        let all = rows(&format!(
+        let text = format!(
             "{{\"messages\":[{user},{answer}]}}\n{{\"messages\":[{system},{user},{answer},{user}]}}\n\
              {{\"messages\":[{user},{answer}],\"completion\":\"other\"}}"
-        ));
+        );
+        let all = parse(text.as_bytes(), false, Some("be brief")).unwrap();
         let got: Vec<_> = all.iter().map(|r| (said(r), r.references.join("|"))).collect();
         assert_eq!(got[0], ("system user".to_owned(), "a".to_owned()));
         assert_eq!(got[1], ("system user assistant user".to_owned(), String::new()));
         assert_eq!(got[2], ("system user".to_owned(), "other".to_owned()));
+        assert_eq!(said(&rows(&text)[0]), "user");
+    }
+
+    #[test]
+    fn prompts_are_plain_text_unless_they_are_messages_of_a_user() {
+        let of =
+            |chat, system| parse(b"{\"prompt\":\"a\",\"completion\":\"b\"}", chat, system).map(|all| said(&all[0]));
+        assert_eq!(of(false, None).unwrap(), "a");
+        assert_eq!(of(true, None).unwrap(), "user");
+        assert_eq!(of(true, Some("s")).unwrap(), "system user");
+        let error = of(false, Some("s")).unwrap_err().to_string();
+        assert!(error.contains("line 1: has a prompt") && error.contains("--chat"), "{error}");
     }
 
     #[test]
     fn every_bad_line_is_named() {
         let text = b"{\"prompt\":\"a\"}\nnonsense\n[]\n{\"prompt\":1}\n{\"prompt\":\"a\",\"completion\":[1]}\n{\"text\":\"a\"}\n\
             {\"prompt\":\"\"}\n{\"messages\":[{\"role\":\"user\"}]}\n{\"messages\":[{\"role\":\"assistant\",\"content\":\"a\"}]}\n\xff";
-        let error = parse(text, None).unwrap_err().to_string();
+        let error = parse(text, false, None).unwrap_err().to_string();
         for part in [
             "line 2: is not JSON",
             "line 3: is not",

@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use crate::{cli::output, measures::Texts};
+use crate::{cli::files, measures::Texts};
+
+/// Names of the figures.
+pub(in crate::cli) const FIGURES: [&str; 3] = ["exact_match", "bleu", "rouge_l"];
 
 /// Figures of a file, as `--json` prints them.
 #[derive(Debug, Default, Serialize)]
@@ -26,35 +29,27 @@ impl Scores {
         self.scored = self.texts.cases();
     }
 
-    /// Figures by name: shares, but BLEU from 0 to 100.
-    fn figures(&self) -> [(&'static str, f64); 3] {
-        let t = &self.texts;
-        [("exact_match", t.exact_match()), ("bleu", t.bleu()), ("rouge_l", t.rouge_l())]
+    /// Nothing, if all rows were continued.
+    ///
+    /// # Errors
+    /// How many were not.
+    pub(super) fn all_continued(&self) -> anyhow::Result<()> {
+        let Self { rows, failed, .. } = self;
+        anyhow::ensure!(*failed == 0, "{failed} of {rows} rows failed: their `error` says why");
+        Ok(())
     }
 
-    /// Prints them: as JSON, or for people; to standard error where standard output has the rows.
-    pub(super) fn print(&self, json: bool, to_stderr: bool) -> anyhow::Result<()> {
-        let say = |text: &str| {
-            if to_stderr {
-                output::note(text);
-                Ok(())
-            } else {
-                output::line(text)
-            }
-        };
-        if json {
-            let mut value = serde_json::to_value(self)?;
-            if let (Some(object), true) = (value.as_object_mut(), self.scored > 0) {
-                self.figures().into_iter().for_each(|(name, x)| drop(object.insert(name.to_owned(), x.into())));
-            }
-            return say(&value.to_string());
-        }
-        let notes = [(self.failed, "failed"), (self.cut, "ended at the most tokens")];
-        let notes: String = notes.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!(", {n} {what}")).collect();
-        say(&format!("{} rows, {} scored{notes}", self.rows, self.scored))?;
-        if self.scored == 0 {
-            return Ok(());
-        }
-        self.figures().iter().try_for_each(|(name, x)| say(&format!("{name:<16} {x:.4}")))
+    /// Figures by name: shares, but BLEU from 0 to 100; none where no row was scored.
+    pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
+        let t = &self.texts;
+        let values = [t.exact_match(), t.bleu(), t.rouge_l()];
+        if self.scored == 0 { Vec::new() } else { FIGURES.into_iter().zip(values).collect() }
+    }
+
+    /// The lines that say them: as JSON, or for people.
+    pub(super) fn lines(&self, json: bool) -> anyhow::Result<Vec<String>> {
+        let remarks = [(self.failed, "failed"), (self.cut, "ended at the most tokens")];
+        let summary = format!("{} rows, {} scored", self.rows, self.scored);
+        files::figures(json, self, &summary, &remarks, &self.figures())
     }
 }

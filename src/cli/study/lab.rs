@@ -5,20 +5,21 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, bail, ensure};
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use anyhow::{Context as _, bail};
 use serde_json::Value;
 
-use super::plan::{Kind, Plan, Task};
+use super::{
+    metric,
+    plan::{Plan, Task},
+    score,
+};
 use crate::{
     app,
-    cli::{Common, classify, client::Client, output, train},
+    cli::{Common, client::Client, output, train},
     config::{Config, ServeArgs},
     grpc::proto,
 };
 
-/// Requests under way while a file is scored.
-const IN_FLIGHT: usize = 4;
 /// Evaluations on the validation rows over a job.
 const EVALUATIONS: u32 = 10;
 /// The tenant whose deltas a study's are.
@@ -44,7 +45,6 @@ pub(super) struct Trained {
     pub(super) curve: Vec<(u32, f64)>,
     pub(super) seconds: f64,
     pub(super) step_ms: f64,
-    datasets: Vec<String>,
 }
 
 impl Lab {
@@ -62,7 +62,44 @@ impl Lab {
         let client = Client::connect(&common).await?;
         let info = client.server().get_server_info(proto::GetServerInfoRequest {}).await?.into_inner();
         let parameters = info.base.context("a reply without a base")?.parameters;
-        Ok(Self { server, client, common, data_dir: data_dir.to_path_buf(), parameters })
+        let lab = Self { server, client, common, data_dir: data_dir.to_path_buf(), parameters };
+        lab.end_jobs().await?;
+        lab.clear_data().await?;
+        Ok(lab)
+    }
+
+    /// Ends what a study that was stopped in the middle of a job has left: it would run beside the jobs that are measured.
+    async fn end_jobs(&self) -> anyhow::Result<()> {
+        use proto::{JobState as State, job_event::Body};
+        for state in [State::Queued, State::Running, State::Publishing, State::Paused] {
+            let request = proto::ListJobsRequest { page_size: 1000, state: state.into(), ..Default::default() };
+            for job in self.client.training().list_jobs(request).await?.into_inner().jobs {
+                // one that ends meanwhile refuses, and has ended
+                let _ = self.client.training().cancel_job(proto::CancelJobRequest { id: job.id.clone() }).await;
+                let ended = |event: &proto::JobEvent| {
+                    let Some(Body::State(change)) = &event.body else { return Ok(None) };
+                    let terminal = [State::Succeeded, State::Failed, State::Cancelled, State::Interrupted];
+                    Ok(terminal.contains(&change.state()).then_some(()))
+                };
+                train::follow(&self.client, &job.id, 0, ended).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes all uploaded data: between jobs none is needed, whatever became of the last one.
+    async fn clear_data(&self) -> anyhow::Result<()> {
+        let mut training = self.client.training();
+        loop {
+            let request = proto::ListDatasetsRequest { page_size: 1000, page_token: String::new() };
+            let found = training.list_datasets(request).await?.into_inner().datasets;
+            if found.is_empty() {
+                return Ok(());
+            }
+            for dataset in found {
+                training.delete_dataset(proto::DeleteDatasetRequest { id: dataset.id }).await?;
+            }
+        }
     }
 
     pub(super) async fn close(self) -> anyhow::Result<()> {
@@ -80,22 +117,43 @@ impl Lab {
     }
 
     /// Trains with the options of `deltaserve train`, following the job to its end. With validation rows they are evaluated
-    /// ten times and choose the best checkpoint by `metric`, unless the options say otherwise.
+    /// ten times, the curve is of their `watched` figure, and it chooses the best checkpoint if it can, unless the options
+    /// say otherwise. `accepts` sees what the server makes of the options before the job is created.
     ///
     /// # Errors
-    /// Refused options and data; a job that does not succeed.
-    pub(super) async fn train(&self, words: &[String], labels: &[String], metric: &str) -> anyhow::Result<Trained> {
+    /// Refused options and data; a job that does not succeed. No uploaded data stays in any case.
+    pub(super) async fn train(
+        &self,
+        words: &[String],
+        labels: &[String],
+        watched: &str,
+        accepts: impl Fn(&proto::PlanResponse) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Trained> {
+        let ended = self.job(words, labels, watched, accepts).await;
+        let cleared = self.clear_data().await;
+        let trained = ended?;
+        cleared?;
+        Ok(trained)
+    }
+
+    async fn job(
+        &self,
+        words: &[String],
+        labels: &[String],
+        watched: &str,
+        accepts: impl Fn(&proto::PlanResponse) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Trained> {
         let args = train::TrainArgs::of_words(words)?;
         let mut spec = train::uploaded_spec(&self.common, &self.client, &args).await?;
         spec.labels = labels.to_vec();
-        let datasets = datasets(&spec);
         let plan = proto::PlanRequest { spec: Some(spec.clone()) };
         let plan = self.client.training().plan(plan).await?.into_inner();
+        accepts(&plan)?;
         let steps = plan.resolved.unwrap_or_default().total_steps;
         if let (Some(hyper), Some(_)) = (&mut spec.hyper, &spec.validation) {
             hyper.eval_every.get_or_insert(steps.div_ceil(EVALUATIONS).max(1));
-            if metric != "macro_recall" {
-                hyper.eval_metric.get_or_insert(metric.to_owned());
+            if metric::chooses(watched) {
+                hyper.eval_metric.get_or_insert(watched.to_owned());
             }
         }
         let begun = Instant::now();
@@ -107,7 +165,7 @@ impl Lab {
             use proto::{JobState as State, job_event::Body};
             match &event.body {
                 Some(Body::Metrics(m)) => times.push(m.step_ms),
-                Some(Body::Eval(e)) => curve.extend(of_eval(e, metric).map(|v| (e.step, v))),
+                Some(Body::Eval(e)) => curve.extend(metric::of_eval(e, watched).map(|v| (e.step, v))),
                 Some(Body::State(change)) => match change.state() {
                     State::Succeeded => return Ok(Some(change.result.clone().unwrap_or_default())),
                     State::Failed | State::Cancelled | State::Interrupted => {
@@ -130,7 +188,6 @@ impl Lab {
             curve,
             seconds: begun.elapsed().as_secs_f64(),
             step_ms: times.get(times.len() / 2).copied().unwrap_or_default(),
-            datasets,
         })
     }
 
@@ -145,23 +202,20 @@ impl Lab {
         name: &str,
         trained: &Trained,
     ) -> anyhow::Result<serde_json::Map<String, Value>> {
-        let Some(model) = &trained.model else { return figures(&self.client, plan, task, name).await };
+        let Some(model) = &trained.model else { return score::figures(&self.client, plan, task, name).await };
         let dir = tempfile::tempdir().context("make a temporary data directory")?;
         let other = Self::open(&model.to_string_lossy(), dir.path()).await?;
-        let scored = figures(&other.client, plan, task, "").await;
+        let scored = score::figures(&other.client, plan, task, "").await;
         other.close().await?;
         scored
     }
 
-    /// Removes what a job has left that is not needed any more: its data, its model, and the delta unless it is `kept`.
+    /// Removes what a job has made that is not needed any more: its model, or the delta unless it is `kept`.
     ///
     /// # Errors
     /// Refused calls.
     pub(super) async fn clear(&self, name: &str, trained: &Trained, kept: bool) -> anyhow::Result<()> {
         let mut training = self.client.training();
-        for id in &trained.datasets {
-            training.delete_dataset(proto::DeleteDatasetRequest { id: id.clone() }).await?;
-        }
         if trained.model.is_some() {
             training.delete_model(proto::DeleteModelRequest { id: trained.id.clone() }).await?;
         } else if !kept {
@@ -172,114 +226,7 @@ impl Lab {
     }
 }
 
-/// Uploaded data of a spec.
-fn datasets(spec: &proto::TrainingSpec) -> Vec<String> {
-    use proto::{training_data::Source, training_spec::Validation};
-    let validation = match &spec.validation {
-        Some(Validation::ValidationData(data)) => Some(data),
-        _ => None,
-    };
-    let held = spec.ewc.as_ref().and_then(|e| e.data.as_ref());
-    let mut ids: Vec<String> = [spec.data.as_ref(), validation, spec.forgetting.as_ref(), held]
-        .into_iter()
-        .flatten()
-        .filter_map(|data| match &data.source {
-            Some(Source::DatasetId(id)) => Some(id.clone()),
-            _ => None,
-        })
-        .collect();
-    ids.sort();
-    ids.dedup();
-    ids
-}
-
-/// A figure of an evaluation by name.
-fn of_eval(e: &proto::EvalResult, metric: &str) -> Option<f64> {
-    match metric {
-        "loss" => Some(e.loss),
-        "perplexity" => e.perplexity,
-        "accuracy" => e.accuracy,
-        "macro_f1" => e.macro_f1,
-        "mcc" => e.mcc,
-        "span_f1" => e.span_f1,
-        "span_precision" => e.span_precision,
-        "span_recall" => e.span_recall,
-        _ => None,
-    }
-}
-
-async fn figures(
-    client: &Client,
-    plan: &Plan,
-    task: &Task,
-    delta: &str,
-) -> anyhow::Result<serde_json::Map<String, Value>> {
-    let path = plan.path(&task.test);
-    let named = match task.kind {
-        Kind::SeqCls | Kind::TokenCls => {
-            let (figures, scored) = classify::file_figures(client, delta, &path).await?;
-            ensure!(scored > 0, "{}: no row has gold", path.display());
-            figures
-        }
-        Kind::CausalLm | Kind::Seq2Seq => likelihood(client, delta, &path).await?,
-    };
-    Ok(named.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect())
-}
-
-/// Loss and perplexity per token of the completions, or texts, of a file.
-async fn likelihood(client: &Client, delta: &str, path: &Path) -> anyhow::Result<Vec<(&'static str, f64)>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    let rows: Vec<proto::ScoreInput> = text
-        .lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(i, line)| score_input(line).with_context(|| format!("{} line {}", path.display(), i + 1)))
-        .collect::<anyhow::Result<_>>()?;
-    ensure!(!rows.is_empty(), "{} has no rows", path.display());
-    let calls = stream::iter(rows).map(|row| {
-        let request = proto::ScoreRequest { delta: delta.to_owned(), inputs: vec![row], ..Default::default() };
-        async move { client.inference().score(request).await.map(tonic::Response::into_inner) }
-    });
-    let (sum, tokens) = calls
-        .buffer_unordered(IN_FLIGHT)
-        .try_fold((0.0, 0_usize), |(sum, tokens), reply| async move {
-            let add = |(s, t): (f64, usize), r: &proto::Scored| (s + r.log_likelihood, t + r.tokens.len());
-            Ok(reply.results.iter().fold((sum, tokens), add))
-        })
-        .await?;
-    let loss = -sum / tokens.max(1) as f64;
-    Ok(vec![("loss", loss), ("perplexity", loss.exp())])
-}
-
-/// `prompt` with `completion` or the first of `references`; or `text`.
-fn score_input(line: &str) -> anyhow::Result<proto::ScoreInput> {
-    let row: serde_json::Map<String, Value> = serde_json::from_str(line)?;
-    let string = |key: &str| row.get(key).and_then(Value::as_str).map(str::to_owned);
-    let first = || Some(row.get("references")?.as_array()?.first()?.as_str()?.to_owned());
-    match (string("prompt"), string("completion").or_else(first), string("text")) {
-        (Some(prompt), Some(completion), _) => Ok(proto::ScoreInput { prompt, completion }),
-        (None, None, Some(text)) => Ok(proto::ScoreInput { prompt: String::new(), completion: text }),
-        _ => bail!("has neither prompt with completion or references, nor text"),
-    }
-}
-
 /// Says how far a study is.
 pub(super) fn say(done: usize, all: usize, text: &str) {
     output::note(&format!("[{done}/{all}] {text}"));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_scored_after_their_prompts() {
-        let of = |line: &str| score_input(line).map(|i| (i.prompt, i.completion)).map_err(|e| e.to_string());
-        let pair = |a: &str, b: &str| Ok((a.to_owned(), b.to_owned()));
-        assert_eq!(of(r#"{"prompt":"a","completion":"b"}"#), pair("a", "b"));
-        assert_eq!(of(r#"{"prompt":"a","references":["b","c"]}"#), pair("a", "b"));
-        assert_eq!(of(r#"{"text":"b"}"#), pair("", "b"));
-        assert!(of(r#"{"prompt":"a","references":[]}"#).unwrap_err().contains("neither"));
-        assert!(of("[]").is_err());
-    }
 }

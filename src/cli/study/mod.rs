@@ -4,9 +4,11 @@
 mod chart;
 mod lab;
 mod memory;
+mod metric;
 mod plan;
 mod report;
 mod results;
+mod score;
 mod tables;
 
 use std::{
@@ -22,7 +24,7 @@ use self::{
     plan::{BaseEntry, Plan, Task},
     results::{Key, Outcome, Part, Results},
 };
-use super::output;
+use super::{files::blocking, output};
 
 /// Options of `study`.
 #[derive(Debug, Clone, clap::Args)]
@@ -53,12 +55,17 @@ pub struct StudyArgs {
 /// A plan that cannot be, a base that cannot be loaded, results that cannot be written. Runs that fail are kept as such, and
 /// the study goes on.
 pub(super) async fn run(args: StudyArgs) -> anyhow::Result<()> {
-    let plan = Plan::read(&args.plan)?;
-    fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
-    let mut results = Results::open(&args.out.join("results.jsonl"))?;
-    let wanted = |key: &Key| args.only.as_ref().is_none_or(|only| only.is_match(&key.to_string()));
-    let runs: Vec<Key> = runs(&plan)?.into_iter().filter(wanted).collect();
-    ensure!(!runs.is_empty(), "nothing to run: the plan has no run that matches");
+    let (path, out) = (args.plan.clone(), args.out.clone());
+    let read = move || {
+        let plan = Plan::read(&path)?;
+        let all = runs(&plan)?;
+        fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
+        Ok((plan, all, Results::open(&out.join("results.jsonl"))?))
+    };
+    let (plan, all, mut results) = blocking(read).await?;
+    let wanted = |key: &&Key| args.only.as_ref().is_none_or(|only| only.is_match(&key.to_string()));
+    let runs: Vec<&Key> = all.iter().filter(wanted).collect();
+    ensure!(args.report || !runs.is_empty(), "nothing to run: the plan has no run that matches");
     if args.list {
         return runs
             .iter()
@@ -68,7 +75,7 @@ pub(super) async fn run(args: StudyArgs) -> anyhow::Result<()> {
         let until = args.minutes.map(|m| Instant::now() + Duration::from_secs_f64(m.max(0.0) * 60.0));
         make(&plan, &runs, &mut results, &args.out, until).await?;
     }
-    let path = report::write(&plan, &results, &args.out)?;
+    let path = blocking(move || report::write(&plan, &all, &results, &args.out)).await?;
     output::line(&path.display().to_string())
 }
 
@@ -127,12 +134,12 @@ fn runs(plan: &Plan) -> anyhow::Result<Vec<Key>> {
 /// Makes the runs that have no figures yet, base by base.
 async fn make(
     plan: &Plan,
-    runs: &[Key],
+    runs: &[&Key],
     results: &mut Results,
     out: &std::path::Path,
     until: Option<Instant>,
 ) -> anyhow::Result<()> {
-    let todo: Vec<&Key> = runs.iter().filter(|key| !results.has(key)).collect();
+    let todo: Vec<&Key> = runs.iter().copied().filter(|key| !results.has(key)).collect();
     let total = todo.len();
     let mut done = 0;
     let mut open: Option<(String, Lab)> = None;
@@ -173,7 +180,7 @@ fn line(plan: &Plan, outcome: &Outcome, seconds: f64) -> String {
     let what = match (&outcome.error, outcome.added_bytes, outcome.figure(metric)) {
         (Some(error), ..) => format!("FAILED: {error}"),
         (None, Some(bytes), _) => format!("{} more at the peak", output::bytes(bytes)),
-        (None, None, Some(value)) => format!("{metric} {value:.4}"),
+        (None, None, Some(value)) => format!("{metric} {}", metric::shown(metric, value)),
         (None, None, None) => "no figure".to_owned(),
     };
     format!("{}: {what} ({seconds:.0} s)", outcome.key)
@@ -190,6 +197,7 @@ fn failed(key: &Key, error: &str) -> Outcome {
         curve: Vec::new(),
         seconds: 0.0,
         step_ms: 0.0,
+        threads: Some(rayon::current_num_threads()),
         added_bytes: None,
     }
 }
@@ -198,7 +206,6 @@ fn failed(key: &Key, error: &str) -> Outcome {
 async fn one(lab: &Lab, plan: &Plan, key: &Key) -> anyhow::Result<Outcome> {
     let (task, method) = (plan.task(&key.task)?, plan.method(&key.method)?);
     let blank = Outcome { error: None, base_parameters: lab.parameters, ..failed(key, "") };
-    let labels = plan.labels(task)?;
     let k = |k: u32| ["--k-per-class".to_owned(), k.to_string()];
     let mut more: Vec<String> = Vec::new();
     match &key.part {
@@ -229,7 +236,7 @@ async fn one(lab: &Lab, plan: &Plan, key: &Key) -> anyhow::Result<Outcome> {
     };
     more.extend(plan.validation(task, key.part != Part::Main));
     let words = plan.words(task, method, &name, key.seed, &more);
-    let trained = lab.train(&words, &labels, task.metric()).await?;
+    let trained = lab.train(&words, &task.label_names, task.watched(), |_| Ok(())).await?;
     let figures = lab.score(plan, task, &name, &trained).await;
     lab.clear(&name, &trained, kept).await?;
     Ok(Outcome {
@@ -254,7 +261,7 @@ async fn source(lab: &Lab, plan: &Plan, key: &Key, other: &str) -> anyhow::Resul
     if !lab.has(&name).await? {
         let task = plan.task(other)?;
         let words = plan.words(task, plan.method(&key.method)?, &name, key.seed, &plan.validation(task, false));
-        let trained = lab.train(&words, &plan.labels(task)?, task.metric()).await?;
+        let trained = lab.train(&words, &task.label_names, task.watched(), |_| Ok(())).await?;
         lab.clear(&name, &trained, true).await?;
     }
     Ok(name)

@@ -10,7 +10,8 @@ use anyhow::{Context as _, bail, ensure};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use crate::cli::train::TrainArgs;
+use super::{metric, score};
+use crate::cli::{generate, train::TrainArgs};
 
 /// A study. Paths are relative to the plan's folder.
 #[derive(Debug, Deserialize)]
@@ -68,11 +69,16 @@ pub(super) struct Task {
     pub(super) labels: Option<String>,
     /// The figure that is compared; default by kind.
     pub(super) metric: Option<String>,
+    /// Continues the test rows with these options of `deltaserve generate`, and scores that against the references.
+    pub(super) generate: Option<Vec<String>>,
     /// Bases that the task is for; nothing = all.
     #[serde(default)]
     pub(super) bases: Vec<String>,
     #[serde(default)]
     pub(super) options: Vec<String>,
+    /// Names of `labels` in index order; empty = from the rows.
+    #[serde(skip)]
+    pub(super) label_names: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -174,9 +180,18 @@ impl Task {
         self.bases.is_empty() || self.bases.iter().any(|b| b == base)
     }
 
-    /// Whether a smaller figure is the better one.
-    pub(super) fn falls(&self) -> bool {
-        matches!(self.metric(), "perplexity" | "loss")
+    /// Figures that its test rows have.
+    fn metrics(&self) -> Vec<&'static str> {
+        let generated = self.generate.iter().flat_map(|_| metric::GENERATED);
+        self.kind.metrics().iter().copied().chain(generated).collect()
+    }
+
+    /// The figure of the evaluations while it trains: the task's, or the first of its kind where that takes continuations.
+    pub(super) fn watched(&self) -> &str {
+        match self.kind.metrics() {
+            [first, ..] if metric::GENERATED.contains(&self.metric()) => first,
+            _ => self.metric(),
+        }
     }
 }
 
@@ -189,7 +204,7 @@ impl Plan {
         let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let mut plan: Self = serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))?;
         plan.folder = path.parent().unwrap_or(Path::new("")).to_owned();
-        plan.check().with_context(|| format!("{}", path.display()))?;
+        plan.read_labels().and_then(|()| plan.check()).with_context(|| format!("{}", path.display()))?;
         Ok(plan)
     }
 
@@ -212,12 +227,15 @@ impl Plan {
         self.methods.iter().find(|m| m.name == name).with_context(|| format!("no method is named {name:?}"))
     }
 
-    /// A task's labels in index order; empty = from the rows.
-    pub(super) fn labels(&self, task: &Task) -> anyhow::Result<Vec<String>> {
-        let Some(file) = &task.labels else { return Ok(Vec::new()) };
-        let path = self.path(file);
-        let text = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("{}: a JSON list of names is needed", path.display()))
+    fn read_labels(&mut self) -> anyhow::Result<()> {
+        for task in &mut self.tasks {
+            let Some(file) = &task.labels else { continue };
+            let path = self.folder.join(file);
+            let text = fs::read(&path).with_context(|| format!("task {}: read {}", task.name, path.display()))?;
+            task.label_names = serde_json::from_slice(&text)
+                .with_context(|| format!("task {}: {}: a JSON list of names is needed", task.name, path.display()))?;
+        }
+        Ok(())
     }
 
     /// The words after `deltaserve train` for a task and a method, without validation rows.
@@ -244,6 +262,10 @@ impl Plan {
     pub(super) fn digest(&self, task: &Task, method: &Method, more: &[String]) -> anyhow::Result<String> {
         let mut sha = Sha256::new();
         for words in [&task.options, &method.options, more] {
+            sha.update(serde_json::to_vec(words)?);
+        }
+        if let Some(words) = &task.generate {
+            sha.update(b"generate");
             sha.update(serde_json::to_vec(words)?);
         }
         sha.update([u8::from(task.validation.is_some())]);
@@ -273,15 +295,15 @@ impl Plan {
             if let Some(unknown) = task.bases.iter().find(|b| !bases.contains(b.as_str())) {
                 bail!("task {name}: no base is named {unknown:?}");
             }
-            let known = task.kind.metrics();
+            let known = task.metrics();
             ensure!(known.contains(&task.metric()), "task {name}: metric is {:?}, not one of {known:?}", task.metric());
-            for file in [Some(&task.train), Some(&task.test), task.labels.as_ref()].into_iter().flatten() {
+            for file in [&task.train, &task.test] {
                 ensure!(self.path(file).is_file(), "task {name}: no file {}", self.path(file).display());
             }
             if let Some(Validation::File(file)) = &task.validation {
                 ensure!(self.path(file).is_file(), "task {name}: no file {}", self.path(file).display());
             }
-            self.labels(task)?;
+            self.check_test(task).with_context(|| format!("task {name}"))?;
             for method in &self.methods {
                 self.parses(task, method, &[])?;
             }
@@ -308,6 +330,20 @@ impl Plan {
             ensure!(!m.batch_sizes.contains(&0) && m.length >= 2 && m.steps > 0, "memory: sizes of 0");
         }
         Ok(())
+    }
+
+    /// Test rows of a language task: what is wrong with them would else be told after the training.
+    fn check_test(&self, task: &Task) -> anyhow::Result<()> {
+        let path = self.path(&task.test);
+        if matches!(task.kind, Kind::CausalLm | Kind::Seq2Seq) {
+            let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+            score::inputs(&bytes).with_context(|| path.display().to_string())?;
+        }
+        match (&task.generate, task.kind) {
+            (None, _) => Ok(()),
+            (Some(words), Kind::CausalLm | Kind::Seq2Seq) => generate::check_file(words, &path).context("generate"),
+            (Some(_), kind) => bail!("generate: {} has labels, which are not generated", kind.as_str()),
+        }
     }
 
     fn parses(&self, task: &Task, method: &Method, more: &[String]) -> anyhow::Result<()> {
@@ -343,11 +379,13 @@ mod tests {
             fs::write(dir.path().join(file), "{\"text\":\"a\",\"label\":\"b\"}\n")?;
         }
         fs::write(dir.path().join("labels.json"), "[\"b\", \"c,d\"]")?;
+        fs::write(dir.path().join("lm.jsonl"), "{\"prompt\":\"a\",\"completion\":\"b\"}\n")?;
         let mut value = serde_json::json!({
             "title": "t",
             "bases": [{"name": "b", "path": "nowhere"}],
             "tasks": [{"name": "t1", "kind": "seq-cls", "train": "train.jsonl", "validation": 0.1, "test": "test.jsonl",
-                       "labels": "labels.json", "options": ["--epochs", "2"]}],
+                       "labels": "labels.json", "options": ["--epochs", "2"]},
+                      {"name": "t2", "kind": "causal-lm", "train": "lm.jsonl", "test": "lm.jsonl"}],
             "methods": [{"name": "lora", "options": ["--method", "lora", "--epochs", "3"]},
                         {"name": "both", "options": ["--method", "lora", "--method", "bitfit"]}],
             "memory": {"task": "t1", "methods": ["lora"], "batch_sizes": [1], "length": 8}
@@ -375,7 +413,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(&str, Change); 9] = [
+        let cases: [(&str, Change); 15] = [
             ("unknown field `base`", |v| v["base"] = 1.into()),
             ("no base is named \"x\"", |v| v["tasks"][0]["bases"] = serde_json::json!(["x"])),
             ("not one of", |v| v["tasks"][0]["metric"] = "bleu".into()),
@@ -385,11 +423,37 @@ mod tests {
             ("no method is named", |v| v["memory"]["methods"] = serde_json::json!(["full"])),
             ("is not a name", |v| v["methods"][1]["name"] = "../x".into()),
             ("at least one", |v| v["seeds"] = serde_json::json!([])),
+            ("seq-cls has labels", |v| v["tasks"][0]["generate"] = serde_json::json!([])),
+            ("not one of", |v| v["tasks"][1]["metric"] = "bleu".into()),
+            ("generate: error: unexpected argument '--beams'", |v| {
+                v["tasks"][1]["generate"] = serde_json::json!(["--beams", "2"]);
+            }),
+            ("line 1: has neither prompt", |v| v["tasks"][1]["test"] = "test.jsonl".into()),
+            ("task t1: read ", |v| v["tasks"][0]["labels"] = "none.json".into()),
+            ("a JSON list of names", |v| v["tasks"][0]["labels"] = "train.jsonl".into()),
         ];
         for (part, change) in cases {
             let error = format!("{:#}", plan(change).unwrap_err());
             assert!(error.contains(part), "{part}: {error}");
         }
+    }
+
+    #[test]
+    fn continuations_have_figures_of_their_own() {
+        let of = |metric: &str| {
+            plan(|v| {
+                v["tasks"][1]["generate"] = serde_json::json!(["--max-new-tokens", "8"]);
+                v["tasks"][1]["metric"] = metric.into();
+            })
+        };
+        for metric in metric::GENERATED {
+            let plan = of(metric).unwrap();
+            let task = plan.task("t2").unwrap();
+            assert_eq!((task.metric(), task.watched()), (metric, "perplexity"));
+        }
+        let plan = of("loss").unwrap();
+        assert_eq!((plan.task("t2").unwrap().watched(), plan.task("t1").unwrap().watched()), ("loss", "accuracy"));
+        assert_eq!(plan.task("t1").unwrap().label_names, ["b", "c,d"]);
     }
 
     #[test]
@@ -406,6 +470,11 @@ mod tests {
         let one = of(&plan(|_| {}).unwrap(), &[]);
         let other = plan(|v| v["methods"][0]["options"] = serde_json::json!(["--method", "lora"])).unwrap();
         assert_eq!(one, of(&plan(|_| {}).unwrap(), &[]));
+        // what is in results.jsonl of plans that others have must go on to name the same runs
+        assert_eq!(one, "da37672134bd5b0b");
+        let mut generated = plan(|_| {}).unwrap();
+        generated.tasks[0].generate = Some(Vec::new());
+        assert_ne!(one, of(&generated, &[]));
         assert!(one.len() == 16 && one != of(&other, &[]) && one != of(&plan(|_| {}).unwrap(), &["-x".into()]));
     }
 }

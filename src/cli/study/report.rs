@@ -10,34 +10,37 @@ use anyhow::Context as _;
 
 use super::{
     chart::{Chart, Series},
+    metric::{GENERATED, points, shown},
     plan::{BaseEntry, Plan, Task},
-    results::{Part, Results},
-    tables::{Cell, View, cell, count, markdown, shown},
+    results::{Key, Part, Results},
+    tables::{Cell, View, cell, count, markdown},
 };
 
 const MIB: f64 = 1_048_576.0;
 
-/// Writes `REPORT.md` and its charts into a folder; gives its path.
+/// Writes `REPORT.md` and its charts into a folder, of those results that are of the plan's runs (`keys`); gives its path.
 ///
 /// # Errors
 /// Files that cannot be written.
-pub(super) fn write(plan: &Plan, results: &Results, out: &Path) -> anyhow::Result<PathBuf> {
-    let view = View::new(plan, results.latest(), &super::runs(plan)?);
+pub(super) fn write(plan: &Plan, keys: &[Key], results: &Results, out: &Path) -> anyhow::Result<PathBuf> {
+    let view = View::new(plan, results.latest(), keys);
     let mut text = format!("# {}\n\n", plan.title);
     for note in &plan.notes {
         writeln!(text, "{note}\n")?;
     }
     writeln!(
         text,
-        "Made by `deltaserve study` {} on {} threads. Seeds: {}; a cell with several has their median and, in brackets, \
-         their range. Deltas are trained and scored through the server's own API; test rows are scored once, under \
-         the checkpoint that the job publishes. `results.jsonl` has every run.\n",
+        "Made by `deltaserve study` {}. Seeds of the plan: {}. Each table says which of its runs there are, and on how many \
+         threads they ran; a cell with several runs has their median and, in brackets, their range and number. Deltas are \
+         trained and scored through the server's own API; test rows are scored once, under the checkpoint that the job \
+         publishes. `results.jsonl` has every run.\n",
         env!("CARGO_PKG_VERSION"),
-        std::env::var("RAYON_NUM_THREADS").unwrap_or_else(|_| "all".to_owned()),
         plan.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),
     )?;
     let page = Page { view: &view, plan, out };
-    for section in [Page::scores, Page::curves, Page::memory, Page::few_shot, Page::transfer, Page::scale] {
+    let sections =
+        [Page::scores, Page::generation, Page::curves, Page::memory, Page::few_shot, Page::transfer, Page::scale];
+    for section in sections {
         text += &section(&page)?;
     }
     let failed = view.failed();
@@ -81,6 +84,7 @@ impl Page<'_> {
             let total = any.base_parameters;
             let tasks = self.view.tasks(&base.name);
             writeln!(text, "## Scores: {}\n\n{} numbers in the base.\n", base.name, count(total))?;
+            text += &self.view.made(|k| k.part == Part::Main && k.base == base.name);
             let mut headings = vec!["method".to_owned(), "trained".into(), "of the base".into()];
             headings.extend(tasks.iter().map(|t| format!("{} ({})", t.name, t.metric())));
             headings.push(format!("mean against {}", self.plan.baseline));
@@ -92,7 +96,7 @@ impl Page<'_> {
                     let cells: Vec<Cell> = tasks.iter().map(|t| self.main(&base.name, t, method)).collect();
                     let mut row = vec![method.to_owned(), count(trained)];
                     row.push(format!("{:.2} %", trained as f64 * 100.0 / total as f64));
-                    row.extend(tasks.iter().zip(&cells).map(|(t, c)| cell(t, c)));
+                    row.extend(tasks.iter().zip(&cells).map(|(t, c)| cell(t.metric(), c)));
                     row.push(self.against(&base.name, &tasks, method, &cells));
                     Some(row)
                 })
@@ -107,7 +111,35 @@ impl Page<'_> {
         self.view.cell(base, task, method, |p| *p == Part::Main)
     }
 
-    /// Mean distance to the baseline in points over the tasks that both have; only shares have points.
+    /// Continuations of test rows: all figures of the tasks that ask for them.
+    fn generation(&self) -> anyhow::Result<String> {
+        let mut text = String::new();
+        for base in &self.plan.bases {
+            for task in self.view.tasks(&base.name).into_iter().filter(|t| t.generate.is_some()) {
+                let names = ["perplexity"].into_iter().chain(GENERATED);
+                let value = |m: &str, name| self.view.figures(&base.name, task, m, name, |p| *p == Part::Main);
+                let rows: Vec<Vec<String>> = self
+                    .methods()
+                    .filter(|m| !value(m, "perplexity").0.is_empty())
+                    .map(|m| {
+                        let cells = names.clone().map(|name| cell(name, &value(m, name)));
+                        std::iter::once(m.to_owned()).chain(cells).collect()
+                    })
+                    .collect();
+                if rows.is_empty() {
+                    continue;
+                }
+                let options = task.generate.iter().flatten().cloned().collect::<Vec<_>>().join(" ");
+                writeln!(text, "### {}: {}\n\n`generate --file {options}`\n", base.name, task.name)?;
+                text += &self.view.made(|k| k.part == Part::Main && k.base == base.name && k.task == task.name);
+                let headings: Vec<String> = std::iter::once("method").chain(names).map(str::to_owned).collect();
+                writeln!(text, "{}", markdown(&headings, &rows))?;
+            }
+        }
+        Ok(if text.is_empty() { text } else { format!("## Generation\n\n{text}") })
+    }
+
+    /// Mean distance to the baseline in points over the tasks that both have; only figures with points.
     fn against(&self, base: &str, tasks: &[&Task], method: &str, cells: &[Cell]) -> String {
         if method == self.plan.baseline {
             return "–".to_owned();
@@ -115,8 +147,10 @@ impl Page<'_> {
         let all: Vec<f64> = tasks
             .iter()
             .zip(cells)
-            .filter(|(t, _)| !t.falls())
-            .filter_map(|(t, c)| Some((c.median()? - self.main(base, t, &self.plan.baseline).median()?) * 100.0))
+            .filter_map(|(t, c)| {
+                let other = self.main(base, t, &self.plan.baseline).median()?;
+                Some((c.median()? - other) * points(t.metric())?)
+            })
             .collect();
         match all.len() {
             0 => "–".to_owned(),
@@ -131,12 +165,16 @@ impl Page<'_> {
                 let line = |m: &str| Series { name: m.to_owned(), points: self.view.curve(&base.name, task, m) };
                 let series = self.methods().map(line).collect();
                 let title = format!("{}: {}", base.name, task.name);
-                let y = format!("{} on validation rows", task.metric());
+                let y = format!("{} on validation rows", task.watched());
                 let chart = Chart { title: &title, x: "optimizer steps", y: &y, log_x: false, from_zero: false };
                 text += &self.chart(&format!("curve-{}-{}.svg", base.name, task.name), &chart, series)?;
             }
         }
-        Ok(if text.is_empty() { text } else { format!("## Convergence\n\n{text}") })
+        Ok(if text.is_empty() {
+            text
+        } else {
+            format!("## Convergence\n\nOf the runs that the scores are of.\n\n{text}")
+        })
     }
 
     fn memory(&self) -> anyhow::Result<String> {
@@ -154,10 +192,11 @@ impl Page<'_> {
             }
             writeln!(
                 text,
-                "### {}\n\nRows of {} tokens. MiB that a job adds at its peak beside the resident base; in brackets, how \
+                "### {}\n\nExamples of {} tokens each. MiB that a job adds at its peak beside the resident base; in brackets, how \
                  much of {}'s it saves; the time of a step in milliseconds.\n",
                 base.name, m.length, self.plan.baseline
             )?;
+            text += &self.view.made(|k| matches!(k.part, Part::Memory { .. }) && k.base == base.name);
             let headings =
                 std::iter::once("method".to_owned()).chain(m.batch_sizes.iter().map(|b| format!("batch {b}")));
             let rows: Vec<Vec<String>> = m
@@ -203,18 +242,21 @@ impl Page<'_> {
             let chart =
                 Chart { title: &title, x: "examples per class", y: task.metric(), log_x: true, from_zero: false };
             let file = format!("few-shot-{}-{}.svg", base.name, task.name);
-            let shown = self.chart(&file, &chart, f.methods.iter().map(line).collect())?;
-            if shown.is_empty() {
+            let chart = self.chart(&file, &chart, f.methods.iter().map(line).collect())?;
+            if chart.is_empty() {
                 continue;
             }
             let headings: Vec<String> = std::iter::once(format!("{}, {}", base.name, task.name))
                 .chain(f.k.iter().map(|k| format!("k = {k}")))
                 .collect();
             let row = |m: &String| {
-                std::iter::once(m.clone()).chain(f.k.iter().map(|k| cell(task, &at(m, *k)))).collect::<Vec<_>>()
+                std::iter::once(m.clone())
+                    .chain(f.k.iter().map(|k| cell(task.metric(), &at(m, *k))))
+                    .collect::<Vec<_>>()
             };
             let rows: Vec<_> = f.methods.iter().map(row).collect();
-            write!(text, "{}\n{shown}", markdown(&headings, &rows))?;
+            let few = |k: &Key| matches!(k.part, Part::FewShot { .. }) && k.base == base.name && k.task == task.name;
+            write!(text, "{}{}\n{chart}", self.view.made(few), markdown(&headings, &rows))?;
         }
         Ok(if text.is_empty() { text } else { format!("## Few examples\n\n{text}") })
     }
@@ -237,19 +279,23 @@ impl Page<'_> {
                  row; in brackets, the gain over a start from nothing.\n",
                 base.name, t.method, t.k
             )?;
+            text += &self.view.made(|k| matches!(k.part, Part::Transfer { .. }) && k.base == base.name);
             let headings: Vec<String> =
                 std::iter::once("from".to_owned()).chain(tasks.iter().map(|t| t.name.clone())).collect();
-            let scratch =
-                std::iter::once("nothing".to_owned()).chain(tasks.iter().map(|task| cell(task, &at(task, None))));
+            let scratch = std::iter::once("nothing".to_owned())
+                .chain(tasks.iter().map(|task| cell(task.metric(), &at(task, None))));
             let mut rows: Vec<Vec<String>> = vec![scratch.collect()];
             for from in &t.tasks {
-                let value = |task: &&Task| match (at(task, Some(from)).median(), at(task, None).median()) {
-                    _ if task.name == *from => String::new(),
-                    (Some(own), Some(nothing)) if !task.falls() => {
-                        format!("{} ({:+.1})", shown(task, own), (own - nothing) * 100.0)
+                let value = |task: &&Task| {
+                    let metric = task.metric();
+                    match (at(task, Some(from)).median(), at(task, None).median(), points(metric)) {
+                        _ if task.name == *from => String::new(),
+                        (Some(own), Some(nothing), Some(points)) => {
+                            format!("{} ({:+.1})", shown(metric, own), (own - nothing) * points)
+                        }
+                        (Some(own), ..) => shown(metric, own),
+                        (None, ..) => "–".to_owned(),
                     }
-                    (Some(own), _) => shown(task, own),
-                    (None, _) => "–".to_owned(),
                 };
                 rows.push(std::iter::once(from.clone()).chain(tasks.iter().map(value)).collect());
             }
@@ -278,7 +324,11 @@ impl Page<'_> {
             let title = format!("{}: power of scale", task.name);
             let chart =
                 Chart { title: &title, x: "numbers in the base", y: task.metric(), log_x: true, from_zero: false };
-            text += &self.chart(&format!("scale-{}.svg", task.name), &chart, series)?;
+            let chart = self.chart(&format!("scale-{}.svg", task.name), &chart, series)?;
+            if !chart.is_empty() {
+                text += &self.view.made(|k| k.part == Part::Main && k.task == task.name);
+                text += &chart;
+            }
         }
         Ok(if text.is_empty() { text } else { format!("## Power of scale\n\n{text}") })
     }

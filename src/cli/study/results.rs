@@ -102,6 +102,9 @@ pub(super) struct Outcome {
     /// Median time of an optimizer step in milliseconds.
     #[serde(default)]
     pub(super) step_ms: f64,
+    /// Threads that computed; older lines do not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) threads: Option<usize>,
     /// Most bytes beside what the server held before the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) added_bytes: Option<u64>,
@@ -190,6 +193,7 @@ mod tests {
             curve: vec![(1, 0.5)],
             seconds: 1.0,
             step_ms: 2.0,
+            threads: Some(2),
             added_bytes: None,
         }
     }
@@ -211,6 +215,8 @@ mod tests {
         let latest = again.latest();
         assert_eq!((again.all.len(), latest.len(), &latest[1].error), (3, 2, &None));
         fs::write(&path, "nonsense\n{}\n").unwrap();
+        let old = serde_json::to_string(&outcome("a", None)).unwrap().replace(",\"threads\":2", "");
+        assert_eq!(serde_json::from_str::<Outcome>(&old).unwrap(), Outcome { threads: None, ..outcome("a", None) });
         assert!(format!("{:#}", Results::open(&path).unwrap_err()).contains("results.jsonl line 1"));
     }
 

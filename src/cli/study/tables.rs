@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{
+    metric::shown,
     plan::{Plan, Task},
-    results::{Outcome, Part},
+    results::{Key, Outcome, Part},
 };
 
 /// Figures of one cell, one per seed.
@@ -34,13 +35,14 @@ impl Cell {
 /// Results under a plan that still names their base, task and method.
 pub(super) struct View<'a> {
     pub(super) plan: &'a Plan,
+    keys: &'a [Key],
     outcomes: Vec<&'a Outcome>,
 }
 
 impl<'a> View<'a> {
     /// Results of runs that the plan has now; of those with other options or rows, none.
-    pub(super) fn new(plan: &'a Plan, outcomes: Vec<&'a Outcome>, keys: &[super::results::Key]) -> Self {
-        Self { plan, outcomes: outcomes.into_iter().filter(|o| keys.contains(&o.key)).collect() }
+    pub(super) fn new(plan: &'a Plan, outcomes: Vec<&'a Outcome>, keys: &'a [Key]) -> Self {
+        Self { plan, keys, outcomes: outcomes.into_iter().filter(|o| keys.contains(&o.key)).collect() }
     }
 
     /// Outcomes of a part.
@@ -53,17 +55,43 @@ impl<'a> View<'a> {
         self.outcomes.iter().filter_map(|o| Some((*o, o.error.as_deref()?))).collect()
     }
 
+    /// Which runs of the plan a table is made of: how many of each seed there are, and the threads that they ran on.
+    pub(super) fn made(&self, wanted: impl Fn(&Key) -> bool) -> String {
+        let (mut seeds, mut threads) = (BTreeMap::new(), BTreeMap::new());
+        for key in self.keys.iter().filter(|key| wanted(key)) {
+            seeds.entry(key.seed).or_insert((0, 0)).1 += 1;
+        }
+        for o in self.outcomes.iter().filter(|o| wanted(&o.key) && o.error.is_none()) {
+            seeds.entry(o.key.seed).or_insert((0, 0)).0 += 1;
+            *threads.entry(o.threads).or_insert(0) += 1;
+        }
+        let seeds: Vec<String> =
+            seeds.iter().map(|(seed, (made, all))| format!("{made} of {all} with seed {seed}")).collect();
+        let ran = |(threads, runs): (&Option<usize>, &u32)| match threads {
+            Some(threads) => format!("{threads} in {runs}"),
+            None => format!("not recorded in {runs}"),
+        };
+        let threads: Vec<String> = threads.iter().map(ran).collect();
+        let threads = if threads.is_empty() { "none".to_owned() } else { threads.join(", ") };
+        format!("Runs: {}. Threads: {threads}.\n\n", seeds.join(", "))
+    }
+
     /// Figures of the task's metric.
     pub(super) fn cell(&self, base: &str, task: &Task, method: &str, part: impl Fn(&Part) -> bool) -> Cell {
+        self.figures(base, task, method, task.metric(), part)
+    }
+
+    /// Figures by name.
+    pub(super) fn figures(
+        &self,
+        base: &str,
+        task: &Task,
+        method: &str,
+        figure: &str,
+        part: impl Fn(&Part) -> bool,
+    ) -> Cell {
         let here = |o: &&&Outcome| o.key.base == base && o.key.task == task.name && o.key.method == method;
-        Cell(
-            self.outcomes
-                .iter()
-                .filter(here)
-                .filter(|o| part(&o.key.part))
-                .filter_map(|o| o.figure(task.metric()))
-                .collect(),
-        )
+        Cell(self.outcomes.iter().filter(here).filter(|o| part(&o.key.part)).filter_map(|o| o.figure(figure)).collect())
     }
 
     /// Tasks of a base.
@@ -93,17 +121,13 @@ pub(super) fn markdown(headings: &[String], rows: &[Vec<String>]) -> String {
     format!("{}{}{body}", line(headings), line(&rule))
 }
 
-/// A figure as readers expect it: shares as percent, others with three digits.
-pub(super) fn shown(task: &Task, value: f64) -> String {
-    if task.falls() { format!("{value:.3}") } else { format!("{:.1}", value * 100.0) }
-}
-
-/// The median, and the range of several.
-pub(super) fn cell(task: &Task, cell: &Cell) -> String {
+/// The median of a figure; of several, also the range and their number.
+pub(super) fn cell(figure: &str, cell: &Cell) -> String {
+    let shown = |value| shown(figure, value);
     match (cell.median(), cell.range()) {
         (None, _) => "–".to_owned(),
-        (Some(m), None) => shown(task, m),
-        (Some(m), Some((low, high))) => format!("{} ({}–{})", shown(task, m), shown(task, low), shown(task, high)),
+        (Some(m), None) => shown(m),
+        (Some(m), Some((low, high))) => format!("{} ({}–{}, n={})", shown(m), shown(low), shown(high), cell.0.len()),
     }
 }
 
@@ -131,6 +155,8 @@ mod tests {
         assert_eq!(Cell(vec![3.0, 1.0, 2.0]).median(), Some(2.0));
         assert_eq!((Cell(vec![4.0, 1.0]).median(), Cell(vec![4.0, 1.0]).range()), (Some(2.5), Some((1.0, 4.0))));
         assert_eq!(["1", "1,000", "22,715,526"].map(str::to_owned), [1, 1000, 22_715_526].map(count));
+        assert_eq!(cell("accuracy", &Cell(vec![0.5, 0.75])), "62.5 (50.0–75.0, n=2)");
+        assert_eq!([cell("bleu", &Cell(vec![34.5])), cell("loss", &Cell(vec![]))], ["34.5", "–"]);
         let table = markdown(&["a".into(), "b".into()], &[vec!["1".into(), "2".into()]]);
         assert_eq!(table, "| a | b |\n| --- | ---: |\n| 1 | 2 |\n");
     }
