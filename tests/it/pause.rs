@@ -28,8 +28,8 @@ fn busy(name: &str, steps: u32) -> proto::TrainingSpec {
     }
 }
 
-/// Steps of those jobs: enough to be caught in the middle.
-const STEPS: u32 = 300;
+/// Steps of those jobs: enough to be caught in the middle, also where a checkpoint is a second on its way to the disk.
+const STEPS: u32 = 1_000;
 
 /// Waits until a job has a checkpoint of this step or a later one.
 async fn saved(client: &Client, job: &str, step: u32) {
