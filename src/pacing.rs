@@ -75,7 +75,7 @@ mod tests {
         let t = Instant::now();
         pacer.yield_now();
         assert!(t.elapsed() >= Duration::from_millis(29), "waits while serving is busy");
-        assert!(t.elapsed() < Duration::from_secs(5), "but not for ever");
+        assert!(t.elapsed() < Duration::from_secs(60), "but not for ever");
     }
 
     #[test]
@@ -89,5 +89,6 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         pacer.set_busy(false);
         trainer.join().expect("trainer ends");
+        assert!(pacer.yielded() < Duration::from_secs(30), "it is told, and does not wait to the end");
     }
 }

@@ -114,6 +114,9 @@ enum Command {
     Submit(Box<Request>),
     /// Look at `Shared`.
     Wake,
+    /// Read to its end before anything else: a test's requests are all there when the first is taken.
+    #[cfg(test)]
+    Hold(mpsc::Receiver<()>),
 }
 
 /// What handles and thread both see.

@@ -67,8 +67,9 @@ impl Worker {
     /// Idle: lets everything go and checks the books.
     fn rest(&mut self) {
         self.stepper.forget();
-        self.pacer.set_busy(false);
+        // who sees that nothing runs finds figures that say so
         self.observe();
+        self.pacer.set_busy(false);
         if let Err(problem) = self.scheduler.check() {
             // a lost page would shrink the cache for ever: better to be restarted
             tracing::error!(problem, "the page books do not add up");
@@ -80,6 +81,8 @@ impl Worker {
         match command {
             Command::Submit(request) => self.take(*request),
             Command::Wake => {}
+            #[cfg(test)]
+            Command::Hold(gate) => gate.into_iter().for_each(drop),
         }
     }
 

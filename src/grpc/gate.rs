@@ -284,7 +284,7 @@ mod tests {
     #[tokio::test]
     async fn calls_over_the_bound_are_refused_at_once_and_a_place_is_given_back() {
         let mut gate = GateLayer::new(1).layer(Never);
-        let first = tokio::spawn(gate.call(request("30m")));
+        let first = tokio::spawn(gate.call(request("1H")));
         tokio::task::yield_now().await;
         let Ok(second) = gate.call(request("30m")).await;
         assert_eq!(code(&second), Some(Code::ResourceExhausted));

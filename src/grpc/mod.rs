@@ -168,7 +168,7 @@ mod tests {
             becomes("", Wire::Serving).await;
             becomes("deltaserve.v1.InferenceService", Wire::Serving).await;
         };
-        assert!(tokio::time::timeout(Duration::from_secs(10), all).await.is_ok());
+        assert!(tokio::time::timeout(Duration::from_secs(60), all).await.is_ok());
         task.abort();
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -91,6 +92,15 @@ fn tenant() -> TenantId {
 
 fn wanted(text: &str) -> DeltaRef {
     text.parse().unwrap()
+}
+
+/// Waits for what comes by itself.
+async fn until(what: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !what() {
+        assert!(Instant::now() < deadline, "does not come");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 struct World {
@@ -209,14 +219,10 @@ async fn a_caller_that_goes_away_does_not_break_off_the_load_or_keep_its_bytes()
         let registry = w.registry.clone();
         async move { registry.lease(&tenant(), &wanted("a")).await }
     });
-    while w.registry.stats().misses == 0 {
-        tokio::task::yield_now().await;
-    }
+    until(|| w.registry.stats().misses > 0).await;
     waiting.abort();
     // The load ends on its own; then its bytes are free for another.
-    while w.registry.stats().resident == 0 || w.registry.stats().leased > 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until(|| w.registry.stats().resident > 0 && w.registry.stats().leased == 0).await;
     assert_eq!(w.counting.loads(), 1);
     w.lease("b").await.unwrap();
     assert_eq!(w.registry.stats().bytes, SIZE);
@@ -278,9 +284,7 @@ async fn pins_take_at_most_half_of_the_budget() {
     // Pins outlive a restart and are loaded by it.
     let reopened = w.reopened(BASE, config(4)).await;
     assert_eq!(reopened.stats().pinned_bytes, SIZE);
-    while reopened.stats().resident == 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until(|| reopened.stats().resident > 0).await;
 }
 
 #[tokio::test]
@@ -293,6 +297,7 @@ async fn what_waits_for_room_gets_it_when_a_lease_ends() {
         let registry = w.registry.clone();
         async move { registry.lease(&tenant(), &wanted("b")).await }
     });
+    until(|| w.registry.stats().misses == 2).await;
     tokio::time::sleep(Duration::from_millis(10)).await;
     assert!(!waiting.is_finished());
     drop(lease);
@@ -386,15 +391,11 @@ async fn a_load_that_takes_too_long_fails_and_gives_its_bytes_back_when_it_ends(
     w.publish("n", "gated").await;
     w.counting.gate.store(true, Ordering::SeqCst);
     assert!(matches!(w.lease("n").await, Err(RegistryError::LoadTimeout(_))));
-    while w.registry.stats().bytes > 0 && w.counting.loads() == 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until(|| w.registry.stats().bytes == 0 || w.counting.loads() > 0).await;
     // Once the decode has begun, it keeps its bytes counted until it ends (a timeout before it has given them back).
     assert_eq!(w.registry.stats().bytes, w.counting.loads() as u64 * SIZE);
     w.counting.gate.store(false, Ordering::SeqCst);
-    while w.registry.stats().bytes > 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until(|| w.registry.stats().bytes == 0).await;
 }
 
 #[tokio::test]

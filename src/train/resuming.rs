@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{
-    handle::{Shared, TrainError, TrainerHandle},
+    handle::{Live, Shared, TrainError, TrainerHandle},
     joblog::{KeptJob, LogError},
     plan::Prepared,
     run::RunInput,
@@ -52,11 +52,12 @@ impl Shared {
         if *self.alive.borrow() { Ok(()) } else { Err(TrainError::Down) }
     }
 
-    /// Other paused jobs of a job's tenant.
-    pub(crate) fn paused_beside(&self, id: &str) -> usize {
+    /// Other jobs of a job's tenant that are paused or, as these, about to be; one that is both counts once.
+    pub(crate) fn paused_beside(&self, id: &str, about: &[&String]) -> usize {
         let live = self.live.lock();
         let Some(own) = live.get(id) else { return 0 };
-        live.iter().filter(|(other, l)| l.paused && l.tenant == own.tenant && *other != id).count()
+        let paused = |other: &String, job: &Live| job.paused || about.contains(&other);
+        live.iter().filter(|(other, l)| *other != id && l.tenant == own.tenant && paused(other, l)).count()
     }
 }
 

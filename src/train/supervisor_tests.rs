@@ -73,12 +73,33 @@ pub(super) async fn trainer(log: &JobLog, publisher: Publisher, config: TrainerC
     TrainerHandle::spawn(parts, config).await.unwrap().0
 }
 
+/// Longer than anything here takes on a busy machine, short enough to tell a hang.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A watch's next event.
+pub(super) async fn next(watch: &mut JobWatch) -> Result<Option<JobEventInfo>, TrainError> {
+    tokio::time::timeout(PATIENCE, watch.next()).await.expect("a job that goes on")
+}
+
 pub(super) async fn all(mut watch: JobWatch) -> Vec<JobEventInfo> {
     let mut out = Vec::new();
-    while let Some(event) = watch.next().await.unwrap() {
+    while let Some(event) = next(&mut watch).await.unwrap() {
         out.push(event);
     }
     out
+}
+
+/// Follows a job to a metric of a step after `step`.
+pub(super) async fn reaches(watch: &mut JobWatch, step: u32) -> Vec<JobEventInfo> {
+    let mut seen = Vec::new();
+    loop {
+        let event = next(watch).await.unwrap().unwrap();
+        let there = matches!(&event.body, JobEventBody::Metrics(m) if m.step > step);
+        seen.push(event);
+        if there {
+            return seen;
+        }
+    }
 }
 
 pub(super) fn states(events: &[JobEventInfo]) -> Vec<JobState> {
@@ -132,13 +153,12 @@ async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
     let a = tenant("a");
     let running = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
     let mut watch = trainer.watch(&a, &running.id, 0).await.unwrap();
-    while !matches!(watch.next().await.unwrap().unwrap().body, JobEventBody::Metrics(_)) {}
+    reaches(&mut watch, 0).await;
     let waiting = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
     assert!(matches!(trainer.create(&a, &p, &prepared, Kept::default()).await, Err(TrainError::Overloaded(_))));
     assert_eq!(trainer.cancel(&a, &waiting.id).await.unwrap().state, JobState::Cancelled);
     trainer.cancel(&a, &running.id).await.unwrap();
-    let rest = tokio::time::timeout(Duration::from_secs(10), all(watch)).await.unwrap();
-    assert_eq!(states(&rest), [JobState::Cancelled]);
+    assert_eq!(states(&all(watch).await), [JobState::Cancelled]);
     assert_eq!(trainer.cancel(&a, &running.id).await.unwrap().state, JobState::Cancelled, "again changes nothing");
     assert_eq!(count.load(Ordering::SeqCst), 0, "a cancelled job publishes nothing");
     let (p, prepared) = request(2);
@@ -164,9 +184,9 @@ async fn jobs_of_several_tenants_take_turns() {
     );
     for (t, id) in &jobs {
         let mut watch = trainer.watch(t, id, 0).await.unwrap();
-        while !matches!(watch.next().await.unwrap().unwrap().body, JobEventBody::Metrics(m) if m.step > 3) {}
+        reaches(&mut watch, 3).await;
     }
-    trainer.drain(Duration::from_secs(10)).await;
+    trainer.drain(PATIENCE).await;
     for (t, id) in &jobs {
         let job = trainer.get(t, id).await.unwrap();
         assert!(job.state == JobState::Queued && job.step > 3, "{job:?}");
@@ -287,7 +307,7 @@ async fn where_the_trainer_thread_has_ended_jobs_are_told_so_and_are_left_to_the
     let (a, (p, prepared)) = (tenant("a"), request(1_000_000));
     let job = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
     let mut watch = trainer.watch(&a, &job.id, 0).await.unwrap();
-    while !matches!(watch.next().await.unwrap().unwrap().body, JobEventBody::Metrics(_)) {}
+    reaches(&mut watch, 0).await;
     let alive = trainer.alive();
     assert!(*alive.borrow());
     trainer.shared.set_down();
@@ -297,7 +317,7 @@ async fn where_the_trainer_thread_has_ended_jobs_are_told_so_and_are_left_to_the
     assert!(matches!(refused, TrainError::Down) && refused.to_string().contains("restarted"), "{refused}");
     assert!(matches!(trainer.cancel(&a, &job.id).await, Err(TrainError::Down)));
     let end = loop {
-        match watch.next().await {
+        match next(&mut watch).await {
             Ok(Some(_)) => {}
             end => break end,
         }

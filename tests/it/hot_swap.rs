@@ -4,8 +4,9 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Instant,
 };
 
 use deltaserve::grpc::proto;
@@ -41,10 +42,17 @@ async fn published(world: &World, client: &Client) -> Known {
     known
 }
 
-/// Generates until told to stop; counts requests and the versions that it saw.
-async fn load(client: Client, seat: usize, known: Arc<Known>, over: Arc<AtomicBool>) -> (usize, BTreeSet<String>) {
+/// What the clients have asked for so far, and whether they are to stop.
+#[derive(Default)]
+struct Load {
+    requests: AtomicUsize,
+    over: AtomicBool,
+}
+
+/// Generates until told to stop; the versions that it saw.
+async fn generate(client: Client, seat: usize, known: Arc<Known>, load: Arc<Load>) -> BTreeSet<String> {
     let (mut requests, mut seen) = (0, BTreeSet::new());
-    while !over.load(Ordering::Relaxed) {
+    while !load.over.load(Ordering::Relaxed) {
         let name = format!("d{}", (requests + seat) % NAMES);
         let which = (requests / NAMES + seat) % PROMPTS.len();
         let said = client.generate(ask(&name, PROMPTS[which], NEW)).await.expect("no request fails");
@@ -53,8 +61,9 @@ async fn load(client: Client, seat: usize, known: Arc<Known>, over: Arc<AtomicBo
         assert_eq!(known.get(&by.id).map(|texts| &texts[which]), Some(&said.text), "{name} version {}", by.number);
         seen.insert(by.id);
         requests += 1;
+        load.requests.fetch_add(1, Ordering::Relaxed);
     }
-    (requests, seen)
+    seen
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,10 +74,13 @@ async fn in_1000_swaps_under_load_every_answer_is_that_of_the_version_that_it_na
     let running = world.start().await;
     let client = &running.client;
     let known = Arc::new(published(&world, client).await);
-    let over = Arc::new(AtomicBool::new(false));
-    let clients: Vec<_> =
-        (0..CLIENTS).map(|i| tokio::spawn(load(client.clone(), i, Arc::clone(&known), Arc::clone(&over)))).collect();
-    for swap in 0..SWAPS {
+    let load = Arc::new(Load::default());
+    let task = |i| tokio::spawn(generate(client.clone(), i, Arc::clone(&known), Arc::clone(&load)));
+    let clients: Vec<_> = (0..CLIENTS).map(task).collect();
+    let requests = || load.requests.load(Ordering::Relaxed);
+    let (mut swap, until) = (0, Instant::now() + PATIENCE);
+    // where swaps are fast and steps are slow, more of them, until it was a load
+    while swap < SWAPS || (requests() < CLIENTS * 10 && Instant::now() < until) {
         let name = format!("d{}", swap % NAMES);
         let version = (swap / NAMES) % VERSIONS;
         if swap % 10 == 0 {
@@ -77,17 +89,16 @@ async fn in_1000_swaps_under_load_every_answer_is_that_of_the_version_that_it_na
         } else {
             client.promote(&name, &format!("{}", version + 1)).await.expect("a promotion");
         }
+        swap += 1;
     }
-    over.store(true, Ordering::Relaxed);
-    let (mut requests, mut seen) = (0, BTreeSet::new());
+    load.over.store(true, Ordering::Relaxed);
+    let mut seen = BTreeSet::new();
     for task in clients {
-        let (n, ids) = timely("a client ends", task).await.expect("no client fails");
-        requests += n;
-        seen.extend(ids);
+        seen.extend(timely("a client ends", task).await.expect("no client fails"));
     }
     let residency = client.info().await.expect("info").residency.unwrap_or_default();
-    println!("{SWAPS} swaps, {requests} requests, {} versions seen, {residency:?}", seen.len());
-    assert!(requests >= CLIENTS * 10, "{requests} requests are no load");
+    println!("{swap} swaps, {} requests, {} versions seen, {residency:?}", requests(), seen.len());
+    assert!(requests() >= CLIENTS * 10, "{} requests are no load", requests());
     assert!(seen.len() > NAMES, "versions were swapped while requests ran");
     assert!(residency.evictions > 0, "the budget was never felt");
     assert!(residency.bytes <= residency.budget_bytes, "{residency:?}");
@@ -130,8 +141,9 @@ async fn a_batch_is_served_by_one_version_though_its_name_moves_meanwhile() {
     let running = world.start().await;
     let client = &running.client;
     let v1 = client.upload("style", &world.delta(1)).await.expect("an upload");
-    let prompts = (0..100).map(|i| prompt(&format!("once {i}"))).collect();
-    let options = Some(options(120));
+    // more than run at a time, for long enough that the name moves meanwhile
+    let prompts = (0..40).map(|i| prompt(&format!("once {i}"))).collect();
+    let options = Some(options(1_500));
     let request = proto::GenerateBatchRequest { delta: "style".into(), prompts, options, ..Default::default() };
     let batch = tokio::spawn({
         let client = client.clone();
@@ -141,7 +153,7 @@ async fn a_batch_is_served_by_one_version_though_its_name_moves_meanwhile() {
     let v2 = client.upload("style", &world.delta(2)).await.expect("an upload");
     assert!(v2.id != v1.id && !batch.is_finished(), "the name moved too late");
     let reply = batch.await.expect("no panic").expect("a batch");
-    assert_eq!(reply.generations.len(), 100);
+    assert_eq!(reply.generations.len(), 40);
     for g in &reply.generations {
         assert_eq!(g.served_by.clone().unwrap_or_default().id, v1.id, "prompt {}", g.prompt_index);
     }

@@ -48,6 +48,13 @@ struct Acknowledged {
     jobs: parking_lot::Mutex<Vec<String>>,
 }
 
+impl Acknowledged {
+    /// Versions and jobs.
+    fn counts(&self) -> (usize, usize) {
+        (self.versions.lock().len(), self.jobs.lock().len())
+    }
+}
+
 /// Uploads until the server is gone.
 async fn uploads(client: Client, world: Arc<World>, round: u64, seen: Arc<Acknowledged>) {
     for i in 0u64.. {
@@ -59,9 +66,9 @@ async fn uploads(client: Client, world: Arc<World>, round: u64, seen: Arc<Acknow
     }
 }
 
-/// Keeps the trainer busy until the server is gone.
+/// Keeps the trainer busy until the server is gone; not with more jobs than a tenant may have after two rounds.
 async fn jobs(client: Client, round: u64, seen: Arc<Acknowledged>) {
-    for i in 0u32.. {
+    for i in 0u32..6 {
         let name = format!("job{round}");
         // some end and publish, some run when the server is killed
         let steps = [3, 100_000][(i % 2) as usize];
@@ -82,15 +89,15 @@ async fn check(client: &Client, seen: &Acknowledged) {
     let jobs = seen.jobs.lock().clone();
     for id in jobs {
         let job = client.job(&id).await.expect("an acknowledged job");
-        let known =
-            [JobState::Succeeded, JobState::Interrupted, JobState::Cancelled, JobState::Queued, JobState::Running];
+        use JobState::{Cancelled, Interrupted, Publishing, Queued, Running, Succeeded};
+        let known = [Succeeded, Interrupted, Cancelled, Queued, Running, Publishing];
         assert!(known.contains(&job.state()), "{id} is {:?} after the restart", job.state());
         // those that waited go on: too long for this test
         let request = client.request(proto::CancelJobRequest { id: id.clone() });
         client.training().cancel_job(request).await.expect("a cancel");
         let events = client.events(&id, 0).await.expect("its story");
         assert!(events.iter().zip(1..).all(|(e, seq)| e.seq == seq));
-        if let (JobState::Succeeded, Some(result)) = (job.state(), job.result) {
+        if let (Succeeded, Some(result)) = (job.state(), job.result) {
             client.delta(&format!("{}@{}", result.name, result.id)).await.expect("a published result");
         }
     }
@@ -119,11 +126,17 @@ async fn nothing_acknowledged_is_lost_by_kill_9_and_no_version_is_torn() {
     for round in 0..6 {
         let mut spawned = world.spawn().await;
         let client = spawned.client.clone();
+        let before = seen.counts();
         let work = [
             tokio::spawn(uploads(client.clone(), Arc::clone(&world), round, Arc::clone(&seen))),
             tokio::spawn(jobs(client.clone(), round, Arc::clone(&seen))),
         ];
-        tokio::time::sleep(Duration::from_millis(100 + (rng.uniform() * 900.0) as u64)).await;
+        eventually("one more of each is acknowledged", async || {
+            let now = seen.counts();
+            now.0 > before.0 && now.1 > before.1
+        })
+        .await;
+        tokio::time::sleep(Duration::from_millis((rng.uniform() * 900.0) as u64)).await;
         spawned.kill();
         for task in work {
             timely("the clients notice", task).await.expect("no panic");
@@ -133,7 +146,6 @@ async fn nothing_acknowledged_is_lost_by_kill_9_and_no_version_is_torn() {
             check(&spawned.client, &seen).await;
         }
     }
-    let (versions, jobs) = (seen.versions.lock().len(), seen.jobs.lock().len());
+    let (versions, jobs) = seen.counts();
     println!("{versions} versions and {jobs} jobs were acknowledged");
-    assert!(versions >= 6 && jobs >= 6);
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     future::Future,
-    net::TcpListener,
+    io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -121,24 +121,41 @@ impl World {
         Running { server, client: Client { channel, tenant: "default".into() } }
     }
 
-    /// The real binary on this world; its client is connected once it answers.
+    /// The real binary on this world, once it serves.
     pub(crate) async fn spawn(&self) -> Spawned {
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-        let child = Command::new(env!("CARGO_BIN_EXE_deltaserve"))
-            .args(["serve", "--http", "127.0.0.1:0", "--log", "warn", "--threads", "1", "--drain-seconds", "20"])
+        let mut child = Command::new(env!("CARGO_BIN_EXE_deltaserve"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1"])
+            .args(["--log", "warn,deltaserve::app=info", "--log-format", "json"])
+            .args(["--drain-seconds", &self.config.drain.as_secs().to_string()])
             .arg("--base")
             .arg(&self.config.base.source)
             .arg("--data-dir")
             .arg(self.data_dir())
-            .args(["--listen", &format!("127.0.0.1:{port}")])
             .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("the binary starts");
-        let address = format!("http://127.0.0.1:{port}");
-        let channel = Channel::from_shared(address.clone()).expect("an address").connect_lazy();
-        let mut spawned = Spawned { child, address, client: Client { channel, tenant: "default".into() } };
-        eventually("the binary answers", async || spawned.client.info().await.is_ok()).await;
-        assert!(spawned.child.try_wait().expect("its state").is_none(), "the binary ended");
+        let log = child.stderr.take().expect("its log is piped");
+        let client = |address: &str| {
+            let channel = Channel::from_shared(address.to_owned()).expect("an address").connect_lazy();
+            Client { channel, tenant: "default".into() }
+        };
+        // from here on it ends with the test, also if it never serves
+        let mut spawned = Spawned { child, address: String::new(), client: client("http://127.0.0.1:0") };
+        let (found, mut ready) = tokio::sync::mpsc::unbounded_channel();
+        // reads the log to its end, so that the server never waits for it
+        std::thread::spawn(move || {
+            for line in BufReader::new(log).lines().map_while(Result::ok) {
+                let event: Value = serde_json::from_str(&line).unwrap_or_default();
+                match (event["message"].as_str(), event["grpc"].as_str()) {
+                    (Some("ready"), Some(grpc)) => drop(found.send(grpc.to_owned())),
+                    _ => eprintln!("server: {line}"),
+                }
+            }
+        });
+        let grpc = timely("the binary is ready", ready.recv()).await.expect("it says where it listens");
+        spawned.address = format!("http://{grpc}");
+        spawned.client = client(&spawned.address);
         spawned
     }
 

@@ -1,23 +1,14 @@
 //! Ends: whatever happens to a request, its pages, lease and permit come back and the others go on.
 
 use super::*;
-use crate::model::testing::{tiny_bert, tiny_llama};
-
-/// Waits for something that the engine does within a few steps.
-fn until(what: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !what() {
-        assert!(start.elapsed() < Duration::from_secs(30), "does not come");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
+use crate::model::testing::tiny_bert;
 
 #[test]
 fn a_client_that_leaves_frees_its_sequence() {
-    let base = base(&tiny_llama());
-    let engine = Engine::new(&base, roomy());
+    let base = long_base();
+    let engine = Engine::new(&base, endless(2));
     let stays = Job::new(prompt(1, 4), greedy(60)).with(&delta(&base, 1, 0));
-    let leaves = Job::new(prompt(2, 4), greedy(240)).with(&delta(&base, 2, 0));
+    let leaves = Job::new(prompt(2, 4), greedy(ENDLESS)).with(&delta(&base, 2, 0));
     let permits = Arc::new(tokio::sync::Semaphore::new(1));
     let (mut request, mut events) = leaves.request();
     request.permit = Some(Permit::new(Arc::clone(&permits).try_acquire_owned().expect("permit")));
@@ -29,6 +20,7 @@ fn a_client_that_leaves_frees_its_sequence() {
     assert_eq!(Answer::read(stays_events).tokens.len(), 60);
     engine.settle();
     until(|| Arc::strong_count(&stays.lease) == 1);
+    assert!(engine.handle.stats().steps < ENDLESS as u64, "it ran to its end");
 }
 
 #[test]
@@ -61,12 +53,11 @@ fn a_request_past_its_deadline_never_starts() {
 
 #[test]
 fn a_running_request_ends_at_its_deadline() {
-    let base = base(&tiny_llama());
-    let engine = Engine::new(&base, roomy());
-    let deadline = Some(Instant::now() + Duration::from_millis(4));
-    let answer = Answer::read(engine.submit(&Job { deadline, ..Job::new(prompt(1, 4), greedy(250)) }));
-    assert!(matches!(answer.failed, Some(EngineError::DeadlineExceeded(_))), "{answer:?}");
-    assert!(answer.tokens.len() < 250);
+    let engine = Engine::new(&long_base(), endless(1));
+    let deadline = Some(Instant::now() + Duration::from_millis(50));
+    let answer = Answer::read(engine.submit(&Job { deadline, ..Job::new(prompt(1, 4), greedy(ENDLESS)) }));
+    assert!(matches!(answer.failed, Some(EngineError::DeadlineExceeded(_))), "{:?}", answer.failed);
+    assert!(answer.tokens.len() < ENDLESS);
     engine.settle();
 }
 
@@ -153,11 +144,12 @@ fn shutdown_lets_running_work_finish_and_takes_no_more() {
 
 #[test]
 fn shutdown_fails_what_is_left_at_the_end_of_grace() {
-    let base = base(&tiny_llama());
-    let engine = Engine::new(&base, EngineConfig { max_sequences: 1, ..roomy() });
-    let running = engine.submit(&Job::new(prompt(1, 4), greedy(250)));
-    let waiting = engine.submit(&Job::new(prompt(2, 4), greedy(250)));
+    let engine = Engine::new(&long_base(), EngineConfig { max_sequences: 1, ..endless(1) });
+    let held = engine.hold();
+    let running = engine.submit(&Job::new(prompt(1, 4), greedy(ENDLESS)));
+    let waiting = engine.submit(&Job::new(prompt(2, 4), greedy(ENDLESS)));
     engine.handle.shutdown(Duration::from_millis(2));
+    drop(held);
     assert_eq!(Answer::read(running).failed, Some(EngineError::Draining));
     assert_eq!(Answer::read(waiting).failed, Some(EngineError::Draining));
 }
@@ -166,30 +158,22 @@ fn shutdown_fails_what_is_left_at_the_end_of_grace() {
 fn a_full_queue_is_an_answer() {
     let base = base(&tiny_llama());
     let engine = Engine::new(&base, EngineConfig { queue: 1, ..roomy() });
-    let mut refused = 0;
-    let mut receivers = Vec::new();
-    for i in 0..200 {
-        let (request, events) = Job::new(prompt(i, 30), greedy(1)).request();
-        match engine.handle.submit(request) {
-            Ok(()) => receivers.push(events),
-            Err(e) => {
-                assert_eq!(e, SubmitError::Overloaded(1));
-                refused += 1;
-            }
-        }
+    let job = |i| Job::new(prompt(i, 30), greedy(1));
+    let held = engine.hold();
+    let first = engine.submit(&job(0));
+    for i in 1..9 {
+        assert_eq!(engine.handle.submit(job(i).request().0), Err(SubmitError::Overloaded(1)));
     }
-    assert!(refused > 0);
-    for events in receivers {
-        assert!(Answer::read(events).finished.is_some());
-    }
+    drop(held);
+    assert!(Answer::read(first).finished.is_some());
+    assert!(Answer::read(engine.submit(&job(9))).finished.is_some(), "there is room again");
 }
 
 #[test]
 fn serving_marks_itself_busy_while_it_works() {
-    let base = base(&tiny_llama());
-    let engine = Engine::new(&base, roomy());
+    let engine = Engine::new(&long_base(), endless(1));
     assert!(!engine.pacer.is_busy());
-    let mut events = engine.submit(&Job::new(prompt(1, 4), greedy(200)));
+    let mut events = engine.submit(&Job::new(prompt(1, 4), greedy(ENDLESS)));
     events.blocking_recv();
     assert!(engine.pacer.is_busy());
     drop(events);

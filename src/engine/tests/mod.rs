@@ -17,7 +17,7 @@ use crate::{
     admission::params::{FinishReason, Sampling, Timings},
     delta::{Delta, DeltaSpec, Head, LowRank, Patch, Task},
     ids::DeltaId,
-    model::testing::{Rng, random_base},
+    model::testing::{Rng, random_base, tiny_llama},
 };
 
 /// Sizes at which nothing is split, preempted or kept waiting.
@@ -27,6 +27,21 @@ fn roomy() -> EngineConfig {
 
 fn base(config: &serde_json::Value) -> Arc<Base> {
     Arc::new(random_base(config, 7).expect("base"))
+}
+
+/// New tokens of a request that is to be caught while it runs: seconds of work.
+const ENDLESS: usize = 12_000;
+
+/// A base whose context is long enough for such requests.
+fn long_base() -> Arc<Base> {
+    let mut config = tiny_llama();
+    config["max_position_embeddings"] = 16_384.into();
+    base(&config)
+}
+
+/// Pages for so many of them.
+fn endless(sequences: usize) -> EngineConfig {
+    EngineConfig { kv_pages: sequences * pages_for(ENDLESS + PAGE_SIZE), ..roomy() }
 }
 
 /// An engine that is shut down and joined at the end of the test.
@@ -49,20 +64,36 @@ impl Engine {
         events
     }
 
-    /// All at once; later ones join while earlier ones run.
+    /// Until the answer is dropped, the engine thread takes nothing: what is submitted meanwhile, it finds all at once.
+    fn hold(&self) -> std::sync::mpsc::SyncSender<()> {
+        let (held, gate) = std::sync::mpsc::sync_channel(0);
+        self.handle.commands.try_send(Command::Hold(gate)).expect("taken");
+        held.send(()).expect("the thread stands at the gate");
+        held
+    }
+
+    /// All at once.
     fn together(&self, jobs: &[Job]) -> Vec<Answer> {
+        let held = self.hold();
         let receivers: Vec<_> = jobs.iter().map(|job| self.submit(job)).collect();
+        drop(held);
         receivers.into_iter().map(Answer::read).collect()
     }
 
     /// Waits until nothing runs; then no page may be in use.
     fn settle(&self) {
-        let start = Instant::now();
-        while self.handle.stats().running + self.handle.stats().waiting > 0 || self.pacer.is_busy() {
-            assert!(start.elapsed() < Duration::from_secs(30), "the engine never rests: {:?}", self.handle.stats());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        until(|| self.handle.stats().running + self.handle.stats().waiting == 0 && !self.pacer.is_busy());
         assert_eq!(self.handle.stats().pages_used, 0);
+    }
+}
+
+/// Waits for something that the engine does within a few steps.
+#[track_caller]
+fn until(what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < Duration::from_secs(60), "does not come");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

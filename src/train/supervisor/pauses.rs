@@ -69,9 +69,8 @@ impl Supervisor {
         if own.is_some_and(asked) || (own.is_none() && self.state_of(id).await? == JobState::Paused) {
             return self.pause(id).await; // counted already
         }
-        let about =
-            self.running.iter().filter(|(_, job)| own.is_some_and(|own| own.tenant == job.tenant) && asked(job));
-        let (paused, most) = (self.shared.paused_beside(id) + about.count(), self.max_paused);
+        let about = self.running.iter().filter(|(_, job)| asked(job)).map(|(id, _)| id);
+        let (paused, most) = (self.shared.paused_beside(id, &about.collect::<Vec<_>>()), self.max_paused);
         if paused >= most {
             let message =
                 format!("{paused} jobs of this tenant are paused; at most {most} (resume or cancel one of them first)");
