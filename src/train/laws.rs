@@ -116,6 +116,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         checkpoint_every: 0,
         keep_last: false,
         worst_examples: 0,
+        preference: None,
     }
 }
 

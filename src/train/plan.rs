@@ -21,7 +21,7 @@ use crate::{
     train::{
         batches,
         dataset::Dataset,
-        encode::{Encoded, TextCodec, encode},
+        encode::{Encoded, TextCodec, add_mismatched, encode},
         issue::{Report, Severity},
         spec::{BaseShape, Start, TrainSpec},
         transfer::{self, Continue, Continued},
@@ -97,7 +97,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     }
     let (mut data, mut report) = Dataset::parse(inputs.train);
     let labels = LabelSet::resolve_for(params.problem, &params.labels, &data, &mut report);
-    check_train(&data, params.task, &labels, &mut report);
+    check_train(&data, params, &labels, &mut report);
     if report.is_ok() {
         problems.extend(few_shot::take(params, &labels, &mut data));
     }
@@ -129,7 +129,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let mut validation = Vec::new();
     if let Some(bytes) = inputs.validation {
         let (held, mut report) = Dataset::parse(bytes);
-        check_validation(&held, &data, params.task, &labels, &mut report);
+        check_validation(&held, &data, params, &labels, &mut report);
         validation = if fits { encode(&held, codec, &labels, max_length, &mut report) } else { Vec::new() };
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
@@ -157,12 +157,17 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         validation = hold.iter().map(|i| train[*i].clone()).collect();
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
+    add_mismatched(&mut train, max_length);
+    add_mismatched(&mut validation, max_length);
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let resolved = chosen.resolve(&train, start.as_ref());
-    let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
-    let longest_rows = longest + spec.positions.count();
+    let virtual_rows = spec.positions.count();
+    let most_of = |size: &dyn Fn(&Encoded) -> usize| train.iter().chain(&validation).map(size).max().unwrap_or(0);
+    let longest = most_of(&Encoded::longest);
+    let longest_rows = longest + virtual_rows;
+    let example_rows = most_of(&|e| e.rows() + e.sequences() * virtual_rows);
     let most = if spec.full.is_some() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
-    let rows = (resolved.batch_size as usize * longest_rows).min(most.max(longest_rows));
+    let rows = (resolved.batch_size as usize * example_rows).min(most.max(example_rows));
     let parameters = start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec));
     let mut memory = spec.memory(base.shape, parameters, rows, longest_rows);
     if resolved.ewc.is_some() {
@@ -173,7 +178,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         train_examples: train.len() as u64,
         validation_examples: validation.len() as u64,
         train_tokens: train.iter().map(|e| e.rows() as u64).sum(),
-        supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
+        supervised_tokens: train.iter().map(|e| e.supervised() as u64).sum(),
         longest_example: longest as u32,
         memory,
         warnings,
@@ -298,6 +303,7 @@ pub(crate) mod tests {
             publish: PublishPolicy::Upsert,
             from_delta: None,
             ewc: None,
+            preference: None,
             idempotency_key: None,
         }
     }

@@ -133,6 +133,8 @@ fn eval_line(e: &proto::EvalResult) -> String {
         number("micro-F1", e.micro_f1),
         number("MSE", e.mse),
         number("Pearson", e.pearson),
+        number("reward accuracy", e.reward_accuracy),
+        number("reward margin", e.reward_margin),
         if e.best { "  (best)" } else { "" }
     )
 }

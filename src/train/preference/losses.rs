@@ -50,11 +50,8 @@ impl Encoded {
     /// Its own answer, and the other one.
     pub fn answers(&self) -> impl Iterator<Item = Sequence<'_>> {
         let own = Sequence { tokens: &self.tokens, source: &self.source, learn: self.learned() };
-        let other = |o| {
-            let super::super::encode::Answer { tokens, learn } = o;
-            Sequence { tokens, source: &self.source, learn }
-        };
-        std::iter::once(own).chain(self.other().map(other))
+        let other = self.other().map(|a| Sequence { tokens: &a.tokens, source: &self.source, learn: &a.learn });
+        std::iter::once(own).chain(other)
     }
 }
 
@@ -80,6 +77,9 @@ pub fn judge(of: &Judged<'_>, p: &ResolvedPreference) -> Result<Losses> {
     let sums = of.policy.sums.to_vec1::<f32>()?;
     let n = of.examples.len();
     let answers = sums.len() / n.max(1);
+    if of.reference.len() != if p.has_reference() { n } else { 0 } {
+        candle_core::bail!("{} references for {n} examples of {}", of.reference.len(), p.method.as_str());
+    }
     let at = |i: usize| f64::from(sums[i]);
     let reference = |i: usize| of.reference.get(i).map_or([0.0; 2], |r| r.map(f64::from));
     let (mut values, mut slopes) = (Vec::with_capacity(n), vec![0f32; sums.len()]);
