@@ -172,6 +172,46 @@ mod tests {
         }
     }
 
+    /// `tests/golden/preference.py`: the papers' formulas in exact arithmetic.
+    #[test]
+    fn values_and_slopes_are_the_recorded_ones() {
+        let cases: Vec<serde_json::Value> =
+            serde_json::from_str(include_str!("../../tests/golden/preference.json")).unwrap();
+        let near = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs() + 1e-300;
+        for case in &cases {
+            let list = |field: &str| -> Vec<f64> {
+                case[field].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+            };
+            let number = |field: &str| case[field].as_f64().unwrap();
+            let (policy, beta) = (list("policy"), number("beta"));
+            let two = |v: &[f64]| [v[0], v[1]];
+            let (value, slope) = match case["loss"].as_str().unwrap() {
+                "dpo" => {
+                    let l = dpo(two(&policy), two(&list("reference")), beta, number("label_smoothing"));
+                    (l.value, l.slope.to_vec())
+                }
+                "orpo" => {
+                    let l = orpo(two(&policy), beta);
+                    (l.value, l.slope.to_vec())
+                }
+                _ => {
+                    let p = PreferenceParams {
+                        beta: Some(beta),
+                        desirable_weight: Some(number("desirable_weight")),
+                        undesirable_weight: Some(number("undesirable_weight")),
+                        ..PreferenceParams::of(PreferenceMethod::Kto)
+                    };
+                    let good = case["good"].as_bool().unwrap();
+                    let l = kto(policy[0], list("reference")[0], number("kl"), good, &p.resolve());
+                    (l.value, l.slope.to_vec())
+                }
+            };
+            assert!(near(value, number("value")), "{value:e} {case}");
+            assert!(slope.iter().zip(list("slope")).all(|(a, b)| near(*a, b)), "{slope:?} {case}");
+        }
+        assert_eq!(cases.len(), 100);
+    }
+
     #[test]
     fn an_untrained_delta_is_at_the_known_values() {
         let start = dpo([-7.0, -3.0], [-7.0, -3.0], 0.1, 0.2);

@@ -122,7 +122,7 @@ impl View {
 fn eval_line(e: &proto::EvalResult) -> String {
     let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
     format!(
-        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}",
+        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}{}{}",
         e.step,
         e.loss,
         number("perplexity", e.perplexity),
