@@ -336,7 +336,9 @@ impl TrainParams {
         preference.check(at, problems);
         let smooths = self.hyper.label_smoothing.is_some_and(|s| s > 0.0);
         problems.require(!smooths, "spec.hyper.label_smoothing", || {
-            format!("smooths a target among tokens, which {method} has none of; for dpo there is preference.label_smoothing")
+            format!(
+                "smooths a target among tokens, which {method} has none of; for dpo there is preference.label_smoothing"
+            )
         });
     }
 

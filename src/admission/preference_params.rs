@@ -87,9 +87,8 @@ impl PreferenceParams {
         for (name, value, range, user) in numbers {
             let (Some(value), field) = (value, format!("{at}.{name}")) else { continue };
             let method = self.method.as_str();
-            problems.require(user == self.method, &field, || {
-                format!("is for {}; the method is {method}", user.as_str())
-            });
+            problems
+                .require(user == self.method, &field, || format!("is for {}; the method is {method}", user.as_str()));
             problems.range(&field, value, &range);
         }
     }

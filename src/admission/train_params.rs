@@ -17,11 +17,11 @@ pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
 };
 use super::params::{PublishPolicy, Violation};
-pub use super::preference_params::{PreferenceMethod, PreferenceParams, ResolvedPreference};
-pub use super::transfer_params::{EwcParams, ResolvedEwc, StartedFrom};
 pub use super::position_params::{
     MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart,
 };
+pub use super::preference_params::{PreferenceMethod, PreferenceParams, ResolvedPreference};
+pub use super::transfer_params::{EwcParams, ResolvedEwc, StartedFrom};
 use crate::delta::{Problem, Task};
 
 /// A training request (`CreateJob`, `Plan`).

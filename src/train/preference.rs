@@ -230,7 +230,8 @@ mod tests {
         }
         assert_eq!(log_sigmoid(-800.0), -800.0);
         assert!((log1m_exp(-1e-20).exp() - 1e-20).abs() < 1e-30 && log1m_exp(-800.0) == 0.0);
-        for mean in [[0.0, -1.0], [-1.0, 0.0], [0.0, 0.0], [1e-8, -2.0], [-2.0, 1e-8], [-900.0, -1e-8], [-1e-8, -900.0]] {
+        for mean in [[0.0, -1.0], [-1.0, 0.0], [0.0, 0.0], [1e-8, -2.0], [-2.0, 1e-8], [-900.0, -1e-8], [-1e-8, -900.0]]
+        {
             let loss = orpo(mean, 0.1);
             assert!(loss.value.is_finite() && loss.slope.iter().all(|s| s.is_finite()), "{mean:?} {loss:?}");
         }

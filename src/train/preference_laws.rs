@@ -106,8 +106,7 @@ fn shake(t: &Trainable) {
 
 #[test]
 fn gradients_match_central_differences_for_every_method() {
-    let mut cases: Vec<_> =
-        all().into_iter().map(|(name, methods)| ("llama", Task::CausalLm, name, methods)).collect();
+    let mut cases: Vec<_> = all().into_iter().map(|(name, methods)| ("llama", Task::CausalLm, name, methods)).collect();
     cases.extend([
         ("gpt2", Task::CausalLm, "lora", lora()),
         ("llama", Task::CausalLm, "prefix", vec![positions::prefix(3)]),
@@ -191,7 +190,8 @@ fn what_is_preferred_is_learned_and_held_out_answers_are_told_apart() {
                 worst_examples: 2,
                 ..hyper(80)
             };
-            let (events, outcome) = finish(Run::new(Arc::clone(&base), None, prefers(&base, (task, method), &methods, resolved)).unwrap());
+            let (events, outcome) =
+                finish(Run::new(Arc::clone(&base), None, prefers(&base, (task, method), &methods, resolved)).unwrap());
             let evals = evals(&events);
             let last = evals.last().unwrap_or_else(|| panic!("{outcome:?}"));
             let what = format!("{family} {method:?} {methods:?}: {evals:?}");
@@ -207,7 +207,8 @@ fn each_reference_is_taken_once_in_a_turn_of_its_own() {
     let base = tiny("llama");
     let turns = |method| {
         // three passes, an evaluation after each
-        let mut run = Run::new(Arc::clone(&base), None, prefers(&base, (Task::CausalLm, method), &lora(), hyper(9))).unwrap();
+        let mut run =
+            Run::new(Arc::clone(&base), None, prefers(&base, (Task::CausalLm, method), &lora(), hyper(9))).unwrap();
         let mut n = 0;
         while let Advance::More(_) = run.advance() {
             n += 1;
@@ -267,7 +268,11 @@ fn a_checkpoint_belongs_to_its_answers() {
             _ => panic!("no preference"),
         });
         if method == PreferenceMethod::Kto {
-            other(&|e| if let Target::Rated(_, good, _) = &mut e.target { *good = !*good });
+            other(&|e| {
+                if let Target::Rated(_, good, _) = &mut e.target {
+                    *good = !*good
+                }
+            });
         }
         let mut hotter = of();
         hotter.resolved.preference.iter_mut().for_each(|p| p.beta *= 2.0);

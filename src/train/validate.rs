@@ -198,13 +198,7 @@ pub fn check_train(data: &Dataset, aim: impl Into<Aim>, labels: &LabelSet, repor
 }
 
 /// What a validation set must be; rows that are in the training set are pointed out.
-pub fn check_validation(
-    data: &Dataset,
-    train: &Dataset,
-    aim: impl Into<Aim>,
-    labels: &LabelSet,
-    report: &mut Report,
-) {
+pub fn check_validation(data: &Dataset, train: &Dataset, aim: impl Into<Aim>, labels: &LabelSet, report: &mut Report) {
     check_common(data, aim, labels, report);
     let seen: HashSet<u64> = train.rows.iter().map(|r| digest(&r.example)).collect();
     for row in data.rows.iter().filter(|r| seen.contains(&digest(&r.example))) {

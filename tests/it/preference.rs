@@ -60,7 +60,8 @@ async fn preferred_answers_become_likelier_than_the_others() {
             let p = resolved.preference.expect("its preference");
             assert_eq!((p.method(), p.beta, resolved.eval_metric.as_str()), (method, 0.1, "reward_accuracy"));
             let events = client.events(&job.id, 0).await.expect("a watch");
-            let metrics = events.iter().find_map(|e| if let Some(Body::Metrics(m)) = &e.body { Some(*m) } else { None });
+            let metrics =
+                events.iter().find_map(|e| if let Some(Body::Metrics(m)) = &e.body { Some(*m) } else { None });
             let start = match method {
                 Method::Dpo => Some(std::f64::consts::LN_2),
                 Method::Kto => Some(0.5),
@@ -118,7 +119,11 @@ async fn a_pause_and_a_published_checkpoint_change_nothing() {
         assert_eq!(client.ended(&job.id).await.state(), proto::JobState::Succeeded);
         let weights = async |name: &str| {
             let files = client.download(name).await.expect("its files").files;
-            files.into_iter().filter(|(file, _)| file.ends_with(".safetensors")).map(|(_, data)| data).collect::<Vec<_>>()
+            files
+                .into_iter()
+                .filter(|(file, _)| file.ends_with(".safetensors"))
+                .map(|(_, data)| data)
+                .collect::<Vec<_>>()
         };
         let (a, b, c) = (weights("straight").await, weights("paused").await, weights("half").await);
         assert!(a == b && !a.is_empty() && a != c, "{method:?}: the same bytes");
@@ -187,7 +192,8 @@ async fn what_cannot_be_learned_is_refused_by_name() {
     expect_invalid(&status, "spec.preference.method", &["dpo, orpo or kto"]);
     let status = refused(with(Method::Orpo, &|s| s.task = proto::Task::SeqCls.into())).await;
     expect_invalid(&status, "spec.preference", &["orpo", "seq_cls"]);
-    let status = refused(with(Method::Kto, &|s| s.hyper.as_mut().expect("hyper").eval_metric = Some("perplexity".into()))).await;
+    let status =
+        refused(with(Method::Kto, &|s| s.hyper.as_mut().expect("hyper").eval_metric = Some("perplexity".into()))).await;
     expect_invalid(&status, "eval_metric", &["loss, reward_accuracy, reward_margin"]);
 
     let data = |method: Method, lines: &[Value]| {
@@ -221,7 +227,8 @@ async fn what_cannot_be_learned_is_refused_by_name() {
     expect_invalid(&status, "line 3", &["NO_SUPERVISED_TOKEN"]);
     expect_invalid(&status, "line 4", &["CHAT_TEMPLATE"]);
     let rated = json!({"prompt": "a", "completion": "b", "label": true});
-    let status = refused(data(Method::Kto, &[rated.clone(), json!({"prompt": "a", "completion": "b", "label": 1})])).await;
+    let status =
+        refused(data(Method::Kto, &[rated.clone(), json!({"prompt": "a", "completion": "b", "label": 1})])).await;
     expect_invalid(&status, "line 2 /label", &["WRONG_TYPE", "true"]);
     let status = refused(data(Method::Kto, &[good.clone(), good.clone()])).await;
     expect_invalid(&status, "data", &["WRONG_TASK", "label: true or false"]);

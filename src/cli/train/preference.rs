@@ -89,10 +89,16 @@ mod tests {
         let dpo = spec_of(&["--task", "dpo", "--beta", "0.3", "--label-smoothing", "0.1"])?;
         let p = dpo.preference.unwrap_or_default();
         assert_eq!((dpo.task(), p.method()), (proto::Task::CausalLm, proto::PreferenceMethod::Dpo));
-        assert_eq!((p.beta, p.label_smoothing, dpo.hyper.and_then(|h| h.label_smoothing)), (Some(0.3), Some(0.1), None));
+        assert_eq!(
+            (p.beta, p.label_smoothing, dpo.hyper.and_then(|h| h.label_smoothing)),
+            (Some(0.3), Some(0.1), None)
+        );
         let kto = spec_of(&["--task", "seq2seq", "--preference", "kto", "--desirable-weight", "2"])?;
         let p = kto.preference.unwrap_or_default();
-        assert_eq!((kto.task(), p.method(), p.desirable_weight), (proto::Task::Seq2seq, proto::PreferenceMethod::Kto, Some(2.0)));
+        assert_eq!(
+            (kto.task(), p.method(), p.desirable_weight),
+            (proto::Task::Seq2seq, proto::PreferenceMethod::Kto, Some(2.0))
+        );
         assert!(spec_of(&["--task", "orpo", "--preference", "orpo"]).is_ok());
         assert!(spec_of(&["--task", "orpo", "--preference", "kto"]).is_err());
         assert!(spec_of(&["--beta", "0.3"]).is_err());

@@ -47,13 +47,7 @@ impl Encoder<'_> {
         }
     }
 
-    fn answer(
-        &mut self,
-        line: u64,
-        pointer: &str,
-        prompt: &Said,
-        answer: &Said,
-    ) -> Result<Answer, (Code, String)> {
+    fn answer(&mut self, line: u64, pointer: &str, prompt: &Said, answer: &Said) -> Result<Answer, (Code, String)> {
         let whole = match (prompt, answer) {
             (Said::Text(prompt), Said::Text(answer)) => self.completion(prompt, answer)?,
             (Said::Turns(prompt), Said::Turns(answer)) => {

@@ -115,7 +115,10 @@ fn both_answers_keep_the_prompt_and_are_cut_at_their_ends() {
     let e = &out[0];
     let other = e.other().unwrap();
     assert_eq!((learned(e).as_str(), said(&other.tokens, &other.learn, true).as_str()), ("cdef$", "g$"));
-    assert_eq!((said(&e.tokens, e.learned(), false), said(&other.tokens, &other.learn, false)), ("$ab".into(), "$ab".into()));
+    assert_eq!(
+        (said(&e.tokens, e.learned(), false), said(&other.tokens, &other.learn, false)),
+        ("$ab".into(), "$ab".into())
+    );
     assert_eq!((e.rows(), e.longest(), e.sequences(), e.weight(), e.supervised()), (13, 8, 2, 1, 7));
     let (out, report) = run(line, &byte_codec(true), &[], 5);
     let other = out[0].other().unwrap();
@@ -138,7 +141,10 @@ fn both_answers_keep_the_prompt_and_are_cut_at_their_ends() {
     assert_eq!((learned(&out[0]).as_str(), said(&other.tokens, &other.learn, true).as_str()), ("y\n$", "z\nt\n$"));
     let pairs = byte_codec(true).with_decoder_start(Some(3));
     let (out, _) = run(r#"{"prompt": "ab", "chosen": "c", "rejected": "d"}"#, &pairs, &[], 64);
-    assert_eq!((out[0].source.as_slice(), out[0].tokens.as_slice(), out[0].rows()), (&[1, 107, 108][..], &[3, 109, 2][..], 12));
+    assert_eq!(
+        (out[0].source.as_slice(), out[0].tokens.as_slice(), out[0].rows()),
+        (&[1, 107, 108][..], &[3, 109, 2][..], 12)
+    );
     assert_eq!(run(&line.to_string(), &pairs, &[], 64).1.issues[0].code, Code::ChatTemplate);
 }
 
