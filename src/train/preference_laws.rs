@@ -74,13 +74,19 @@ fn prefers(
     }
 }
 
-fn run_of<'a>(base: &Arc<Base>, delta: &Arc<Delta>, sequences: &[Sequence<'a>]) -> Answered {
+fn run_of(base: &Arc<Base>, delta: &Arc<Delta>, sequences: &[Sequence<'_>]) -> Answered {
     log_probs(base, delta, sequences, None).unwrap()
+}
+
+/// The log-probabilities that the method learns from.
+fn policy(base: &Arc<Base>, delta: &Arc<Delta>, batch: &[&Encoded], p: &ResolvedPreference) -> Answered {
+    let own = batch.iter().map(|e| Sequence::from(*e));
+    let others = batch.iter().flat_map(|e| e.answers().skip(1)).filter(|_| p.method != PreferenceMethod::Kto);
+    run_of(base, delta, &own.chain(others).collect::<Vec<_>>())
 }
 
 /// What a delta makes of examples, and what the bare base does.
 fn judged<'a>(base: &Arc<Base>, delta: &Arc<Delta>, batch: &'a [&'a Encoded], p: &ResolvedPreference) -> Judged<'a> {
-    let own = batch.iter().map(|e| Sequence::from(*e));
     let others: Vec<_> = batch.iter().flat_map(|e| e.answers().skip(1)).collect();
     let bare = Arc::new(Delta::new(delta.spec.clone(), vec![], None));
     let alone = |e: &Encoded| {
@@ -88,10 +94,11 @@ fn judged<'a>(base: &Arc<Base>, delta: &Arc<Delta>, batch: &'a [&'a Encoded], p:
         [sums[0], sums.get(1).copied().unwrap_or(0.0)]
     };
     let reference = if p.has_reference() { batch.iter().map(|e| alone(e)).collect() } else { vec![] };
-    let pairs = p.method != PreferenceMethod::Kto;
-    let policy = run_of(base, delta, &own.chain(others.iter().copied().filter(|_| pairs)).collect::<Vec<_>>());
-    let mismatched = if pairs { vec![] } else { flat(&run_of(base, delta, &others).sums) };
-    Judged { examples: batch, policy, mismatched, reference }
+    let mismatched = match p.method {
+        PreferenceMethod::Kto => flat(&run_of(base, delta, &others).sums),
+        _ => vec![],
+    };
+    Judged { examples: batch, policy: policy(base, delta, batch, p), mismatched, reference }
 }
 
 /// Moves every variable a little away from where it starts, where some gradients are zero.
@@ -125,11 +132,13 @@ fn gradients_match_central_differences_for_every_method() {
             let t = Trainable::init_on(&input.spec, &base, 1).unwrap();
             shake(&t);
             let batch: Vec<&Encoded> = input.train.iter().take(4).collect();
-            // the estimate of KL counts as given: no gradient goes through it
-            let fixed = judged(&base, &Arc::new(t.detached().unwrap()), &batch, &p).mismatched;
+            let at = judged(&base, &Arc::new(t.detached().unwrap()), &batch, &p);
             let loss = || {
                 let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
-                let judged = Judged { mismatched: fixed.clone(), ..judged(&base, &delta, &batch, &p) };
+                // the estimate of KL counts as given: no gradient goes through it
+                let (mismatched, reference) = (at.mismatched.clone(), at.reference.clone());
+                let judged =
+                    Judged { examples: &batch, policy: policy(&base, &delta, &batch, &p), mismatched, reference };
                 judge(&judged, &p).unwrap().each.mean_all().unwrap()
             };
             let grads = loss().backward().unwrap();

@@ -391,7 +391,8 @@ mod tests {
             check_train(&data, Aim { task: Task::CausalLm, preference }, &LabelSet::default(), &mut report);
             report
         };
-        for (text, users) in [(&pairs, &[Some(Dpo), Some(Orpo)][..]), (&rated, &[Some(Kto)]), (&texts, &[None])] {
+        for (text, users) in [(&pairs, &[Some(Dpo), Some(Orpo)][..]), (&rated, &[Some(Kto)][..]), (&texts, &[None][..])]
+        {
             for user in [None, Some(Dpo), Some(Orpo), Some(Kto)] {
                 let report = check(text, user);
                 assert_eq!(report.is_ok(), users.contains(&user), "{text} {user:?} {report:?}");

@@ -101,7 +101,7 @@ async fn a_pause_and_a_published_checkpoint_change_nothing() {
         let of = |name: &str| {
             let mut spec = wanted(name, proto::Task::CausalLm, method);
             let hyper = spec.hyper.as_mut().expect("hyper");
-            (hyper.max_steps, hyper.checkpoint_every) = (Some(150), Some(5));
+            (hyper.max_steps, hyper.checkpoint_every) = (Some(300), Some(5));
             spec
         };
         let straight = client.create_job(of("straight"), "").await.expect("a job");

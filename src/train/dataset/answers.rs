@@ -8,7 +8,7 @@ use crate::{admission::params::ChatMessage, train::issue::Code};
 impl Fields<'_> {
     pub(super) fn pair(&mut self) -> Option<Example> {
         let prompt = self.said("prompt");
-        let (chosen, rejected) = (self.answer("chosen", &prompt), self.answer("rejected", &prompt));
+        let (chosen, rejected) = (self.answer("chosen", prompt.as_ref()), self.answer("rejected", prompt.as_ref()));
         let (prompt, chosen, rejected) = (prompt?, chosen?, rejected?);
         if chosen == rejected {
             self.error(Code::SameAnswers, "/rejected", "is the same as chosen: there is nothing to prefer");
@@ -19,7 +19,7 @@ impl Fields<'_> {
 
     pub(super) fn rated(&mut self) -> Option<Example> {
         let prompt = self.said("prompt");
-        let (completion, good) = (self.answer("completion", &prompt), self.verdict());
+        let (completion, good) = (self.answer("completion", prompt.as_ref()), self.verdict());
         Some(Example::Rated { prompt: prompt?, completion: completion?, good: good? })
     }
 
@@ -53,7 +53,7 @@ impl Fields<'_> {
     }
 
     /// An answer in the form of its prompt: a text that is not empty, or turns from the assistant's first to its last.
-    fn answer(&mut self, field: &str, prompt: &Option<Said>) -> Option<Said> {
+    fn answer(&mut self, field: &str, prompt: Option<&Said>) -> Option<Said> {
         match (self.value(field)?, prompt) {
             (Value::String(text), None | Some(Said::Text(_))) => {
                 if text.trim().is_empty() {

@@ -51,7 +51,7 @@ impl Encoder<'_> {
         let whole = match (prompt, answer) {
             (Said::Text(prompt), Said::Text(answer)) => self.completion(prompt, answer)?,
             (Said::Turns(prompt), Said::Turns(answer)) => {
-                self.messages(&[prompt.as_slice(), answer].concat(), prompt.len())?
+                self.messages(&[prompt.as_slice(), answer.as_slice()].concat(), prompt.len())?
             }
             _ => return Err((Code::WrongType, "has a prompt and an answer of different forms".to_owned())),
         };

@@ -77,7 +77,8 @@ pub fn judge(of: &Judged<'_>, p: &ResolvedPreference) -> Result<Losses> {
     let sums = of.policy.sums.to_vec1::<f32>()?;
     let n = of.examples.len();
     let answers = sums.len() / n.max(1);
-    if of.reference.len() != if p.has_reference() { n } else { 0 } {
+    let references = if p.has_reference() { n } else { 0 };
+    if of.reference.len() != references {
         candle_core::bail!("{} references for {n} examples of {}", of.reference.len(), p.method.as_str());
     }
     let at = |i: usize| f64::from(sums[i]);
