@@ -376,6 +376,41 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn preferences_have_defaults_and_figures_of_their_own() {
+        use crate::admission::train_params::{EvalMetric, PreferenceMethod, PreferenceParams};
+        let texts = run(&params(Task::CausalLm, lora()), "{\"text\": \"one\"}\n{\"text\": \"two\"}", None).unwrap();
+        let rate = texts.reply.resolved.learning_rate;
+        let pair = |i: usize| format!("{{\"prompt\": \"p{i}\", \"chosen\": \"yes\", \"rejected\": \"n\"}}\n");
+        let rated =
+            |i: usize| format!("{{\"prompt\": \"p{i}\", \"completion\": \"yes\", \"label\": {}}}\n", i % 2 == 0);
+        let (pairs, rated): (String, String) = ((0..10).map(pair).collect(), (0..10).map(rated).collect());
+        for (method, data, share) in [
+            (PreferenceMethod::Dpo, &pairs, 0.1),
+            (PreferenceMethod::Orpo, &pairs, 0.4),
+            (PreferenceMethod::Kto, &rated, 0.1),
+        ] {
+            let mut p = params(Task::CausalLm, lora());
+            p.preference = Some(PreferenceParams::of(method));
+            p.validation = Some(Validation::Fraction(0.2));
+            let planned = run(&p, data, None).unwrap();
+            let r = &planned.reply.resolved;
+            assert_eq!((r.preference, r.eval_metric), (p.preference.map(|p| p.resolve()), EvalMetric::Loss));
+            assert!((r.learning_rate - share * rate).abs() < 1e-12, "{method:?} {}", r.learning_rate);
+            assert_eq!((planned.train.len(), planned.validation.len()), (8, 2));
+            assert!(planned.train.iter().chain(&*planned.validation).all(|e| e.sequences() == 2), "{method:?}");
+            // the codec's start, two of the prompt, the answers and their ends
+            let tokens = if method == PreferenceMethod::Kto { 7 + 7 } else { 7 + 5 };
+            assert_eq!((planned.reply.train_tokens, planned.reply.longest_example), (8 * tokens, 7), "{method:?}");
+            let learned = if method == PreferenceMethod::Kto { 4 } else { 4 + 2 };
+            assert_eq!(planned.reply.supervised_tokens, 8 * learned);
+            assert_eq!(
+                run(&p, if method == PreferenceMethod::Kto { &pairs } else { &rated }, None).unwrap_err()[0].code,
+                "WRONG_TASK"
+            );
+        }
+    }
+
+    #[test]
     fn an_empty_or_single_example_set_is_refused() {
         let p = params(Task::CausalLm, lora());
         assert_eq!(run(&p, "", None).unwrap_err()[0].code, "EMPTY_FILE");

@@ -143,14 +143,14 @@ mod tests {
     #[track_caller]
     fn assert_slopes<const N: usize>(at: [f64; N], loss: impl Fn([f64; N]) -> Loss<N>) {
         let (h, found) = (1e-5, loss(at));
-        for i in 0..N {
+        for (i, given) in found.slope.iter().enumerate() {
             let moved = |by: f64| {
                 let mut to = at;
                 to[i] += by;
                 loss(to).value
             };
             let slope = (moved(h) - moved(-h)) / (2.0 * h);
-            assert!((slope - found.slope[i]).abs() < 1e-8 + 1e-6 * slope.abs(), "{at:?}: {slope} {found:?}");
+            assert!((slope - given).abs() < 1e-8 + 1e-6 * slope.abs(), "{at:?}: {slope} {found:?}");
         }
     }
 
