@@ -253,7 +253,7 @@ fn preferences_go_on_bit_for_bit() {
             let resolved = ResolvedTraining { worst_examples: 3, ..busy(6) };
             let of = || prefers(&base, (task, method), &lora(), resolved.clone());
             // within the references of a step, of an evaluation, and between
-            let stops = if family == "llama" { &[1, 5, 8, 11, 23, 31, 38, 44, 52][..] } else { &[9, 40] };
+            let stops = if family == "llama" { &[1, 5, 8, 11, 23, 31, 38, 44, 52][..] } else { &[9, 40][..] };
             assert_goes_on(&base, &format!("{family} {method:?}"), stops, &of);
         }
     }
