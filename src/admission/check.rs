@@ -55,7 +55,7 @@ impl Problems {
     }
 
     /// A number in a range. `(low, high]` and the like are told by the description; NaN is never in range.
-    fn range(&mut self, field: &str, value: f64, accepted: &Range) {
+    pub(super) fn range(&mut self, field: &str, value: f64, accepted: &Range) {
         if !accepted.holds(value) {
             self.push(field, format!("is {value}; accepted is {accepted}"));
         }
@@ -73,7 +73,7 @@ impl Problems {
 }
 
 /// An interval of numbers.
-struct Range {
+pub(super) struct Range {
     low: f64,
     low_open: bool,
     high: f64,
@@ -85,11 +85,11 @@ impl Range {
         Self { low, low_open: false, high, high_open: false }
     }
 
-    const fn above(low: f64, high: f64) -> Self {
+    pub(super) const fn above(low: f64, high: f64) -> Self {
         Self { low, low_open: true, high, high_open: false }
     }
 
-    const fn below(low: f64, high: f64) -> Self {
+    pub(super) const fn below(low: f64, high: f64) -> Self {
         Self { low, low_open: false, high, high_open: true }
     }
 
@@ -290,6 +290,7 @@ impl TrainParams {
         self.forgetting.iter().for_each(|data| data.check("spec.forgetting", &mut problems));
         self.check_methods(&mut problems);
         self.check_ewc(&mut problems);
+        self.check_preference(&mut problems);
         self.check_labels(&mut problems);
         self.hyper.check("spec.hyper", &mut problems);
         if let Some(key) = &self.idempotency_key {
@@ -336,6 +337,21 @@ impl TrainParams {
         ewc.data.check("spec.ewc.data", problems);
         problems.range("spec.ewc.lambda", ewc.lambda, &Range::above(0.0, 1e9));
         problems.integer("spec.ewc.max_examples", ewc.max_examples.unwrap_or(1), 1, 100_000);
+    }
+
+    fn check_preference(&self, problems: &mut Problems) {
+        let Some(preference) = &self.preference else { return };
+        let (at, method) = ("spec.preference", preference.method.as_str());
+        problems.require(self.task.generates(), at, || {
+            format!("{method} is for causal_lm and seq2seq; the task is {}", self.task.as_str())
+        });
+        preference.check(at, problems);
+        let smooths = self.hyper.label_smoothing.is_some_and(|s| s > 0.0);
+        problems.require(!smooths, "spec.hyper.label_smoothing", || {
+            format!(
+                "smooths a target among tokens, which {method} has none of; for dpo there is preference.label_smoothing"
+            )
+        });
     }
 
     fn check_labels(&self, problems: &mut Problems) {

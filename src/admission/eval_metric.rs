@@ -27,11 +27,15 @@ pub enum EvalMetric {
     Mse,
     /// Pearson's correlation.
     Pearson,
+    /// Share of preferences that rewards are in line with.
+    RewardAccuracy,
+    /// How much larger rewards of preferred answers are.
+    RewardMargin,
 }
 
 impl EvalMetric {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Loss,
         Self::Perplexity,
         Self::Accuracy,
@@ -41,6 +45,8 @@ impl EvalMetric {
         Self::MicroF1,
         Self::Mse,
         Self::Pearson,
+        Self::RewardAccuracy,
+        Self::RewardMargin,
     ];
 
     /// Its name in requests.
@@ -55,6 +61,8 @@ impl EvalMetric {
             Self::MicroF1 => "micro_f1",
             Self::Mse => "mse",
             Self::Pearson => "pearson",
+            Self::RewardAccuracy => "reward_accuracy",
+            Self::RewardMargin => "reward_margin",
         }
     }
 
@@ -75,6 +83,8 @@ impl EvalMetric {
             Self::MicroF1 => eval.micro_f1,
             Self::Mse => eval.mse,
             Self::Pearson => eval.pearson,
+            Self::RewardAccuracy => eval.reward_accuracy,
+            Self::RewardMargin => eval.reward_margin,
         }
     }
 

@@ -274,6 +274,12 @@ pub struct EvalEvent {
     pub mse: Option<f64>,
     /// Pearson's correlation; regression only.
     pub pearson: Option<f64>,
+    /// Share of preferences that rewards are in line with; preferences only.
+    #[serde(default)]
+    pub reward_accuracy: Option<f64>,
+    /// Mean reward of preferred answers less that of the others; preferences only.
+    #[serde(default)]
+    pub reward_margin: Option<f64>,
     /// Whether it is the best so far.
     pub best: bool,
 }

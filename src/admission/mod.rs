@@ -22,10 +22,12 @@ mod models;
 pub mod params;
 mod places;
 pub mod position_params;
+pub mod preference_params;
 mod resume;
 mod service;
 pub mod train_params;
 mod training;
+pub mod transfer_params;
 
 pub use models::FilePiece;
 pub use service::{BasePooling, CallLease, Pieces, Service, ServiceLimits, ServiceParts};

@@ -20,6 +20,8 @@ use super::params::{PublishPolicy, Violation};
 pub use super::position_params::{
     MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart,
 };
+pub use super::preference_params::{PreferenceMethod, PreferenceParams, ResolvedPreference};
+pub use super::transfer_params::{EwcParams, ResolvedEwc, StartedFrom};
 use crate::delta::{Problem, Task};
 
 /// A training request (`CreateJob`, `Plan`).
@@ -48,6 +50,9 @@ pub struct TrainParams {
     pub k_per_class: Option<u32>,
     /// Hyper-parameters; unset ones get per-method defaults.
     pub hyper: HyperParams,
+    /// Learn which answers are preferred, not texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceParams>,
     /// What the publish may do to an existing name.
     pub publish: PublishPolicy,
     /// Start at the values of this delta (`name` or `name@version`).
@@ -58,37 +63,6 @@ pub struct TrainParams {
     pub ewc: Option<EwcParams>,
     /// Two creates with one key are one job; the same key with another request is an error.
     pub idempotency_key: Option<String>,
-}
-
-/// Elastic weight consolidation (Kirkpatrick et al. 2017); FORMATS 5.6.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct EwcParams {
-    /// Examples of the old task.
-    pub data: TrainData,
-    /// Strength, in (0, 1e9].
-    pub lambda: f64,
-    /// At most this many examples, spread evenly; 1 to 100000, default 512.
-    pub max_examples: Option<u32>,
-}
-
-/// The version that a job starts from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StartedFrom {
-    /// `name@number`.
-    pub name: String,
-    /// Version digest, 64 hexadecimal digits.
-    pub id: String,
-    /// Whether its head is taken, too.
-    pub head: bool,
-}
-
-/// EWC as used.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct ResolvedEwc {
-    /// Strength.
-    pub lambda: f64,
-    /// Examples that the Fisher information is taken from.
-    pub examples: u32,
 }
 
 /// Where examples come from. Examples given as messages are turned into JSON lines at the edge, so that there is one
@@ -380,6 +354,9 @@ pub struct ResolvedTraining {
     /// Whether only the layers' inputs are kept for the backward pass.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gradient_checkpointing: bool,
+    /// What is learned of preferences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<ResolvedPreference>,
 }
 
 impl ResolvedTraining {
@@ -449,7 +426,7 @@ pub struct DatasetInfo {
     pub id: String,
     /// Its name, if it has one.
     pub name: Option<String>,
-    /// `text`, `prompt_completion`, `messages`, `label`, `labels`, `tags`.
+    /// `text`, `prompt_completion`, `messages`, `label`, `labels`, `tags`, `pairs`, `rated`.
     pub format: String,
     /// Examples.
     pub rows: u64,
@@ -499,6 +476,7 @@ mod tests {
             publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
             from_delta: Some("old@2".into()),
             ewc: Some(EwcParams { data: TrainData::Dataset("d0".into()), lambda: 2.0, max_examples: None }),
+            preference: Some(PreferenceParams::of(PreferenceMethod::Kto)),
             idempotency_key: None,
         };
         let stored = serde_json::to_string(&params)?;

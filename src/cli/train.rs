@@ -3,6 +3,7 @@
 use std::{path::Path, time::Duration};
 
 mod methods;
+mod preference;
 mod view;
 pub(super) mod worst;
 
@@ -14,6 +15,7 @@ use tonic::Code;
 use super::{Common, client::Client, deltas::PublishArgs, output};
 use crate::grpc::proto;
 use methods::{MethodArg, MethodArgs};
+use preference::PreferenceArgs;
 use view::View;
 
 const CHUNK: usize = 256 * 1024;
@@ -37,7 +39,7 @@ pub(super) struct TrainArgs {
     /// Share of the examples for evaluation.
     #[arg(long, value_name = "SHARE")]
     validation_fraction: Option<f64>,
-    /// What the delta is for.
+    /// What the delta is for; dpo, orpo and kto learn preferences on a decoder.
     #[arg(long, default_value = "causal-lm")]
     task: TaskArg,
     /// What a text head's outputs are: with multi-label, rows have `labels`; with regression, `label` is a number.
@@ -52,6 +54,8 @@ pub(super) struct TrainArgs {
     methods: MethodArgs,
     #[command(flatten)]
     positions: super::train_positions::PositionArgs,
+    #[command(flatten)]
+    preference: PreferenceArgs,
     #[command(flatten)]
     hyper: HyperArgs,
     #[command(flatten)]
@@ -83,6 +87,9 @@ enum TaskArg {
     TokenCls,
     #[value(name = "seq2seq")]
     Seq2Seq,
+    Dpo,
+    Orpo,
+    Kto,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -166,10 +173,10 @@ struct HyperArgs {
     /// Keep only the layers' inputs for the backward pass: less memory, more time. Unset: where the memory asks for it.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     gradient_checkpointing: Option<bool>,
-    /// Share of a target's weight that all labels or tokens share.
+    /// Share of a target's weight that all labels or tokens share; with DPO, of pairs that are the wrong way round.
     #[arg(long, value_name = "X")]
     label_smoothing: Option<f64>,
-    /// Figure that chooses the best checkpoint: loss, perplexity, accuracy, macro_f1, mcc, span_f1.
+    /// Figure that chooses the best checkpoint: loss, perplexity, accuracy, macro_f1, mcc, span_f1, reward_accuracy ...
     #[arg(long, value_name = "NAME")]
     eval_metric: Option<String>,
     /// Publish the last checkpoint, not the best: validation rows are only watched.
@@ -281,7 +288,7 @@ fn source(id: String) -> proto::TrainingData {
 fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow::Result<proto::TrainingSpec> {
     use proto::training_spec::Validation;
     let task = match args.task {
-        TaskArg::CausalLm => proto::Task::CausalLm,
+        TaskArg::CausalLm | TaskArg::Dpo | TaskArg::Orpo | TaskArg::Kto => proto::Task::CausalLm,
         TaskArg::SeqCls => proto::Task::SeqCls,
         TaskArg::TokenCls => proto::Task::TokenCls,
         TaskArg::Seq2Seq => proto::Task::Seq2seq,
@@ -290,6 +297,11 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         ([], None) => &[MethodArg::Lora],
         (given, _) => given,
     };
+    let preference = args.preference.message(args.task, args.hyper.label_smoothing)?;
+    let mut hyper = hyper(&args.hyper);
+    if preference.is_some() {
+        hyper.label_smoothing = None;
+    }
     Ok(proto::TrainingSpec {
         output_name: args.name.clone(),
         task: task.into(),
@@ -300,7 +312,8 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         methods: methods.iter().map(|m| args.methods.part(*m, &args.positions)).collect::<anyhow::Result<_>>()?,
         labels: args.labels.clone(),
         k_per_class: args.k_per_class,
-        hyper: Some(hyper(&args.hyper)),
+        hyper: Some(hyper),
+        preference,
         publish: Some(args.publish.policy()),
         from_delta: args.start.from_delta.clone().unwrap_or_default(),
         ewc: None,
@@ -377,6 +390,10 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
         ),
     ];
     lines.iter().try_for_each(|l| output::line(l))?;
+    if let Some(p) = &r.preference {
+        let name = p.method().as_str_name().trim_start_matches("PREFERENCE_METHOD_").to_lowercase();
+        output::line(&format!("preferences {name}, beta {}", p.beta))?;
+    }
     plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
     Ok(())
 }

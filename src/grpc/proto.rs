@@ -42,6 +42,7 @@ pub(crate) mod json {
         prefix_form: PrefixForm, "PREFIX_FORM_";
         schedule: Schedule, "SCHEDULE_";
         problem_type: ProblemType, "PROBLEM_TYPE_";
+        preference_method: PreferenceMethod, "PREFERENCE_METHOD_";
         job_state: JobState, "JOB_STATE_";
         merge_method: MergeMethod, "MERGE_METHOD_";
         majority_sign: MajoritySign, "MAJORITY_SIGN_";

@@ -2,6 +2,9 @@
 //!
 //! It knows the formats and their fields. It never tokenises (`encode`) and never judges across lines (`validate`).
 
+mod answers;
+mod turns;
+
 use serde_json::{Map, Value};
 
 use crate::{
@@ -25,6 +28,10 @@ pub enum Format {
     TextLabels,
     /// `{"tokens": [..], "labels": [..]}`: one label per word.
     TokenLabels,
+    /// `{"prompt", "chosen", "rejected"}`: which of two answers is better.
+    Pairs,
+    /// `{"prompt", "completion", "label": true | false}`: whether an answer is good.
+    Rated,
 }
 
 impl Format {
@@ -37,14 +44,22 @@ impl Format {
             Self::TextLabel => "label",
             Self::TextLabels => "labels",
             Self::TokenLabels => "tags",
+            Self::Pairs => "pairs",
+            Self::Rated => "rated",
         }
     }
 
-    /// The format with these fields, the most specific first.
-    fn detect(object: &Map<String, Value>) -> Option<Self> {
+    /// The format with these fields, the most specific first; `first` is that of the lines before.
+    fn detect(object: &Map<String, Value>, first: Option<Self>) -> Option<Self> {
         let has = |field: &str| object.contains_key(field);
+        // a label that is no boolean may be any remark on an example, unless the other lines are rated
+        let rated = first == Some(Self::Rated) || object.get("label").is_some_and(Value::is_boolean);
         if has("messages") {
             Some(Self::Messages)
+        } else if has("chosen") || has("rejected") {
+            Some(Self::Pairs)
+        } else if rated && (has("prompt") || has("completion")) {
+            Some(Self::Rated)
         } else if has("prompt") || has("completion") {
             Some(Self::PromptCompletion)
         } else if has("text") && has("labels") && !has("tokens") {
@@ -131,6 +146,33 @@ pub enum Example {
         /// Learned, one per word.
         labels: Vec<Label>,
     },
+    /// Two answers, of which one is better.
+    Pair {
+        /// Read.
+        prompt: Said,
+        /// The better one.
+        chosen: Said,
+        /// The other.
+        rejected: Said,
+    },
+    /// An answer and whether it is good.
+    Rated {
+        /// Read.
+        prompt: Said,
+        /// The answer.
+        completion: Said,
+        /// Whether it is good.
+        good: bool,
+    },
+}
+
+/// A prompt, or an answer to one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Said {
+    /// As text.
+    Text(String),
+    /// As turns of a conversation.
+    Turns(Vec<ChatMessage>),
 }
 
 /// An example and where it came from.
@@ -171,7 +213,7 @@ impl Dataset {
 
     fn push_line(&mut self, line: u64, bytes: &[u8], report: &mut Report) {
         let Some(object) = parse_object(line, bytes, report) else { return };
-        let Some(format) = Format::detect(&object) else {
+        let Some(format) = Format::detect(&object, self.format) else {
             report.error(Code::UnknownFormat, line, "", unknown_format(&object));
             return;
         };
@@ -216,7 +258,7 @@ fn parse_object(line: u64, bytes: &[u8], report: &mut Report) -> Option<Map<Stri
 fn unknown_format(object: &Map<String, Value>) -> String {
     let fields: Vec<_> = object.keys().take(8).map(String::as_str).collect();
     format!(
-        "has the fields [{}]; accepted are {{text}}, {{prompt, completion}}, {{messages}}, {{text, label}}, {{text, labels}}, {{tokens, labels}}",
+        "has the fields [{}]; accepted are {{text}}, {{prompt, completion}}, {{messages}}, {{text, label}}, {{text, labels}}, {{tokens, labels}}, {{prompt, chosen, rejected}}, {{prompt, completion, label: true or false}}",
         fields.join(", ")
     )
 }
@@ -265,6 +307,8 @@ impl<'a> Fields<'a> {
                 (labels.len() == list.len()).then_some(Example::TextLabels { text, labels })
             }
             Format::TokenLabels => self.token_labels(),
+            Format::Pairs => self.pair(),
+            Format::Rated => self.rated(),
         }
     }
 
@@ -365,70 +409,6 @@ impl<'a> Fields<'a> {
             return None;
         }
         (tokens.len() == words.len() && labels.len() == tags.len()).then_some(Example::TokenLabels { tokens, labels })
-    }
-
-    fn messages(&mut self) -> Option<Example> {
-        let list = self.array("messages")?;
-        let before = self.report.errors;
-        let mut messages = Vec::with_capacity(list.len());
-        for (i, value) in list.iter().enumerate() {
-            if let Some(message) = self.message(i, value) {
-                messages.push(message);
-            }
-        }
-        if self.report.errors == before {
-            self.check_turns(&messages);
-        }
-        (self.report.errors == before).then_some(Example::Messages(messages))
-    }
-
-    fn message(&mut self, i: usize, value: &Value) -> Option<ChatMessage> {
-        let Value::Object(object) = value else {
-            let message = format!("is {}, an object with role and content is needed", kind(value));
-            self.error(Code::WrongType, &format!("/messages/{i}"), message);
-            return None;
-        };
-        let mut text = |field: &str| match object.get(field) {
-            Some(Value::String(s)) => Some(s.clone()),
-            Some(other) => {
-                let message = format!("is {}, a string is needed", kind(other));
-                self.error(Code::WrongType, &format!("/messages/{i}/{field}"), message);
-                None
-            }
-            None => {
-                self.error(Code::MissingField, &format!("/messages/{i}/{field}"), "is missing");
-                None
-            }
-        };
-        let (role, content) = (text("role"), text("content"));
-        let (role, content) = (role?, content?);
-        if !matches!(role.as_str(), "system" | "user" | "assistant") {
-            let message = format!("is {role:?}; accepted are system, user, assistant");
-            self.error(Code::BadRole, &format!("/messages/{i}/role"), message);
-            return None;
-        }
-        if role == "assistant" && content.trim().is_empty() {
-            let at = format!("/messages/{i}/content");
-            self.error(Code::EmptyCompletion, &at, "is empty: there is nothing to learn");
-            return None;
-        }
-        Some(ChatMessage { role, content })
-    }
-
-    /// At most one system message, first; then user and assistant in turn, and at least one assistant.
-    fn check_turns(&mut self, messages: &[ChatMessage]) {
-        let skip = usize::from(messages.first().is_some_and(|m| m.role == "system"));
-        for (i, m) in messages.iter().enumerate().skip(skip) {
-            let want = if (i - skip) % 2 == 0 { "user" } else { "assistant" };
-            if m.role != want {
-                let message = format!("is {:?} where {want:?} is due: user and assistant must take turns", m.role);
-                self.error(Code::RolesNotAlternating, &format!("/messages/{i}/role"), message);
-                return;
-            }
-        }
-        if !messages.iter().any(|m| m.role == "assistant") {
-            self.error(Code::NoAssistant, "/messages", "has no assistant message: there is nothing to learn");
-        }
     }
 }
 

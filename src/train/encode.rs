@@ -3,7 +3,11 @@
 //! Completions and assistant turns carry loss, prompts do not; plain text carries loss everywhere. Texts are cut as
 //! serving would cut them, so that a delta is trained on the same tokens that it will see. No tensors here.
 
+mod answers;
+
 use std::sync::Arc;
+
+pub use answers::{Answer, add_mismatched};
 
 use crate::{
     admission::params::ChatMessage,
@@ -141,6 +145,7 @@ fn extend(
     out.extend(encode(piece)?);
     Ok(out)
 }
+
 /// What an example teaches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
@@ -154,6 +159,10 @@ pub enum Target {
     Value(u32),
     /// (position, label) of every word's first piece.
     Tags(Vec<(u32, u32)>),
+    /// By token, whether it is of the answer; and another answer to the same prompt, which is worse.
+    Preferred(Vec<bool>, Box<Answer>),
+    /// By token, whether it is of the answer; whether that is good; and an answer to another prompt after this one.
+    Rated(Vec<bool>, bool, Option<Box<Answer>>),
 }
 
 /// One example as the model sees it.
@@ -175,19 +184,58 @@ impl Encoded {
         Self { tokens, target, source: Vec::new(), line: 0 }
     }
 
-    /// Rows that it takes in a forward.
+    /// Rows that it takes in a forward, with its other answer.
     pub fn rows(&self) -> usize {
-        self.tokens.len() + self.source.len()
+        self.tokens.len() + self.source.len() + self.other().map_or(0, |o| o.tokens.len() + self.source.len())
+    }
+
+    /// Rows of the longer of its sequences.
+    pub fn longest(&self) -> usize {
+        self.source.len() + self.tokens.len().max(self.other().map_or(0, |o| o.tokens.len()))
+    }
+
+    /// Sequences in a forward: one, or two with another answer.
+    pub fn sequences(&self) -> usize {
+        1 + usize::from(self.other().is_some())
+    }
+
+    /// The answer beside its own.
+    pub fn other(&self) -> Option<&Answer> {
+        match &self.target {
+            Target::Preferred(_, other) | Target::Rated(_, _, Some(other)) => Some(other),
+            _ => None,
+        }
+    }
+
+    /// By token, whether it is learned; empty where labels are.
+    pub fn learned(&self) -> &[bool] {
+        match &self.target {
+            Target::Tokens(mask) | Target::Preferred(mask, _) | Target::Rated(mask, _, _) => mask,
+            _ => &[],
+        }
     }
 
     /// How many losses it contributes: supervised tokens, labelled words, or one.
     pub fn weight(&self) -> usize {
         match &self.target {
-            Target::Tokens(mask) => mask.iter().filter(|m| **m).count(),
-            Target::Label(_) | Target::Labels(_) | Target::Value(_) => 1,
+            Target::Tokens(mask) => count(mask),
             Target::Tags(tags) => tags.len(),
+            _ => 1,
         }
     }
+
+    /// Tokens, words or labels that its losses are of.
+    pub fn supervised(&self) -> usize {
+        match &self.target {
+            Target::Preferred(mask, other) => count(mask) + count(&other.learn),
+            Target::Rated(mask, _, _) => count(mask),
+            _ => self.weight(),
+        }
+    }
+}
+
+fn count(mask: &[bool]) -> usize {
+    mask.iter().filter(|m| **m).count()
 }
 
 /// Encodes a data set; examples with problems are reported and left out.
@@ -227,11 +275,17 @@ impl Encoder<'_> {
     fn row(&mut self, row: &Row) -> RowResult {
         match &row.example {
             Example::Text(text) => self.text(text),
-            Example::PromptCompletion { prompt, completion } => match self.codec.decoder_start {
-                Some(start) => self.translation(row.line, prompt, completion, start),
-                None => self.completion(row.line, prompt, completion),
-            },
-            Example::Messages(messages) => self.messages(row.line, messages),
+            Example::PromptCompletion { prompt, completion } => {
+                let source = self.source(row.line, prompt)?;
+                let answer = self.completion(prompt, completion)?;
+                self.supervised(row.line, source, answer)
+            }
+            Example::Messages(messages) => {
+                let answer = self.messages(messages, 0)?;
+                self.supervised(row.line, Vec::new(), answer)
+            }
+            Example::Pair { prompt, chosen, rejected } => self.pair(row.line, prompt, chosen, rejected),
+            Example::Rated { prompt, completion, good } => self.rated(row.line, prompt, completion, *good),
             Example::TextLabel { text, label } => match (self.labels.problem(), self.labels.get(label), label.number())
             {
                 (Problem::Regression, _, Some(x)) => self.label(row.line, text, Target::Value((x as f32).to_bits())),
@@ -269,36 +323,41 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    fn completion(&mut self, line: u64, prompt: &str, completion: &str) -> RowResult {
-        let head = self.codec.plain(prompt).map_err(tokenizer)?;
-        let whole = extend(|text| self.codec.plain(text), &head, prompt, completion).map_err(tokenizer)?;
-        let mut ids = self.codec.prefix.clone();
-        let learn_from = ids.len() + head.len();
-        ids.extend(whole);
-        ids.extend(self.codec.eos.first());
-        let mask = (0..ids.len()).map(|i| i >= learn_from.max(1)).collect();
-        self.supervised(line, ids, mask)
-    }
-
-    /// An encoder-decoder reads the prompt with its special tokens, and writes the completion and its end.
-    fn translation(&mut self, line: u64, prompt: &str, completion: &str, start: u32) -> RowResult {
+    /// What an encoder-decoder's encoder reads: the prompt with its special tokens. Empty for others.
+    fn source(&mut self, line: u64, prompt: &str) -> Result<Vec<u32>, (Code, String)> {
+        if self.codec.decoder_start.is_none() {
+            return Ok(Vec::new());
+        }
         let body = self.codec.plain(prompt).map_err(tokenizer)?;
-        let (source, _) = self.surround(line, body);
-        if source.is_empty() {
-            return Err((Code::EmptyText, "has a prompt without tokens".to_owned()));
+        match self.surround(line, body).0 {
+            source if source.is_empty() => Err((Code::EmptyText, "has a prompt without tokens".to_owned())),
+            source => Ok(source),
         }
-        let mut ids = vec![start];
-        ids.extend(self.codec.plain(completion).map_err(tokenizer)?);
-        ids.extend(self.codec.eos.first());
-        let mask = (0..ids.len()).map(|i| i > 0).collect();
-        self.supervised(line, ids, mask)?;
-        if let Some(last) = self.out.last_mut() {
-            last.source = source;
-        }
-        Ok(())
     }
 
-    fn messages(&mut self, line: u64, messages: &[ChatMessage]) -> RowResult {
+    /// A prompt with its completion and the end of the text; of an encoder-decoder, what its decoder writes.
+    fn completion(&self, prompt: &str, completion: &str) -> Result<Answer, (Code, String)> {
+        let (mut ids, learn_from) = match self.codec.decoder_start {
+            Some(start) => {
+                let mut ids = vec![start];
+                ids.extend(self.codec.plain(completion).map_err(tokenizer)?);
+                (ids, 1)
+            }
+            None => {
+                let head = self.codec.plain(prompt).map_err(tokenizer)?;
+                let mut ids = self.codec.prefix.clone();
+                let learn_from = ids.len() + head.len();
+                ids.extend(extend(|text| self.codec.plain(text), &head, prompt, completion).map_err(tokenizer)?);
+                (ids, learn_from.max(1))
+            }
+        };
+        ids.extend(self.codec.eos.first());
+        let learn = (0..ids.len()).map(|i| i >= learn_from).collect();
+        Ok(Answer { tokens: ids, learn })
+    }
+
+    /// A conversation; what the assistant says from message `from` on is learned.
+    fn messages(&self, messages: &[ChatMessage], from: usize) -> Result<Answer, (Code, String)> {
         let Some(ChatCodec { guard, render, encode }) = &self.codec.chat else {
             let message = "needs a chat template, which this base does not have; use prompt and completion";
             return Err((Code::ChatTemplate, message.to_owned()));
@@ -314,7 +373,7 @@ impl Encoder<'_> {
             }
             let opening = render(&messages[..turn], true).map_err(bad)?;
             let closed = render(&messages[..=turn], false).map_err(bad)?;
-            for (upto, learn) in [(&opening, false), (&closed, true)] {
+            for (upto, learn) in [(&opening, false), (&closed, turn >= from)] {
                 let Some(piece) = upto.strip_prefix(text.as_str()) else {
                     return Err(bad("it renders earlier turns differently once later ones follow".to_owned()));
                 };
@@ -331,25 +390,29 @@ impl Encoder<'_> {
         if let Some(first) = mask.first_mut() {
             *first = false;
         }
-        self.supervised(line, ids, mask)
+        Ok(Answer { tokens: ids, learn: mask })
+    }
+
+    fn supervised(&mut self, line: u64, source: Vec<u32>, answer: Answer) -> RowResult {
+        let Answer { tokens, learn } = self.cut(line, "", answer)?;
+        self.out.push(Encoded { source, ..Encoded::new(tokens, Target::Tokens(learn)) });
+        Ok(())
     }
 
     /// Cuts the end of what is too long; an example of which no supervised token is left is an error.
-    fn supervised(&mut self, line: u64, mut ids: Vec<u32>, mut mask: Vec<bool>) -> RowResult {
-        let total = ids.len();
-        ids.truncate(self.max_length);
-        mask.truncate(self.max_length);
-        if !mask.contains(&true) {
-            let message = format!(
-                "has {total} tokens of which the first {} carry no loss; max_length is {}",
-                ids.len(),
-                self.max_length
-            );
+    fn cut(&mut self, line: u64, pointer: &str, mut answer: Answer) -> Result<Answer, (Code, String)> {
+        let total = answer.tokens.len();
+        answer.tokens.truncate(self.max_length);
+        answer.learn.truncate(self.max_length);
+        let kept = answer.tokens.len();
+        if !answer.learn.contains(&true) {
+            let longest = self.max_length;
+            let message =
+                format!("has {total} tokens of which the first {kept} carry no loss; max_length is {longest}");
             return Err((Code::NoSupervisedToken, message));
         }
-        self.warn_cut(line, total, ids.len());
-        self.out.push(Encoded::new(ids, Target::Tokens(mask)));
-        Ok(())
+        self.warn_cut(line, pointer, total, kept);
+        Ok(answer)
     }
 
     fn label(&mut self, line: u64, text: &str, target: Target) -> RowResult {
@@ -390,7 +453,7 @@ impl Encoder<'_> {
     fn surround(&mut self, line: u64, mut body: Vec<u32>) -> (Vec<u32>, usize) {
         let codec = self.codec;
         let room = self.max_length.saturating_sub(codec.prefix.len() + codec.suffix.len()).max(1);
-        self.warn_cut(line, body.len(), body.len().min(room));
+        self.warn_cut(line, "", body.len(), body.len().min(room));
         body.truncate(room);
         let kept = body.len();
         let mut tokens = codec.prefix.clone();
@@ -399,10 +462,10 @@ impl Encoder<'_> {
         (tokens, kept)
     }
 
-    fn warn_cut(&mut self, line: u64, total: usize, kept: usize) {
+    fn warn_cut(&mut self, line: u64, pointer: &str, total: usize, kept: usize) {
         if kept < total {
             let message = format!("has {total} tokens; it was cut to {kept} (max_length {})", self.max_length);
-            self.report.warn(Code::TooLong, line, "", message);
+            self.report.warn(Code::TooLong, line, pointer, message);
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     admission::train_params::{EvalEvent, EvalMetric},
     delta::{Problem, Task},
     measures::{Classes, Sets, Spans, Values, has_spans},
-    train::objective::Losses,
+    train::{objective::Losses, preference::Rewards},
 };
 
 /// Figures that evaluations of a task have; the first is the default.
@@ -24,6 +24,10 @@ pub fn metrics_of(task: Task, problem: Problem, labels: &[String]) -> Vec<EvalMe
     }
 }
 
+/// Figures that evaluations of preferences have; the first is the default.
+pub const METRICS_OF_PREFERENCES: [EvalMetric; 3] =
+    [EvalMetric::Loss, EvalMetric::RewardAccuracy, EvalMetric::RewardMargin];
+
 /// Running sums of one evaluation.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
@@ -35,6 +39,7 @@ pub struct Tally {
     problem: Problem,
     sets: Sets<usize>,
     values: Values,
+    rewards: Rewards,
 }
 
 impl Tally {
@@ -52,6 +57,7 @@ impl Tally {
         let each = losses.each.to_vec1::<f32>()?;
         self.loss += each.iter().map(|l| f64::from(*l)).sum::<f64>();
         self.count += each.len() as u64;
+        self.rewards.add(&losses.rewards);
         let Some(logits) = &losses.logits else { return Ok(()) };
         if !losses.targets.is_empty() {
             self.add_targets(&logits.to_vec2::<f32>()?, &losses.targets);
@@ -102,6 +108,9 @@ impl Tally {
                 };
             }
             Problem::SingleLabel => {}
+        }
+        if let Some(accuracy) = self.rewards.accuracy() {
+            return EvalEvent { reward_accuracy: Some(accuracy), reward_margin: self.rewards.margin(), ..event };
         }
         EvalEvent {
             perplexity: (!classifies).then(|| loss.exp()),
@@ -181,7 +190,7 @@ mod tests {
         let logits = Tensor::new(&[[1f32, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], &Device::Cpu).unwrap();
         let each = Tensor::new(&[0.5f32, 0.5, 1.0, 2.0], &Device::Cpu).unwrap();
         let mut t = Tally::new(Task::SeqCls, Problem::SingleLabel, &names(&["a", "b"]));
-        t.add(&Losses { each, logits: Some(logits), gold: vec![0, 0, 1, 1], targets: vec![], words: vec![] }).unwrap();
+        t.add(&Losses { logits: Some(logits), gold: vec![0, 0, 1, 1], ..Losses::of(each) }).unwrap();
         let e = t.finish(7);
         assert_eq!((e.step, e.loss, e.accuracy, e.perplexity, e.span_f1), (7, 1.0, Some(0.75), None, None));
         // label 0: 2 right, 1 wrongly claimed; label 1: 1 right, 1 missed
@@ -189,7 +198,7 @@ mod tests {
         assert!((e.mcc.unwrap() - (2.0 - 0.0) / 12f64.sqrt()).abs() < 1e-12);
         let mut t = Tally::new(Task::CausalLm, Problem::SingleLabel, &[]);
         let each = Tensor::new(&[1f32, 3.0], &Device::Cpu).unwrap();
-        t.add(&Losses { each, logits: None, gold: vec![], targets: vec![], words: vec![] }).unwrap();
+        t.add(&Losses::of(each)).unwrap();
         let lm = t.finish(1);
         assert_eq!((lm.loss, lm.accuracy), (2.0, None));
         assert!((lm.perplexity.unwrap() - 2f64.exp()).abs() < 1e-9);
@@ -201,7 +210,7 @@ mod tests {
         let logits = Tensor::new(&[[0f32, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], &Device::Cpu).unwrap();
         let mut t = Tally::new(Task::TokenCls, Problem::SingleLabel, &names(&["O", "B-x", "I-x"]));
         let each = Tensor::new(&[0f32; 3], &Device::Cpu).unwrap();
-        t.add(&Losses { each, logits: Some(logits), gold: vec![1, 2, 2], targets: vec![], words: vec![2, 1] }).unwrap();
+        t.add(&Losses { logits: Some(logits), gold: vec![1, 2, 2], words: vec![2, 1], ..Losses::of(each) }).unwrap();
         let e = t.finish(1);
         assert_eq!((e.span_precision, e.span_recall, e.span_f1), (Some(1.0), Some(0.5), Some(2.0 / 3.0)));
         assert_eq!(metrics_of(Task::TokenCls, Problem::SingleLabel, &names(&["O", "B-x"]))[0], EvalMetric::SpanF1);
@@ -245,7 +254,7 @@ mod tests {
             let each = Tensor::new(&[1f32, 1.0], &dev).unwrap();
             let logits = Tensor::new(outputs, &dev).unwrap();
             let mut t = Tally::new(Task::SeqCls, problem, &names(&["a", "b"]));
-            t.add(&Losses { each, logits: Some(logits), gold: vec![], targets, words: vec![] }).unwrap();
+            t.add(&Losses { logits: Some(logits), targets, ..Losses::of(each) }).unwrap();
             t.finish(1)
         };
         let e = tally(Problem::MultiLabel, &[[1.0, -1.0], [1.0, 2.0]], vec![vec![1.0, 0.0], vec![0.0, 1.0]]);

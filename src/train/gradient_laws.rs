@@ -6,9 +6,10 @@ use super::{
     batches::{Stream, rng},
     encode::Encoded,
     full_laws,
-    gradients::{self, Gradients, Micro},
+    gradients::{self, Gradients, LossesOf, Micro},
     laws::{hyper, input, tiny},
     method_laws::{BASES, all},
+    objective::{Sequence, losses_of},
     optim::global_norm,
     trainable::{NamedVar, Trainable},
 };
@@ -61,7 +62,9 @@ fn both(base: &Arc<Base>, t: &Trainable, input: &RunInput) -> [(f64, Gradients);
     [gradients::whole, gradients::by_layer].map(|by| {
         let delta = t.delta(&mut rng(5, Stream::Dropout)).unwrap();
         let base = t.base(base).unwrap();
-        let micro = Micro { base: &base, delta, examples: &examples, smoothing: 0.1, weight: 6.0, pacer: None };
+        let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
+        let losses: LossesOf<'_> = &|hidden, cx| Ok(losses_of(&base, hidden, (&examples, &sequences), 0.1, cx)?.each);
+        let micro = Micro { base: &base, delta, sequences: &sequences, losses, weight: 6.0, pacer: None };
         by(&micro, t.vars()).unwrap()
     })
 }

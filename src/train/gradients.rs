@@ -12,26 +12,28 @@ use candle_core::{Result, Tensor, Var, backprop::GradStore};
 use crate::{
     delta::Delta,
     model::{Base, Input, Walk},
-    nn::{Cx, Encoded as Encoding, Memory},
+    nn::{Cx, Encoded, Memory},
     pacing::Pacer,
     train::{
-        encode::Encoded,
-        objective::{Texts, loss_of, smoothed_losses},
+        objective::{Sequence, Texts, forward},
         trainable::NamedVar,
     },
 };
 
+/// Losses, `[n]`, of the final hidden states of all rows, `[rows, hidden]`.
+pub type LossesOf<'a> = &'a dyn Fn(&Tensor, &Cx<'_>) -> Result<Tensor>;
+
 /// What a micro-batch is computed with.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Micro<'a> {
     /// The base; its weights are variables where it is trained.
     pub base: &'a Base,
     /// Formed of variables.
     pub delta: Arc<Delta>,
-    /// All of one kind.
-    pub examples: &'a [&'a Encoded],
-    /// Label smoothing in [0, 1).
-    pub smoothing: f64,
+    /// What is run.
+    pub sequences: &'a [Sequence<'a>],
+    /// What is minimised.
+    pub losses: LossesOf<'a>,
     /// Divides the sum of the losses.
     pub weight: f64,
     /// Set by the trainer.
@@ -44,10 +46,10 @@ pub type Gradients = Vec<Option<Tensor>>;
 /// The micro-batch's share of the loss, and its gradients, detached; no gradients where the loss is not finite.
 ///
 /// # Errors
-/// Those of [`smoothed_losses`].
+/// Those of the forward and of the losses.
 pub fn whole(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
-    let Micro { base, delta, examples, smoothing, weight, pacer } = micro;
-    let each = smoothed_losses(base, Arc::clone(delta), examples, *smoothing, *pacer)?.each;
+    let Micro { base, delta, sequences, losses, weight, pacer } = micro;
+    let each = forward(base, delta, sequences, *pacer, losses)?;
     let share = (each.sum_all()? / *weight)?;
     let mut sums = Sums::of(vars, &[]);
     let loss = f64::from(share.to_scalar::<f32>()?);
@@ -62,11 +64,11 @@ pub fn whole(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
 /// # Errors
 /// As [`whole`].
 pub fn by_layer(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
-    let Micro { base, examples, smoothing, weight, pacer, .. } = micro;
+    let Micro { base, sequences, losses, weight, pacer, .. } = micro;
     let (delta, made) = with_leaves(&micro.delta)?;
     let delta = Arc::new(delta);
     let mut sums = Sums::of(vars, &made);
-    let sources = Texts::sources(base, &delta, examples);
+    let sources = Texts::sources(base, &delta, sequences);
     let encoder = match &sources {
         Some(s) => Some(base.transformer.walk_encoder(Cx { pacer: *pacer, ..Cx::new(&s.rows, &s.deltas) })?),
         None => None,
@@ -82,13 +84,13 @@ pub fn by_layer(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)
     };
     let encoded = states.as_ref().zip(sources.as_ref());
     let memory = encoded
-        .map(|(states, s)| Memory { encoded: Some(Encoding { states, rows: &s.rows, deltas: &s.deltas }), slots: &[] });
-    let texts = Texts::of(base, &delta, examples);
+        .map(|(states, s)| Memory { encoded: Some(Encoded { states, rows: &s.rows, deltas: &s.deltas }), slots: &[] });
+    let texts = Texts::of(base, &delta, sequences);
     let cx = Cx { memory: memory.as_ref(), pacer: *pacer, ..Cx::new(&texts.rows, &texts.deltas) };
     let (walk, input) = (base.transformer.walk(cx)?, Input::tokens(&texts.tokens));
     let kept = Kept::new(&walk, &input)?;
     let last = kept.leaf(kept.last.clone())?;
-    let each = loss_of(base, &walk.end(last.clone())?, examples, *smoothing, &cx)?.each;
+    let each = losses(&walk.end(last.clone())?, &cx)?;
     let share = (each.sum_all()? / *weight)?;
     let loss = f64::from(share.to_scalar::<f32>()?);
     if !loss.is_finite() {

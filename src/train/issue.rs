@@ -69,6 +69,8 @@ pub enum Code {
     WrongTask,
     /// The tokenizer failed on it.
     Tokenizer,
+    /// The preferred answer is the rejected one.
+    SameAnswers,
 }
 
 impl Code {
@@ -99,6 +101,7 @@ impl Code {
             Self::TrainValidOverlap => "TRAIN_VALID_OVERLAP",
             Self::WrongTask => "WRONG_TASK",
             Self::Tokenizer => "TOKENIZER",
+            Self::SameAnswers => "SAME_ANSWERS",
         }
     }
 }

@@ -117,6 +117,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         keep_last: false,
         worst_examples: 0,
         gradient_checkpointing: false,
+        preference: None,
     }
 }
 
@@ -136,7 +137,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
     }
 }
 
-fn lora() -> Vec<MethodPart> {
+pub(super) fn lora() -> Vec<MethodPart> {
     vec![MethodPart::Lora(LoraPart { rank: Some(4), alpha: Some(8.0), ..LoraPart::default() })]
 }
 
@@ -144,7 +145,7 @@ fn bitfit() -> Vec<MethodPart> {
     vec![MethodPart::Bitfit(BitfitPart::default())]
 }
 
-fn finish(mut run: Run) -> (Vec<JobEventBody>, Outcome) {
+pub(super) fn finish(mut run: Run) -> (Vec<JobEventBody>, Outcome) {
     let mut all = Vec::new();
     loop {
         match run.advance() {
@@ -157,14 +158,14 @@ fn finish(mut run: Run) -> (Vec<JobEventBody>, Outcome) {
     }
 }
 
-fn train(base: &Arc<Base>, input: RunInput) -> Trained {
+pub(super) fn train(base: &Arc<Base>, input: RunInput) -> Trained {
     match finish(Run::new(Arc::clone(base), None, input).unwrap()).1 {
         Outcome::Trained(t) => *t,
         Outcome::Failed(f) => panic!("{f:?}"),
     }
 }
 
-fn flat(t: &Tensor) -> Vec<f32> {
+pub(super) fn flat(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 

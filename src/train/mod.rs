@@ -35,6 +35,9 @@ pub mod metrics;
 pub mod objective;
 pub mod optim;
 pub mod plan;
+pub mod preference;
+#[cfg(test)]
+mod preference_laws;
 #[cfg(test)]
 mod resume_laws;
 #[cfg(test)]

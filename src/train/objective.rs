@@ -11,7 +11,10 @@ use crate::{
     ops,
     pacing::Pacer,
     rows::RowLayout,
-    train::encode::{Encoded, Target},
+    train::{
+        encode::{Encoded, Target},
+        preference::Rewards,
+    },
 };
 
 /// Losses of a micro-batch, one per supervised token, text or word.
@@ -27,6 +30,39 @@ pub struct Losses {
     pub targets: Vec<Vec<f32>>,
     /// Token classification: rows of `logits` of each example.
     pub words: Vec<usize>,
+    /// Preferences: what rewards say.
+    pub rewards: Rewards,
+}
+
+impl Losses {
+    /// Losses alone.
+    pub fn of(each: Tensor) -> Self {
+        Self {
+            each,
+            logits: None,
+            gold: Vec::new(),
+            targets: Vec::new(),
+            words: Vec::new(),
+            rewards: Rewards::default(),
+        }
+    }
+}
+
+/// A sequence of a forward.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequence<'a> {
+    /// Token ids; for an encoder-decoder, the decoder's.
+    pub tokens: &'a [u32],
+    /// For an encoder-decoder: what the encoder reads. Else empty.
+    pub source: &'a [u32],
+    /// By token, whether it is learned; may be empty where labels are.
+    pub learn: &'a [bool],
+}
+
+impl<'a> From<&'a Encoded> for Sequence<'a> {
+    fn from(e: &'a Encoded) -> Self {
+        Self { tokens: &e.tokens, source: &e.source, learn: e.learned() }
+    }
 }
 
 /// Runs examples (all of one kind) through the base with a delta.
@@ -48,21 +84,54 @@ pub fn smoothed_losses(
     smoothing: f64,
     pacer: Option<&Arc<Pacer>>,
 ) -> Result<Losses> {
-    let texts = Texts::of(base, &delta, examples);
-    let source = match Texts::sources(base, &delta, examples) {
-        Some(Texts { rows, tokens, .. }) => {
-            let deltas = vec![Some(delta); examples.len()];
-            Some(Source::encode(base, rows, &tokens, &deltas, pacer)?)
-        }
-        None => None,
-    };
-    let memory = source.as_ref().map(Source::memory);
-    let cx = Cx { memory: memory.as_ref(), pacer, ..Cx::new(&texts.rows, &texts.deltas) };
-    let hidden = base.transformer.forward(&Input::tokens(&texts.tokens), &cx)?; // [rows, hidden]
-    loss_of(base, &hidden, examples, smoothing, &cx)
+    let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
+    forward(base, &delta, &sequences, pacer, |hidden, cx| {
+        losses_of(base, hidden, (examples, &sequences), smoothing, cx)
+    })
 }
 
-/// Texts of a micro-batch as the forward takes them.
+/// The losses of examples, and of their own sequences, whose final hidden states these are, `[rows, hidden]`.
+///
+/// # Errors
+/// As [`losses`].
+pub(super) fn losses_of(
+    base: &Base,
+    hidden: &Tensor,
+    (examples, sequences): (&[&Encoded], &[Sequence<'_>]),
+    smoothing: f64,
+    cx: &Cx<'_>,
+) -> Result<Losses> {
+    match examples.first().map(|e| &e.target) {
+        Some(Target::Tokens(_)) => {
+            if examples.iter().any(|e| !matches!(e.target, Target::Tokens(_))) {
+                candle_core::bail!("mixed targets in a micro-batch");
+            }
+            Ok(Losses::of(next_token(base, hidden, sequences, smoothing, cx)?.0))
+        }
+        Some(Target::Label(_)) => text_label(base, hidden, examples, smoothing, cx),
+        Some(Target::Labels(_)) => text_targets(base, hidden, examples, several, cx),
+        Some(Target::Value(_)) => text_targets(base, hidden, examples, squared, cx),
+        Some(Target::Tags(_)) => word_labels(base, hidden, examples, smoothing, cx),
+        Some(Target::Preferred(..) | Target::Rated(..)) => candle_core::bail!("preferences have losses of their own"),
+        None => candle_core::bail!("an empty micro-batch"),
+    }
+}
+
+/// The negative log-likelihood of each learned token, `[n]`, in order, and how many each sequence has.
+///
+/// # Errors
+/// Those of the forward.
+pub fn token_losses(
+    base: &Base,
+    delta: &Arc<Delta>,
+    sequences: &[Sequence<'_>],
+    smoothing: f64,
+    pacer: Option<&Arc<Pacer>>,
+) -> Result<(Tensor, Vec<usize>)> {
+    forward(base, delta, sequences, pacer, |hidden, cx| next_token(base, hidden, sequences, smoothing, cx))
+}
+
+/// Sequences of a micro-batch as the forward takes them.
 pub(super) struct Texts {
     pub(super) rows: RowLayout,
     pub(super) tokens: Vec<u32>,
@@ -71,57 +140,67 @@ pub(super) struct Texts {
 
 impl Texts {
     /// What the model (of an encoder-decoder, the decoder) reads.
-    pub(super) fn of(base: &Base, delta: &Arc<Delta>, examples: &[&Encoded]) -> Self {
-        let rows = RowLayout::packed_after(examples.iter().map(|e| (e.tokens.len(), delta.ahead())));
-        let tokens = examples.iter().flat_map(|e| e.tokens.iter().copied()).collect();
+    pub(super) fn of(base: &Base, delta: &Arc<Delta>, sequences: &[Sequence<'_>]) -> Self {
+        let rows = RowLayout::packed_after(sequences.iter().map(|s| (s.tokens.len(), delta.ahead())));
+        let tokens = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
         let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
         Self { rows, tokens, deltas }
     }
 
     /// What an encoder-decoder's encoder reads.
-    pub(super) fn sources(base: &Base, delta: &Arc<Delta>, examples: &[&Encoded]) -> Option<Self> {
+    pub(super) fn sources(base: &Base, delta: &Arc<Delta>, sequences: &[Sequence<'_>]) -> Option<Self> {
         base.arch.is_encoder_decoder().then(|| {
-            let rows = RowLayout::packed_after(examples.iter().map(|e| (e.source.len(), delta.source_ahead())));
-            let tokens = examples.iter().flat_map(|e| e.source.iter().copied()).collect();
+            let rows = RowLayout::packed_after(sequences.iter().map(|s| (s.source.len(), delta.source_ahead())));
+            let tokens = sequences.iter().flat_map(|s| s.source.iter().copied()).collect();
             let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
             Self { rows, tokens, deltas }
         })
     }
 }
 
-/// The losses of examples whose final hidden states these are, `[rows, hidden]`.
+/// Runs sequences through the base with a delta, and gives the hidden states of all rows to `then`.
+pub(super) fn forward<R>(
+    base: &Base,
+    delta: &Arc<Delta>,
+    sequences: &[Sequence<'_>],
+    pacer: Option<&Arc<Pacer>>,
+    then: impl FnOnce(&Tensor, &Cx<'_>) -> Result<R>,
+) -> Result<R> {
+    let texts = Texts::of(base, delta, sequences);
+    let source = match Texts::sources(base, delta, sequences) {
+        Some(Texts { rows, tokens, .. }) => {
+            let deltas = vec![Some(Arc::clone(delta)); sequences.len()];
+            Some(Source::encode(base, rows, &tokens, &deltas, pacer)?)
+        }
+        None => None,
+    };
+    let memory = source.as_ref().map(Source::memory);
+    let cx = Cx { memory: memory.as_ref(), pacer, ..Cx::new(&texts.rows, &texts.deltas) };
+    then(&base.transformer.forward(&Input::tokens(&texts.tokens), &cx)?, &cx)
+}
+
+/// Row `t - 1` predicts token `t`, for every learned `t`: their negative log-likelihoods, and how many each sequence has.
 ///
 /// # Errors
 /// As [`losses`].
-pub(super) fn loss_of(
+pub(super) fn next_token(
     base: &Base,
     hidden: &Tensor,
-    examples: &[&Encoded],
+    sequences: &[Sequence<'_>],
     smoothing: f64,
     cx: &Cx<'_>,
-) -> Result<Losses> {
-    match examples.first().map(|e| &e.target) {
-        Some(Target::Tokens(_)) => next_token(base, hidden, examples, smoothing, cx),
-        Some(Target::Label(_)) => text_label(base, hidden, examples, smoothing, cx),
-        Some(Target::Labels(_)) => text_targets(base, hidden, examples, several, cx),
-        Some(Target::Value(_)) => text_targets(base, hidden, examples, squared, cx),
-        Some(Target::Tags(_)) => word_labels(base, hidden, examples, smoothing, cx),
-        None => candle_core::bail!("an empty micro-batch"),
-    }
-}
-
-/// Row `t - 1` predicts token `t`, for every supervised `t`.
-fn next_token(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
-    let (mut pick, mut targets) = (Vec::new(), Vec::new());
-    for (example, span) in examples.iter().zip(cx.rows.spans()) {
-        let Target::Tokens(mask) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
-        for (t, _) in mask.iter().enumerate().skip(1).filter(|(_, learn)| **learn) {
+) -> Result<(Tensor, Vec<usize>)> {
+    let (mut pick, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::with_capacity(sequences.len()));
+    for (sequence, span) in sequences.iter().zip(cx.rows.spans()) {
+        let before = targets.len();
+        for (t, _) in sequence.learn.iter().enumerate().skip(1).filter(|(_, learn)| **learn) {
             pick.push((span.token_rows().start + t - 1) as u32);
-            targets.push(example.tokens[t]);
+            targets.push(sequence.tokens[t]);
         }
+        counts.push(targets.len() - before);
     }
     let each = base.transformer.smoothed_nll(hidden, (&pick, &targets), smoothing, cx)?; // [n]
-    Ok(Losses { each, logits: None, gold: Vec::new(), targets: Vec::new(), words: Vec::new() })
+    Ok((each, counts))
 }
 
 fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
@@ -156,7 +235,7 @@ fn text_targets(
     }
     let wanted = Tensor::new(targets.concat(), logits.device())?.reshape(logits.shape())?; // [texts, outputs]
     let each = loss(&logits, &wanted)?.mean(1)?; // [texts]
-    Ok(Losses { each, logits: Some(logits), gold: Vec::new(), targets, words: Vec::new() })
+    Ok(Losses { logits: Some(logits), targets, ..Losses::of(each) })
 }
 
 /// Binary cross-entropy of each output by itself, as torch's `BCEWithLogitsLoss`: `ln(1 + exp(z)) - z y`.
@@ -197,7 +276,7 @@ fn cross_entropy(logits: Tensor, gold: Vec<u32>, smoothing: f64) -> Result<Losse
     let log_probs = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
     let index = Tensor::new(gold.as_slice(), logits.device())?.unsqueeze(1)?; // [n, 1]
     let each = ops::smoothed_nll(&log_probs, &index, smoothing)?; // [n]
-    Ok(Losses { each, logits: Some(logits), gold, targets: Vec::new(), words: Vec::new() })
+    Ok(Losses { logits: Some(logits), gold, ..Losses::of(each) })
 }
 
 #[cfg(test)]

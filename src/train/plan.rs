@@ -21,7 +21,7 @@ use crate::{
     train::{
         batches,
         dataset::Dataset,
-        encode::{Encoded, TextCodec, encode},
+        encode::{Encoded, TextCodec, add_mismatched, encode},
         issue::{Report, Severity},
         spec::{BaseShape, Start, TrainSpec},
         transfer::{self, Continue, Continued},
@@ -99,7 +99,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     }
     let (mut data, mut report) = Dataset::parse(inputs.train);
     let labels = LabelSet::resolve_for(params.problem, &params.labels, &data, &mut report);
-    check_train(&data, params.task, &labels, &mut report);
+    check_train(&data, params, &labels, &mut report);
     if report.is_ok() {
         problems.extend(few_shot::take(params, &labels, &mut data));
     }
@@ -131,7 +131,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let mut validation = Vec::new();
     if let Some(bytes) = inputs.validation {
         let (held, mut report) = Dataset::parse(bytes);
-        check_validation(&held, &data, params.task, &labels, &mut report);
+        check_validation(&held, &data, params, &labels, &mut report);
         validation = if fits { encode(&held, codec, &labels, max_length, &mut report) } else { Vec::new() };
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
@@ -159,12 +159,17 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         validation = hold.iter().map(|i| train[*i].clone()).collect();
         train = keep.iter().map(|i| train[*i].clone()).collect();
     }
+    add_mismatched(&mut train, max_length);
+    add_mismatched(&mut validation, max_length);
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let resolved = chosen.resolve(&train, start.as_ref());
-    let longest = train.iter().chain(&validation).map(Encoded::rows).max().unwrap_or(0);
-    let longest_rows = longest + spec.positions.count();
+    let virtual_rows = spec.positions.count();
+    let most_of = |size: &dyn Fn(&Encoded) -> usize| train.iter().chain(&validation).map(size).max().unwrap_or(0);
+    let longest = most_of(&Encoded::longest);
+    let longest_rows = longest + virtual_rows;
+    let example_rows = most_of(&|e| e.rows() + e.sequences() * virtual_rows);
     let most = if spec.full.is_some() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
-    let rows = (resolved.batch_size as usize * longest_rows).min(most.max(longest_rows));
+    let rows = (resolved.batch_size as usize * example_rows).min(most.max(example_rows));
     let parameters = start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec));
     let estimate = |by_layer| {
         let mut memory = spec.memory(base.shape, parameters, (rows, longest_rows), by_layer);
@@ -180,7 +185,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         train_examples: train.len() as u64,
         validation_examples: validation.len() as u64,
         train_tokens: train.iter().map(|e| e.rows() as u64).sum(),
-        supervised_tokens: train.iter().map(|e| e.weight() as u64).sum(),
+        supervised_tokens: train.iter().map(|e| e.supervised() as u64).sum(),
         longest_example: longest as u32,
         memory,
         warnings,
@@ -314,6 +319,7 @@ pub(crate) mod tests {
             publish: PublishPolicy::Upsert,
             from_delta: None,
             ewc: None,
+            preference: None,
             idempotency_key: None,
         }
     }
@@ -383,6 +389,41 @@ pub(crate) mod tests {
             ("validation line 1 /label", "LABEL_UNKNOWN"),
         ];
         assert_eq!(found, want);
+    }
+
+    #[test]
+    fn preferences_have_defaults_and_figures_of_their_own() {
+        use crate::admission::train_params::{EvalMetric, PreferenceMethod, PreferenceParams};
+        let texts = run(&params(Task::CausalLm, lora()), "{\"text\": \"one\"}\n{\"text\": \"two\"}", None).unwrap();
+        let rate = texts.reply.resolved.learning_rate;
+        let pair = |i: usize| format!("{{\"prompt\": \"p{i}\", \"chosen\": \"yes\", \"rejected\": \"n\"}}\n");
+        let rated =
+            |i: usize| format!("{{\"prompt\": \"p{i}\", \"completion\": \"yes\", \"label\": {}}}\n", i % 2 == 0);
+        let (pairs, rated): (String, String) = ((0..10).map(pair).collect(), (0..10).map(rated).collect());
+        for (method, data, share) in [
+            (PreferenceMethod::Dpo, &pairs, 0.1),
+            (PreferenceMethod::Orpo, &pairs, 0.4),
+            (PreferenceMethod::Kto, &rated, 0.1),
+        ] {
+            let mut p = params(Task::CausalLm, lora());
+            p.preference = Some(PreferenceParams::of(method));
+            p.validation = Some(Validation::Fraction(0.2));
+            let planned = run(&p, data, None).unwrap();
+            let r = &planned.reply.resolved;
+            assert_eq!((r.preference, r.eval_metric), (p.preference.map(|p| p.resolve()), EvalMetric::Loss));
+            assert!((r.learning_rate - share * rate).abs() < 1e-12, "{method:?} {}", r.learning_rate);
+            assert_eq!((planned.train.len(), planned.validation.len()), (8, 2));
+            assert!(planned.train.iter().chain(&*planned.validation).all(|e| e.sequences() == 2), "{method:?}");
+            // the codec's start, two of the prompt, the answers and their ends
+            let tokens = if method == PreferenceMethod::Kto { 7 + 7 } else { 7 + 5 };
+            assert_eq!((planned.reply.train_tokens, planned.reply.longest_example), (8 * tokens, 7), "{method:?}");
+            let learned = if method == PreferenceMethod::Kto { 4 } else { 4 + 2 };
+            assert_eq!(planned.reply.supervised_tokens, 8 * learned);
+            assert_eq!(
+                run(&p, if method == PreferenceMethod::Kto { &pairs } else { &rated }, None).unwrap_err()[0].code,
+                "WRONG_TASK"
+            );
+        }
     }
 
     #[test]

@@ -56,7 +56,7 @@ fn numbers(delta: &Delta) -> Vec<Vec<f32>> {
 
 /// Stops after each of these numbers of micro-steps (all of them: 0), and compares with the run that goes through.
 #[track_caller]
-fn assert_goes_on(base: &Arc<Base>, what: &str, stops: &[usize], input: &dyn Fn() -> RunInput) {
+pub(super) fn assert_goes_on(base: &Arc<Base>, what: &str, stops: &[usize], input: &dyn Fn() -> RunInput) {
     let start = || Run::new(Arc::clone(base), None, input()).unwrap();
     let (mut told, mut micro, mut run) = (Story::new(), 0, start());
     let straight = loop {
@@ -92,7 +92,7 @@ fn lora(part: LoraPart) -> Vec<MethodPart> {
 }
 
 /// Everything that has a state: warmup and decay of the rate, decay of weights, accumulation, evaluations.
-fn busy(steps: u32) -> ResolvedTraining {
+pub(super) fn busy(steps: u32) -> ResolvedTraining {
     ResolvedTraining {
         schedule: Schedule::Cosine,
         warmup_steps: 3,

@@ -7,7 +7,9 @@ mod autosave;
 mod evaluation;
 mod held;
 mod outcome;
+mod preference;
 mod resume;
+mod telling;
 
 use std::{
     collections::VecDeque,
@@ -23,7 +25,7 @@ pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
 
 use crate::{
-    admission::train_params::{EvalEvent, JobEventBody, MetricsEvent, ResolvedTraining},
+    admission::train_params::{EvalEvent, JobEventBody, ResolvedTraining},
     delta::Delta,
     model::Base,
     pacing::Pacer,
@@ -32,7 +34,7 @@ use crate::{
         encode::Encoded,
         eval::{Patience, Tally},
         ewc::{Fisher, Penalty},
-        gradients::{self, Micro},
+        gradients,
         metrics::TrainMetrics,
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
         plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
@@ -44,12 +46,10 @@ use crate::{
     },
 };
 use held::Held;
+use preference::{References, Side};
 
 /// Weights beyond half precision's range are no delta any more: the run has diverged even if its loss is still a number.
 const MAX_WEIGHT_NORM: f64 = 65_504.0;
-
-/// Metrics of every step are sent unless steps come faster than this.
-const METRICS_EVERY: Duration = Duration::from_millis(100);
 
 /// Steps between good checkpoints that a failure falls back to.
 const KEEP_EVERY: u32 = 10;
@@ -133,8 +133,9 @@ pub struct Run {
     metrics: TrainMetrics,
     input: RunInput,
     lens: Vec<usize>,
-    /// Virtual rows ahead of each example.
+    /// Virtual rows ahead of each sequence.
     ahead: usize,
+    references: References,
     trainable: Trainable,
     /// EWC's information, until it is complete.
     fisher: Option<Fisher>,
@@ -223,6 +224,7 @@ impl Run {
             autosave: Autosave::from_step(0),
             identity: OnceLock::new(),
             ahead: trainable.ahead().rows,
+            references: References::none_yet(&input),
             fisher: None,
             penalty: None,
             schedule,
@@ -300,7 +302,7 @@ impl Run {
         }
         if let Phase::Eval { todo, .. } = &mut self.phase {
             return match todo.pop_front() {
-                Some(batch) => self.eval_micro(&batch).map(|()| None),
+                Some(batch) => self.eval_micro(batch).map(|()| None),
                 None => self.finish_eval(events),
             };
         }
@@ -312,7 +314,7 @@ impl Run {
         }
         if let Phase::Worst { todo, .. } = &mut self.phase {
             match todo.pop_front() {
-                Some(batch) => self.worst_micro(&batch)?,
+                Some(batch) => self.worst_micro(batch)?,
                 None => self.finish_worst(events),
             }
             return Ok(None);
@@ -339,6 +341,12 @@ impl Run {
             _ => self.begin_step(),
         };
         let Some(batch) = step.todo.pop_front() else { candle_core::bail!("no examples to train on") };
+        if self.refer(Side::Train, &batch)? {
+            step.todo.push_front(batch);
+            step.busy += start.elapsed();
+            self.phase = Phase::Train(step);
+            return Ok(None);
+        }
         let loss = self.forward_backward(&mut step, &batch)?;
         step.loss += loss;
         if !loss.is_finite() {
@@ -364,27 +372,21 @@ impl Run {
         // with packing, a batch counts packs; the token bound alone decides how they are cut
         let examples = if r.packing { usize::MAX } else { r.batch_size as usize };
         let most = if self.trainable.is_full() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
-        let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.lens), examples, most).into();
+        let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.input.train), examples, most).into();
         let weight = batch.iter().map(|i| self.input.train[*i].weight()).sum::<usize>().max(1) as f64;
         let tokens = batch.iter().map(|i| self.lens[*i]).sum();
         Step { todo, weight, tokens, grads: vec![None; self.trainable.vars().len()], ..Step::default() }
     }
 
-    /// Rows that examples of these lengths take.
-    fn rows(&self, lens: &[usize]) -> Vec<usize> {
-        lens.iter().map(|n| n + self.ahead).collect()
+    /// Rows that these examples take.
+    fn rows(&self, examples: &[Encoded]) -> Vec<usize> {
+        examples.iter().map(|e| e.rows() + e.sequences() * self.ahead).collect()
     }
 
     /// Adds a micro-batch's share of the step's loss and gradients: normalised by the whole step's losses, not a mean
     /// of means, so that accumulation equals one large batch.
     fn forward_backward(&mut self, step: &mut Step, batch: &[usize]) -> Result<f64> {
-        let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
-        let (base, delta) = (self.trainable.base(&self.base)?, self.trainable.delta(&mut self.dropout)?);
-        let (smoothing, weight) = (self.input.resolved.label_smoothing, step.weight);
-        let pacer = self.pacer.as_ref();
-        let micro = Micro { base: &base, delta, examples: &examples, smoothing, weight, pacer };
-        let gradients = if self.input.resolved.gradient_checkpointing { gradients::by_layer } else { gradients::whole };
-        let (loss, found) = gradients(&micro, self.trainable.vars())?;
+        let (loss, found) = self.gradients(batch, step.weight)?;
         for (sum, grad) in step.grads.iter_mut().zip(found) {
             gradients::add(sum, grad)?;
         }
@@ -429,34 +431,6 @@ impl Run {
         }
         self.phase = if self.eval_due() { self.begin_eval() } else { Phase::Train(Step::default()) };
         Ok(None)
-    }
-
-    fn metrics_event(&self, step: &Step, (lr, norm): (f64, f64), busy: Duration) -> MetricsEvent {
-        let r = &self.input.resolved;
-        let left = f64::from(r.total_steps.saturating_sub(self.step));
-        MetricsEvent {
-            step: self.step,
-            total_steps: r.total_steps,
-            epoch: f64::from(self.step) / self.batches.per_epoch().max(1) as f64,
-            loss: self.last_loss,
-            learning_rate: lr,
-            grad_norm: norm,
-            tokens_per_second: step.tokens as f64 / busy.as_secs_f64().max(1e-9),
-            eta_seconds: self.started.elapsed().as_secs_f64() / f64::from((self.step - self.begun).max(1)) * left,
-            step_ms: busy.as_secs_f64() * 1e3,
-            yielded_ms: step.yielded.as_secs_f64() * 1e3,
-            ewc_penalty: step.penalty,
-        }
-    }
-
-    /// The event if it is time for one: the first and last step always report.
-    fn due(&mut self, event: MetricsEvent) -> Option<MetricsEvent> {
-        let edge = event.step == 1 || event.step == event.total_steps;
-        let due = edge || self.last_metrics.is_none_or(|t| t.elapsed() >= METRICS_EVERY);
-        due.then(|| {
-            self.last_metrics = Some(Instant::now());
-            event
-        })
     }
 
     fn trained(&mut self) -> Result<Outcome> {

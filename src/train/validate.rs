@@ -8,6 +8,7 @@ use std::{
 };
 
 use crate::{
+    admission::train_params::{PreferenceMethod, TrainParams},
     delta::{Problem, Task},
     train::{
         dataset::{Dataset, Example, Format, Label, Row},
@@ -19,6 +20,56 @@ use crate::{
 pub const MIN_EXAMPLES: usize = 2;
 
 pub use crate::admission::check::MAX_LABELS;
+
+/// What examples are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Aim {
+    /// The task.
+    pub task: Task,
+    /// Where preferences are learned, how.
+    pub preference: Option<PreferenceMethod>,
+}
+
+impl From<Task> for Aim {
+    fn from(task: Task) -> Self {
+        Self { task, preference: None }
+    }
+}
+
+impl From<&TrainParams> for Aim {
+    fn from(params: &TrainParams) -> Self {
+        Self { task: params.task, preference: params.preference.map(|p| p.method) }
+    }
+}
+
+impl Aim {
+    fn fits(self, format: Format) -> bool {
+        use PreferenceMethod::{Dpo, Kto, Orpo};
+        match (format, self.preference) {
+            (Format::Pairs, Some(Dpo | Orpo)) | (Format::Rated, Some(Kto)) => true,
+            (Format::Pairs | Format::Rated, _) | (_, Some(_)) => false,
+            (Format::PromptCompletion, None) => self.task.generates(),
+            (Format::Text | Format::Messages, None) => self.task == Task::CausalLm,
+            (Format::TextLabel | Format::TextLabels, None) => self.task == Task::SeqCls,
+            (Format::TokenLabels, None) => self.task == Task::TokenCls,
+        }
+    }
+
+    /// Why it cannot use lines of this format.
+    fn refusal(self, format: Format) -> String {
+        use PreferenceMethod::{Dpo, Kto, Orpo};
+        let user = match (self.preference, format) {
+            (Some(method @ (Dpo | Orpo)), _) => {
+                format!("{} cannot use; it needs {{prompt, chosen, rejected}}", method.as_str())
+            }
+            (Some(Kto), _) => "kto cannot use; it needs {prompt, completion, label: true or false}".to_owned(),
+            (None, Format::Pairs) => "are for dpo and orpo; set preference".to_owned(),
+            (None, Format::Rated) => "are for kto; set preference".to_owned(),
+            (None, _) => format!("the task {} cannot use", self.task.as_str()),
+        };
+        format!("has {} lines, which {user}", format.as_str())
+    }
+}
 
 /// Label names and their indices.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -121,18 +172,25 @@ fn labels_of(example: &Example) -> &[Label] {
     match example {
         Example::TextLabel { label, .. } => std::slice::from_ref(label),
         Example::TextLabels { labels, .. } | Example::TokenLabels { labels, .. } => labels,
-        Example::Text(_) | Example::PromptCompletion { .. } | Example::Messages(_) => &[],
+        Example::Text(_)
+        | Example::PromptCompletion { .. }
+        | Example::Messages(_)
+        | Example::Pair { .. }
+        | Example::Rated { .. } => &[],
     }
 }
 
 /// What a training set must be for a task.
-pub fn check_train(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
-    check_common(data, task, labels, report);
+pub fn check_train(data: &Dataset, aim: impl Into<Aim>, labels: &LabelSet, report: &mut Report) {
+    let aim = aim.into();
+    check_common(data, aim, labels, report);
     if data.rows.len() < MIN_EXAMPLES && !data.rows.is_empty() {
         let message = format!("has {} example; at least {MIN_EXAMPLES} are needed", data.rows.len());
         report.error(Code::TooFewExamples, 0, "", message);
     }
-    if task.generates() {
+    if aim.preference.is_some() {
+        check_verdicts(data, report);
+    } else if aim.task.generates() {
         check_completions(data, report);
     } else if report.is_ok() && labels.problem != Problem::Regression {
         check_variety(data, labels, report);
@@ -140,8 +198,8 @@ pub fn check_train(data: &Dataset, task: Task, labels: &LabelSet, report: &mut R
 }
 
 /// What a validation set must be; rows that are in the training set are pointed out.
-pub fn check_validation(data: &Dataset, train: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
-    check_common(data, task, labels, report);
+pub fn check_validation(data: &Dataset, train: &Dataset, aim: impl Into<Aim>, labels: &LabelSet, report: &mut Report) {
+    check_common(data, aim, labels, report);
     let seen: HashSet<u64> = train.rows.iter().map(|r| digest(&r.example)).collect();
     for row in data.rows.iter().filter(|r| seen.contains(&digest(&r.example))) {
         report.warn(Code::TrainValidOverlap, row.line, "", "is in the training data, too: its evaluation says little");
@@ -149,25 +207,19 @@ pub fn check_validation(data: &Dataset, train: &Dataset, task: Task, labels: &La
 }
 
 /// What any set of examples must be for a task.
-pub(super) fn check_common(data: &Dataset, task: Task, labels: &LabelSet, report: &mut Report) {
-    let problem = labels.problem;
+pub(super) fn check_common(data: &Dataset, aim: impl Into<Aim>, labels: &LabelSet, report: &mut Report) {
+    let (problem, aim) = (labels.problem, aim.into());
     let Some(format) = data.format else { return };
-    let fits = match format {
-        Format::PromptCompletion => task.generates(),
-        Format::Text | Format::Messages => task == Task::CausalLm,
-        Format::TextLabel | Format::TextLabels => task == Task::SeqCls,
-        Format::TokenLabels => task == Task::TokenCls,
-    };
+    let fits = aim.fits(format);
     let several = format == Format::TextLabels;
-    if task == Task::SeqCls && fits && several != (problem == Problem::MultiLabel) {
+    if aim.task == Task::SeqCls && fits && several != (problem == Problem::MultiLabel) {
         let (line, wanted) = (data.rows.first().map_or(0, |r| r.line), if several { "label" } else { "labels" });
         let message = format!("has {}, but {} needs {wanted} of each text", format.as_str(), problem.as_str());
         report.error(Code::WrongTask, line, "", message);
         return;
     }
     if !fits {
-        let message = format!("has {} lines, which the task {} cannot use", format.as_str(), task.as_str());
-        report.error(Code::WrongTask, 0, "", message);
+        report.error(Code::WrongTask, 0, "", aim.refusal(format));
         return;
     }
     for row in &data.rows {
@@ -228,6 +280,19 @@ fn check_completions(data: &Dataset, report: &mut Report) {
     {
         let message = "has the same completion in every example: the model will answer it to everything";
         report.warn(Code::IdenticalCompletions, 0, "", message);
+    }
+}
+
+/// Good answers alone are told apart from nothing.
+fn check_verdicts(data: &Dataset, report: &mut Report) {
+    let verdict = |row: &Row| match row.example {
+        Example::Rated { good, .. } => Some(good),
+        _ => None,
+    };
+    let verdicts: BTreeSet<bool> = data.rows.iter().filter_map(verdict).collect();
+    if let (1, Some(only)) = (verdicts.len(), verdicts.first()) {
+        let message = format!("has answers with the label {only} only; kto learns more from both kinds");
+        report.warn(Code::OneLabel, 0, "", message);
     }
 }
 
@@ -311,6 +376,33 @@ mod tests {
             vec![(Code::TooFewExamples, Severity::Error, 0)]
         );
         assert_eq!(codes(&check("{\"text\":\"x\"}\n{\"text\":\"y\"}", Task::SeqCls, &[]).1)[0].0, Code::WrongTask);
+    }
+
+    #[test]
+    fn each_way_to_learn_preferences_has_its_own_lines() {
+        use PreferenceMethod::{Dpo, Kto, Orpo};
+        let line = |i: usize, rest: &str| format!("{{\"prompt\": \"{i}\", {rest}}}\n");
+        let three = |rest: [&str; 3]| -> String { (0..3).map(|i| line(i, rest[i])).collect() };
+        let pairs = three(["\"chosen\": \"a\", \"rejected\": \"b\""; 3]);
+        let (yes, no) = ("\"completion\": \"a\", \"label\": true", "\"completion\": \"a\", \"label\": false");
+        let (rated, texts) = (three([yes, no, yes]), three(["\"completion\": \"a\""; 3]));
+        let check = |text: &str, preference| {
+            let (data, mut report) = Dataset::parse(text.as_bytes());
+            check_train(&data, Aim { task: Task::CausalLm, preference }, &LabelSet::default(), &mut report);
+            report
+        };
+        for (text, users) in [(&pairs, &[Some(Dpo), Some(Orpo)][..]), (&rated, &[Some(Kto)][..]), (&texts, &[None][..])]
+        {
+            for user in [None, Some(Dpo), Some(Orpo), Some(Kto)] {
+                let report = check(text, user);
+                assert_eq!(report.is_ok(), users.contains(&user), "{text} {user:?} {report:?}");
+                assert!(report.is_ok() || report.issues[0].code == Code::WrongTask);
+            }
+        }
+        assert!(check(&texts, Some(Kto)).issues[0].message.contains("label: true or false"));
+        assert!(check(&rated, None).issues[0].message.contains("for kto; set preference"));
+        assert_eq!(codes(&check(&three([yes; 3]), Some(Kto))), [(Code::OneLabel, Severity::Warning, 0)]);
+        assert!(codes(&check(&pairs, Some(Dpo))).is_empty());
     }
 
     #[test]

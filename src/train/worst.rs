@@ -35,10 +35,7 @@ impl Decoder {
     fn excerpt(&self, example: &Encoded) -> String {
         // a token without a character of its own is rare: some more than are shown are enough
         let most = 2 * EXCERPT;
-        let learned = match &example.target {
-            Target::Tokens(mask) => mask.iter().position(|learn| *learn).filter(|at| *at > 1).unwrap_or(0),
-            _ => 0,
-        };
+        let learned = example.learned().iter().position(|learn| *learn).filter(|at| *at > 1).unwrap_or(0);
         let (before, after) = example.tokens.split_at(learned);
         let read = if example.source.is_empty() { before } else { &example.source };
         let read_text = self.text(&read[read.len().saturating_sub(most)..]);
@@ -156,7 +153,7 @@ mod tests {
 
     fn losses(each: &[f32]) -> Losses {
         let each = Tensor::new(each, &Device::Cpu).unwrap();
-        Losses { each, logits: None, gold: vec![], targets: vec![], words: vec![] }
+        Losses::of(each)
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod hostile;
 mod hot_swap;
 mod isolation;
 mod pause;
+mod preference;
 mod restart;
 mod seq2seq;
 mod study;

@@ -162,6 +162,7 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
             })],
             labels: vec![],
             k_per_class: None,
+            preference: None,
             problem: Default::default(),
             forgetting: None,
             hyper: HyperParams {

@@ -122,7 +122,7 @@ impl View {
 fn eval_line(e: &proto::EvalResult) -> String {
     let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
     format!(
-        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}",
+        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}{}{}",
         e.step,
         e.loss,
         number("perplexity", e.perplexity),
@@ -133,6 +133,8 @@ fn eval_line(e: &proto::EvalResult) -> String {
         number("micro-F1", e.micro_f1),
         number("MSE", e.mse),
         number("Pearson", e.pearson),
+        number("reward accuracy", e.reward_accuracy),
+        number("reward margin", e.reward_margin),
         if e.best { "  (best)" } else { "" }
     )
 }

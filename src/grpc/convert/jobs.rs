@@ -80,6 +80,8 @@ fn eval(e: EvalEvent) -> proto::EvalResult {
         micro_f1: e.micro_f1,
         mse: e.mse,
         pearson: e.pearson,
+        reward_accuracy: e.reward_accuracy,
+        reward_margin: e.reward_margin,
         best: e.best,
     }
 }

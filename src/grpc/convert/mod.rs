@@ -5,6 +5,7 @@ mod deltas;
 mod inference;
 mod jobs;
 mod methods;
+mod preference;
 mod server;
 mod training;
 

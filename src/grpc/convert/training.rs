@@ -40,6 +40,7 @@ pub(in crate::grpc) fn train(
             lambda: e.lambda,
             max_examples: e.max_examples,
         }),
+        preference: spec.preference.and_then(|p| super::preference::from_wire(p, &mut problems)),
         from_delta: (!spec.from_delta.is_empty()).then_some(spec.from_delta),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
     };
@@ -95,6 +96,8 @@ fn json_lines(at: &str, examples: Vec<proto::Example>, problems: &mut Problems) 
             }
             Some(Form::Labelled(e)) => json!({ "text": e.text, "label": e.label }),
             Some(Form::Tagged(e)) => json!({ "tokens": e.tokens, "labels": e.labels }),
+            Some(Form::Preferred(e)) => json!({ "prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected }),
+            Some(Form::Rated(e)) => json!({ "prompt": e.prompt, "completion": e.completion, "label": e.label }),
             None => {
                 problems.push(format!("{at}.examples[{i}]"), "is empty; one form is required");
                 continue;
@@ -244,6 +247,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         keep_last: r.keep_last,
         worst_examples: r.worst_examples,
         gradient_checkpointing: r.gradient_checkpointing,
+        preference: r.preference.map(super::preference::to_wire),
     }
 }
 

@@ -84,3 +84,69 @@ fn odd_bytes_are_problems_of_their_line() {
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     assert_eq!(codes(&deep), vec![(Code::NotJson, 1, String::new())]);
 }
+
+#[test]
+fn answers_are_compared_or_judged_as_texts_or_as_turns() {
+    for (line, format) in [
+        (r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#, Format::Pairs),
+        (
+            r#"{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": "c"}]}"#,
+            Format::Pairs,
+        ),
+        (r#"{"prompt": "a", "completion": "b", "label": false}"#, Format::Rated),
+        (
+            r#"{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+                "completion": [{"role": "assistant", "content": "b"}], "label": true}"#,
+            Format::Rated,
+        ),
+        // a remark on an example to learn from
+        (r#"{"prompt": "a", "completion": "b", "label": "easy"}"#, Format::PromptCompletion),
+    ] {
+        let (data, report) = Dataset::parse(line.replace('\n', " ").as_bytes());
+        assert!(report.is_ok(), "{line}: {report:?}");
+        assert_eq!((data.format, data.rows.len()), (Some(format), 1), "{line}");
+    }
+    let pairs = r#"{"prompt": "a", "chosen": "b", "rejected": "c"}
+        {"prompt": "a", "chosen": "b", "rejected": "b"}
+        {"prompt": "a", "chosen": "b"}
+        {"prompt": 1, "chosen": " ", "rejected": 2}
+        {"chosen": "a", "rejected": "b"}
+        {"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}
+        {"prompt": [{"role": "assistant", "content": "c"}], "chosen": [{"role": "user", "content": "c"}], "rejected": []}
+        {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "chosen": "c", "rejected": "d"}
+        {"prompt": "a", "completion": "b"}"#;
+    let turns = Code::RolesNotAlternating;
+    assert_eq!(
+        codes(pairs),
+        vec![
+            (Code::SameAnswers, 2, "/rejected".into()),
+            (Code::MissingField, 3, "/rejected".into()),
+            (Code::WrongType, 4, "/prompt".into()),
+            (Code::EmptyCompletion, 4, "/chosen".into()),
+            (Code::WrongType, 4, "/rejected".into()),
+            (Code::MissingField, 5, "/prompt".into()),
+            (Code::WrongType, 6, "/rejected".into()),
+            (turns, 7, "/prompt/0/role".into()),
+            (turns, 7, "/chosen/0/role".into()),
+            (Code::NoAssistant, 7, "/rejected".into()),
+            (turns, 8, "/prompt".into()),
+            (Code::MixedFormats, 9, String::new()),
+        ]
+    );
+    let rated = r#"{"prompt": "a", "completion": "b", "label": true}
+        {"prompt": "a", "completion": "b"}
+        {"prompt": "a", "completion": "b", "label": "yes"}
+        {"prompt": "a", "completion": " ", "label": 1}
+        {"completion": "b", "label": false}"#;
+    assert_eq!(
+        codes(rated),
+        vec![
+            (Code::MissingField, 2, "/label".into()),
+            (Code::WrongType, 3, "/label".into()),
+            (Code::EmptyCompletion, 4, "/completion".into()),
+            (Code::WrongType, 4, "/label".into()),
+            (Code::MissingField, 5, "/prompt".into()),
+        ]
+    );
+}

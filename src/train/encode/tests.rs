@@ -36,8 +36,12 @@ fn run(text: &str, codec: &TextCodec, labels: &[&str], max_length: usize) -> (Ve
 }
 
 fn learned(e: &Encoded) -> String {
-    let Target::Tokens(mask) = &e.target else { panic!("not a text") };
-    let ids = e.tokens.iter().zip(mask).filter(|(_, m)| **m).map(|(id, _)| *id);
+    said(&e.tokens, e.learned(), true)
+}
+
+/// The text of the tokens that are learned, or of the others.
+fn said(tokens: &[u32], learn: &[bool], learned: bool) -> String {
+    let ids = tokens.iter().zip(learn).filter(|(_, m)| **m == learned).map(|(id, _)| *id);
     ids.map(|id| if id < 10 { '$' } else { char::from((id - 10) as u8) }).collect()
 }
 
@@ -101,4 +105,67 @@ fn a_tag_belongs_to_the_first_piece_of_its_word() {
     let (out, report) = run(line, &byte_codec(true), &["O", "B"], 64);
     assert!(report.is_ok());
     assert_eq!(out[0].target, Target::Tags(vec![(1, 0), (3, 1)]), "the empty word has no piece");
+}
+
+#[test]
+fn both_answers_keep_the_prompt_and_are_cut_at_their_ends() {
+    let line = r#"{"prompt": "ab", "chosen": "cdef", "rejected": "g"}"#;
+    let (out, report) = run(line, &byte_codec(true), &[], 64);
+    assert!(report.issues.is_empty(), "{report:?}");
+    let e = &out[0];
+    let other = e.other().unwrap();
+    assert_eq!((learned(e).as_str(), said(&other.tokens, &other.learn, true).as_str()), ("cdef$", "g$"));
+    assert_eq!(
+        (said(&e.tokens, e.learned(), false), said(&other.tokens, &other.learn, false)),
+        ("$ab".into(), "$ab".into())
+    );
+    assert_eq!((e.rows(), e.longest(), e.sequences(), e.weight(), e.supervised()), (13, 8, 2, 1, 7));
+    let (out, report) = run(line, &byte_codec(true), &[], 5);
+    let other = out[0].other().unwrap();
+    assert_eq!((learned(&out[0]).as_str(), said(&other.tokens, &other.learn, true).as_str()), ("cd", "g$"));
+    let told: Vec<_> = report.issues.iter().map(|i| (i.code, i.pointer.as_str())).collect();
+    assert_eq!(told, [(Code::TooLong, "/chosen")]);
+    let same = r#"{"prompt": "ab", "chosen": "cdef", "rejected": "cdxx"}"#;
+    assert_eq!(run(same, &byte_codec(true), &[], 5).1.issues.last().unwrap().code, Code::SameAnswers);
+    assert_eq!(run(same, &byte_codec(true), &[], 3).1.issues[0].code, Code::NoSupervisedToken);
+    // what the assistant said before is read, not learned
+    let m = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+    let line = serde_json::json!({
+        "prompt": [m("user", "q"), m("assistant", "x"), m("user", "r")],
+        "chosen": [m("assistant", "y")],
+        "rejected": [m("assistant", "z"), m("user", "s"), m("assistant", "t")],
+    });
+    let (out, report) = run(&line.to_string(), &byte_codec(false), &[], 64);
+    assert!(report.is_ok(), "{report:?}");
+    let other = out[0].other().unwrap();
+    assert_eq!((learned(&out[0]).as_str(), said(&other.tokens, &other.learn, true).as_str()), ("y\n$", "z\nt\n$"));
+    let pairs = byte_codec(true).with_decoder_start(Some(3));
+    let (out, _) = run(r#"{"prompt": "ab", "chosen": "c", "rejected": "d"}"#, &pairs, &[], 64);
+    assert_eq!(
+        (out[0].source.as_slice(), out[0].tokens.as_slice(), out[0].rows()),
+        (&[1, 107, 108][..], &[3, 109, 2][..], 12)
+    );
+    assert_eq!(run(&line.to_string(), &pairs, &[], 64).1.issues[0].code, Code::ChatTemplate);
+}
+
+#[test]
+fn a_rated_example_meets_the_answer_to_the_next_other_prompt() {
+    let line = |prompt: &str, completion: &str| {
+        serde_json::json!({"prompt": prompt, "completion": completion, "label": completion < "n"}).to_string() + "\n"
+    };
+    let met = |rows: &[(&str, &str)], longest: usize| -> Vec<Option<(String, String)>> {
+        let text: String = rows.iter().map(|(p, c)| line(p, c)).collect();
+        let (mut out, report) = run(&text, &byte_codec(false), &[], longest);
+        assert!(report.is_ok(), "{report:?}");
+        add_mismatched(&mut out, longest);
+        let both = |a: &Answer| (said(&a.tokens, &a.learn, false), said(&a.tokens, &a.learn, true));
+        out.iter().map(|e| e.other().map(both)).collect()
+    };
+    let some = |p: &str, c: &str| Some((p.to_owned(), c.to_owned()));
+    let rows = [("p", "a"), ("p", "z"), ("q", "b"), ("rr", "cc"), ("p", "d")];
+    assert_eq!(met(&rows, 64), [some("p", "b$"), some("p", "b$"), some("q", "cc$"), some("rr", "d$"), some("p", "b$")]);
+    assert_eq!(met(&rows, 4)[2..4], [some("q", "cc$"), some("rr", "d$")]);
+    assert_eq!(met(&[("p", "abc"), ("qqq", "d"), ("r", "efg")], 4)[1], some("qqq", "e"));
+    assert_eq!(met(&[("p", "a"), ("p", "b")], 64), [None, None]);
+    assert_eq!(met(&[("p", "a")], 64), [None]);
 }

@@ -7,13 +7,17 @@ use crate::{
         train_params::{EvalMetric, TrainParams},
     },
     delta::Problem,
-    train::eval::metrics_of,
+    train::eval::{METRICS_OF_PREFERENCES, metrics_of},
 };
 
 /// The figure that chooses the best checkpoint. Adds a figure that the task's evaluations do not have, and wishes that need
 /// an evaluation where there is none, to the problems.
 pub(super) fn metric(params: &TrainParams, labels: &[String], problems: &mut Vec<Violation>) -> EvalMetric {
-    let (h, known) = (&params.hyper, metrics_of(params.task, params.problem, labels));
+    let h = &params.hyper;
+    let known = match params.preference {
+        Some(_) => METRICS_OF_PREFERENCES.to_vec(),
+        None => metrics_of(params.task, params.problem, labels),
+    };
     let metric = match &h.eval_metric {
         None => known.first().copied(),
         Some(name) => known.iter().copied().find(|m| m.as_str() == name),

@@ -1,17 +1,16 @@
 //! The evaluations of a run: when, over which examples, and what follows from one.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 
 use candle_core::Result;
 
-use super::{Best, Outcome, Phase, Run, RunEvents, Step};
+use super::{Best, Outcome, Phase, Run, RunEvents, Step, preference::Side};
 use crate::{
     admission::train_params::{JobEventBody, NoteEvent, WorstEvent},
     train::{
         batches::micro_batches,
         encode::Encoded,
         eval::{Tally, better},
-        objective::losses,
         plan::MICRO_TOKENS,
         worst::Worst,
     },
@@ -30,23 +29,33 @@ impl Run {
     }
 
     pub(super) fn begin_eval(&self) -> Phase {
-        let lens: Vec<usize> = self.input.validation.iter().map(Encoded::rows).collect();
-        let mut order: Vec<usize> = (0..lens.len()).collect();
-        order.sort_by_key(|i| lens[*i]);
-        let todo = micro_batches(&order, &self.rows(&lens), 64, MICRO_TOKENS).into();
+        let todo = self.by_length(Side::Validation);
         let r = &self.input.resolved;
         let worst = Worst::new(r.worst_examples as usize);
         Phase::Eval { todo, tally: Tally::new(r.task, r.problem, &r.labels), worst }
     }
 
-    pub(super) fn eval_micro(&mut self, batch: &[usize]) -> Result<()> {
+    /// All examples in micro-batches, the shortest first.
+    fn by_length(&self, side: Side) -> VecDeque<Vec<usize>> {
+        let rows = self.rows(self.input.side(side));
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|i| rows[*i]);
+        micro_batches(&order, &rows, 64, MICRO_TOKENS).into()
+    }
+
+    /// One micro-batch, or one example's reference first, where it is still to be taken.
+    pub(super) fn eval_micro(&mut self, batch: Vec<usize>) -> Result<()> {
+        if self.refer(Side::Validation, &batch)? {
+            if let Phase::Eval { todo, .. } = &mut self.phase {
+                todo.push_front(batch);
+            }
+            return Ok(());
+        }
+        let losses = self.plain_losses(Side::Validation, &batch)?;
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.validation[*i]).collect();
-        let delta = Arc::new(self.trainable.detached()?);
-        let base = self.trainable.detached_base(&self.base)?;
-        let losses = losses(&base, delta, &examples, self.pacer.as_ref())?;
         if let Phase::Eval { tally, worst, .. } = &mut self.phase {
             tally.add(&losses)?;
-            worst.add(batch, &examples, &losses)?;
+            worst.add(&batch, &examples, &losses)?;
         }
         Ok(())
     }
@@ -57,19 +66,22 @@ impl Run {
     }
 
     pub(super) fn begin_worst(&self) -> Phase {
-        let mut order: Vec<usize> = (0..self.lens.len()).collect();
-        order.sort_by_key(|i| self.lens[*i]);
-        let todo = micro_batches(&order, &self.rows(&self.lens), 64, MICRO_TOKENS).into();
-        Phase::Worst { todo, worst: Worst::new(self.input.resolved.worst_examples as usize) }
+        let worst = Worst::new(self.input.resolved.worst_examples as usize);
+        Phase::Worst { todo: self.by_length(Side::Train), worst }
     }
 
-    pub(super) fn worst_micro(&mut self, batch: &[usize]) -> Result<()> {
+    /// As [`Self::eval_micro`].
+    pub(super) fn worst_micro(&mut self, batch: Vec<usize>) -> Result<()> {
+        if self.refer(Side::Train, &batch)? {
+            if let Phase::Worst { todo, .. } = &mut self.phase {
+                todo.push_front(batch);
+            }
+            return Ok(());
+        }
+        let losses = self.plain_losses(Side::Train, &batch)?;
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
-        let delta = Arc::new(self.trainable.detached()?);
-        let base = self.trainable.detached_base(&self.base)?;
-        let losses = losses(&base, delta, &examples, self.pacer.as_ref())?;
         if let Phase::Worst { worst, .. } = &mut self.phase {
-            worst.add(batch, &examples, &losses)?;
+            worst.add(&batch, &examples, &losses)?;
         }
         Ok(())
     }

@@ -31,9 +31,8 @@ impl Run {
         let made = self.trainable.detached_base(&self.base)?;
         let delta = self.trainable.detached()?;
         let bare = Delta::new(delta.spec.clone(), Vec::new(), None);
-        let lens: Vec<usize> = self.input.held.iter().map(Encoded::rows).collect();
-        let order: Vec<usize> = (0..lens.len()).collect();
-        let todo = micro_batches(&order, &self.rows(&lens), 64, MICRO_TOKENS).into();
+        let order: Vec<usize> = (0..self.input.held.len()).collect();
+        let todo = micro_batches(&order, &self.rows(&self.input.held), 64, MICRO_TOKENS).into();
         let sides = [(Arc::clone(&self.base), Arc::new(bare)), (made, Arc::new(delta))];
         self.phase = Phase::Held(Held { todo, sides, sums: [0.0; 2], tokens: 0 });
         Ok(())

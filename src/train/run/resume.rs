@@ -132,6 +132,15 @@ fn add_example(h: &mut Sha256, e: &Encoded) {
             add(6, &mut tags.iter().map(|(at, _)| *at));
             add(7, &mut tags.iter().map(|(_, label)| *label));
         }
+        Target::Preferred(mask, _) => add(8, &mut mask.iter().map(|m| u32::from(*m))),
+        Target::Rated(mask, good, _) => {
+            add(9, &mut mask.iter().map(|m| u32::from(*m)));
+            add(10, &mut [u32::from(*good)].into_iter());
+        }
+    }
+    if let Some(other) = e.other() {
+        add(11, &mut other.tokens.iter().copied());
+        add(12, &mut other.learn.iter().map(|m| u32::from(*m)));
     }
 }
 

@@ -1,0 +1,36 @@
+//! What a job that continues a delta starts from and holds on to.
+
+use serde::{Deserialize, Serialize};
+
+use super::train_params::TrainData;
+
+/// Elastic weight consolidation (Kirkpatrick et al. 2017); FORMATS 5.6.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EwcParams {
+    /// Examples of the old task.
+    pub data: TrainData,
+    /// Strength, in (0, 1e9].
+    pub lambda: f64,
+    /// At most this many examples, spread evenly; 1 to 100000, default 512.
+    pub max_examples: Option<u32>,
+}
+
+/// The version that a job starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedFrom {
+    /// `name@number`.
+    pub name: String,
+    /// Version digest, 64 hexadecimal digits.
+    pub id: String,
+    /// Whether its head is taken, too.
+    pub head: bool,
+}
+
+/// EWC as used.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ResolvedEwc {
+    /// Strength.
+    pub lambda: f64,
+    /// Examples that the Fisher information is taken from.
+    pub examples: u32,
+}
