@@ -67,6 +67,7 @@ fn a_classifier_learns() {
         publish: PublishPolicy::Upsert,
         from_delta: None,
         ewc: None,
+        preference: None,
         idempotency_key: None,
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));
