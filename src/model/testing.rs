@@ -79,10 +79,18 @@ pub fn write_random(dir: &Path, config: &Value, seed: u64) -> Result<(), ModelEr
 /// # Errors
 /// Those of [`write_random`] and [`Base::load`].
 pub fn random_base(config: &Value, seed: u64) -> Result<Base, ModelError> {
+    random_base_as(config, seed, &LoadOptions::default())
+}
+
+/// [`random_base`], kept as the options say.
+///
+/// # Errors
+/// As [`random_base`].
+pub fn random_base_as(config: &Value, seed: u64, options: &LoadOptions) -> Result<Base, ModelError> {
     let dir =
         std::env::temp_dir().join(format!("deltaserve-base-{}-{seed}-{}", std::process::id(), uuid::Uuid::new_v4()));
     write_random(&dir, config, seed)?;
-    let base = Base::load(&dir, &LoadOptions { device: Device::Cpu, dtype: DType::F32 });
+    let base = Base::load(&dir, options);
     // best effort: the operating system cleans its temporary folder
     let _ = std::fs::remove_dir_all(&dir);
     base

@@ -234,6 +234,13 @@ impl<'a> Resolver<'a> {
         if methods > 1 {
             self.problem(field, "full trains every weight; give it alone");
         }
+        if self.base.base.is_some_and(|b| b.gguf.is_some()) {
+            self.problem(
+                field,
+                "full fine-tuning is not supported on a GGUF base, which has no plain weights to train; train a delta, or \
+                 serve the model's safetensors folder (with --quantize for less memory)",
+            );
+        }
     }
 
     fn check_task(&mut self, methods: &[MethodPart], (task, problem): (Task, Problem), labels: &[String]) {
