@@ -78,3 +78,6 @@ pub(super) fn weight(
     let parts = rows.into_iter().map(weight).collect::<candle_core::Result<_>>()?;
     Ok(Some(Weight::joined(parts)?))
 }
+
+#[cfg(test)]
+pub(super) mod tests;

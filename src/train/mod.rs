@@ -33,6 +33,8 @@ pub mod objective;
 pub mod optim;
 pub mod plan;
 #[cfg(test)]
+mod quantized_laws;
+#[cfg(test)]
 mod resume_laws;
 #[cfg(test)]
 mod resume_tests;

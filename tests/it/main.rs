@@ -20,6 +20,7 @@ mod hostile;
 mod hot_swap;
 mod isolation;
 mod pause;
+mod quantized;
 mod restart;
 mod seq2seq;
 mod study;

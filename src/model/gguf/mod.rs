@@ -184,6 +184,16 @@ fn unpermuted(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     (0..rows).flat_map(|row| &bytes[source(row) * width..(source(row) + 1) * width]).copied().collect()
 }
 
+/// The name in a file of a tensor by its Hugging Face name.
+pub(super) fn stored_name(name: &str) -> Option<String> {
+    let (module, suffix) = name.rsplit_once('.')?;
+    let known = |list: &[(&'static str, &str)], part: &str| list.iter().find(|(_, hf)| *hf == part).map(|(n, _)| *n);
+    match module.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+        Some((n, part)) => Some(format!("blk.{n}.{}.{suffix}", known(LAYER, part)?)),
+        None => Some(format!("{}.{suffix}", known(GLOBAL, module)?)),
+    }
+}
+
 /// Tensors under their Hugging Face names.
 fn entries(header: Header, config: &Json) -> Result<BTreeMap<String, Entry>, String> {
     let number = |key: &str| config.get(key).and_then(Json::as_u64).and_then(|n| usize::try_from(n).ok());
