@@ -383,7 +383,8 @@ mod tests {
 
     #[test]
     fn a_format_of_fewer_bits_is_named_as_it_is_accepted() {
-        let quantize = |value: &str| Line::try_parse_from(["serve", "--base=x", "--quantize", value]).map(|l| l.args.quantize);
+        let quantize =
+            |value: &str| Line::try_parse_from(["serve", "--base=x", "--quantize", value]).map(|l| l.args.quantize);
         assert_eq!(quantize("q8_0").ok(), Some(Some(QuantizeChoice::Q8_0)));
         assert_eq!(quantize("q4k").ok(), Some(Some(QuantizeChoice::Q4K)));
         let refused = quantize("q2").err().map(|e| e.to_string()).unwrap_or_default();

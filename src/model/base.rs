@@ -96,7 +96,8 @@ impl Base {
         if !options.device.is_cpu() && (gguf.is_some() || options.quantize.is_some()) {
             return Err(ModelError::Unsupported("quantised bases are supported on the CPU only".into()));
         }
-        let dir = if gguf.as_deref() == Some(path) { path.parent().unwrap_or(path) } else { path };
+        let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = if gguf.as_deref() == Some(path) { parent } else { path };
         let file = gguf.as_deref().map(GgufFile::open).transpose()?;
         let config: serde_json::Value = match &file {
             Some(file) => file.config().clone(),
@@ -152,7 +153,7 @@ impl Base {
     /// The format of most numbers of its linears: `f32`, `bf16`, `q8_0`, `q4k` ...
     pub fn weight_format(&self) -> &'static str {
         let linears = self.transformer.linear_formats();
-        linears.iter().max_by_key(|(_, held)| held.numbers).map_or(self.dtype.as_str(), |(kind, _)| kind)
+        linears.iter().max_by_key(|(_, held)| held.numbers).map_or(self.dtype.as_str(), |(kind, _)| *kind)
     }
 
     /// How the matrices of its linears are kept.

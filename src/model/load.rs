@@ -15,7 +15,7 @@ use super::{
 use crate::{
     delta::{self, Half, Head, HeadLayer, HeadPool, NormAt, Part, Proj, Site, SiteId, SiteTable, Task},
     nn::{Attention, CrossAttention, Linear, Mlp, Norm, Rotary, Style, Sublayer},
-    ops::{self, AttnMask, RelativeBias, Weight},
+    ops::{self, AttnMask, Quantized, RelativeBias, Weight},
 };
 
 type Loaded<T> = Result<T, ModelError>;
@@ -30,9 +30,9 @@ impl Transformer {
         let loader = Loader { arch, ckpt, sites, options };
         let n = &arch.names;
         let h = arch.hidden;
-        // a table in blocks stays in them; none is quantised here, since its rows are seen as they are
-        let embed = match quantize::weight(ckpt, None, &[(n.embed.to_owned(), arch.vocab)], (h, false))? {
-            Some(blocks) => Table::Packed(blocks),
+        // a table is not quantised here, since its rows are seen as they are; one that is stored in blocks stays in them
+        let embed = match ckpt.blocks(n.embed, [arch.vocab, h])? {
+            Some((kind, bytes)) => Table::Packed(Quantized::from_blocks(kind, &bytes, (arch.vocab, h))?.into()),
             None => Table::Own(ckpt.get(n.embed, "weight", &[arch.vocab, h])?),
         };
         let lm_head = loader.lm_head(&embed)?;
@@ -167,10 +167,15 @@ impl Loader<'_> {
         if !self.ckpt.may_be_quantized() {
             return Ok(rotary);
         }
-        Ok(match self.ckpt.find(gguf::FACTORS, "weight", &[shape.dim / 2])? {
-            Some(factors) => rotary.divided(&factors.to_vec1::<f32>()?),
-            None => rotary,
-        })
+        let Some(factors) = self.ckpt.find(gguf::FACTORS, "weight", &[shape.dim / 2])? else { return Ok(rotary) };
+        let factors = factors.to_vec1::<f32>()?;
+        if factors.iter().any(|f| !(f.is_finite() && *f > 0.0)) {
+            return Err(ModelError::Checkpoint(format!(
+                "{} has {factors:?}; positive numbers are accepted",
+                gguf::FACTORS
+            )));
+        }
+        Ok(rotary.divided(&factors))
     }
 
     fn block(&self, stack: &StackShape<'_>, at: usize, style: usize) -> Loaded<Block> {

@@ -25,7 +25,10 @@ const ROWS: usize = 64;
 
 /// A block format of ggml: a run of weights along the input that shares its scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(missing_docs, reason = "named as ggml names them: bits, then 0 (scale), 1 (scale and minimum) or K (nested scales)")]
+#[allow(
+    missing_docs,
+    reason = "named as ggml names them: bits, then 0 (scale), 1 (scale and minimum) or K (nested scales)"
+)]
 pub enum QuantKind {
     Q4_0,
     Q4_1,
@@ -175,8 +178,9 @@ pub fn quantize(w: &Tensor, kind: QuantKind) -> Result<Vec<u8>> {
     let (out_dim, _) = w.dims2()?;
     let w = w.detach().contiguous()?;
     let part = |from: &usize| {
+        // a copy, since candle quantises a whole storage
         let rows = w.narrow(0, *from, ROWS.min(out_dim - from))?;
-        Ok(QTensor::quantize(&rows, kind.dtype())?.data()?.into_owned())
+        Ok(QTensor::quantize(&rows.copy()?, kind.dtype())?.data()?.into_owned())
     };
     let starts: Vec<usize> = (0..out_dim).step_by(ROWS).collect();
     Ok(starts.par_iter().map(part).collect::<Result<Vec<_>>>()?.concat())
@@ -189,7 +193,9 @@ impl Quantized {
     /// A number of bytes that does not fit; a scale that is not finite.
     pub fn from_blocks(kind: QuantKind, bytes: &[u8], (out_dim, in_dim): (usize, usize)) -> Result<Self> {
         let count = in_dim.checked_mul(out_dim);
-        if in_dim == 0 || !in_dim.is_multiple_of(kind.block()) || count.and_then(|n| kind.bytes_of(n)) != Some(bytes.len())
+        if in_dim == 0
+            || !in_dim.is_multiple_of(kind.block())
+            || count.and_then(|n| kind.bytes_of(n)) != Some(bytes.len())
         {
             bail!("{}: {} bytes are no matrix [{out_dim}, {in_dim}]", kind.name(), bytes.len());
         }

@@ -46,7 +46,8 @@ fn methods(causal: bool) -> Vec<(&'static str, Vec<MethodPart>)> {
 
 #[test]
 fn gradients_are_those_of_the_dequantised_base() {
-    for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("phi3", Task::CausalLm)]
+    for (family, task) in
+        [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("phi3", Task::CausalLm)]
     {
         let (quantized, plain) = both(family);
         for (name, methods) in methods(task == Task::CausalLm) {
@@ -82,7 +83,9 @@ fn labels(task: Task) -> Vec<String> {
 
 #[test]
 fn gradients_match_central_differences_on_a_quantised_base() {
-    for (family, task) in [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("t5", Task::Seq2Seq)] {
+    for (family, task) in
+        [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("bert", Task::SeqCls), ("t5", Task::Seq2Seq)]
+    {
         let (base, _) = both(family);
         let methods = [MethodPart::Lora(LoraPart { rank: Some(4), ..LoraPart::default() })];
         let input = input(&base, task, &methods, hyper(1));

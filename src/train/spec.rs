@@ -181,7 +181,7 @@ impl TrainSpec {
 
     /// Bytes that a run of so many trained `parameters` needs beside the base: `rows` of a micro-batch, `longest` example in
     /// it. An estimate: every linear keeps its input and output once, attention its probabilities, a language model one
-    /// chunk of logits. Full fine-tuning keeps what norms and the head make on their way, all logits included, and
+    /// chunk of logits; DoRA keeps plain copies of the matrices it is on. Full fine-tuning keeps what norms and the head make on their way, all logits included, and
     /// projections that are joined, with their gradients.
     pub fn memory(&self, base: BaseShape<'_>, parameters: u64, rows: usize, longest: usize) -> MemoryEstimate {
         const F32: usize = 4;
@@ -192,7 +192,9 @@ impl TrainSpec {
         let heads = base.hidden.div_ceil(64).max(1);
         let (logit_rows, copies) = if self.full.is_some() { (2 * rows, 2) } else { (LOGIT_ROWS.min(rows), 1) };
         let logits = if self.task.generates() { logit_rows * base.vocab * 2 } else { 0 };
-        let activations = (copies * rows * widths + rows * longest * heads * layers + logits) * F32;
+        let dora = self.patches.iter().filter(|(_, plan)| matches!(plan, PatchPlan::Dora(_)));
+        let dora: usize = dora.filter_map(|(site, _)| base.sites.get(*site)).map(|e| e.in_dim * e.out_dim).sum();
+        let activations = (copies * rows * widths + rows * longest * heads * layers + logits + dora) * F32;
         let joined = base.base.filter(|_| self.full.is_some()).map_or(0, Base::joined_parameters);
         // a whole model's snapshot and the sum of its gradients over micro-batches count
         let twice = if self.full.is_some() { 2 * parameters } else { parameters };

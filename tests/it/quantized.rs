@@ -42,7 +42,8 @@ async fn deltas_of_the_plain_base_are_served_on_its_quantised_copy_in_one_batch(
     }
     // what it says of a text is what the plain base says, nearly
     let whole = plain.start().await;
-    let scores = |client: Client| async move { score(&client, "", scored("the red cat", " sat on it")).await.expect("a score") };
+    let scores =
+        |client: Client| async move { score(&client, "", scored("the red cat", " sat on it")).await.expect("a score") };
     let (got, want) = (scores(client.clone()).await, scores(whole.client.clone()).await);
     assert!((got - want).abs() < 0.05 * want.abs() && got != want, "{got} {want}");
     whole.stop().await;

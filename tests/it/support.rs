@@ -95,7 +95,12 @@ impl World {
         let base = Arc::new(Base::load(&dir, &options).expect("the base loads"));
         let any = "127.0.0.1:0".parse().expect("an address");
         let config = Config {
-            base: BaseConfig { source: dir.display().to_string(), device: DeviceChoice::Cpu, dtype: None, quantize: None },
+            base: BaseConfig {
+                source: dir.display().to_string(),
+                device: DeviceChoice::Cpu,
+                dtype: None,
+                quantize: None,
+            },
             data_dir: root.path().join("data"),
             listen: any,
             http: None,

@@ -157,7 +157,8 @@ impl Header {
         let start = (r.at as u64).next_multiple_of(alignment);
         let mut tensors = BTreeMap::new();
         for (name, shape, kind, offset) in entries {
-            let info = placed(&shape, kind, start.checked_add(offset), file.len()).map_err(|e| format!("{name} {e}"))?;
+            let info =
+                placed(&shape, kind, start.checked_add(offset), file.len()).map_err(|e| format!("{name} {e}"))?;
             if tensors.insert(name.clone(), info).is_some() {
                 return Err(format!("{name} is there twice"));
             }

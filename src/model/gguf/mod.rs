@@ -87,7 +87,10 @@ pub(super) fn find(path: &Path) -> Result<Option<PathBuf>, ModelError> {
         many => {
             let names: Vec<_> = many.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy())).collect();
             let dir = path.display();
-            Err(ModelError::Checkpoint(format!("{dir} has several GGUF files ({}); name one of them", names.join(", "))))
+            Err(ModelError::Checkpoint(format!(
+                "{dir} has several GGUF files ({}); name one of them",
+                names.join(", ")
+            )))
         }
     }
 }
@@ -203,7 +206,8 @@ fn entries(header: Header, config: &Json) -> Result<BTreeMap<String, Entry>, Str
         let (module, suffix) = stored.rsplit_once('.').unwrap_or((&stored, ""));
         let layer = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
         let layer = layer.and_then(|(n, part)| Some((n.parse::<usize>().ok()?, part)));
-        let known = |list: &[(&str, &'static str)], part: &str| list.iter().find(|(n, _)| *n == part).map(|(_, hf)| *hf);
+        let known =
+            |list: &[(&str, &'static str)], part: &str| list.iter().find(|(n, _)| *n == part).map(|(_, hf)| *hf);
         let name = match layer {
             Some((n, part)) => known(LAYER, part).map(|hf| format!("model.layers.{n}.{hf}")),
             None => known(GLOBAL, module).map(str::to_owned),
@@ -261,7 +265,8 @@ fn config(header: &Header) -> Result<Json, ModelError> {
     let rows = header.tensors.get("token_embd.weight").and_then(|t| t.shape.first().copied());
     let rows = rows.ok_or_else(|| ModelError::Checkpoint("no tensor token_embd.weight".into()))?;
     let eps = real("attention.layer_norm_rms_epsilon")?;
-    let eps = eps.ok_or_else(|| ModelError::Checkpoint(format!("{} is missing", own("attention.layer_norm_rms_epsilon"))))?;
+    let eps =
+        eps.ok_or_else(|| ModelError::Checkpoint(format!("{} is missing", own("attention.layer_norm_rms_epsilon"))))?;
     let mut config = json!({
         "model_type": arch,
         "hidden_size": hidden,

@@ -56,7 +56,8 @@ fn folder(config: &Json) -> tempfile::TempDir {
         let file = dir.path().join("model.safetensors");
         let mut tensors: HashMap<String, Tensor> = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
         let mut rng = Rng(5);
-        let names: Vec<String> = tensors.keys().filter(|n| n.contains("self_attn") && !n.contains("o_proj")).cloned().collect();
+        let names: Vec<String> =
+            tensors.keys().filter(|n| n.contains("self_attn") && !n.contains("o_proj")).cloned().collect();
         for name in names {
             let n = tensors[&name].dim(0).unwrap();
             let bias: Vec<f32> = (0..n).map(|_| 0.3 * rng.normal()).collect();
@@ -172,7 +173,9 @@ fn a_file_of_floats_is_its_folder_and_what_candle_reads() {
 #[test]
 fn quantised_files_compute_what_their_dequantised_numbers_say() {
     use GgmlDType::*;
-    for (arch, config) in [("llama", wide(testing::tiny_llama())), ("qwen2", wide(tied(qwen2()))), ("qwen3", wide(qwen3()))] {
+    for (arch, config) in
+        [("llama", wide(testing::tiny_llama())), ("qwen2", wide(tied(qwen2()))), ("qwen3", wide(qwen3()))]
+    {
         let dir = folder(&config);
         for format in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
             let path = dir.path().join("m.gguf");
@@ -311,7 +314,10 @@ fn what_is_wrong_is_named() {
     says(case().tensor("blk.1.ffn_up.weight", None, GgmlDType::F32), &["no tensor model.layers.1.mlp.up_proj.weight"]);
     let shape: Option<&[usize]> = Some(&[64, 64]);
     says(case().tensor("blk.0.ffn_up.weight", shape, GgmlDType::Q8_0), &["up_proj.weight is [64, 64]", "[64, 32]"]);
-    says(case().tensor("blk.0.ffn_up.weight", Some(&[64, 256]), GgmlDType::Q3K), &["blk.0.ffn_up.weight", "Q3_K", "Q6_K"]);
+    says(
+        case().tensor("blk.0.ffn_up.weight", Some(&[64, 256]), GgmlDType::Q3K),
+        &["blk.0.ffn_up.weight", "Q3_K", "Q6_K"],
+    );
     says(case().tensor("blk.0.ffn_gate_inp.weight", shape, GgmlDType::F32), &["blk.0.ffn_gate_inp.weight", "none of"]);
     says(case().tensor("blk.0.attn_norm.weight", Some(&[31]), GgmlDType::F32), &["input_layernorm.weight is [31]"]);
     let missing = load(Path::new("nowhere.gguf")).unwrap_err().to_string();
@@ -356,10 +362,14 @@ fn damage_anywhere_is_an_error_or_another_model_and_never_a_panic() {
 
 #[test]
 fn counts_that_no_file_has_allocate_nothing() {
-    let head = |tensors: u64, entries: u64| [b"GGUF".as_slice(), &3u32.to_le_bytes(), &tensors.to_le_bytes(), &entries.to_le_bytes()].concat();
+    let head = |tensors: u64, entries: u64| {
+        [b"GGUF".as_slice(), &3u32.to_le_bytes(), &tensors.to_le_bytes(), &entries.to_le_bytes()].concat()
+    };
     assert!(Header::read(&head(u64::MAX, 0)).is_err() && Header::read(&head(0, u64::MAX)).is_err());
     // one entry, an array of 2^60 numbers; then one of texts; then arrays within arrays
-    let entry = |tail: &[u8]| [head(0, 1), 1u64.to_le_bytes().to_vec(), b"k".to_vec(), 9u32.to_le_bytes().to_vec(), tail.to_vec()].concat();
+    let entry = |tail: &[u8]| {
+        [head(0, 1), 1u64.to_le_bytes().to_vec(), b"k".to_vec(), 9u32.to_le_bytes().to_vec(), tail.to_vec()].concat()
+    };
     let array = |kind: u32, n: u64| [kind.to_le_bytes().as_slice(), &n.to_le_bytes()].concat();
     for kind in [4, 8, 9] {
         let said = Header::read(&entry(&array(kind, 1 << 60))).unwrap_err();
@@ -372,7 +382,16 @@ fn counts_that_no_file_has_allocate_nothing() {
     let tensor = |dims: &[u64], offset: u64| {
         let dims: Vec<u8> = dims.iter().flat_map(|d| d.to_le_bytes()).collect();
         let n = (dims.len() / 8) as u32;
-        [&head(1, 0)[..], &1u64.to_le_bytes(), b"t", &n.to_le_bytes(), &dims, &0u32.to_le_bytes(), &offset.to_le_bytes()].concat()
+        [
+            &head(1, 0)[..],
+            &1u64.to_le_bytes(),
+            b"t",
+            &n.to_le_bytes(),
+            &dims,
+            &0u32.to_le_bytes(),
+            &offset.to_le_bytes(),
+        ]
+        .concat()
     };
     assert!(Header::read(&tensor(&[1 << 32, 1 << 32], 0)).unwrap_err().contains("has the shape"));
     assert!(Header::read(&tensor(&[4, 0], 0)).unwrap_err().contains("has the shape"));

@@ -18,8 +18,8 @@ use crate::model::{ModelError, gguf::stored_name, weights};
 /// # Errors
 /// A folder without a config.
 pub fn metadata(folder: &Path) -> Result<Vec<(String, Value)>, ModelError> {
-    let config: Json =
-        serde_json::from_slice(&weights::read(folder, "config.json")?).map_err(|e| ModelError::Config(e.to_string()))?;
+    let config: Json = serde_json::from_slice(&weights::read(folder, "config.json")?)
+        .map_err(|e| ModelError::Config(e.to_string()))?;
     let arch = match config["model_type"].as_str() {
         Some("mistral") => "llama",
         other => other.unwrap_or_default(),
@@ -59,12 +59,9 @@ pub fn metadata(folder: &Path) -> Result<Vec<(String, Value)>, ModelError> {
 ///
 /// # Errors
 /// A folder that cannot be read; a shape that does not fit a format.
-pub fn tensors(
-    folder: &Path,
-    format: impl Fn(&str) -> GgmlDType,
-) -> Result<HashMap<String, QTensor>, ModelError> {
-    let config: Json =
-        serde_json::from_slice(&weights::read(folder, "config.json")?).map_err(|e| ModelError::Config(e.to_string()))?;
+pub fn tensors(folder: &Path, format: impl Fn(&str) -> GgmlDType) -> Result<HashMap<String, QTensor>, ModelError> {
+    let config: Json = serde_json::from_slice(&weights::read(folder, "config.json")?)
+        .map_err(|e| ModelError::Config(e.to_string()))?;
     let permutes = matches!(config["model_type"].as_str(), Some("llama" | "mistral"));
     let heads = |key: &str| config[key].as_u64().filter(|_| permutes).map(|n| n as usize);
     let mut out = HashMap::new();
@@ -95,11 +92,7 @@ fn permuted(w: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
 ///
 /// # Errors
 /// A disk that cannot be written.
-pub fn write(
-    path: &Path,
-    metadata: &[(String, Value)],
-    tensors: &HashMap<String, QTensor>,
-) -> Result<(), ModelError> {
+pub fn write(path: &Path, metadata: &[(String, Value)], tensors: &HashMap<String, QTensor>) -> Result<(), ModelError> {
     let io = |source| ModelError::Io { path: path.to_path_buf(), source };
     let mut file = BufWriter::new(std::fs::File::create(path).map_err(io)?);
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
