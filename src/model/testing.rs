@@ -4,7 +4,7 @@ pub mod gguf;
 
 use std::{collections::HashMap, path::Path};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
 use super::{Architecture, Base, LoadOptions, ModelError, PrivateCopy};
@@ -110,12 +110,12 @@ pub fn dequantized(folder: &Path, quantized: &Base) -> Result<Base, ModelError> 
     let mut put = |module: &str, w: Tensor| -> Result<(), ModelError> {
         let names = [format!("{prefix}{module}.weight"), format!("{module}.weight")];
         // a tied head has no tensor of its own
-        let Some(stored) = names.iter().find_map(|name| tensors.get_mut(name)) else { return Ok(()) };
-        if stored.dims() != w.dims() {
-            return Err(ModelError::Checkpoint(format!("{module} is {:?}, not {:?}", stored.dims(), w.dims())));
+        let Some(name) = names.into_iter().find(|name| tensors.contains_key(name)) else { return Ok(()) };
+        let found = tensors.insert(name, w.contiguous()?);
+        match found.filter(|found| found.dims() != w.dims()) {
+            Some(other) => Err(ModelError::Checkpoint(format!("{module} is {:?}, not {:?}", other.dims(), w.dims()))),
+            None => Ok(()),
         }
-        *stored = w.contiguous()?;
-        Ok(())
     };
     put(quantized.arch.names.embed, quantized.table()?)?;
     for (site, entry) in quantized.sites.linears() {

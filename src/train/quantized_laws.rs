@@ -17,7 +17,7 @@ use super::{
     trainable::Trainable,
 };
 use crate::{
-    admission::train_params::{JobEventBody, LoraInit, LoraPart, MethodPart},
+    admission::train_params::{JobEventBody, LoraInit, LoraPart, MethodPart, ResolvedTraining},
     delta::Task,
     model::{Base, LoadOptions, Quantize, testing},
 };
@@ -125,7 +125,9 @@ fn the_loss_falls_by_more_than_half_on_a_quantised_base() {
         let options = LoadOptions { quantize: Some(Quantize::Q8_0), ..LoadOptions::default() };
         let base = Arc::new(Base::load(dir.path(), &options).unwrap());
         let before = base.linear_formats();
-        let mut run = Run::new(Arc::clone(&base), None, input(&base, task, &methods, hyper(120))).unwrap();
+        let learning_rate = if methods == full() { 3e-3 } else { 1e-2 };
+        let resolved = ResolvedTraining { learning_rate, ..hyper(120) };
+        let mut run = Run::new(Arc::clone(&base), None, input(&base, task, &methods, resolved)).unwrap();
         let mut first = None;
         let end = loop {
             match run.advance() {
