@@ -20,7 +20,9 @@ pub enum HubError {
         reason: String,
     },
     /// The repository has no weights that can be loaded.
-    #[error("{0} has no safetensors weights (pickles are refused)")]
+    #[error(
+        "{0} has no safetensors weights (pickles are refused; a GGUF file is to be fetched by hand and named by its path)"
+    )]
     NoWeights(String),
 }
 

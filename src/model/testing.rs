@@ -118,7 +118,7 @@ pub fn dequantized(folder: &Path, quantized: &Base) -> Result<Base, ModelError> 
         }
     };
     put(quantized.arch.names.embed, quantized.table()?)?;
-    for (site, entry) in quantized.sites.linears() {
+    for (site, entry) in quantized.sites.iter() {
         let Some((w, _)) = quantized.linear(site)? else { continue };
         let as_it_is = quantized.arch.conv1d && entry.site != Site::LmHead;
         put(&entry.module, if as_it_is { w } else { w.t()? })?;

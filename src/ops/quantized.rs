@@ -10,13 +10,13 @@ mod blocks;
 use std::ops::Range;
 
 use candle_core::{
-    Result, Tensor, bail,
+    Device, Result, Tensor, bail,
     quantized::{GgmlDType, QTensor},
 };
 use rayon::prelude::*;
 
 use self::blocks::Block;
-use super::{packed::PANEL, prefetch};
+use super::{packed::PANEL, prefetch, with_f32};
 
 /// Bytes of codes that are asked of memory ahead of their use.
 const AHEAD: usize = 4096;
@@ -175,15 +175,17 @@ impl std::fmt::Debug for Quantized {
 /// # Errors
 /// An input width that is no multiple of the format's block; those of candle.
 pub fn quantize(w: &Tensor, kind: QuantKind) -> Result<Vec<u8>> {
-    let (out_dim, _) = w.dims2()?;
-    let w = w.detach().contiguous()?;
-    let part = |from: &usize| {
-        // a copy, since candle quantises a whole storage
-        let rows = w.narrow(0, *from, ROWS.min(out_dim - from))?;
-        Ok(QTensor::quantize(&rows.copy()?, kind.dtype())?.data()?.into_owned())
+    let (_, in_dim) = w.dims2()?;
+    if in_dim == 0 || !in_dim.is_multiple_of(kind.block()) {
+        bail!("{}: rows of {in_dim} are no whole blocks of {}", kind.name(), kind.block());
+    }
+    let part = |rows: &[f32]| {
+        let rows = Tensor::from_slice(rows, (rows.len() / in_dim, in_dim), &Device::Cpu)?;
+        Ok(QTensor::quantize(&rows, kind.dtype())?.data()?.into_owned())
     };
-    let starts: Vec<usize> = (0..out_dim).step_by(ROWS).collect();
-    Ok(starts.par_iter().map(part).collect::<Result<Vec<_>>>()?.concat())
+    with_f32(&w.detach().contiguous()?, |numbers| {
+        Ok(numbers.par_chunks(ROWS * in_dim).map(part).collect::<Result<Vec<_>>>()?.concat())
+    })
 }
 
 impl Quantized {
