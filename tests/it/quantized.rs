@@ -99,7 +99,16 @@ async fn a_gguf_file_is_served_and_trained_on_and_not_fine_tuned_in_full() {
     assert_eq!((info.name.as_str(), &info.fingerprint), ("model.gguf", &in_folder.fingerprint));
     assert_eq!((info.family.as_str(), info.parameters), ("llama", world.base.parameters));
     let before = client.text("", "the red cat", 16).await;
-    client.upload("a", &world.delta(1)).await.expect("a PEFT folder names no fingerprint");
+    // the file's tensors are not the folder's: what says that it was trained there is refused, what PEFT wrote is taken
+    let mut files = world.delta(1);
+    let refused = client.upload("a", &files).await.expect_err("of another base");
+    assert_eq!(kind(&refused), (tonic::Code::FailedPrecondition, "BASE_MISMATCH".to_owned()));
+    const WEIGHTS: &str = "adapter_model.safetensors";
+    let tensors = candle_core::safetensors::load_buffer(&files.files[WEIGHTS], &candle_core::Device::Cpu);
+    let unnamed = world.data_dir().with_file_name(WEIGHTS);
+    candle_core::safetensors::save(&tensors.expect("tensors"), &unnamed).expect("a file");
+    files.files.insert(WEIGHTS.into(), std::fs::read(&unnamed).expect("its bytes").into());
+    client.upload("a", &files).await.expect("a PEFT folder of this shape");
     assert_ne!(client.text("a", "the red cat", 16).await, before);
     let job = client.create_job(spec("style", proto::Task::CausalLm, stories(24), 20), "").await.expect("a job");
     assert_eq!(client.ended(&job.id).await.state(), JobState::Succeeded);

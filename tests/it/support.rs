@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use deltaserve::{
     app,
     config::{BaseConfig, Config, DeviceChoice, EngineLimits, TrainLimits},
