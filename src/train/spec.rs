@@ -181,8 +181,8 @@ impl TrainSpec {
 
     /// Bytes that a run of so many trained `parameters` needs beside the base: `rows` of a micro-batch, `longest` example in
     /// it. An estimate: every linear keeps its input and output once, attention its probabilities, a language model one
-    /// chunk of logits; DoRA keeps plain copies of the matrices it is on. Full fine-tuning keeps what norms and the head make on their way, all logits included, and
-    /// projections that are joined, with their gradients.
+    /// chunk of logits; DoRA keeps plain copies of the matrices it is on. Full fine-tuning keeps what norms and the head make
+    /// on their way, all logits included, and projections that are joined, with their gradients.
     pub fn memory(&self, base: BaseShape<'_>, parameters: u64, rows: usize, longest: usize) -> MemoryEstimate {
         const F32: usize = 4;
         const LOGIT_ROWS: usize = 512;
