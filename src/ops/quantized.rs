@@ -318,7 +318,7 @@ impl Quantized {
             let (panel, column) = (*id as usize / PANEL, *id as usize % PANEL);
             for (i, out) in out.chunks_exact_mut(form.group).enumerate() {
                 let (head, group) = self.group(&form, panel, i * form.group);
-                let (scale, shift) = factors(&form, head, group);
+                let (scale, shift) = factor(&form, head, group, column);
                 let codes = &group[form.group_head()..];
                 for (row, out) in out.iter_mut().enumerate() {
                     let code = if form.bits == 8 {
@@ -326,7 +326,7 @@ impl Quantized {
                     } else {
                         f32::from(codes[row / 2 * PANEL + column] >> (row % 2 * 4) & 15)
                     };
-                    *out = code.mul_add(scale[column], shift[column]);
+                    *out = code.mul_add(scale, shift);
                 }
             }
         }
@@ -359,21 +359,28 @@ fn place(block: &Block, form: &Form, column: usize, out: &mut [u8]) {
 /// What a group's codes are multiplied with, and what is added, by column.
 #[inline(always)]
 fn factors(form: &Form, head: &[u8], group: &[u8]) -> ([f32; PANEL], [f32; PANEL]) {
-    let half = |at: usize| f16_value(u16::from_le_bytes([head[at], head[at + 1]]));
     let (mut scale, mut shift) = ([0f32; PANEL], [0f32; PANEL]);
     for c in 0..PANEL {
-        let own = match form.sub {
-            Sub::None => 1.0,
-            Sub::Unsigned => f32::from(group[c]),
-            Sub::Signed => f32::from(group[c] as i8),
-        };
-        scale[c] = half(2 * c) * own;
-        shift[c] = match (form.has_min(), form.sub) {
-            (false, _) => -form.offset * scale[c],
-            (true, Sub::None) => form.min_sign * half(2 * (PANEL + c)),
-            (true, _) => form.min_sign * half(2 * (PANEL + c)) * f32::from(group[PANEL + c]),
-        };
+        (scale[c], shift[c]) = factor(form, head, group, c);
     }
+    (scale, shift)
+}
+
+/// The same of one column.
+#[inline(always)]
+fn factor(form: &Form, head: &[u8], group: &[u8], c: usize) -> (f32, f32) {
+    let half = |at: usize| f16_value(u16::from_le_bytes([head[at], head[at + 1]]));
+    let own = match form.sub {
+        Sub::None => 1.0,
+        Sub::Unsigned => f32::from(group[c]),
+        Sub::Signed => f32::from(group[c] as i8),
+    };
+    let scale = half(2 * c) * own;
+    let shift = match (form.has_min(), form.sub) {
+        (false, _) => -form.offset * scale,
+        (true, Sub::None) => form.min_sign * half(2 * (PANEL + c)),
+        (true, _) => form.min_sign * half(2 * (PANEL + c)) * f32::from(group[PANEL + c]),
+    };
     (scale, shift)
 }
 
