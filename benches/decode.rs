@@ -1,6 +1,6 @@
 //! Decode speed of the forward itself (no gRPC): bare base, one LoRA, and a different LoRA on every row, in one run.
 //!
-//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5]`
+//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5] [--quantize q8_0|q4k]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M) and random rank-8 LoRAs on `c_attn`.
 //! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
 
@@ -13,7 +13,7 @@ use deltaserve::{
     delta::{Delta, DeltaBatch, DeltaFiles, DeltaSpec, LowRank, Patch, Task},
     interop,
     kv::KvCache,
-    model::{Base, Input, LoadOptions, testing},
+    model::{Base, Input, LoadOptions, Quantize, testing},
     nn::Cx,
     rows::RowLayout,
 };
@@ -28,6 +28,7 @@ struct Args {
     prompt: usize,
     repeat: usize,
     rank: usize,
+    quantize: Option<Quantize>,
 }
 
 fn args() -> Args {
@@ -53,6 +54,11 @@ fn args() -> Args {
         prompt: num("prompt", 32),
         repeat: num("repeat", 5),
         rank: num("rank", 8),
+        quantize: map.get("quantize").map(|v| match v.as_str() {
+            "q8_0" => Quantize::Q8_0,
+            "q4k" => Quantize::Q4K,
+            other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
+        }),
     }
 }
 
@@ -166,8 +172,9 @@ fn median(mut v: Vec<f64>) -> f64 {
 
 fn main() {
     let args = args();
+    let options = LoadOptions { quantize: args.quantize, ..LoadOptions::default() };
     let base = match &args.base {
-        Some(dir) => Base::load(dir, &LoadOptions::default()).expect("a base folder"),
+        Some(dir) => Base::load(dir, &options).expect("a base folder"),
         None => {
             let mut config = testing::tiny_gpt2();
             for (key, value) in
@@ -175,7 +182,7 @@ fn main() {
             {
                 config[key] = json!(value);
             }
-            testing::random_base(&config, 7).expect("random base")
+            testing::random_base_as(&config, 7, &options).expect("random base")
         }
     };
     deltaserve::ops::keep_freed_memory();
@@ -187,7 +194,7 @@ fn main() {
     let threads = rayon::current_num_threads();
     println!(
         "{}",
-        json!({"base": base.arch.model_type, "parameters": base.parameters, "threads": threads, "prompt": args.prompt, "new": args.new})
+        json!({"base": base.arch.model_type, "parameters": base.parameters, "format": base.weight_format(), "weight_bytes": base.weight_bytes(), "threads": threads, "prompt": args.prompt, "new": args.new})
     );
     candle_core::utils::with_threadpool(|| {
         for &batch in &args.batches {

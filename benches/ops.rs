@@ -4,8 +4,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a benchmark stops where anything fails")]
 
-use candle_core::{Device, Tensor};
-use deltaserve::ops::{self, Act, Norm, Weight};
+use candle_core::{
+    Device, Module, Tensor,
+    quantized::{GgmlDType, QMatMul, QTensor},
+};
+use deltaserve::ops::{self, Act, Norm, QuantKind, Quantized, Weight};
 use divan::{Bencher, black_box, counter::ItemsCount};
 
 fn main() {
@@ -44,6 +47,48 @@ fn linear_candle(b: Bencher<'_, '_>, rows: usize) {
         i += 1;
         black_box(&x).matmul(&weights[i % COPIES])
     });
+}
+
+fn linear_quantized(b: Bencher<'_, '_>, rows: usize, kind: QuantKind) {
+    let blocks = ops::quantize(&rand(FF, HIDDEN), kind).expect("blocks");
+    let one = |_| Weight::from(Quantized::from_blocks(kind, &blocks, (FF, HIDDEN)).expect("panels"));
+    let weights: Vec<_> = (0..COPIES).map(one).collect();
+    let (x, mut i) = (rand(rows, HIDDEN), 0);
+    b.counter(flops(rows, HIDDEN, FF)).bench_local(|| {
+        i += 1;
+        ops::linear(black_box(&x), &weights[i % COPIES], None)
+    });
+}
+
+fn linear_candle_quantized(b: Bencher<'_, '_>, rows: usize, dtype: GgmlDType) {
+    let one =
+        |_| QMatMul::from_qtensor(QTensor::quantize(&rand(FF, HIDDEN), dtype).expect("blocks")).expect("a matrix");
+    let weights: Vec<_> = (0..COPIES).map(one).collect();
+    let (x, mut i) = (rand(rows, HIDDEN), 0);
+    b.counter(flops(rows, HIDDEN, FF)).bench_local(|| {
+        i += 1;
+        weights[i % COPIES].forward(black_box(&x))
+    });
+}
+
+#[divan::bench(args = ROWS)]
+fn linear_q8_0(b: Bencher<'_, '_>, rows: usize) {
+    linear_quantized(b, rows, QuantKind::Q8_0);
+}
+
+#[divan::bench(args = ROWS)]
+fn linear_q8_0_candle(b: Bencher<'_, '_>, rows: usize) {
+    linear_candle_quantized(b, rows, GgmlDType::Q8_0);
+}
+
+#[divan::bench(args = ROWS)]
+fn linear_q4k(b: Bencher<'_, '_>, rows: usize) {
+    linear_quantized(b, rows, QuantKind::Q4K);
+}
+
+#[divan::bench(args = ROWS)]
+fn linear_q4k_candle(b: Bencher<'_, '_>, rows: usize) {
+    linear_candle_quantized(b, rows, GgmlDType::Q4K);
 }
 
 #[divan::bench(args = &[1, 8, 32])]

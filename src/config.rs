@@ -9,7 +9,8 @@ use crate::{grpc::GrpcConfig, telemetry::LogFormat};
 /// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
-    /// The base: a folder with config.json, *.safetensors and tokenizer.json, or a hub id (org/name).
+    /// The base: a folder with config.json, *.safetensors and tokenizer.json, a GGUF file or a folder with one (beside its
+    /// tokenizer.json), or a hub id (org/name).
     #[arg(long, env = "DELTASERVE_BASE", value_name = "DIR_OR_HUB_ID")]
     pub base: String,
     /// Where deltas, datasets and jobs are kept; made if missing.
@@ -27,6 +28,9 @@ pub struct ServeArgs {
     /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU.
     #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
     pub dtype: Option<DtypeChoice>,
+    /// What the base's linears are quantised to at load, on the CPU; embeddings, norms, biases and heads stay as they are.
+    #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
+    pub quantize: Option<QuantizeChoice>,
     /// Threads of a matrix product; default the physical cores.
     #[arg(long, env = "DELTASERVE_THREADS", value_name = "N")]
     pub threads: Option<usize>,
@@ -102,6 +106,17 @@ pub enum DtypeChoice {
     F16,
 }
 
+/// Fewer bits for the frozen linears.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum QuantizeChoice {
+    /// 8.5 bits each: hardly to be told from f32.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4.6 bits each; q8_0 where an input is no multiple of 256 wide, and for a language-model head of its own.
+    #[value(name = "q4k")]
+    Q4K,
+}
+
 /// Where the base is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -114,12 +129,14 @@ pub enum DeviceChoice {
 /// What the base is and where it goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BaseConfig {
-    /// Folder or hub id.
+    /// Folder, GGUF file or hub id.
     pub source: String,
     /// Device.
     pub device: DeviceChoice,
     /// Number type; `None` = the device's default.
     pub dtype: Option<DtypeChoice>,
+    /// Format of the linears; `None` = the number type, or what a GGUF file has.
+    pub quantize: Option<QuantizeChoice>,
 }
 
 /// The engine's limits.
@@ -216,11 +233,14 @@ impl TryFrom<ServeArgs> for Config {
         if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
             problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
         }
+        if device != DeviceChoice::Cpu && args.quantize.is_some() {
+            problems.push("--quantize: is supported with --device cpu only; a GPU keeps bf16, f16 or f32".to_owned());
+        }
         if !problems.is_empty() {
             return Err(ConfigError(problems));
         }
         Ok(Self {
-            base: BaseConfig { source: args.base, device, dtype: args.dtype },
+            base: BaseConfig { source: args.base, device, dtype: args.dtype, quantize: args.quantize },
             data_dir: args.data_dir,
             listen,
             http,
@@ -359,6 +379,16 @@ mod tests {
             assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");
         }
         assert_eq!(problems.len(), expected.len(), "{problems:?}");
+    }
+
+    #[test]
+    fn a_format_of_fewer_bits_is_named_as_it_is_accepted() {
+        let quantize =
+            |value: &str| Line::try_parse_from(["serve", "--base=x", "--quantize", value]).map(|l| l.args.quantize);
+        assert_eq!(quantize("q8_0").ok(), Some(Some(QuantizeChoice::Q8_0)));
+        assert_eq!(quantize("q4k").ok(), Some(Some(QuantizeChoice::Q4K)));
+        let refused = quantize("q2").err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(refused.contains("--quantize") && refused.contains("q8_0, q4k"), "{refused}");
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 /// Why a base could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// Neither a folder nor a hub id.
-    #[error("{0:?} is neither a folder nor a hub id (org/name)")]
+    /// Neither a folder nor a GGUF file nor a hub id.
+    #[error("{0:?} is neither a folder nor a GGUF file nor a hub id (org/name)")]
     NotAnId(String),
     /// This binary was built without it.
     #[error("{0:?} is not a folder, and this binary was built without the feature `hub` that fetches hub ids")]
@@ -20,7 +20,9 @@ pub enum HubError {
         reason: String,
     },
     /// The repository has no weights that can be loaded.
-    #[error("{0} has no safetensors weights (pickles are refused)")]
+    #[error(
+        "{0} has no safetensors weights (pickles are refused; a GGUF file is to be fetched by hand and named by its path)"
+    )]
     NoWeights(String),
 }
 
@@ -38,13 +40,14 @@ const WANTED: &[&str] = &[
     "1_Pooling/config.json",
 ];
 
-/// The folder of a base: `source` itself if it is one, else the snapshot of the hub id. Blocks on the network.
+/// The folder of a base, or its GGUF file: `source` itself if it is one, else the snapshot of the hub id. Blocks on the
+/// network.
 ///
 /// # Errors
 /// [`HubError`].
 pub fn folder(source: &str) -> Result<PathBuf, HubError> {
     let path = PathBuf::from(source);
-    if path.is_dir() {
+    if path.is_dir() || (path.is_file() && path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))) {
         return Ok(path);
     }
     let is_id = source.split('/').count() == 2 && source.split('/').all(|part| crate::ids::check_name(part).is_ok());

@@ -139,8 +139,10 @@ pub struct BaseInfo {
     pub context_length: u32,
     /// Numbers in its tensors.
     pub parameters: u64,
-    /// `f32`, `bf16`, `f16`.
+    /// Format of most weights of the linears: `f32`, `bf16`, `q8_0` ...
     pub dtype: String,
+    /// Bytes of all weights in memory.
+    pub weight_bytes: u64,
     /// `cpu`, `cuda:0`.
     pub device: String,
     /// Linears that a LoRA can change, in model order.

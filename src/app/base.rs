@@ -7,9 +7,9 @@ use candle_core::{DType, Device};
 
 use crate::{
     admission::{BasePooling, params::Pooling},
-    config::{BaseConfig, DeviceChoice, DtypeChoice},
+    config::{BaseConfig, DeviceChoice, DtypeChoice, QuantizeChoice},
     hub,
-    model::{Base, LoadOptions},
+    model::{Base, LoadOptions, Quantize},
     text::{self, ChatTemplate, TextModel},
     train::encode::{ChatCodec, TextCodec},
 };
@@ -32,7 +32,7 @@ pub(super) async fn load(config: &BaseConfig) -> anyhow::Result<BaseParts> {
 
 fn load_now(config: &BaseConfig) -> anyhow::Result<BaseParts> {
     let started = std::time::Instant::now();
-    let dir = hub::folder(&config.source)?;
+    let path = hub::folder(&config.source)?;
     let device = device(config.device)?;
     let dtype = match config.dtype {
         Some(DtypeChoice::F32) => DType::F32,
@@ -41,7 +41,21 @@ fn load_now(config: &BaseConfig) -> anyhow::Result<BaseParts> {
         None if device.is_cpu() => DType::F32,
         None => DType::BF16,
     };
-    let base = Base::load(&dir, &LoadOptions { device, dtype }).with_context(|| format!("load {}", dir.display()))?;
+    let quantize = config.quantize.map(|choice| match choice {
+        QuantizeChoice::Q8_0 => Quantize::Q8_0,
+        QuantizeChoice::Q4K => Quantize::Q4K,
+    });
+    let options = LoadOptions { device, dtype, quantize };
+    let base = Base::load(&path, &options).with_context(|| format!("load {}", path.display()))?;
+    let dir = base.dir.clone();
+    if let Some(file) = base.gguf.as_ref().filter(|_| !dir.join("tokenizer.json").is_file()) {
+        anyhow::bail!(
+            "{} has no tokenizer.json beside it: the tokenizer within a GGUF file is not read; put that of the model which \
+             the file was made of into {}",
+            file.display(),
+            dir.display()
+        );
+    }
     let text = Arc::new(TextModel::open(&dir)?);
     anyhow::ensure!(
         base.arch.vocab >= text.vocab_size() || text.vocab_size() - base.arch.vocab < 1024,
@@ -53,13 +67,20 @@ fn load_now(config: &BaseConfig) -> anyhow::Result<BaseParts> {
     let codec = codec(&dir, &base, &text, chat.as_ref())?;
     let name = Path::new(&config.source)
         .file_name()
-        .filter(|_| Path::new(&config.source).is_dir())
+        .filter(|_| Path::new(&config.source).exists())
         .map_or_else(|| config.source.clone(), |n| n.to_string_lossy().into_owned());
     tracing::info!(
         name, family = base.arch.model_type, parameters = base.parameters, fingerprint = %base.fingerprint.short(),
-        device = base.device_name(), dtype = ?base.dtype, seconds = started.elapsed().as_secs_f32(), "base is resident"
+        device = base.device_name(), dtype = base.weight_format(), bytes = base.weight_bytes(),
+        linears = formats(&base), seconds = started.elapsed().as_secs_f32(), "base is resident"
     );
     Ok(BaseParts { base: Arc::new(base), name, text, chat, pooling: pooling(&dir), codec })
+}
+
+/// `24 q8_0, 1 f32`: how many matrices of linears (parts of them, where projections are joined) are kept in which format.
+fn formats(base: &Base) -> String {
+    let held = base.linear_formats();
+    held.iter().map(|(kind, held)| format!("{} {kind}", held.matrices)).collect::<Vec<_>>().join(", ")
 }
 
 fn device(choice: DeviceChoice) -> anyhow::Result<Device> {
@@ -145,7 +166,7 @@ mod tests {
     #[test]
     fn training_reads_as_serving_does_also_what_looks_special() {
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/adapters/base/tiny-stories").to_owned();
-        let parts = load_now(&BaseConfig { source, device: DeviceChoice::Cpu, dtype: None }).unwrap();
+        let parts = load_now(&BaseConfig { source, device: DeviceChoice::Cpu, dtype: None, quantize: None }).unwrap();
         let (codec, text, chat) = (&parts.codec, &parts.text, parts.chat.unwrap());
         let whole = "Once<|eos|> upon a <|bos|>time";
         for special in [true, false] {

@@ -109,8 +109,15 @@ pub(super) async fn info(common: &Common) -> anyhow::Result<()> {
     let lines = [
         format!("deltaserve {}, up {} s", info.version, info.uptime_seconds),
         format!(
-            "base       {} ({}, {} layers x {}, {} parameters, {} on {})",
-            base.name, base.family, base.layers, base.hidden_size, base.parameters, base.dtype, base.device
+            "base       {} ({}, {} layers x {}, {} parameters, {} of {} on {})",
+            base.name,
+            base.family,
+            base.layers,
+            base.hidden_size,
+            base.parameters,
+            output::bytes(base.weight_bytes),
+            base.dtype,
+            base.device
         ),
         format!("           fingerprint {}, context {}", output::short(&base.fingerprint), base.context_length),
         format!("targets    {}", base.target_modules.join(" ")),

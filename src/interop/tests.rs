@@ -286,7 +286,7 @@ fn labels_need_a_head_and_a_headless_delta_takes_the_task_of_the_bases_own_head(
     weights.insert("classifier.weight".into(), Tensor::ones((2, 32), candle_core::DType::F32, &Device::Cpu).unwrap());
     weights.insert("classifier.bias".into(), Tensor::ones(2, candle_core::DType::F32, &Device::Cpu).unwrap());
     candle_core::safetensors::save(&weights, &path).unwrap();
-    let options = crate::model::LoadOptions { device: Device::Cpu, dtype: candle_core::DType::F32 };
+    let options = crate::model::LoadOptions::default();
     let base = Base::load(dir.path(), &options).unwrap();
     assert!(base.transformer.has_head());
     let mut config = lora(4);

@@ -1,10 +1,17 @@
 //! The resident base: loaded once, frozen, shared by serving and training.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Architecture, ModelError, Transformer, family, sites, weights};
+use super::{
+    Architecture, ModelError, Quantize, Transformer, family,
+    gguf::{self, GgufFile},
+    sites, weights,
+};
 use crate::{
     delta::{SiteId, SiteTable},
     ids::BaseFingerprint,
@@ -17,12 +24,25 @@ pub struct LoadOptions {
     pub device: Device,
     /// f32 on the CPU; f32, bf16 or f16 on a GPU.
     pub dtype: DType,
+    /// What frozen linears are quantised to, on the CPU; `None` keeps them as `dtype`, or as a GGUF file has them.
+    pub quantize: Option<Quantize>,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32 }
+        Self { device: Device::Cpu, dtype: DType::F32, quantize: None }
     }
+}
+
+/// Matrices, or parts of them, that are kept in one format.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Held {
+    /// How many matrices.
+    pub matrices: usize,
+    /// Numbers in them.
+    pub numbers: usize,
+    /// Bytes in memory.
+    pub bytes: usize,
 }
 
 /// What transformers generates by.
@@ -40,10 +60,12 @@ pub struct Base {
     pub transformer: Transformer,
     /// Where it lives.
     pub device: Device,
-    /// Type of its weights.
+    /// Type of its plain weights, and of all that is computed with them.
     pub dtype: DType,
     /// The folder it came from.
     pub dir: PathBuf,
+    /// The GGUF file it came from, if it is one of that folder.
+    pub gguf: Option<PathBuf>,
     /// Numbers in it.
     pub parameters: u64,
 }
@@ -55,11 +77,12 @@ impl std::fmt::Debug for Base {
 }
 
 impl Base {
-    /// Loads a Hugging Face folder: `config.json`, `*.safetensors` and, where there is one, `generation_config.json`.
+    /// Loads a Hugging Face folder (`config.json`, `*.safetensors` and, where there is one, `generation_config.json`), a
+    /// GGUF file, or a folder with one and without safetensors.
     ///
     /// # Errors
     /// [`ModelError`] names the file, field or tensor.
-    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let supported: &[DType] =
             if options.device.is_cpu() { &[DType::F32] } else { &[DType::F32, DType::BF16, DType::F16] };
         if !supported.contains(&options.dtype) {
@@ -69,15 +92,29 @@ impl Base {
                 options.dtype
             )));
         }
-        let config: serde_json::Value = serde_json::from_slice(&weights::read(dir, "config.json")?)
-            .map_err(|e| ModelError::Config(e.to_string()))?;
+        let gguf = gguf::find(path)?;
+        if !options.device.is_cpu() && (gguf.is_some() || options.quantize.is_some()) {
+            return Err(ModelError::Unsupported("quantised bases are supported on the CPU only".into()));
+        }
+        let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = if gguf.as_deref() == Some(path) { parent } else { path };
+        let file = gguf.as_deref().map(GgufFile::open).transpose()?;
+        let config: serde_json::Value = match &file {
+            Some(file) => file.config().clone(),
+            None => serde_json::from_slice(&weights::read(dir, "config.json")?)
+                .map_err(|e| ModelError::Config(e.to_string()))?,
+        };
         let mut arch = family::from_config(&config)?;
         if dir.join(GENERATION).is_file() {
             let generation = serde_json::from_slice(&weights::read(dir, GENERATION)?)
                 .map_err(|e| ModelError::Config(format!("{GENERATION}: {e}")))?;
             family::complete(&mut arch, &generation);
         }
-        let ckpt = weights::Checkpoint::open(dir, arch.names.prefix, options.dtype, &options.device)?;
+        let prefix = arch.names.prefix;
+        let ckpt = match file {
+            Some(file) => weights::Checkpoint::of_gguf(file, prefix, options.dtype, &options.device),
+            None => weights::Checkpoint::open(dir, prefix, options.dtype, &options.device)?,
+        };
         if !ckpt.has(arch.names.pooler, "weight") {
             arch.names.pooler = "";
         }
@@ -99,6 +136,7 @@ impl Base {
             device: options.device.clone(),
             dtype: options.dtype,
             dir: dir.to_path_buf(),
+            gguf,
             parameters,
         })
     }
@@ -110,6 +148,22 @@ impl Base {
             candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
             candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
         }
+    }
+
+    /// The format of most numbers of its linears: `f32`, `bf16`, `q8_0`, `q4k` ...
+    pub fn weight_format(&self) -> &'static str {
+        let linears = self.transformer.linear_formats();
+        linears.iter().max_by_key(|(_, held)| held.numbers).map_or(self.dtype.as_str(), |(kind, _)| *kind)
+    }
+
+    /// How the matrices of its linears are kept.
+    pub fn linear_formats(&self) -> BTreeMap<&'static str, Held> {
+        self.transformer.linear_formats()
+    }
+
+    /// Bytes of its weights in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        self.transformer.bytes()
     }
 
     /// The frozen matrix of a linear site as `[in, out]` (possibly strided), and its bias.

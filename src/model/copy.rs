@@ -31,6 +31,10 @@ impl PrivateCopy {
         task: Task,
         mut take: impl FnMut(&str, Tensor) -> candle_core::Result<()>,
     ) -> Result<Self, ModelError> {
+        if let Some(file) = &base.gguf {
+            let problem = format!("{} has no numbers that could be trained", file.display());
+            return Err(ModelError::Unsupported(problem));
+        }
         let config: serde_json::Value = serde_json::from_slice(&weights::read(&base.dir, "config.json")?)
             .map_err(|e| ModelError::Config(e.to_string()))?;
         let ckpt = weights::Checkpoint::open(&base.dir, base.arch.names.prefix, DType::F32, &base.device)?;
@@ -61,7 +65,7 @@ impl PrivateCopy {
     pub fn base(&self, base: &Base, tensors: &[Tensor]) -> Result<Base, ModelError> {
         let given: HashMap<String, Tensor> = self.names.iter().cloned().zip(tensors.iter().cloned()).collect();
         let ckpt = weights::Checkpoint::given(given, self.arch.names.prefix, DType::F32, &base.device);
-        let options = LoadOptions { device: base.device.clone(), dtype: DType::F32 };
+        let options = LoadOptions { device: base.device.clone(), dtype: DType::F32, quantize: None };
         let transformer = Transformer::load(&self.arch, &ckpt, &base.sites, &options)?;
         Ok(Base {
             arch: self.arch.clone(),
@@ -72,6 +76,7 @@ impl PrivateCopy {
             device: base.device.clone(),
             dtype: DType::F32,
             dir: base.dir.clone(),
+            gguf: None,
         })
     }
 }

@@ -3,8 +3,10 @@
 use candle_core::Tensor;
 
 use super::{
-    Architecture, ClsInner, LoadOptions, MlpKind, ModelError, NormKind, Positions,
+    Architecture, ClsInner, LoadOptions, MlpKind, ModelError, NormKind, Positions, RotaryShape,
     arch::{LayerAttn, StackShape},
+    gguf,
+    quantize::{self, Quantize},
     sites,
     table::Table,
     transformer::{Block, Cross, LmTransform, Stack, Transformer},
@@ -13,7 +15,7 @@ use super::{
 use crate::{
     delta::{self, Half, Head, HeadLayer, HeadPool, NormAt, Part, Proj, Site, SiteId, SiteTable, Task},
     nn::{Attention, CrossAttention, Linear, Mlp, Norm, Rotary, Style, Sublayer},
-    ops::{self, AttnMask, RelativeBias, Weight},
+    ops::{self, AttnMask, Quantized, RelativeBias, Weight},
 };
 
 type Loaded<T> = Result<T, ModelError>;
@@ -25,10 +27,14 @@ impl Transformer {
         sites: &SiteTable,
         options: &LoadOptions,
     ) -> Loaded<Self> {
-        let loader = Loader { arch, ckpt, sites };
+        let loader = Loader { arch, ckpt, sites, options };
         let n = &arch.names;
         let h = arch.hidden;
-        let embed = ckpt.get(n.embed, "weight", &[arch.vocab, h])?;
+        // a table is not quantised here, since its rows are seen as they are; one that is stored in blocks stays in them
+        let embed = match ckpt.blocks(n.embed, [arch.vocab, h])? {
+            Some((kind, bytes)) => Table::Packed(Quantized::from_blocks(kind, &bytes, (arch.vocab, h))?.into()),
+            None => Table::Own(ckpt.get(n.embed, "weight", &[arch.vocab, h])?),
+        };
         let lm_head = loader.lm_head(&embed)?;
         // an encoder's head is rarely asked, its table at every row; a table that is trained stays a plain tensor
         let shared = lm_head.as_ref().map(|head| &head.weight).filter(|w| !w.is_trained());
@@ -48,7 +54,7 @@ impl Transformer {
             lm_head,
             lm_transform: loader.lm_transform()?,
             head: loader.head()?,
-            embed: shared.map_or(Table::Own(embed), Table::Head),
+            embed: shared.map_or(embed, Table::Packed),
             embed_site: loader.site(Site::Embedding)?,
             arch: arch.clone(),
             device: options.device.clone(),
@@ -60,6 +66,7 @@ struct Loader<'a> {
     arch: &'a Architecture,
     ckpt: &'a Checkpoint,
     sites: &'a SiteTable,
+    options: &'a LoadOptions,
 }
 
 impl Loader<'_> {
@@ -69,26 +76,23 @@ impl Loader<'_> {
 
     /// One or more projections side by side, as one matrix `[in, sum of outs]`.
     fn linear(&self, parts: &[(&str, Site, usize, usize)], layer: usize) -> Loaded<Linear> {
-        let conv1d = self.arch.conv1d;
-        let (mut ws, mut bs, mut sites) = (Vec::new(), Vec::new(), Vec::new());
-        let mut at = 0;
+        let (mut modules, mut bs, mut sites) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut at, mut in_dim) = (0, 0);
         for &(template, site, i, o) in parts {
             let module = Architecture::module(template, layer);
-            let shape = if conv1d { [i, o] } else { [o, i] };
-            ws.push(self.ckpt.get(&module, "weight", &shape)?);
             bs.push((o, self.ckpt.find(&module, "bias", &[o])?));
+            modules.push((module, o));
             sites.push((self.site(site)?, at..at + o));
-            at += o;
+            (at, in_dim) = (at + o, i);
         }
-        let w = if ws.len() == 1 { ws.swap_remove(0) } else { Tensor::cat(&ws, usize::from(conv1d))? };
-        let weight = if conv1d { Weight::from_in_out(&w)? } else { Weight::from_out_in(&w)? };
+        let weight = self.weight(&modules, in_dim)?;
         // fused projections have a bias if any of them has one (Qwen2: all three; others: none)
         let bias = if bs.iter().any(|(_, b)| b.is_some()) {
             let parts: Vec<Tensor> = bs
                 .into_iter()
                 .map(|(o, b)| match b {
                     Some(b) => Ok(b),
-                    None => Tensor::zeros(o, w.dtype(), w.device()),
+                    None => Tensor::zeros(o, self.options.dtype, &self.options.device),
                 })
                 .collect::<candle_core::Result<_>>()?;
             Some(Tensor::cat(&parts, 0)?)
@@ -96,6 +100,19 @@ impl Loader<'_> {
             None
         };
         Ok(Linear { weight, bias, parts: sites })
+    }
+
+    /// The matrix of modules that share an input, side by side.
+    fn weight(&self, modules: &[(String, usize)], in_dim: usize) -> Loaded<Weight> {
+        let conv1d = self.arch.conv1d;
+        if let Some(weight) = quantize::weight(self.ckpt, self.options.quantize, modules, (in_dim, conv1d))? {
+            return Ok(weight);
+        }
+        let shape = |o: usize| if conv1d { [in_dim, o] } else { [o, in_dim] };
+        let get = |(module, o): &(String, usize)| self.ckpt.get(module, "weight", &shape(*o));
+        let mut ws = modules.iter().map(get).collect::<Loaded<Vec<_>>>()?;
+        let w = if ws.len() == 1 { ws.swap_remove(0) } else { Tensor::cat(&ws, usize::from(conv1d))? };
+        Ok(if conv1d { Weight::from_in_out(&w)? } else { Weight::from_out_in(&w)? })
     }
 
     /// The numbers of a norm.
@@ -132,15 +149,33 @@ impl Loader<'_> {
             blocks.push(self.block(stack, at, style)?);
         }
         let bias = self.relative_bias(stack)?;
-        let head_dim = self.arch.heads.head_dim;
-        let style = |kind: &LayerAttn| Style {
-            mask: AttnMask { causal: stack.causal, window: kind.window },
-            rotary: kind.rotary.map(|r| Rotary::new(head_dim, r.dim, r.theta, r.scaling)),
-            bias: bias.clone(),
+        let style = |kind: &LayerAttn| {
+            Ok(Style {
+                mask: AttnMask { causal: stack.causal, window: kind.window },
+                rotary: kind.rotary.map(|r| self.rotary(r)).transpose()?,
+                bias: bias.clone(),
+            })
         };
-        let styles = kinds.iter().map(style).collect();
+        let styles = kinds.iter().map(style).collect::<Loaded<_>>()?;
         let final_norm = self.maybe_norm(stack.names.final_norm, stack.final_norm(), self.arch.hidden)?;
         Ok(Stack { blocks, styles, final_norm })
+    }
+
+    /// A config's frequencies, divided as a file says that has divisors in place of the config's figures.
+    fn rotary(&self, shape: RotaryShape) -> Loaded<Rotary> {
+        let rotary = Rotary::new(self.arch.heads.head_dim, shape.dim, shape.theta, shape.scaling);
+        if !self.ckpt.may_be_quantized() {
+            return Ok(rotary);
+        }
+        let Some(factors) = self.ckpt.find(gguf::FACTORS, "weight", &[shape.dim / 2])? else { return Ok(rotary) };
+        let factors = factors.to_vec1::<f32>()?;
+        if factors.iter().any(|f| !(f.is_finite() && *f > 0.0)) {
+            return Err(ModelError::Checkpoint(format!(
+                "{} has {factors:?}; positive numbers are accepted",
+                gguf::FACTORS
+            )));
+        }
+        Ok(rotary.divided(&factors))
     }
 
     fn block(&self, stack: &StackShape<'_>, at: usize, style: usize) -> Loaded<Block> {
@@ -207,17 +242,24 @@ impl Loader<'_> {
         Ok(Some(RelativeBias::new(&values)?))
     }
 
-    fn lm_head(&self, embed: &Tensor) -> Loaded<Option<Linear>> {
+    fn lm_head(&self, embed: &Table) -> Loaded<Option<Linear>> {
         let a = self.arch;
         let n = &a.names;
         if n.lm_head.is_empty() {
             return Ok(None);
         }
         let part: Option<Part> = self.sites.id(Site::LmHead).map(|site| (site, 0..a.vocab));
-        let weight = if a.tied_head {
-            if a.is_causal() { Weight::from_out_in(embed)? } else { Weight::view_of(embed)? }
-        } else {
-            Weight::from_out_in(&self.ckpt.get(n.lm_head, "weight", &[a.vocab, a.hidden])?)?
+        let own = [(n.lm_head.to_owned(), a.vocab)];
+        // 8 bits at least: what is lost here is in every choice of a token, and nothing behind it makes up for it
+        let wanted = self.options.quantize.map(|_| Quantize::Q8_0);
+        let weight = match embed {
+            _ if !a.tied_head => match quantize::weight(self.ckpt, wanted, &own, (a.hidden, false))? {
+                Some(weight) => weight,
+                None => Weight::from_out_in(&self.ckpt.get(n.lm_head, "weight", &[a.vocab, a.hidden])?)?,
+            },
+            Table::Packed(weight) => weight.clone(),
+            Table::Own(table) if a.is_causal() => Weight::from_out_in(table)?,
+            Table::Own(table) => Weight::view_of(table)?,
         };
         let bias = if n.lm_bias.is_empty() { None } else { self.ckpt.find(n.lm_bias, "bias", &[a.vocab])? };
         Ok(Some(Linear { weight, bias, parts: part.into_iter().collect() }))

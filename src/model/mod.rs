@@ -6,10 +6,12 @@ mod base;
 mod copy;
 mod export;
 pub mod family;
+mod gguf;
 mod heads;
 mod load;
 #[cfg(test)]
 mod oracles;
+mod quantize;
 mod sites;
 mod source;
 mod table;
@@ -22,10 +24,11 @@ pub use arch::{
     Architecture, BaseHead, BlockNames, ClsInner, LayerAttn, MlpKind, ModelError, Names, NormKind, Placement,
     Positions, RotaryShape,
 };
-pub use base::{Base, LoadOptions};
+pub use base::{Base, Held, LoadOptions};
 pub use copy::PrivateCopy;
 pub use export::{ModelFolder, folder_fingerprint, write_folder};
 pub use heads::HeadLogits;
+pub use quantize::Quantize;
 pub use source::Source;
 pub use transformer::{Input, Transformer};
 pub use walk::Walk;

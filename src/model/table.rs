@@ -2,36 +2,36 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::Weight;
+use crate::ops::{Weight, WeightPart};
 
 /// A `[vocab, hidden]` table; a variable where every weight is trained, then as it is.
 pub(super) enum Table {
     /// As it is.
     Own(Tensor),
-    /// The head's weight, in the form that the head's kernels like; kept once for both.
-    Head(Weight),
+    /// In a form that kernels like: the head's weight, kept once for both, or blocks that a file has it in.
+    Packed(Weight),
 }
 
 impl Table {
-    /// Rows of it, `[ids, hidden]`. Gradients reach a table that is as it is, never one in the head's form.
+    /// Rows of it, `[ids, hidden]`. Gradients reach a table that is as it is, never one in another form.
     ///
     /// # Errors
     /// Ids outside the vocabulary.
     pub(super) fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
             Self::Own(table) => table.index_select(&Tensor::new(ids, table.device())?, 0),
-            Self::Head(weight) => weight.lookup(ids),
+            Self::Packed(weight) => weight.lookup(ids),
         }
     }
 
-    /// All of it, `[vocab, hidden]`; a copy where it is kept in the head's form.
+    /// All of it, `[vocab, hidden]`; a copy where it is kept in another form.
     ///
     /// # Errors
     /// Those of candle.
     pub(super) fn whole(&self) -> Result<Tensor> {
         match self {
             Self::Own(table) => Ok(table.clone()),
-            Self::Head(weight) => weight.as_in_out()?.t()?.contiguous(),
+            Self::Packed(weight) => weight.as_in_out()?.t()?.contiguous(),
         }
     }
 
@@ -39,7 +39,16 @@ impl Table {
     pub(super) fn elem_count(&self) -> usize {
         match self {
             Self::Own(table) => table.elem_count(),
-            Self::Head(weight) => weight.elem_count(),
+            Self::Packed(weight) => weight.elem_count(),
+        }
+    }
+
+    /// Its parts: formats, numbers, and bytes in memory; none where it is the head's.
+    pub(super) fn parts(&self, is_head: bool) -> Vec<WeightPart> {
+        match self {
+            Self::Own(table) => vec![WeightPart::of(table)],
+            Self::Packed(_) if is_head => Vec::new(),
+            Self::Packed(weight) => weight.parts(),
         }
     }
 }

@@ -1,12 +1,14 @@
 //! Small random bases for tests and benchmarks: written as real Hugging Face folders, then loaded like any other.
 
+pub mod gguf;
+
 use std::{collections::HashMap, path::Path};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
 use super::{Architecture, Base, LoadOptions, ModelError, PrivateCopy};
-use crate::delta::Task;
+use crate::delta::{Site, Task};
 
 /// Writes a folder with `config.json` and seeded random weights for it.
 ///
@@ -79,12 +81,55 @@ pub fn write_random(dir: &Path, config: &Value, seed: u64) -> Result<(), ModelEr
 /// # Errors
 /// Those of [`write_random`] and [`Base::load`].
 pub fn random_base(config: &Value, seed: u64) -> Result<Base, ModelError> {
+    random_base_as(config, seed, &LoadOptions::default())
+}
+
+/// [`random_base`], kept as the options say.
+///
+/// # Errors
+/// As [`random_base`].
+pub fn random_base_as(config: &Value, seed: u64, options: &LoadOptions) -> Result<Base, ModelError> {
     let dir =
         std::env::temp_dir().join(format!("deltaserve-base-{}-{seed}-{}", std::process::id(), uuid::Uuid::new_v4()));
     write_random(&dir, config, seed)?;
-    let base = Base::load(&dir, &LoadOptions { device: Device::Cpu, dtype: DType::F32 });
+    let base = Base::load(&dir, options);
     // best effort: the operating system cleans its temporary folder
     let _ = std::fs::remove_dir_all(&dir);
+    base
+}
+
+/// A folder's base with the numbers that a quantised base of it has of every linear and of the embedding table, in f32.
+///
+/// # Errors
+/// A folder that cannot be read, or is of another shape.
+pub fn dequantized(folder: &Path, quantized: &Base) -> Result<Base, ModelError> {
+    let io = |source| ModelError::Io { path: folder.to_path_buf(), source };
+    let prefix = quantized.arch.names.prefix;
+    let mut tensors: HashMap<String, Tensor> =
+        candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu)?;
+    let mut put = |module: &str, w: Tensor| -> Result<(), ModelError> {
+        let names = [format!("{prefix}{module}.weight"), format!("{module}.weight")];
+        // a tied head has no tensor of its own
+        let Some(name) = names.into_iter().find(|name| tensors.contains_key(name)) else { return Ok(()) };
+        let found = tensors.insert(name, w.contiguous()?);
+        match found.filter(|found| found.dims() != w.dims()) {
+            Some(other) => Err(ModelError::Checkpoint(format!("{module} is {:?}, not {:?}", other.dims(), w.dims()))),
+            None => Ok(()),
+        }
+    };
+    put(quantized.arch.names.embed, quantized.table()?)?;
+    for (site, entry) in quantized.sites.iter() {
+        let Some((w, _)) = quantized.linear(site)? else { continue };
+        let as_it_is = quantized.arch.conv1d && entry.site != Site::LmHead;
+        put(&entry.module, if as_it_is { w } else { w.t()? })?;
+    }
+    let copy = std::env::temp_dir().join(format!("deltaserve-numbers-{}", uuid::Uuid::new_v4()));
+    std::fs::create_dir_all(&copy).map_err(io)?;
+    std::fs::copy(folder.join("config.json"), copy.join("config.json")).map_err(io)?;
+    candle_core::safetensors::save(&tensors, copy.join("model.safetensors"))?;
+    let base = Base::load(&copy, &LoadOptions::default());
+    // best effort: the operating system cleans its temporary folder
+    let _ = std::fs::remove_dir_all(&copy);
     base
 }
 

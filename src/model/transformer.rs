@@ -1,14 +1,14 @@
 //! THE forward: serving, training and evaluation of every base and every delta.
 
-use std::{borrow::Cow, ops::Range};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Architecture, Placement, Positions, Walk, table::Table};
+use super::{Architecture, Held, Placement, Positions, Walk, table::Table};
 use crate::{
     delta::{self, Head, PromptStage, SiteId},
     nn::{Attention, CrossAttention, Cx, Linear, Mlp, Norm, Pass, Style, Sublayer},
-    ops::{self, Act, Weight},
+    ops::{self, Act, Weight, WeightPart},
 };
 
 /// Tokens of a step, packed as the row layout says.
@@ -133,6 +133,40 @@ impl Transformer {
             Positions::Learned { .. } | Positions::Rotary => 0,
         };
         (self.linears().map(linear).sum::<usize>() + tables + norms + biases) as u64
+    }
+
+    /// How the matrices of linears and of a language-model head of its own are kept, by format.
+    pub(super) fn linear_formats(&self) -> BTreeMap<&'static str, Held> {
+        let mut out: BTreeMap<&'static str, Held> = BTreeMap::new();
+        let head = self.lm_head.iter().filter(|_| !self.arch.tied_head);
+        for part in self.linears().chain(head).flat_map(|l| l.weight.parts()) {
+            let held = out.entry(part.kind).or_default();
+            held.matrices += 1;
+            held.numbers += part.numbers;
+            held.bytes += part.bytes;
+        }
+        out
+    }
+
+    /// Bytes of all weights in memory.
+    pub(super) fn bytes(&self) -> u64 {
+        let plain = |t: &Tensor| WeightPart::of(t).bytes;
+        let norm = |n: &ops::Norm| plain(&n.gain) + n.bias.as_ref().map_or(0, plain);
+        let parts = |parts: Vec<WeightPart>| parts.iter().map(|p| p.bytes).sum::<usize>();
+        let linears = self.linears().chain(&self.lm_head);
+        let linears: usize = linears.map(|l| parts(l.weight.parts()) + l.bias.as_ref().map_or(0, plain)).sum();
+        // an encoder's tied head is a view of its table
+        let is_head = self.arch.tied_head && self.lm_head.is_some();
+        let table = match &self.embed {
+            Table::Own(_) if is_head && self.lm_head.as_ref().is_some_and(|h| h.weight.is_view()) => 0,
+            table => parts(table.parts(is_head)),
+        };
+        let tables: usize = [&self.position, &self.token_type].into_iter().flatten().map(plain).sum();
+        let norms: usize = self.norms().map(|n| norm(&n.norm)).sum();
+        let transform = self.lm_transform.as_ref();
+        let transform = transform.map_or(0, |t| parts(t.weight.parts()) + plain(&t.bias) + norm(&t.norm));
+        let head = self.head.iter().flat_map(Head::tensors).map(|(_, t)| plain(t)).sum::<usize>();
+        (linears + table + tables + norms + transform + head) as u64
     }
 
     /// Numbers in matrices of several projections.

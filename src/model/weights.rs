@@ -1,6 +1,8 @@
-//! A Hugging Face checkpoint folder: safetensors, single or sharded, read through a memory map.
+//! A checkpoint: a Hugging Face folder's safetensors, single or sharded, read through a memory map, a GGUF file, or tensors
+//! in memory.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
 };
@@ -10,8 +12,8 @@ use safetensors::View;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::ModelError;
-use crate::ids::BaseFingerprint;
+use super::{ModelError, gguf::GgufFile};
+use crate::{ids::BaseFingerprint, ops::QuantKind};
 
 /// Config keys that say nothing about the function computed.
 const VOLATILE: &[&str] = &["transformers_version", "_name_or_path", "torch_dtype", "dtype"];
@@ -20,6 +22,8 @@ const VOLATILE: &[&str] = &["transformers_version", "_name_or_path", "torch_dtyp
 enum Tensors {
     /// On disk.
     Files(MmapedSafetensors),
+    /// In one file, possibly quantised.
+    Gguf(GgufFile),
     /// In memory, by stored name.
     Given(HashMap<String, Tensor>),
 }
@@ -28,6 +32,7 @@ impl Tensors {
     fn load(&self, name: &str) -> Result<Tensor, ModelError> {
         match self {
             Self::Files(files) => Ok(files.load(name, &Device::Cpu)?),
+            Self::Gguf(file) => file.load(name),
             Self::Given(map) => {
                 map.get(name).cloned().ok_or_else(|| ModelError::Checkpoint(format!("no tensor {name}")))
             }
@@ -37,6 +42,7 @@ impl Tensors {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match self {
             Self::Files(files) => files.get(name).ok().map(|v| v.shape().to_vec()),
+            Self::Gguf(file) => file.shape(name).map(<[usize]>::to_vec),
             Self::Given(map) => map.get(name).map(|t| t.dims().to_vec()),
         }
     }
@@ -57,6 +63,11 @@ pub(super) fn fingerprint<'t, V: View + 't>(
     config: &Value,
     tensors: impl Iterator<Item = (&'t str, &'t V)>,
 ) -> BaseFingerprint {
+    digest(config, tensors.map(|(name, view)| (name, format!("{:?}{:?}", view.dtype(), view.shape()), view.data())))
+}
+
+/// The same of tensors' names, types with shapes, and bytes.
+fn digest<'t>(config: &Value, tensors: impl Iterator<Item = (&'t str, String, Cow<'t, [u8]>)>) -> BaseFingerprint {
     let mut h = Sha256::new();
     h.update(b"deltaserve/base/v1\0");
     let mut lasting = config.clone();
@@ -66,11 +77,11 @@ pub(super) fn fingerprint<'t, V: View + 't>(
         });
     }
     h.update(canonical(&lasting));
-    for (name, view) in tensors {
+    for (name, form, bytes) in tensors {
         h.update((name.len() as u64).to_le_bytes());
         h.update(name.as_bytes());
-        h.update(format!("{:?}{:?}", view.dtype(), view.shape()));
-        h.update(view.data());
+        h.update(form);
+        h.update(bytes);
     }
     BaseFingerprint::from_bytes(h.finalize().into())
 }
@@ -128,6 +139,12 @@ impl Checkpoint {
         Ok(Self { tensors: Tensors::Files(files), names, prefix, dtype, device: device.clone() })
     }
 
+    /// A file that is open.
+    pub(super) fn of_gguf(file: GgufFile, prefix: &'static str, dtype: DType, device: &Device) -> Self {
+        let names = file.names().map(str::to_owned).collect();
+        Self { tensors: Tensors::Gguf(file), names, prefix, dtype, device: device.clone() }
+    }
+
     /// Tensors in memory under their stored names; they are used as they are where type and device fit, so that gradients
     /// reach them.
     pub(super) fn given(tensors: HashMap<String, Tensor>, prefix: &'static str, dtype: DType, device: &Device) -> Self {
@@ -137,8 +154,14 @@ impl Checkpoint {
 
     /// The [`fingerprint`] of what is on disk.
     pub(super) fn fingerprint(&self, config: &Value) -> Result<BaseFingerprint, ModelError> {
-        let Tensors::Files(files) = &self.tensors else {
-            return Err(ModelError::Unsupported("a checkpoint in memory is not asked for a fingerprint".into()));
+        let files = match &self.tensors {
+            Tensors::Files(files) => files,
+            Tensors::Gguf(file) => {
+                return Ok(digest(config, file.tensors().map(|(name, form, bytes)| (name, form, bytes.into()))));
+            }
+            Tensors::Given(_) => {
+                return Err(ModelError::Unsupported("a checkpoint in memory is not asked for a fingerprint".into()));
+            }
         };
         let mut tensors = files.tensors();
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
@@ -156,19 +179,43 @@ impl Checkpoint {
         self.name(module, suffix).is_some()
     }
 
-    /// A tensor that must be there, of this shape.
-    pub(super) fn get(&self, module: &str, suffix: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+    /// The stored name of a tensor that must be there, of this shape.
+    fn fitting(&self, module: &str, suffix: &str, shape: &[usize]) -> Result<String, ModelError> {
         let name = self
             .name(module, suffix)
             .ok_or_else(|| ModelError::Checkpoint(format!("no tensor {}{module}.{suffix}", self.prefix)))?;
-        let t = self.tensors.load(&name)?;
-        if t.dims() != shape {
-            return Err(ModelError::Checkpoint(format!("{name} is {:?}; the config asks for {shape:?}", t.dims())));
+        match self.tensors.shape(&name) {
+            Some(found) if found == shape => Ok(name),
+            found => Err(ModelError::Checkpoint(format!(
+                "{name} is {:?}; the config asks for {shape:?}",
+                found.unwrap_or_default()
+            ))),
         }
+    }
+
+    /// A tensor that must be there, of this shape.
+    pub(super) fn get(&self, module: &str, suffix: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+        let name = self.fitting(module, suffix, shape)?;
+        let t = self.tensors.load(&name)?;
         if !matches!(t.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
             return Err(ModelError::Checkpoint(format!("{name} is {:?}; f32, f16, bf16 are accepted", t.dtype())));
         }
         Ok(t.to_dtype(self.dtype)?.to_device(&self.device)?)
+    }
+
+    /// Whether matrices may be in blocks.
+    pub(super) fn may_be_quantized(&self) -> bool {
+        matches!(self.tensors, Tensors::Gguf(_))
+    }
+
+    /// The blocks of a weight `[out, in]` that is stored in them.
+    pub(super) fn blocks(
+        &self,
+        module: &str,
+        shape: [usize; 2],
+    ) -> Result<Option<(QuantKind, Cow<'_, [u8]>)>, ModelError> {
+        let Tensors::Gguf(file) = &self.tensors else { return Ok(None) };
+        Ok(file.blocks(&self.fitting(module, "weight", &shape)?))
     }
 
     /// A tensor by its stored name, in this checkpoint's type and on its device.

@@ -61,6 +61,13 @@ impl Rotary {
         Self { inv_freq, head_dim }
     }
 
+    /// With each frequency divided by its own factor.
+    #[must_use]
+    pub fn divided(mut self, factors: &[f32]) -> Self {
+        self.inv_freq.iter_mut().zip(factors).for_each(|(f, factor)| *f /= factor);
+        self
+    }
+
     /// Angles of these positions.
     ///
     /// # Errors

@@ -4,27 +4,32 @@
 //! candle's matmul computes and keeps gradients of both operands, also of frozen ones (PR 3773); for a base model that is
 //! a second copy of the model per step.
 
+use std::sync::Arc;
+
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
 };
 
-use super::{cpu_result, f32_slice, is_cpu_f32, packed, with_f32};
+use super::{Quantized, cpu_result, f32_slice, is_cpu_f32, packed, with_f32};
 
 /// How a frozen matrix lies in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 enum Form {
     /// `[in, out]`.
-    InOut,
+    InOut(Tensor),
     /// `[out, in]`: shared with an embedding table.
-    OutIn,
+    OutIn(Tensor),
     /// Panels, for the kernels of [`packed`]; f32 on the CPU.
-    Panels,
+    Panels(Tensor),
+    /// Panels of fewer bits, for the same kernels.
+    Quantized(Arc<Quantized>),
+    /// Matrices side by side, each in panels of its own kind.
+    Joined(Arc<[Weight]>),
 }
 
 /// A frozen matrix in the form that its kernels like.
 #[derive(Debug, Clone)]
 pub struct Weight {
-    tensor: Tensor,
     form: Form,
     in_dim: usize,
     out_dim: usize,
@@ -38,13 +43,13 @@ impl Weight {
     pub fn from_out_in(w: &Tensor) -> Result<Self> {
         let (n, k) = w.dims2()?;
         if w.track_op() {
-            return Ok(Self { tensor: w.clone(), form: Form::OutIn, in_dim: k, out_dim: n });
+            return Ok(Self { form: Form::OutIn(w.clone()), in_dim: k, out_dim: n });
         }
         if is_cpu_f32(w) {
             let data = with_f32(&w.contiguous()?, |w| Ok(packed::pack(k, n, |row, column| w[column * k + row])))?;
             return Self::panels(data, k, n);
         }
-        Ok(Self { tensor: w.t()?.contiguous()?, form: Form::InOut, in_dim: k, out_dim: n })
+        Ok(Self { form: Form::InOut(w.t()?.contiguous()?), in_dim: k, out_dim: n })
     }
 
     /// From a matrix stored `[in, out]` as GPT-2's Conv1D keeps it.
@@ -57,13 +62,13 @@ impl Weight {
             let data = with_f32(&w.contiguous()?, |w| Ok(packed::pack(k, n, |row, column| w[row * n + column])))?;
             return Self::panels(data, k, n);
         }
-        Ok(Self { tensor: w.contiguous()?, form: Form::InOut, in_dim: k, out_dim: n })
+        Ok(Self { form: Form::InOut(w.contiguous()?), in_dim: k, out_dim: n })
     }
 
     fn panels(data: Vec<f32>, in_dim: usize, out_dim: usize) -> Result<Self> {
         let len = data.len();
         let tensor = Tensor::from_vec(data, len, &Device::Cpu)?;
-        Ok(Self { tensor, form: Form::Panels, in_dim, out_dim })
+        Ok(Self { form: Form::Panels(tensor), in_dim, out_dim })
     }
 
     /// Shares a matrix `[out, in]` as it lies, without a copy.
@@ -72,7 +77,23 @@ impl Weight {
     /// Those of candle.
     pub fn view_of(w: &Tensor) -> Result<Self> {
         let (out_dim, in_dim) = w.dims2()?;
-        Ok(Self { tensor: w.contiguous()?, form: Form::OutIn, in_dim, out_dim })
+        Ok(Self { form: Form::OutIn(w.contiguous()?), in_dim, out_dim })
+    }
+
+    /// Matrices with one input, side by side; all of them for the CPU's kernels.
+    ///
+    /// # Errors
+    /// None at all; widths that differ; a form that is no panels.
+    pub fn joined(mut parts: Vec<Self>) -> Result<Self> {
+        if parts.len() == 1 {
+            return Ok(parts.swap_remove(0));
+        }
+        let in_dim = parts.first().map_or(0, |p| p.in_dim);
+        if in_dim == 0 || parts.iter().any(|p| p.in_dim != in_dim || !p.has_kernels()) {
+            bail!("linear: matrices that do not lie side by side: {parts:?}");
+        }
+        let out_dim = parts.iter().map(|p| p.out_dim).sum();
+        Ok(Self { form: Form::Joined(parts.into()), in_dim, out_dim })
     }
 
     /// Rows of the `[out, in]` matrix, as of an embedding table: `[ids, in]`. No gradient.
@@ -83,32 +104,46 @@ impl Weight {
         if let Some(bad) = ids.iter().find(|&&id| id as usize >= self.out_dim) {
             bail!("lookup: row {bad} of a table of {}", self.out_dim);
         }
-        let index = || Tensor::new(ids, self.tensor.device());
-        match self.form {
-            Form::OutIn => self.tensor.index_select(&index()?, 0),
-            Form::InOut => self.tensor.index_select(&index()?, 1)?.t()?.contiguous(),
-            Form::Panels => {
-                let rows = with_f32(&self.tensor, |w| Ok(packed::columns(w, self.in_dim, ids)))?;
-                Tensor::from_vec(rows, (ids.len(), self.in_dim), &Device::Cpu)
+        let shape = (ids.len(), self.in_dim);
+        match &self.form {
+            Form::OutIn(w) => w.index_select(&Tensor::new(ids, w.device())?, 0),
+            Form::InOut(w) => w.index_select(&Tensor::new(ids, w.device())?, 1)?.t()?.contiguous(),
+            Form::Panels(w) => {
+                let rows = with_f32(w, |w| Ok(packed::columns(w, self.in_dim, ids)))?;
+                Tensor::from_vec(rows, shape, &Device::Cpu)
             }
+            Form::Quantized(w) => Tensor::from_vec(w.columns(ids), shape, &Device::Cpu),
+            Form::Joined(_) => bail!("lookup: several matrices are no table"),
         }
     }
 
     /// Whether it is trained: a gradient of the matrix is wanted.
     pub fn is_trained(&self) -> bool {
-        self.tensor.track_op()
+        match &self.form {
+            Form::InOut(w) | Form::OutIn(w) | Form::Panels(w) => w.track_op(),
+            Form::Quantized(_) | Form::Joined(_) => false,
+        }
     }
 
     /// Whether it lies as the CPU's kernels take it.
-    pub(super) fn in_panels(&self) -> bool {
-        self.form == Form::Panels
+    pub(super) fn has_kernels(&self) -> bool {
+        matches!(self.form, Form::Panels(_) | Form::Quantized(_) | Form::Joined(_))
     }
 
-    /// Its panels, for [`packed`]; an error for any other form.
-    pub(super) fn with_panels<R>(&self, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-        match self.form {
-            Form::Panels => with_f32(&self.tensor, f),
-            form => bail!("linear: a weight in panels is needed, not {form:?}"),
+    /// Whether it shares a table as it lies.
+    pub fn is_view(&self) -> bool {
+        matches!(self.form, Form::OutIn(_))
+    }
+
+    /// Its parts: formats, numbers, and bytes in memory.
+    pub fn parts(&self) -> Vec<WeightPart> {
+        match &self.form {
+            Form::InOut(w) | Form::OutIn(w) => vec![WeightPart::of(w)],
+            Form::Panels(w) => vec![WeightPart { numbers: self.elem_count(), ..WeightPart::of(w) }],
+            Form::Quantized(w) => {
+                vec![WeightPart { kind: w.kind().name(), numbers: self.elem_count(), bytes: w.bytes() }]
+            }
+            Form::Joined(parts) => parts.iter().flat_map(Self::parts).collect(),
         }
     }
 
@@ -127,14 +162,13 @@ impl Weight {
     /// # Errors
     /// Those of candle.
     pub fn as_in_out(&self) -> Result<Tensor> {
-        match self.form {
-            Form::InOut => Ok(self.tensor.clone()),
-            Form::OutIn => self.tensor.t(),
-            Form::Panels => {
-                let (k, n) = (self.in_dim, self.out_dim);
-                let data = with_f32(&self.tensor, |w| Ok(packed::unpack(w, k, n)))?;
-                Tensor::from_vec(data, (k, n), &Device::Cpu)
-            }
+        let (k, n) = (self.in_dim, self.out_dim);
+        match &self.form {
+            Form::InOut(w) => Ok(w.clone()),
+            Form::OutIn(w) => w.t(),
+            Form::Panels(w) => Tensor::from_vec(with_f32(w, |w| Ok(packed::unpack(w, k, n)))?, (k, n), &Device::Cpu),
+            Form::Quantized(w) => Tensor::from_vec(w.unpack(), (k, n), &Device::Cpu),
+            Form::Joined(parts) => Tensor::cat(&parts.iter().map(Self::as_in_out).collect::<Result<Vec<_>>>()?, 1),
         }
     }
 
@@ -151,22 +185,84 @@ impl Weight {
         x.contiguous()?.apply_op1_no_bwd(&FrozenLinear { weight: self.clone(), bias: None })
     }
 
+    /// `x W + bias` by the CPU's kernels, where it has them: `x` `[rows, in]`.
+    pub(super) fn kernel_product(&self, x: &[f32], bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
+        let shape = (rows, self.in_dim, self.out_dim);
+        match &self.form {
+            Form::Panels(w) => with_f32(w, |w| Ok(packed::product(x, w, bias, shape))),
+            Form::Quantized(w) => Ok(packed::product(x, &**w, bias, shape)),
+            Form::Joined(parts) => {
+                let mut out = vec![0f32; rows * self.out_dim];
+                let mut at = 0;
+                for part in &**parts {
+                    let n = part.out_dim;
+                    let own = part.kernel_product(x, bias.map(|b| &b[at..at + n]), rows)?;
+                    let rows = out.chunks_exact_mut(self.out_dim).zip(own.chunks_exact(n));
+                    rows.for_each(|(out, own)| out[at..at + n].copy_from_slice(own));
+                    at += n;
+                }
+                Ok(out)
+            }
+            Form::InOut(_) | Form::OutIn(_) => bail!("linear: a weight in panels is needed"),
+        }
+    }
+
     /// `g W^T`: `[rows, out]` -> `[rows, in]`, without a graph: the gradient of [`Self::product`]'s input.
     ///
     /// # Errors
     /// Shapes that do not fit.
     pub(super) fn product_t(&self, g: &Tensor) -> Result<Tensor> {
         let g = g.detach().contiguous()?;
-        if self.form == Form::Panels && is_cpu_f32(&g) {
-            let (rows, n) = g.dims2()?;
-            if n != self.out_dim {
-                bail!("linear: a gradient is {n} wide, the weight gives {}", self.out_dim);
-            }
-            let shape = (rows, self.in_dim, n);
-            let out = with_f32(&g, |g| with_f32(&self.tensor, |w| Ok(packed::product_t(g, w, shape))))?;
-            return Tensor::from_vec(out, (rows, self.in_dim), &Device::Cpu);
+        let (rows, n) = g.dims2()?;
+        if n != self.out_dim {
+            bail!("linear: a gradient is {n} wide, the weight gives {}", self.out_dim);
         }
-        g.matmul(&self.as_in_out()?.t()?)
+        let shape = (rows, self.in_dim, n);
+        let out = match &self.form {
+            Form::Panels(w) if is_cpu_f32(&g) => with_f32(&g, |g| with_f32(w, |w| Ok(packed::product_t(g, w, shape))))?,
+            Form::Quantized(w) if is_cpu_f32(&g) => with_f32(&g, |g| Ok(packed::product_t(g, &**w, shape)))?,
+            Form::Joined(parts) => {
+                let mut sum: Option<Tensor> = None;
+                let mut at = 0;
+                for part in &**parts {
+                    let own = part.product_t(&g.narrow(1, at, part.out_dim)?)?;
+                    sum = Some(match sum {
+                        Some(sum) => (sum + own)?,
+                        None => own,
+                    });
+                    at += part.out_dim;
+                }
+                let Some(sum) = sum else { bail!("linear: a weight of no parts") };
+                return Ok(sum);
+            }
+            _ => return g.matmul(&self.as_in_out()?.t()?),
+        };
+        Tensor::from_vec(out, (rows, self.in_dim), &Device::Cpu)
+    }
+}
+
+impl From<Quantized> for Weight {
+    fn from(w: Quantized) -> Self {
+        Self { in_dim: w.in_dim(), out_dim: w.out_dim(), form: Form::Quantized(Arc::new(w)) }
+    }
+}
+
+/// A part of a weight that is kept in one format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightPart {
+    /// `f32`, `bf16`, `q8_0` ...
+    pub kind: &'static str,
+    /// How many.
+    pub numbers: usize,
+    /// Bytes in memory.
+    pub bytes: usize,
+}
+
+impl WeightPart {
+    /// Of a plain tensor.
+    pub fn of(t: &Tensor) -> Self {
+        let (kind, numbers) = (t.dtype().as_str(), t.elem_count());
+        Self { kind, numbers, bytes: numbers * t.dtype().size_in_bytes() }
     }
 }
 
@@ -183,22 +279,22 @@ impl CustomOp1 for FrozenLinear {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
-        let Weight { tensor, form, out_dim: n, in_dim } = &self.weight;
-        if k != *in_dim {
+        let (n, in_dim) = (self.weight.out_dim, self.weight.in_dim);
+        if k != in_dim {
             bail!("linear: input is {k} wide, the weight takes {in_dim}");
         }
-        if *form == Form::Panels {
-            let (x, shape) = (f32_slice(storage, layout)?, (rows, k, *n));
-            let run = |w: &[f32]| match &self.bias {
-                Some(bias) => with_f32(bias, |b| Ok(packed::product(x, w, Some(b), shape))),
-                None => Ok(packed::product(x, w, None, shape)),
+        if self.weight.has_kernels() {
+            let x = f32_slice(storage, layout)?;
+            let out = match &self.bias {
+                Some(bias) => with_f32(bias, |b| self.weight.kernel_product(x, Some(b), rows))?,
+                None => self.weight.kernel_product(x, None, rows)?,
             };
-            return cpu_result(with_f32(tensor, run)?, (rows, *n));
+            return cpu_result(out, (rows, n));
         }
         let w = self.weight.as_in_out()?;
         let (ws, wl) = w.storage_and_layout();
         let Storage::Cpu(wc) = &*ws else { bail!("weight and input are on different devices") };
-        Ok((storage.matmul(wc, (1, rows, *n, k), layout, wl)?, (rows, *n).into()))
+        Ok((storage.matmul(wc, (1, rows, n, k), layout, wl)?, (rows, n).into()))
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
@@ -231,7 +327,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     }
     // a bias that is trained must stay in the graph
     let (inside, after) = match bias {
-        Some(b) if weight.form == Form::Panels && is_cpu_f32(&x) && is_cpu_f32(b) && !b.track_op() => {
+        Some(b) if weight.has_kernels() && is_cpu_f32(&x) && is_cpu_f32(b) && !b.track_op() => {
             (Some(b.contiguous()?), None)
         }
         other => (None, other),
@@ -265,7 +361,7 @@ mod tests {
                 let want = bare.broadcast_add(&b).unwrap();
                 let in_out = Weight::from_in_out(&w.t().unwrap().contiguous().unwrap()).unwrap();
                 for weight in [Weight::from_out_in(&w).unwrap(), Weight::view_of(&w).unwrap(), in_out] {
-                    let what = format!("{rows}x{k}x{n} {:?}", weight.form);
+                    let what = format!("{rows}x{k}x{n} {:?}", weight.parts());
                     assert!(diff(&linear(&x, &weight, Some(&b)).unwrap(), &want) < 1e-4, "{what}");
                     assert!(diff(&linear(&x, &weight, None).unwrap(), &bare) < 1e-4, "{what}");
                     assert_eq!(diff(&weight.as_in_out().unwrap(), &w.t().unwrap()), 0.0, "{what}");
@@ -289,7 +385,8 @@ mod tests {
         let grads = linear(&x, &weight, Some(&bias)).unwrap().sum_all().unwrap().backward().unwrap();
         let want = Tensor::ones((5, 12), candle_core::DType::F32, &dev).unwrap().matmul(&w).unwrap();
         assert!(diff(grads.get(&x).unwrap(), &want) < 1e-5);
-        assert!(grads.get(&weight.tensor).is_none() && grads.get(&bias).is_none(), "frozen tensors have no gradient");
+        let Form::Panels(panels) = &weight.form else { panic!("{weight:?}") };
+        assert!(grads.get(panels).is_none() && grads.get(&bias).is_none(), "frozen tensors have no gradient");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::{is_cpu_f32, with_f32};
 ///
 /// Called before the memory is first written, since only then are its pages chosen. Nothing happens where the system
 /// has no such hint.
-pub(super) fn huge_pages(numbers: &[f32]) {
+pub(super) fn huge_pages<T>(numbers: &[T]) {
     #[cfg(target_os = "linux")]
     {
         const PAGE: usize = 4096;

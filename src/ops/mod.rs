@@ -20,6 +20,7 @@ mod nll;
 mod norm;
 mod packed;
 mod patch;
+mod quantized;
 mod rope;
 mod scatter;
 mod team;
@@ -30,12 +31,13 @@ pub use adapter::{AdapterRows, RowScale, adapt_in_place};
 pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attention};
 pub use columns::{add_bias, scale_columns};
 pub(crate) use jacobi::{dot, rotate};
-pub use linear::{Weight, linear};
+pub use linear::{Weight, WeightPart, linear};
 pub(crate) use memory::huge_pages_of;
 pub use memory::{give_back_freed_memory, keep_freed_memory};
 pub use nll::{head_nll, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
+pub use quantized::{QuantKind, Quantized, quantize};
 pub use rope::{RopeTable, rope};
 pub use scatter::write_rows;
 pub(crate) use team::each;
@@ -90,7 +92,7 @@ fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize
 /// Asks memory for the line that holds an element to be read soon, or, into the second level, later; the place may lie beyond the slice's end.
 #[inline(always)]
 #[allow(unsafe_code, reason = "a prefetch is a hint: it reads nothing and faults nowhere, whatever the address")]
-fn prefetch<const SECOND_LEVEL: bool>(data: &[f32], at: usize) {
+fn prefetch<const SECOND_LEVEL: bool, T>(data: &[T], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};

@@ -3,7 +3,8 @@
 //! A blocked GEMM packs the weight at every call, which costs as much as the product when there are few rows; a weight
 //! read as it lies, a few columns of every row at a time, defeats the prefetcher. So the weight is kept in panels of
 //! [`PANEL`] columns, each a contiguous `[k, PANEL]`: every kernel here, for one row or for thousands, forward or
-//! backward, streams them from front to end.
+//! backward, streams them from front to end. Where a panel is kept in fewer bits ([`Quantized`]), its blocks are expanded
+//! one by one into the first level, and the same kernels go on from there.
 
 use std::{borrow::Cow, mem::MaybeUninit, ops::Range};
 
@@ -14,11 +15,12 @@ use super::{
     LINE,
     memory::huge_pages,
     prefetch,
+    quantized::Quantized,
     team::{each, threads},
 };
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
-const PANEL: usize = 48;
+pub(super) const PANEL: usize = 48;
 /// Depth of a block, which stays in L1 with the same columns of some tens of rows while they are multiplied, so that the
 /// first level's few outstanding misses are free for memory.
 const DEPTH: usize = 96;
@@ -36,6 +38,53 @@ const WORTH_A_THREAD: usize = 128 * 1024;
 /// Numbers of a packed `[k, n]` matrix; the last panel is padded with zeros.
 fn packed_len(k: usize, n: usize) -> usize {
     n.div_ceil(PANEL) * PANEL * k
+}
+
+/// A packed matrix, read a block at a time.
+pub(super) trait Panels: Copy + Sync {
+    /// Whether a block lies in memory as it is multiplied, so that memory is to be asked for later ones.
+    const AS_THEY_LIE: bool;
+
+    /// Rows of a panel, `[depth, PANEL]`, and what lies behind them; `k` rows are the whole panel. `scratch` has room for a
+    /// block; `depth` is at most [`DEPTH`] and `from` a multiple of it.
+    fn block<'a>(
+        &'a self,
+        k: usize,
+        panel: usize,
+        rows: Range<usize>,
+        scratch: &'a mut [f32],
+    ) -> (&'a [f32], &'a [f32]);
+}
+
+impl Panels for &[f32] {
+    const AS_THEY_LIE: bool = true;
+
+    #[inline(always)]
+    fn block<'a>(&'a self, k: usize, panel: usize, rows: Range<usize>, _: &'a mut [f32]) -> (&'a [f32], &'a [f32]) {
+        self[(panel * k + rows.start) * PANEL..].split_at(rows.len() * PANEL)
+    }
+}
+
+impl Panels for &Quantized {
+    const AS_THEY_LIE: bool = false;
+
+    #[inline(always)]
+    fn block<'a>(
+        &'a self,
+        _: usize,
+        panel: usize,
+        rows: Range<usize>,
+        scratch: &'a mut [f32],
+    ) -> (&'a [f32], &'a [f32]) {
+        let out = &mut scratch[..rows.len() * PANEL];
+        self.expand(panel, rows, out);
+        (out, &[])
+    }
+}
+
+/// Room for a block that is expanded.
+fn scratch<W: Panels>() -> Vec<f32> {
+    vec![0f32; if W::AS_THEY_LIE { 0 } else { BLOCK }]
 }
 
 /// Packs a matrix that `at(row, column)` reads.
@@ -67,7 +116,7 @@ pub(super) fn unpack(w: &[f32], k: usize, n: usize) -> Vec<f32> {
 
 /// `x [m, k] W + bias` -> `[m, n]`.
 #[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
-pub(super) fn product(x: &[f32], w: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
+pub(super) fn product<W: Panels>(x: &[f32], w: W, bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     let threads = threads();
     let panels = n.div_ceil(PANEL);
     let mut data = Vec::with_capacity(m * n);
@@ -129,10 +178,10 @@ pub(super) fn columns(w: &[f32], k: usize, ids: &[u32]) -> Vec<f32> {
 }
 
 /// Columns of the given panels for all rows of `x`.
-struct Forward<'a> {
+struct Forward<'a, W> {
     /// As [`blocked`] lays it.
     x: &'a [f32],
-    w: &'a [f32],
+    w: W,
     bias: Option<&'a [f32]>,
     k: usize,
     n: usize,
@@ -141,7 +190,7 @@ struct Forward<'a> {
     out: Vec<&'a mut [MaybeUninit<f32>]>,
 }
 
-impl WithSimd for Forward<'_> {
+impl<W: Panels> WithSimd for Forward<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -154,22 +203,21 @@ impl WithSimd for Forward<'_> {
     }
 }
 
-impl Forward<'_> {
+impl<W: Panels> Forward<'_, W> {
     #[inline(always)]
     fn run<S: Simd, const R: usize, const V: usize>(mut self, simd: S) {
         let (k, n, rows) = (self.k, self.n, self.out.len());
-        let mut sums = vec![0f32; rows * PANEL];
+        let (mut sums, mut scratch) = (vec![0f32; rows * PANEL], scratch::<W>());
         for (i, panel) in self.panels.clone().enumerate() {
             for from in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - from);
-                let block = (panel * k + from) * PANEL;
-                let (w, ahead) = self.w[block..].split_at(depth * PANEL);
+                let (w, ahead) = self.w.block(k, panel, from..from + depth, &mut scratch);
                 let x = &self.x[from * rows..(from + depth) * rows];
                 // tiles of all rows share a block's lines; two of them ask twice at every row of the block
                 let requests = if rows / R == 2 { 4 } else { rows / R };
                 let pace = (LINES * 256).div_ceil(requests.max(LINES));
                 for column in (0..PANEL).step_by(V * S::F32_LANES) {
-                    let tile = Tile { x, w, ahead, pace, column, depth, first: from == 0 };
+                    let tile = Tile { x, w, ahead, ask: W::AS_THEY_LIE, pace, column, depth, first: from == 0 };
                     tile.rows::<S, R, V>(simd, &mut sums);
                 }
             }
@@ -190,7 +238,7 @@ impl Forward<'_> {
 #[inline(always)]
 fn prefetch_row(w: &[f32], row: usize) {
     for line in 0..LINES {
-        prefetch::<false>(w, row * PANEL + line * LINE);
+        prefetch::<false, _>(w, row * PANEL + line * LINE);
     }
 }
 
@@ -202,6 +250,8 @@ struct Tile<'a> {
     /// What lies behind the block: the one after the next is brought to the second level while this one is multiplied,
     /// evenly over its tiles.
     ahead: &'a [f32],
+    /// Whether memory is asked at all.
+    ask: bool,
     /// Lines that each request moves on by, in 256ths.
     pace: usize,
     column: usize,
@@ -220,14 +270,15 @@ impl Tile<'_> {
         let tiles = rows / R;
         let mut row = 0;
         while row + R <= rows {
-            match (tiles, row / R) {
-                (1, _) => self.one::<S, R, V, LINES>(simd, row, sums),
-                (2, _) => self.one::<S, R, V, 2>(simd, row, sums),
+            match tiles {
+                _ if !self.ask => self.one::<S, R, V, 0>(simd, row, sums),
+                1 => self.one::<S, R, V, LINES>(simd, row, sums),
+                2 => self.one::<S, R, V, 2>(simd, row, sums),
                 _ => self.one::<S, R, V, 1>(simd, row, sums),
             }
             row += R;
         }
-        let asked = tiles > 0;
+        let asked = tiles > 0 || !self.ask;
         if R > 4 && row + 4 <= rows {
             self.rest::<S, 4, V>(simd, row, sums, asked);
             row += 4;
@@ -267,7 +318,7 @@ impl Tile<'_> {
                 prefetch_row(self.w, p + AHEAD);
             } else {
                 let line = |i| (asked + p * P + i) * self.pace / 256;
-                (0..P).for_each(|i| prefetch::<true>(self.ahead, BLOCK + line(i) * LINE));
+                (0..P).for_each(|i| prefetch::<true, _>(self.ahead, BLOCK + line(i) * LINE));
             }
             let w = &w[skip..skip + V];
             let wv: [S::f32s; V] = std::array::from_fn(|v| w[v]);
@@ -289,7 +340,7 @@ impl Tile<'_> {
 }
 
 /// `g [m, n] W^T` -> `[m, k]`: the gradient of the input of [`product`].
-pub(super) fn product_t(g: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) -> Vec<f32> {
+pub(super) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     let mut out = vec![0f32; m * k];
     let run = |(g, out): (&[f32], &mut [f32])| Arch::new().dispatch(Backward { g, w, k, n, out });
     let threads = threads();
@@ -303,15 +354,15 @@ pub(super) fn product_t(g: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) 
 }
 
 /// At most [`PANEL`] rows.
-struct Backward<'a> {
+struct Backward<'a, W> {
     g: &'a [f32],
-    w: &'a [f32],
+    w: W,
     k: usize,
     n: usize,
     out: &'a mut [f32],
 }
 
-impl WithSimd for Backward<'_> {
+impl<W: Panels> WithSimd for Backward<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -326,8 +377,8 @@ impl WithSimd for Backward<'_> {
     }
 }
 
-impl Backward<'_> {
-    /// Panel by panel, `out^T [k, rows]` grows by the panel's rows times its columns of the gradient turned: the weight
+impl<W: Panels> Backward<'_, W> {
+    /// Block by block, `out^T [k, rows]` grows by the block's rows times its columns of the gradient turned: the weight
     /// is read once and in order, and no vector is summed up across.
     #[inline(always)]
     fn run<S: Simd, const R: usize, const V: usize>(self, simd: S) {
@@ -337,7 +388,8 @@ impl Backward<'_> {
         let width = rows.next_multiple_of(step);
         let mut turned = vec![0f32; PANEL * width]; // [columns of the panel, rows]
         let mut sums = vec![0f32; k * width]; // [k, rows]
-        for (panel, w) in w.chunks_exact(k * PANEL).enumerate() {
+        let mut scratch = scratch::<W>();
+        for panel in 0..n.div_ceil(PANEL) {
             let first = panel * PANEL;
             let columns = PANEL.min(n - first);
             for (row, g) in g.chunks_exact(n).enumerate() {
@@ -345,16 +397,23 @@ impl Backward<'_> {
                     turned[c * width + row] = *v;
                 }
             }
-            for at in (0..width).step_by(step) {
-                let mut blocks = w.chunks_exact(R * PANEL);
-                let mut outs = sums.chunks_exact_mut(R * width);
-                for (i, (block, out)) in (&mut blocks).zip(&mut outs).enumerate() {
-                    (0..R).for_each(|r| prefetch_row(w, (i + 2) * R + r));
-                    fold::<S, R, V>(simd, block, &turned[at..], columns, &mut out[at..], width);
-                }
-                let rest = blocks.remainder().chunks_exact(PANEL);
-                for (w, out) in rest.zip(outs.into_remainder().chunks_exact_mut(width)) {
-                    fold::<S, 1, V>(simd, w, &turned[at..], columns, &mut out[at..], width);
+            for from in (0..k).step_by(DEPTH) {
+                let depth = DEPTH.min(k - from);
+                let (w, _) = w.block(k, panel, from..from + depth, &mut scratch);
+                let sums = &mut sums[from * width..(from + depth) * width];
+                for at in (0..width).step_by(step) {
+                    let mut blocks = w.chunks_exact(R * PANEL);
+                    let mut outs = sums.chunks_exact_mut(R * width);
+                    for (i, (block, out)) in (&mut blocks).zip(&mut outs).enumerate() {
+                        if W::AS_THEY_LIE {
+                            (0..R).for_each(|r| prefetch_row(w, (i + 2) * R + r));
+                        }
+                        fold::<S, R, V>(simd, block, &turned[at..], columns, &mut out[at..], width);
+                    }
+                    let rest = blocks.remainder().chunks_exact(PANEL);
+                    for (w, out) in rest.zip(outs.into_remainder().chunks_exact_mut(width)) {
+                        fold::<S, 1, V>(simd, w, &turned[at..], columns, &mut out[at..], width);
+                    }
                 }
             }
         }
@@ -400,50 +459,4 @@ fn fold<S: Simd, const R: usize, const V: usize>(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn numbers(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed.wrapping_mul(2).wrapping_add(1);
-        let mut next = || {
-            s ^= s << 13;
-            s ^= s >> 7;
-            s ^= s << 17;
-            (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Both against sums in f64, for shapes on and off every border: rows, depth, columns.
-        #[test]
-        fn products_equal_plain_sums(m in 0usize..140, k in 1usize..200, n in 1usize..210, deep: bool, seed: u64) {
-            let k = if deep { 10 * DEPTH + k } else { k };
-            let m = if deep { m % 4 * 20 + 1 } else { m };
-            let (x, w, g, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 5), numbers(m * n, seed ^ 9), numbers(n, seed ^ 3));
-            let packed = pack(k, n, |r, c| w[r * n + c]);
-            prop_assert_eq!(&unpack(&packed, k, n), &w);
-            let y = product(&x, &packed, Some(&b), (m, k, n));
-            let bare = product(&x, &packed, None, (m, k, n));
-            let d = product_t(&g, &packed, (m, k, n));
-            let ids: Vec<u32> = (0..m as u32).map(|i| (i * 31 + 7) % n as u32).collect();
-            for (id, row) in ids.iter().zip(columns(&packed, k, &ids).chunks(k)) {
-                prop_assert!(row.iter().enumerate().all(|(p, v)| *v == w[p * n + *id as usize]));
-            }
-            let tolerance = 1e-5 * (k.max(n) as f64).sqrt();
-            for i in 0..m {
-                for j in 0..n {
-                    let sum: f64 = (0..k).map(|p| f64::from(x[i * k + p]) * f64::from(w[p * n + j])).sum();
-                    prop_assert!((f64::from(bare[i * n + j]) - sum).abs() < tolerance);
-                    prop_assert!((f64::from(y[i * n + j]) - sum - f64::from(b[j])).abs() < tolerance);
-                }
-                for p in (0..k).step_by(if deep { 97 } else { 1 }) {
-                    let sum: f64 = (0..n).map(|j| f64::from(g[i * n + j]) * f64::from(w[p * n + j])).sum();
-                    prop_assert!((f64::from(d[i * k + p]) - sum).abs() < tolerance);
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::{Weight, cpu_result, f32_slice, is_cpu_f32, packed, par_rows, vectorized, with_f32};
+use super::{Weight, cpu_result, f32_slice, is_cpu_f32, par_rows, vectorized, with_f32};
 
 /// What is added to columns of a frozen linear's output.
 #[derive(Debug, Clone)]
@@ -54,7 +54,7 @@ struct UpdatedLinear {
 
 /// Whether [`updated_linear`] takes these: f32 on the CPU, a frozen weight in panels.
 pub fn takes_updates(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, updates: &[Update<'_>]) -> bool {
-    weight.in_panels()
+    weight.has_kernels()
         && is_cpu_f32(x)
         && bias.is_none_or(|b| is_cpu_f32(b) && !b.track_op())
         && updates.iter().flat_map(Update::tensors).all(is_cpu_f32)
@@ -157,7 +157,7 @@ fn add_product(low: &[f32], b: &[f32], out: &mut [f32]) {
 
 impl UpdatedLinear {
     fn forward(&self, x: (&CpuStorage, &Layout), low: &[f32], vector: &[f32]) -> Result<(CpuStorage, Shape)> {
-        let (rows, k) = x.1.shape().dims2()?;
+        let rows = x.1.shape().dims2()?.0;
         let n = self.weight.out_dim();
         let x = f32_slice(x.0, x.1)?;
         let trained = self.trained_bias.map(|at| &vector[at..at + n]);
@@ -169,7 +169,7 @@ impl UpdatedLinear {
             }
             (own, more) => own.or(more.map(<[f32]>::to_vec)),
         };
-        let mut out = self.weight.with_panels(|w| Ok(packed::product(x, w, bias.as_deref(), (rows, k, n))))?;
+        let mut out = self.weight.kernel_product(x, bias.as_deref(), rows)?;
         if self.ranks > 0 {
             let cost = self.places.iter().map(|p| p.numbers().len()).sum::<usize>();
             par_rows(&mut out, n, cost, |first, out| {

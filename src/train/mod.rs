@@ -39,6 +39,8 @@ pub mod preference;
 #[cfg(test)]
 mod preference_laws;
 #[cfg(test)]
+mod quantized_laws;
+#[cfg(test)]
 mod resume_laws;
 #[cfg(test)]
 mod resume_tests;

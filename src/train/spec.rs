@@ -181,8 +181,8 @@ impl TrainSpec {
 
     /// Bytes that a run of so many trained `parameters` needs beside the base: `rows` of a micro-batch, `longest` example in
     /// it. An estimate: every linear keeps its input and output once, attention its probabilities, a language model one
-    /// chunk of logits. Full fine-tuning keeps what norms and the head make on their way, all logits included, and
-    /// projections that are joined, with their gradients.
+    /// chunk of logits; DoRA keeps plain copies of the matrices it is on. Full fine-tuning keeps what norms and the head make
+    /// on their way, all logits included, and projections that are joined, with their gradients.
     pub fn memory(
         &self,
         base: BaseShape<'_>,
@@ -200,7 +200,9 @@ impl TrainSpec {
         let logits = if self.task.generates() { logit_rows * base.vocab * 2 } else { 0 };
         let of_layers = copies * rows * widths + rows * longest * heads * layers;
         let kept = if by_layer { of_layers / layers.max(1) + rows * base.hidden * layers } else { of_layers };
-        let activations = (kept + logits) * F32;
+        let dora = self.patches.iter().filter(|(_, plan)| matches!(plan, PatchPlan::Dora(_)));
+        let dora: usize = dora.filter_map(|(site, _)| base.sites.get(*site)).map(|e| e.in_dim * e.out_dim).sum();
+        let activations = (kept + logits + dora) * F32;
         let joined = base.base.filter(|_| self.full.is_some()).map_or(0, Base::joined_parameters);
         // a whole model's snapshot and the sum of its gradients over micro-batches count
         let twice = if self.full.is_some() { 2 * parameters } else { parameters };
@@ -241,6 +243,13 @@ impl<'a> Resolver<'a> {
     fn full(&mut self, field: &str, methods: usize) {
         if methods > 1 {
             self.problem(field, "full trains every weight; give it alone");
+        }
+        if self.base.base.is_some_and(|b| b.gguf.is_some()) {
+            self.problem(
+                field,
+                "full fine-tuning is not supported on a GGUF base, which has no plain weights to train; train a delta, or \
+                 serve the model's safetensors folder (with --quantize for less memory)",
+            );
         }
     }
 

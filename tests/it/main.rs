@@ -21,6 +21,7 @@ mod hot_swap;
 mod isolation;
 mod pause;
 mod preference;
+mod quantized;
 mod restart;
 mod seq2seq;
 mod study;

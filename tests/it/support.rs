@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use deltaserve::{
     app,
     config::{BaseConfig, Config, DeviceChoice, EngineLimits, TrainLimits},
@@ -91,11 +91,16 @@ impl World {
         let dir = root.path().join("base");
         write_random(&dir, &config, seed).expect("a base is written");
         std::fs::write(dir.join("tokenizer.json"), tokenizer().to_string()).expect("a tokenizer is written");
-        let options = LoadOptions { device: Device::Cpu, dtype: DType::F32 };
+        let options = LoadOptions::default();
         let base = Arc::new(Base::load(&dir, &options).expect("the base loads"));
         let any = "127.0.0.1:0".parse().expect("an address");
         let config = Config {
-            base: BaseConfig { source: dir.display().to_string(), device: DeviceChoice::Cpu, dtype: None },
+            base: BaseConfig {
+                source: dir.display().to_string(),
+                device: DeviceChoice::Cpu,
+                dtype: None,
+                quantize: None,
+            },
             data_dir: root.path().join("data"),
             listen: any,
             http: None,

@@ -25,7 +25,7 @@ use crate::{
         },
     },
     app,
-    config::{Config, ServeArgs},
+    config::{Config, QuantizeChoice, ServeArgs},
     delta::Task,
     ids::TenantId,
     telemetry,
@@ -40,6 +40,9 @@ pub struct DemoArgs {
     /// Share of the usual training (1 = as the texts say; less is faster and worse).
     #[arg(long, default_value_t = 1.0)]
     effort: f64,
+    /// What the base's linears are quantised to.
+    #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
+    quantize: Option<QuantizeChoice>,
 }
 
 /// Live requests per second while the tenants train.
@@ -73,6 +76,7 @@ pub(super) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     serve.data_dir = data_dir.path().to_path_buf();
     serve.adapters_dir = Some(adapters.join("samples"));
     serve.max_resident_mb = RESIDENT_MB;
+    serve.quantize = args.quantize;
     (serve.listen, serve.http) = ("127.0.0.1:0".into(), "127.0.0.1:0".into());
     let server = app::start(Config::try_from(serve)?, Some(metrics)).await?;
     let info = server.service.server_info().await?;

@@ -31,6 +31,7 @@ fn base(b: BaseInfo) -> proto::BaseInfo {
         context_length: b.context_length,
         parameters: b.parameters,
         dtype: b.dtype,
+        weight_bytes: b.weight_bytes,
         device: b.device,
         target_modules: b.target_modules,
         has_chat_template: b.has_chat_template,
