@@ -172,7 +172,7 @@ mod tests {
         }
     }
 
-    /// `tests/golden/preference.py`: the papers' formulas in exact arithmetic.
+    /// `tests/golden/preference.py`: the papers' formulas in long decimals.
     #[test]
     fn values_and_slopes_are_the_recorded_ones() {
         let cases: Vec<serde_json::Value> =

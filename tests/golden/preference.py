@@ -2,7 +2,7 @@
 
     python tests/golden/preference.py
 
-Written from the papers' formulas alone, in exact decimal arithmetic of 60 digits, so that nothing here needs care for
+Written from the papers' formulas alone, in decimal arithmetic of 300 digits, so that nothing here needs care for
 overflow; slopes are central differences in the same arithmetic.
 
 DPO   Rafailov et al. 2023, equation 7; label smoothing as in Mitchell 2023 (cDPO), equation 3
@@ -14,8 +14,8 @@ import json
 import pathlib
 from decimal import Decimal, getcontext
 
-getcontext().prec = 60
-STEP = Decimal("1e-18")
+getcontext().prec = 300
+STEP = Decimal("1e-60")
 
 
 def sigmoid(x):

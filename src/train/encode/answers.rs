@@ -60,8 +60,11 @@ impl Encoder<'_> {
 }
 
 /// Gives each rated example the answer of the next one, in a ring, that has another prompt, after its own prompt: what the
-/// distance to the reference is estimated on. An example whose prompt all have gets none.
+/// distance to the reference is estimated on. An example whose prompt all have gets none. Leaves other examples as they are.
 pub fn add_mismatched(examples: &mut [Encoded], max_length: usize) {
+    if !examples.iter().all(|e| matches!(e.target, Target::Rated(..))) {
+        return;
+    }
     let n = examples.len();
     let prompt = |e: &Encoded| (e.source.clone(), e.tokens[..answer_start(e)].to_vec());
     let prompts: Vec<_> = examples.iter().map(prompt).collect();

@@ -164,7 +164,7 @@ fn a_rated_example_meets_the_answer_to_the_next_other_prompt() {
     let some = |p: &str, c: &str| Some((p.to_owned(), c.to_owned()));
     let rows = [("p", "a"), ("p", "z"), ("q", "b"), ("rr", "cc"), ("p", "d")];
     assert_eq!(met(&rows, 64), [some("p", "b$"), some("p", "b$"), some("q", "cc$"), some("rr", "d$"), some("p", "b$")]);
-    assert_eq!(met(&rows, 4)[2..4], [some("q", "cc$"), some("rr", "d$")]);
+    assert_eq!(met(&rows, 4)[2..4], [some("q", "cc"), some("rr", "d$")], "its own answer was cut, too");
     assert_eq!(met(&[("p", "abc"), ("qqq", "d"), ("r", "efg")], 4)[1], some("qqq", "e"));
     assert_eq!(met(&[("p", "a"), ("p", "b")], 64), [None, None]);
     assert_eq!(met(&[("p", "a")], 64), [None]);
