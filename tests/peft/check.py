@@ -21,12 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-4
 WORDS = "the cat sat on a mat and saw the red dog run to the old house by the sea".split()
 
+# stands for ids that the texts have
+TOKENS = "TOKENS"
 # name, options of `deltaserve train`; what PEFT has no form for is not here
 METHODS = [
     ("lora", ["--method", "lora", "--rank", "4"]),
@@ -36,10 +39,10 @@ METHODS = [
     ("lora_bias", ["--method", "lora", "--rank", "4", "--lora-bias"]),
     ("pissa", ["--method", "lora", "--rank", "4", "--pissa"]),
     ("lora, one layer", ["--method", "lora", "--rank", "4", "--layers", "1"]),
-    ("lora+tokens", ["--method", "lora", "--rank", "4", "--tokens", "5,7"]),
+    ("lora+tokens", ["--method", "lora", "--rank", "4", "--tokens", TOKENS]),
     ("ia3", ["--method", "ia3"]),
     ("ln", ["--method", "ln"]),
-    ("tokens", ["--method", "tokens", "--tokens", "5,7,9"]),
+    ("tokens", ["--method", "tokens", "--tokens", TOKENS]),
     ("bitfit", ["--method", "bitfit"]),
     ("prefix", ["--method", "prefix", "--virtual-tokens", "4"]),
     ("prompt", ["--method", "prompt", "--virtual-tokens", "4"]),
@@ -49,6 +52,10 @@ METHODS = [
 BEYOND_PEFT = {
     ("t5", "prefix"): "PEFT's generate and its loss disagree about the decoder start (fixtures, tier extra)",
 }
+
+
+class LeftOut(Exception):
+    """What PEFT or transformers cannot do with a base."""
 
 
 def free_port():
@@ -76,8 +83,11 @@ class Server:
         raise RuntimeError("the server did not start within a minute")
 
     def call(self, *arguments):
-        command = [self.binary, *arguments, "--server", f"http://{self.address}", "--json"]
+        verb, *rest = arguments
+        command = [self.binary, verb, "--server", f"http://{self.address}", "--json", *rest]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
+        if "selects no bias of this base" in done.stderr:
+            raise LeftOut("the base has no biases, and PEFT cannot add any")
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr.strip()[-1500:]}")
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -170,22 +180,34 @@ def apart(a, b):
 def check(server, base, task, cls, method, options, folder):
     """Trains, downloads, loads, compares: (largest difference, difference to the bare base)."""
     from peft import PeftModel
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     data = folder / f"{task}.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows(task)))
     name = re.sub(r"[^a-z0-9]+", "-", f"{task}-{method}")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    ids = tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"][:3]
+    wants_tokens = TOKENS in options
+    options = [",".join(map(str, sorted(set(ids)))) if o == TOKENS else o for o in options]
     server.call("train", name, "--file", data, "--task", task, *options, "--max-steps", "6", "--lr", "0.01", "--seed", "3")
     written = folder / name
     server.call("deltas", "download", name, written, "--peft")
     texts = [r["text"] for r in rows(task)[:4]] if task != "seq2seq" else [(r["prompt"], r["completion"]) for r in rows(task)[:4]]
-    extra = {"num_labels": 2} if task == "seq-cls" else {}
-    bare = cls.from_pretrained(base, torch_dtype="float32", **extra).eval()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    before = theirs(bare, tokenizer, task, texts, 0)
-    model = PeftModel.from_pretrained(bare, written).eval()
+    extra = {"num_labels": 2, "ignore_mismatched_sizes": True} if task == "seq-cls" else {}
+    bare = cls.from_pretrained(base, dtype="float32", **extra).eval()
+    out = bare.get_output_embeddings()
+    tied = out is None or out.weight is bare.get_input_embeddings().weight
+    if wants_tokens and bare.config.tie_word_embeddings and not tied:
+        raise LeftOut("transformers says of this untied head that it is tied, and PEFT changes its rows, too")
     virtual = 4 if method in ("prompt", "p-tuning") else 0
-    after = theirs(model, tokenizer, task, texts, virtual)
+    before = theirs(bare, tokenizer, task, texts, 0)
+    try:
+        model = PeftModel.from_pretrained(bare, written).eval()
+        after = theirs(model, tokenizer, task, texts, virtual)
+    except ValueError as e:
+        if "does not support past key values" in str(e):
+            raise LeftOut("PEFT has no prefixes for it") from e
+        raise
     return apart(ours(server, task, name, texts), after), apart(before, after)
 
 
@@ -195,7 +217,9 @@ def main():
     arguments.add_argument("--models", type=Path)
     arguments.add_argument("--only", default="")
     given = arguments.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name, value in [("HF_HUB_OFFLINE", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TRANSFORMERS_VERBOSITY", "error")]:
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
     places = [given.models] if given.models else [ROOT.parent / "shared/fixtures/models", ROOT / "tests/golden/fixtures/models"]
     models = next((p for p in places if p.is_dir()), None)
     if models is None:
@@ -222,6 +246,9 @@ def main():
                         good = difference <= TOLERANCE and effect > 10 * TOLERANCE
                         print(f"{'passed' if good else 'FAILED'}    {what}: {difference:.1e} apart (the delta changes {effect:.1e})", flush=True)
                         passed, failed = passed + good, failed + ([] if good else [what])
+                    except LeftOut as e:
+                        left += 1
+                        print(f"left out  {what}: {e}", flush=True)
                     except Exception as e:  # each case tells its own
                         print(f"FAILED    {what}: {type(e).__name__}: {e}", flush=True)
                         failed.append(what)

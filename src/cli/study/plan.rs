@@ -428,7 +428,10 @@ mod tests {
             ("generate: error: unexpected argument '--beams'", |v| {
                 v["tasks"][1]["generate"] = serde_json::json!(["--beams", "2"]);
             }),
-            ("line 1: has neither prompt", |v| v["tasks"][1]["test"] = "test.jsonl".into()),
+            ("line 1: has neither prompt", |v| {
+                v["tasks"][1]["generate"] = serde_json::json!([]);
+                v["tasks"][1]["test"] = "test.jsonl".into();
+            }),
             ("task t1: read ", |v| v["tasks"][0]["labels"] = "none.json".into()),
             ("a JSON list of names", |v| v["tasks"][0]["labels"] = "train.jsonl".into()),
         ];
