@@ -34,7 +34,11 @@ pub(super) fn note(text: &str) {
 
 /// Lines on standard output, or on standard error where standard output has something else.
 pub(super) fn say(lines: &[String], to_stderr: bool) -> anyhow::Result<()> {
-    lines.iter().try_for_each(|text| if to_stderr { Ok(note(text)) } else { line(text) })
+    if to_stderr {
+        lines.iter().for_each(|text| note(text));
+        return Ok(());
+    }
+    lines.iter().try_for_each(|text| line(text))
 }
 
 /// Whether someone looks at standard output.

@@ -209,11 +209,7 @@ impl Checkpoint {
     }
 
     /// The blocks of a weight `[out, in]` that is stored in them.
-    pub(super) fn blocks(
-        &self,
-        module: &str,
-        shape: [usize; 2],
-    ) -> Result<Option<(QuantKind, Cow<'_, [u8]>)>, ModelError> {
+    pub(super) fn blocks(&self, module: &str, shape: [usize; 2]) -> Result<Option<Blocks<'_>>, ModelError> {
         let Tensors::Gguf(file) = &self.tensors else { return Ok(None) };
         Ok(file.blocks(&self.fitting(module, "weight", &shape)?))
     }
@@ -234,6 +230,9 @@ impl Checkpoint {
         if self.has(module, suffix) { self.get(module, suffix, shape).map(Some) } else { Ok(None) }
     }
 }
+
+/// A matrix in blocks: their format, and their bytes.
+pub(super) type Blocks<'a> = (QuantKind, Cow<'a, [u8]>);
 
 /// JSON with sorted keys.
 fn canonical(v: &Value) -> Vec<u8> {

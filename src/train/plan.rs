@@ -397,8 +397,9 @@ pub(crate) mod tests {
         let texts = run(&params(Task::CausalLm, lora()), "{\"text\": \"one\"}\n{\"text\": \"two\"}", None).unwrap();
         let rate = texts.reply.resolved.learning_rate;
         let pair = |i: usize| format!("{{\"prompt\": \"p{i}\", \"chosen\": \"yes\", \"rejected\": \"n\"}}\n");
-        let rated =
-            |i: usize| format!("{{\"prompt\": \"p{i}\", \"completion\": \"yes\", \"label\": {}}}\n", i % 2 == 0);
+        let rated = |i: usize| {
+            format!("{{\"prompt\": \"p{i}\", \"completion\": \"yes\", \"label\": {}}}\n", i.is_multiple_of(2))
+        };
         let (pairs, rated): (String, String) = ((0..10).map(pair).collect(), (0..10).map(rated).collect());
         for (method, data, share) in [
             (PreferenceMethod::Dpo, &pairs, 0.1),

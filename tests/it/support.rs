@@ -147,13 +147,13 @@ impl World {
         };
         // from here on it ends with the test, also if it never serves
         let mut spawned = Spawned { child, address: String::new(), client: client("http://127.0.0.1:0") };
-        let (found, mut ready) = tokio::sync::mpsc::unbounded_channel();
+        let (found, mut ready) = tokio::sync::mpsc::channel(1);
         // reads the log to its end, so that the server never waits for it
         std::thread::spawn(move || {
             for line in BufReader::new(log).lines().map_while(Result::ok) {
                 let event: Value = serde_json::from_str(&line).unwrap_or_default();
                 match (event["message"].as_str(), event["grpc"].as_str()) {
-                    (Some("ready"), Some(grpc)) => drop(found.send(grpc.to_owned())),
+                    (Some("ready"), Some(grpc)) => drop(found.try_send(grpc.to_owned())),
                     _ => eprintln!("server: {line}"),
                 }
             }

@@ -51,7 +51,7 @@ pub(super) async fn added(
     let examples = usize::try_from(u64::from(batch) * u64::from(memory.steps))?.max(16);
     let (kind, from, to, length) = (task.kind, plan.path(&task.train), rows.clone(), memory.length as usize);
     files::blocking(move || long_rows(kind, &from, &to, examples, length)).await?;
-    let name = format!("memory-{}-{batch}", method.name);
+    let name = format!("memory-{batch}");
     let more = [
         ("--file", rows.to_string_lossy().into_owned()),
         ("--batch-size", batch.to_string()),

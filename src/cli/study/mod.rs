@@ -72,7 +72,11 @@ pub(super) async fn run(args: StudyArgs) -> anyhow::Result<()> {
             .try_for_each(|key| output::line(&format!("{} {key}", if results.has(key) { "done" } else { "todo" })));
     }
     if !args.report {
-        let until = args.minutes.map(|m| Instant::now() + Duration::from_secs_f64(m.max(0.0) * 60.0));
+        let until = args.minutes.map(|m| {
+            let after = Duration::try_from_secs_f64(m * 60.0).ok().and_then(|d| Instant::now().checked_add(d));
+            after.with_context(|| format!("--minutes is {m}; accepted is a number of minutes from 0 on"))
+        });
+        let until = until.transpose()?;
         make(&plan, &runs, &mut results, &args.out, until).await?;
     }
     let path = blocking(move || report::write(&plan, &all, &results, &args.out)).await?;
@@ -231,7 +235,7 @@ async fn one(lab: &Lab, plan: &Plan, key: &Key) -> anyhow::Result<Outcome> {
     }
     let kept = key.part == Part::Main && plan.transfer.as_ref().is_some_and(|t| t.method == key.method);
     let name = match (&key.part, kept) {
-        (Part::Main, true) => source_name(key, &key.task),
+        (Part::Main, true) => source_name(plan, key, &key.task)?,
         _ => "run".to_owned(),
     };
     more.extend(plan.validation(task, key.part != Part::Main));
@@ -250,14 +254,15 @@ async fn one(lab: &Lab, plan: &Plan, key: &Key) -> anyhow::Result<Outcome> {
     })
 }
 
-/// Name of a delta that others start from.
-fn source_name(key: &Key, task: &str) -> String {
-    format!("{task}-{}-{}", key.method, key.seed)
+/// Name of a delta that others start from: another one where what it is made of changes.
+fn source_name(plan: &Plan, key: &Key, task: &str) -> anyhow::Result<String> {
+    let digest = plan.digest(plan.task(task)?, plan.method(&key.method)?, &[])?;
+    Ok(format!("source-{digest}-{}", key.seed))
 }
 
 /// The delta of another task: that of its main run, or the same made again where the store is not that run's.
 async fn source(lab: &Lab, plan: &Plan, key: &Key, other: &str) -> anyhow::Result<String> {
-    let name = source_name(key, other);
+    let name = source_name(plan, key, other)?;
     if !lab.has(&name).await? {
         let task = plan.task(other)?;
         let words = plan.words(task, plan.method(&key.method)?, &name, key.seed, &plan.validation(task, false));

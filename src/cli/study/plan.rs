@@ -268,6 +268,10 @@ impl Plan {
             sha.update(b"generate");
             sha.update(serde_json::to_vec(words)?);
         }
+        if let Some(metric) = &task.metric {
+            sha.update(b"metric");
+            sha.update(metric);
+        }
         sha.update([u8::from(task.validation.is_some())]);
         let validation = match &task.validation {
             Some(Validation::File(file)) => Some(file),

@@ -60,9 +60,9 @@ impl Block {
     /// `fifth`, less `offset`.
     fn halves(&mut self, four: &[u8], fifth: Option<&[u8]>, offset: u8) {
         let bit = |i: usize| fifth.map_or(0, |bits| (bits[i / 8] >> (i % 8) & 1) << 4);
-        for i in 0..16 {
-            self.codes[i] = (four[i] & 15 | bit(i)).wrapping_sub(offset);
-            self.codes[i + 16] = (four[i] >> 4 | bit(i + 16)).wrapping_sub(offset);
+        for (i, byte) in four.iter().enumerate().take(16) {
+            self.codes[i] = (byte & 15 | bit(i)).wrapping_sub(offset);
+            self.codes[i + 16] = (byte >> 4 | bit(i + 16)).wrapping_sub(offset);
         }
     }
 
