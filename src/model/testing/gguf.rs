@@ -104,7 +104,7 @@ pub fn write(path: &Path, metadata: &[(String, Value)], tensors: &HashMap<String
 /// Writes a folder's model as a file with all matrices of one format.
 ///
 /// # Errors
-/// Those of [`metadata`], [`tensors`] and [`write`].
+/// Those of [`metadata`], [`tensors`] and [`write()`].
 pub fn convert(folder: &Path, path: &Path, format: GgmlDType) -> Result<(), ModelError> {
     write(path, &metadata(folder)?, &tensors(folder, |_| format)?)
 }
