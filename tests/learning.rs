@@ -66,6 +66,7 @@ fn a_classifier_learns() {
         },
         publish: PublishPolicy::Upsert,
         from_delta: None,
+        mix: None,
         ewc: None,
         preference: None,
         idempotency_key: None,

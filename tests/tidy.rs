@@ -29,7 +29,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("registry", &["ids", "delta", "merge", "store", "telemetry", "admission"]),
     ("text", &["admission"]),
     ("engine", &["model", "nn", "delta", "kv", "rows", "ids", "ops", "pacing", "admission"]),
-    ("train", &["model", "nn", "delta", "kv", "rows", "ops", "ids", "store", "pacing", "admission", "measures"]),
+    (
+        "train",
+        &["model", "nn", "delta", "kv", "rows", "ops", "ids", "store", "pacing", "admission", "measures", "merge"],
+    ),
     (
         "admission",
         &[

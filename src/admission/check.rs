@@ -7,7 +7,7 @@ use super::{
         ScoreParams, ServeError, Violation,
     },
     train_params::{
-        AdapterPart, AdapterScaling, HyperParams, LoraPart, MethodPart, TrainData, TrainParams, Validation,
+        AdapterPart, AdapterScaling, HyperParams, LoraPart, MAX_MIXED, MethodPart, TrainData, TrainParams, Validation,
     },
 };
 use crate::{delta::Task, ids::check_name};
@@ -290,6 +290,7 @@ impl TrainParams {
         self.forgetting.iter().for_each(|data| data.check("spec.forgetting", &mut problems));
         self.check_methods(&mut problems);
         self.check_ewc(&mut problems);
+        self.check_mix(&mut problems);
         self.check_preference(&mut problems);
         self.check_labels(&mut problems);
         self.hyper.check("spec.hyper", &mut problems);
@@ -302,8 +303,8 @@ impl TrainParams {
     }
 
     fn check_methods(&self, problems: &mut Problems) {
-        // a delta to start from says what it is made of
-        let least = usize::from(self.from_delta.is_none());
+        // deltas to start from say what they are made of
+        let least = usize::from(self.from_delta.is_none() && self.mix.is_none());
         problems.count("spec.methods", self.methods.len(), least, MAX_METHODS);
         let mut kinds: Vec<&str> = Vec::new();
         for (i, method) in self.methods.iter().enumerate().take(MAX_METHODS) {
@@ -337,6 +338,23 @@ impl TrainParams {
         ewc.data.check("spec.ewc.data", problems);
         problems.range("spec.ewc.lambda", ewc.lambda, &Range::above(0.0, 1e9));
         problems.integer("spec.ewc.max_examples", ewc.max_examples.unwrap_or(1), 1, 100_000);
+    }
+
+    fn check_mix(&self, problems: &mut Problems) {
+        let Some(mix) = &self.mix else { return };
+        problems.count("spec.mix.deltas", mix.deltas.len(), 2, MAX_MIXED);
+        for (i, delta) in mix.deltas.iter().enumerate() {
+            let at = format!("spec.mix.deltas[{i}]");
+            problems.require(!delta.is_empty(), &at, || "is empty; accepted is name or name@version".into());
+            problems.require(!mix.deltas[..i].contains(delta), &at, || format!("{delta} is given twice"));
+        }
+        for (given, what) in [
+            (!self.methods.is_empty(), "spec.methods"),
+            (self.from_delta.is_some(), "spec.from_delta"),
+            (self.ewc.is_some(), "spec.ewc"),
+        ] {
+            problems.require(!given, what, || "is given with mix, which trains nothing but weights of deltas".into());
+        }
     }
 
     fn check_preference(&self, problems: &mut Problems) {

@@ -160,6 +160,26 @@ pub enum JobEventBody {
     Resumed(ResumedEvent),
     /// The examples with the highest loss.
     Worst(WorstEvent),
+    /// The weights of the deltas that were mixed.
+    Mix(MixEvent),
+}
+
+/// The learned weights of the deltas that were mixed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MixEvent {
+    /// `name@number`.
+    pub deltas: Vec<String>,
+    /// One, or one per layer.
+    pub rows: Vec<MixRow>,
+}
+
+/// Weights of one layer or of all.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MixRow {
+    /// Counts from 0; `None`: of all that has no row of its own.
+    pub layer: Option<u32>,
+    /// One per delta.
+    pub weights: Vec<f64>,
 }
 
 /// The examples with the highest loss, worst first.

@@ -182,6 +182,9 @@ impl Service {
         if let Some(from) = &kept.info.resolved.started_from {
             params.from_delta = Some(from.name.clone()); // the version that it was then
         }
+        if let (Some(mix), Some(then)) = (&mut params.mix, &kept.info.resolved.mix) {
+            mix.deltas = then.deltas.iter().map(|d| d.name.clone()).collect();
+        }
         let mut sources = Sources::kept(&kept.blobs);
         let prepared = self.prepare(tenant, Arc::new(params), &mut sources).await?;
         if prepared.reply.resolved.of_training() != kept.info.resolved.of_training() {

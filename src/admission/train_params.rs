@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub use super::eval_metric::EvalMetric;
 pub use super::jobs::{
     CheckpointEvent, EvalEvent, ForgettingEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState,
-    MetricsEvent, ModelResult, NoteEvent, ResumedEvent, StateEvent, WorstEvent, WorstExample,
+    MetricsEvent, MixEvent, MixRow, ModelResult, NoteEvent, ResumedEvent, StateEvent, WorstEvent, WorstExample,
 };
 pub use super::method_parts::{
     AdapterPart, AdapterScaling, AdapterVariant, Ia3Part, LnPart, LoraBias, LoraInit, TokensPart,
@@ -21,7 +21,7 @@ pub use super::position_params::{
     MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart,
 };
 pub use super::preference_params::{PreferenceMethod, PreferenceParams, ResolvedPreference};
-pub use super::transfer_params::{EwcParams, ResolvedEwc, StartedFrom};
+pub use super::transfer_params::{EwcParams, MAX_MIXED, MixParams, ResolvedEwc, ResolvedMix, StartedFrom};
 use crate::delta::{Problem, Task};
 
 /// A training request (`CreateJob`, `Plan`).
@@ -61,6 +61,9 @@ pub struct TrainParams {
     /// Hold on to what that delta knows.
     #[serde(default)]
     pub ewc: Option<EwcParams>,
+    /// Learn how much of each of these deltas to take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mix: Option<MixParams>,
     /// Two creates with one key are one job; the same key with another request is an error.
     pub idempotency_key: Option<String>,
 }
@@ -357,6 +360,9 @@ pub struct ResolvedTraining {
     /// What is learned of preferences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preference: Option<ResolvedPreference>,
+    /// The deltas whose weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mix: Option<ResolvedMix>,
 }
 
 impl ResolvedTraining {
@@ -475,6 +481,7 @@ mod tests {
             hyper: HyperParams { learning_rate: Some(3e-4), ..HyperParams::default() },
             publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
             from_delta: Some("old@2".into()),
+            mix: Some(MixParams { deltas: vec!["a".into(), "b@2".into()], per_layer: true }),
             ewc: Some(EwcParams { data: TrainData::Dataset("d0".into()), lambda: 2.0, max_examples: None }),
             preference: Some(PreferenceParams::of(PreferenceMethod::Kto)),
             idempotency_key: None,

@@ -24,6 +24,7 @@ use crate::{
         dataset::Dataset,
         joblog::LogError,
         memory::Shortage,
+        mixing::Mix,
         prepare,
         spec::BaseShape,
         transfer::{Continue, Continued, StartingDelta},
@@ -156,21 +157,36 @@ impl Service {
             Some(data) => Some(self.data(tenant, data, "forgetting", sources).await?),
             None => None,
         };
-        let from = self.starting_delta(tenant, &params).await?;
+        let from = self.starting_delta(tenant, params.from_delta.as_deref().unwrap_or_default()).await?;
+        let mut mixed = Vec::new();
+        for reference in params.mix.iter().flat_map(|m| &m.deltas) {
+            mixed.extend(self.starting_delta(tenant, reference).await?);
+        }
         let old = match &params.ewc {
             Some(ewc) => Some(self.data(tenant, &ewc.data, "ewc", sources).await?),
             None => None,
         };
         self.blocking(move |parts| {
             let base = &parts.base;
+            let from = match &params.mix {
+                Some(mix) => Some(Mix::start(mixed, mix.per_layer, &base.sites).map_err(|v| refused(vec![v]))?),
+                None => from,
+            };
             let start = from.as_ref().map(|from| Continue { from, old: old.as_deref() });
             let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
             let (validation, forgetting) = (validation.as_deref(), held.as_deref());
             let inputs = Inputs { params: &params, train: &train, validation, forgetting, start };
             let prepared = prepare(inputs, info, &parts.codec);
-            let mut prepared = prepared.map_err(|found| ServeError::Invalid(in_request(found)))?;
+            let mut prepared = prepared.map_err(|mut found| {
+                if params.mix.is_some() {
+                    let of_delta = found.iter_mut().filter(|v| v.field == "from_delta");
+                    of_delta.for_each(|v| v.field = "mix.deltas".into());
+                }
+                refused(found)
+            })?;
             if let Some(start) = &prepared.start {
-                check_writable(start, base)?;
+                let field = if params.mix.is_some() { "spec.mix.deltas" } else { "spec.from_delta" };
+                check_writable(start, base, field)?;
             }
             parts.trainer.fit(&mut prepared)?;
             Ok(prepared)
@@ -178,13 +194,8 @@ impl Service {
         .await
     }
 
-    /// The delta that a job starts from, leased until the job has copied its values.
-    async fn starting_delta(
-        &self,
-        tenant: &TenantId,
-        params: &TrainParams,
-    ) -> Result<Option<StartingDelta>, ServeError> {
-        let reference = params.from_delta.as_deref().unwrap_or_default();
+    /// A delta that a job starts from, leased until the job has copied its values; none for an empty reference.
+    async fn starting_delta(&self, tenant: &TenantId, reference: &str) -> Result<Option<StartingDelta>, ServeError> {
         let Some(lease) = self.lease(tenant, reference).await? else { return Ok(None) };
         let version = lease.version();
         let name = format!("{}@{}", version.name, version.number);
@@ -262,9 +273,13 @@ impl Service {
 }
 
 /// Finds out now, not when the job is done: what cannot be written cannot be published.
-fn check_writable(start: &Continued, base: &Base) -> Result<(), ServeError> {
+fn check_writable(start: &Continued, base: &Base, field: &str) -> Result<(), ServeError> {
     let written = interop::encode(&start.delta, base, &EncodeMeta::default());
-    written.map_err(|e| ServeError::field("spec.from_delta", format!("cannot be trained further: {e}"))).map(|_| ())
+    written.map_err(|e| ServeError::field(field, format!("cannot be trained further: {e}"))).map(|_| ())
+}
+
+fn refused(found: Vec<Violation>) -> ServeError {
+    ServeError::Invalid(in_request(found))
 }
 
 /// Names the fields as requests do: training knows the spec's own fields, and two words of its own for the data.
@@ -336,7 +351,7 @@ mod tests {
             let start = Some(Continue { from: &from, old: None });
             let inputs = Inputs { params: &params, train: data.as_bytes(), validation: None, forgetting: None, start };
             let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
-            check_writable(&prepare(inputs, info, &byte_codec(true)).unwrap().start.unwrap(), &base)
+            check_writable(&prepare(inputs, info, &byte_codec(true)).unwrap().start.unwrap(), &base, "spec.from_delta")
         };
         assert!(check(["p", "q"]).is_ok(), "a fresh head");
         assert!(matches!(check(["x", "y"]), Err(ServeError::Invalid(v)) if v[0].field == "spec.from_delta"));

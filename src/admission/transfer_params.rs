@@ -1,4 +1,4 @@
-//! What a job that continues a delta starts from and holds on to.
+//! What a job that is made of existing deltas starts from, mixes, and holds on to.
 
 use serde::{Deserialize, Serialize};
 
@@ -33,4 +33,25 @@ pub struct ResolvedEwc {
     pub lambda: f64,
     /// Examples that the Fisher information is taken from.
     pub examples: u32,
+}
+
+/// Most deltas that are mixed.
+pub const MAX_MIXED: usize = 16;
+
+/// Deltas whose weights are to be learned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MixParams {
+    /// `name` or `name@version`; 2 to [`MAX_MIXED`].
+    pub deltas: Vec<String>,
+    /// Whether each layer has weights of its own.
+    pub per_layer: bool,
+}
+
+/// Deltas whose weights are learned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolvedMix {
+    /// The versions.
+    pub deltas: Vec<StartedFrom>,
+    /// Whether each layer has weights of its own.
+    pub per_layer: bool,
 }

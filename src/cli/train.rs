@@ -106,6 +106,12 @@ struct StartArgs {
     /// At most this many of its examples are used.
     #[arg(long, value_name = "N", requires = "ewc_file")]
     ewc_examples: Option<u32>,
+    /// Learn how much of each of these deltas to take, separated by commas: name or name@version.
+    #[arg(long, value_name = "DELTAS", value_delimiter = ',', conflicts_with_all = ["from_delta", "method"])]
+    mix: Vec<String>,
+    /// One weight per delta and layer instead of one per delta.
+    #[arg(long, requires = "mix")]
+    mix_per_layer: bool,
 }
 
 impl StartArgs {
@@ -293,9 +299,10 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         TaskArg::TokenCls => proto::Task::TokenCls,
         TaskArg::Seq2Seq => proto::Task::Seq2seq,
     };
-    let methods = match (args.method.as_slice(), &args.start.from_delta) {
-        ([], None) => &[MethodArg::Lora],
-        (given, _) => given,
+    let start = &args.start;
+    let methods = match args.method.as_slice() {
+        [] if start.from_delta.is_none() && start.mix.is_empty() => &[MethodArg::Lora],
+        given => given,
     };
     let preference = args.preference.message(args.task, args.hyper.label_smoothing)?;
     let mut hyper = hyper(&args.hyper);
@@ -315,7 +322,8 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         hyper: Some(hyper),
         preference,
         publish: Some(args.publish.policy()),
-        from_delta: args.start.from_delta.clone().unwrap_or_default(),
+        from_delta: start.from_delta.clone().unwrap_or_default(),
+        mix: (!start.mix.is_empty()).then(|| proto::Mix { deltas: start.mix.clone(), per_layer: start.mix_per_layer }),
         ewc: None,
         forgetting: None,
         problem_type: match args.problem_type {

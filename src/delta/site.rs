@@ -111,6 +111,24 @@ pub enum Site {
     LmHead,
 }
 
+impl Site {
+    /// The layer that it is in, counting from 0 through all stacks; `None` for what is outside of the layers.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Self::Linear { layer, .. }
+            | Self::Norm { layer, .. }
+            | Self::Sublayer { layer, .. }
+            | Self::KeyValue { layer, .. } => Some(layer),
+            Self::Embedding
+            | Self::EmbeddingNorm
+            | Self::EncoderNorm
+            | Self::FinalNorm
+            | Self::Pooler
+            | Self::LmHead => None,
+        }
+    }
+}
+
 /// What a site looks like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SiteEntry {

@@ -45,7 +45,8 @@ pub fn compose(sources: &[Source<'_>], sites: &SiteTable) -> Result<Delta, Merge
     Ok(Delta::new(spec, patches, head.map(|(_, h)| h.clone())))
 }
 
-fn adds_up(patch: &Patch) -> bool {
+/// Whether patches of this kind add up under weights.
+pub(crate) fn adds_up(patch: &Patch) -> bool {
     matches!(patch, Patch::LowRank(_) | Patch::Bias(_))
 }
 

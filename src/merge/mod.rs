@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{Device, Tensor};
 
 pub use combine::MajoritySign;
+pub(crate) use compose::adds_up;
 pub use compose::compose;
 
 use crate::delta::{Delta, DeltaSpec, LowRank, Patch, SiteId, SiteTable};
@@ -212,12 +213,13 @@ fn check_sum(pairs: &[Pair<'_>], most: usize, site: SiteId, sites: &SiteTable) -
     Err(MergeError::Refused(format!("at {module} the ranks add up to {rank}; accepted are up to {most}")))
 }
 
-fn label(sites: &SiteTable, site: SiteId) -> String {
+/// A site's name for messages.
+pub(crate) fn label(sites: &SiteTable, site: SiteId) -> String {
     sites.get(site).map(|e| e.label()).unwrap_or_default()
 }
 
 /// What a patch is called in refusals.
-fn kind(patch: &Patch) -> &'static str {
+pub(crate) fn kind(patch: &Patch) -> &'static str {
     match patch {
         Patch::LowRank(_) => "a low-rank pair",
         Patch::Bias(_) => "a bias",

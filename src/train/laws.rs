@@ -108,6 +108,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         eval_every: 0,
         packing: false,
         started_from: None,
+        mix: None,
         ewc: None,
         eval_metric: EvalMetric::Loss,
         patience: 0,

@@ -32,6 +32,9 @@ pub mod memory;
 #[cfg(test)]
 mod method_laws;
 pub mod metrics;
+pub mod mixing;
+#[cfg(test)]
+mod mixing_laws;
 pub mod objective;
 pub mod optim;
 pub mod plan;

@@ -170,7 +170,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let example_rows = most_of(&|e| e.rows() + e.sequences() * virtual_rows);
     let most = if spec.full.is_some() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
     let rows = (resolved.batch_size as usize * example_rows).min(most.max(example_rows));
-    let parameters = start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec));
+    let parameters =
+        start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec, base.shape.sites));
     let estimate = |by_layer| {
         let mut memory = spec.memory(base.shape, parameters, (rows, longest_rows), by_layer);
         if resolved.ewc.is_some() {
@@ -318,6 +319,7 @@ pub(crate) mod tests {
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
             from_delta: None,
+            mix: None,
             ewc: None,
             preference: None,
             idempotency_key: None,

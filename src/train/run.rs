@@ -25,7 +25,7 @@ pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
 
 use crate::{
-    admission::train_params::{EvalEvent, JobEventBody, ResolvedTraining},
+    admission::train_params::{EvalEvent, JobEventBody, MixEvent, ResolvedTraining},
     delta::Delta,
     model::Base,
     pacing::Pacer,
@@ -278,7 +278,12 @@ impl Run {
         let mut events = Vec::new();
         match self.try_advance(&mut events) {
             Ok(None) => Advance::More(events),
-            Ok(Some(outcome)) => Advance::Done(events, Box::new(outcome)),
+            Ok(Some(mut outcome)) => {
+                if let Outcome::Trained(trained) = &mut outcome {
+                    events.extend(trained.mix.take().map(JobEventBody::Mix));
+                }
+                Advance::Done(events, Box::new(outcome))
+            }
             Err(e) => {
                 let text = e.to_string();
                 let code =
@@ -441,8 +446,15 @@ impl Run {
         let delta = self.trainable.publishable(&snapshot)?;
         let model = self.trainable.model(&snapshot)?;
         let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
+        let rows = self.trainable.mix_rows(&snapshot)?;
+        let mix = self
+            .input
+            .resolved
+            .mix
+            .as_ref()
+            .map(|mix| MixEvent { deltas: mix.deltas.iter().map(|d| d.name.clone()).collect(), rows });
         let final_loss = self.last_loss;
-        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, checkpoint })))
+        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, mix, checkpoint })))
     }
 
     fn fail(&self, code: &'static str, message: String) -> Outcome {

@@ -5,6 +5,7 @@
 
 mod full;
 mod init;
+mod mixed;
 mod positions;
 
 use std::{collections::HashMap, sync::Arc};
@@ -52,6 +53,8 @@ enum Part {
     },
     /// Virtual tokens.
     Positions(Positions),
+    /// Deltas that stay as they are, under weights that are trained.
+    Mixed(mixed::Mixed),
     /// Any other patch: its form, and the variables in the order of its tensors.
     Other { form: Patch, vars: Vec<usize> },
 }
@@ -187,7 +190,7 @@ impl Trainable {
                             }
                         }
                     }
-                    Part::Positions(_) | Part::Other { .. } => {}
+                    Part::Positions(_) | Part::Mixed(_) | Part::Other { .. } => {}
                 }
             }
         }
@@ -232,8 +235,10 @@ impl Trainable {
     /// The device.
     pub fn delta(&self, dropout: &mut StdRng) -> Result<Arc<Delta>> {
         match &self.live {
-            // what a network makes changes with its variables
-            Some(delta) if !self.has_dropout() && self.encoders.is_empty() => Ok(Arc::clone(delta)),
+            // what a network makes changes with its variables, and so does a weighted sum
+            Some(delta) if !self.has_dropout() && self.encoders.is_empty() && !self.is_mixing() => {
+                Ok(Arc::clone(delta))
+            }
             _ => Ok(Arc::new(self.build(|_, var| Ok(var.as_tensor().clone()), Some(dropout))?)),
         }
     }
@@ -326,6 +331,7 @@ impl Trainable {
                     patches.push((*site, Patch::LowRank(LowRank { a, b: get(*b)?, scale: *scale })));
                     patches.extend(start.iter().map(|s| (*site, Patch::LowRank(s.clone()))));
                 }
+                Part::Mixed(mixed) => patches.extend(mixed.patches(get)?.into_iter().map(|p| (*site, p))),
                 Part::Positions(positions) => patches.push((*site, positions.patch(source)?)),
                 Part::Other { form, vars } => {
                     let mut vars = vars.iter();

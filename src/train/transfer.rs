@@ -11,15 +11,16 @@ use candle_core::Tensor;
 use crate::{
     admission::{
         params::Violation,
-        train_params::{MethodPart, ResolvedEwc, StartedFrom, TrainParams},
+        train_params::{MethodPart, ResolvedEwc, ResolvedMix, StartedFrom, TrainParams},
     },
-    delta::{Delta, DoraBase, Head, Task},
+    delta::{Delta, DoraBase, Head, SiteTable, Task},
     ids::DeltaId,
     model::Base,
     train::{
         dataset::Dataset,
         encode::{Encoded, TextCodec, encode},
         issue::Report,
+        mixing::Mix,
         plan::default_length,
         spec::{self, BaseShape, HeadPlan, TrainSpec},
         trainable::Trainable,
@@ -36,13 +37,47 @@ pub struct StartingDelta {
     name: String,
     id: DeltaId,
     delta: Arc<Delta>,
+    /// What `delta` is the mean of, if the weights of deltas are trained.
+    mix: Option<Arc<Mix>>,
     _lease: Arc<dyn Any + Send + Sync>,
 }
 
 impl StartingDelta {
     /// `name` is `name@number`; `lease` keeps the delta in memory.
     pub fn new(name: String, id: DeltaId, delta: Arc<Delta>, lease: impl Any + Send + Sync) -> Self {
-        Self { name, id, delta, _lease: Arc::new(lease) }
+        Self { name, id, delta, mix: None, _lease: Arc::new(lease) }
+    }
+
+    /// The mean of deltas whose weights are to be trained, with what keeps them in memory.
+    pub(super) fn mixed(mean: Arc<Delta>, mix: Mix, of: Vec<Self>) -> Self {
+        let name = of.iter().map(Self::name).collect::<Vec<_>>().join(" + ");
+        let id = of.first().map_or(DeltaId::from_bytes([0; 32]), |d| d.id);
+        Self { name, id, delta: mean, mix: Some(Arc::new(mix)), _lease: Arc::new(of) }
+    }
+
+    /// `name@number`.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The version.
+    pub(super) fn id(&self) -> DeltaId {
+        self.id
+    }
+
+    /// Its tensors.
+    pub(super) fn delta(&self) -> &Arc<Delta> {
+        &self.delta
+    }
+
+    /// What it is the mean of, if the weights of deltas are to be trained.
+    pub(super) fn mix(&self) -> Option<&Mix> {
+        self.mix.as_deref()
+    }
+
+    /// What a job's record says of it without its head.
+    pub(super) fn record(&self) -> StartedFrom {
+        StartedFrom { name: self.name.clone(), id: self.id.to_string(), head: false }
     }
 }
 
@@ -86,9 +121,14 @@ pub struct Ewc {
 }
 
 impl Continued {
-    /// What the job's record says.
-    pub(super) fn record(&self) -> StartedFrom {
-        StartedFrom { name: self.from.name.clone(), id: self.from.id.to_string(), head: self.delta.head().is_some() }
+    /// What the job's record says of the delta that it continues, if that is what it does.
+    pub(super) fn record(&self) -> Option<StartedFrom> {
+        self.from.mix.is_none().then(|| StartedFrom { head: self.delta.head().is_some(), ..self.from.record() })
+    }
+
+    /// What the job's record says of the deltas that it mixes.
+    pub(super) fn mix_record(&self) -> Option<ResolvedMix> {
+        self.from.mix.as_ref().map(|mix| mix.record())
     }
 
     /// What the job's record says of EWC.
@@ -97,7 +137,10 @@ impl Continued {
     }
 
     /// Numbers that are trained: the delta's own, and a fresh head's where it brings none.
-    pub(super) fn parameters(&self, spec: &TrainSpec) -> u64 {
+    pub(super) fn parameters(&self, spec: &TrainSpec, sites: &SiteTable) -> u64 {
+        if let Some(mix) = &self.from.mix {
+            return mix.parameters(sites) + spec.head.map_or(0, |plan| plan.parameters() as u64);
+        }
         let mut seen = HashSet::new(); // a tensor that two patches share is one variable
         let patches = self.delta.patches().iter().flat_map(|(_, p)| p.tensors()).map(|(_, t)| t);
         let head = self.delta.head().into_iter().flat_map(Head::tensors).map(|(_, t)| t);
@@ -111,6 +154,9 @@ impl Continued {
     /// # Errors
     /// The device.
     pub(super) fn trainable(&self, spec: &TrainSpec, base: &Base, seed: u64) -> candle_core::Result<Trainable> {
+        if let Some(mix) = &self.from.mix {
+            return Trainable::mixing(mix, spec, base, seed);
+        }
         let matrix = |site| match base.linear(site)? {
             Some((weight, bias)) => DoraBase::new(weight, bias),
             None => candle_core::bail!("no matrix at {site}"),

@@ -178,6 +178,7 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
             },
             publish: PublishPolicy::Upsert,
             from_delta: None,
+            mix: None,
             ewc: None,
             idempotency_key: None,
         };

@@ -46,6 +46,7 @@ impl View {
                 f.delta_loss, f.base_loss, f.forgetting
             ))?,
             Some(Body::Resumed(r)) => self.say(&format!("goes on from step {}", r.step))?,
+            Some(Body::Mix(m)) => m.rows.iter().try_for_each(|row| self.say(&mix_line(&m.deltas, row)))?,
             Some(Body::Log(n)) => self.say(&n.message)?,
             // a list: `worst::print` shows the last one
             Some(Body::Worst(_)) | None => {}
@@ -137,4 +138,11 @@ fn eval_line(e: &proto::EvalResult) -> String {
         number("reward margin", e.reward_margin),
         if e.best { "  (best)" } else { "" }
     )
+}
+
+/// Learned weights, which need not add up to 1.
+fn mix_line(deltas: &[String], row: &proto::MixRow) -> String {
+    let each: Vec<String> = deltas.iter().zip(&row.weights).map(|(d, w)| format!("{w:.3} {d}")).collect();
+    let of = row.layer.map(|layer| format!(" of layer {layer}")).unwrap_or_default();
+    format!("weights{of}: {}", each.join(", "))
 }

@@ -108,6 +108,10 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
         }),
         JobEventBody::Resumed(r) => Body::Resumed(proto::Resumed { step: r.step }),
         JobEventBody::Worst(w) => Body::Worst(worst(w)),
+        JobEventBody::Mix(m) => Body::Mix(proto::MixWeights {
+            deltas: m.deltas,
+            rows: m.rows.into_iter().map(|r| proto::MixRow { layer: r.layer, weights: r.weights }).collect(),
+        }),
     };
     proto::JobEvent { seq: event.seq, time_ms: event.at_ms, body: Some(body) }
 }

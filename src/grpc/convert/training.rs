@@ -7,8 +7,8 @@ use crate::{
         check::Problems,
         params::{PublishPolicy, ServeError, Violation},
         train_params::{
-            DatasetInfo, EwcParams, HyperParams, JobState, MemoryEstimate, PlanReply, ResolvedTraining, Schedule,
-            TrainData, TrainParams, Validation,
+            DatasetInfo, EwcParams, HyperParams, JobState, MemoryEstimate, MixParams, PlanReply, ResolvedTraining,
+            Schedule, StartedFrom, TrainData, TrainParams, Validation,
         },
     },
     delta::Problem,
@@ -29,7 +29,11 @@ pub(in crate::grpc) fn train(
         problem: problem(spec.problem_type, &mut problems),
         data: data("spec.data", spec.data, &mut problems),
         validation: spec.validation.map(|v| validation(v, &mut problems)),
-        methods: super::methods::from_wire(spec.methods, spec.from_delta.is_empty(), &mut problems),
+        methods: super::methods::from_wire(
+            spec.methods,
+            spec.from_delta.is_empty() && spec.mix.is_none(),
+            &mut problems,
+        ),
         labels: spec.labels,
         k_per_class: spec.k_per_class,
         forgetting: spec.forgetting.map(|m| data("spec.forgetting", Some(m), &mut problems)),
@@ -42,6 +46,7 @@ pub(in crate::grpc) fn train(
         }),
         preference: spec.preference.and_then(|p| super::preference::from_wire(p, &mut problems)),
         from_delta: (!spec.from_delta.is_empty()).then_some(spec.from_delta),
+        mix: spec.mix.map(|m| MixParams { deltas: m.deltas, per_layer: m.per_layer }),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
     };
     problems.finish()?;
@@ -204,6 +209,10 @@ fn issue(v: Violation) -> proto::Issue {
     proto::Issue { field: v.field, code: v.code, message: v.message }
 }
 
+fn started_from(s: StartedFrom) -> proto::StartedFrom {
+    proto::StartedFrom { name: s.name, id: s.id, head: s.head }
+}
+
 pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
     proto::ResolvedTraining {
         task: super::task_to_wire(r.task),
@@ -230,7 +239,11 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         seed: r.seed,
         eval_every: r.eval_every,
         packing: r.packing,
-        started_from: r.started_from.map(|s| proto::StartedFrom { name: s.name, id: s.id, head: s.head }),
+        started_from: r.started_from.map(started_from),
+        mix: r.mix.map(|m| proto::ResolvedMix {
+            deltas: m.deltas.into_iter().map(started_from).collect(),
+            per_layer: m.per_layer,
+        }),
         ewc_lambda: r.ewc.map_or(0.0, |e| e.lambda),
         ewc_examples: r.ewc.map_or(0, |e| e.examples),
         problem_type: match r.problem {

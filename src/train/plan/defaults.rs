@@ -49,6 +49,9 @@ pub(super) fn with_defaults(methods: &[MethodPart], task: Task, base: BaseShape<
     methods.iter().map(part).collect()
 }
 
+/// Learning rate of the weights of deltas, which are about 1.
+const MIX_RATE: f64 = 2e-2;
+
 /// Learning rates that are known to work (FORMATS 5.5); of a combination, the smallest.
 fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
     let lm = task.generates();
@@ -131,7 +134,11 @@ impl Chosen<'_> {
             batch_size,
             grad_accumulation,
             learning_rate: h.learning_rate.unwrap_or_else(|| {
-                learning_rate(methods, params.task, base.hidden) * of_preference(params.preference.as_ref())
+                let rate = match params.mix {
+                    Some(_) => MIX_RATE,
+                    None => learning_rate(methods, params.task, base.hidden),
+                };
+                rate * of_preference(params.preference.as_ref())
             }),
             schedule: h.schedule.unwrap_or(Schedule::Linear),
             warmup_steps: (warmup_ratio * f64::from(total_steps)).floor() as u32,
@@ -144,7 +151,8 @@ impl Chosen<'_> {
             seed,
             eval_every: h.eval_every.unwrap_or(0),
             packing,
-            started_from: start.map(Continued::record),
+            started_from: start.and_then(Continued::record),
+            mix: start.and_then(Continued::mix_record),
             ewc: start.and_then(Continued::ewc_record),
             eval_metric,
             patience: h.patience.unwrap_or(0),

@@ -1,7 +1,7 @@
 //! How a run goes on and how it ends.
 
 use crate::{
-    admission::train_params::{EvalEvent, JobEventBody},
+    admission::train_params::{EvalEvent, JobEventBody, MixEvent},
     delta::Delta,
     model::ModelFolder,
 };
@@ -47,6 +47,8 @@ pub struct Trained {
     pub final_loss: f64,
     /// The evaluation of the published checkpoint.
     pub best_eval: Option<EvalEvent>,
+    /// The published weights of the deltas that were mixed.
+    pub mix: Option<MixEvent>,
     /// A delta's weights as safetensors bytes: kept when publishing fails, so that no training is lost. None of a whole
     /// model, whose publisher keeps what it wrote in full.
     pub checkpoint: Option<Vec<u8>>,
