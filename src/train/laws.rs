@@ -118,6 +118,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         worst_examples: 0,
         gradient_checkpointing: false,
         preference: None,
+        generation: None,
     }
 }
 
@@ -134,6 +135,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
         start: None,
         separate_validation: true,
         decoder: Default::default(),
+        quiz: Default::default(),
     }
 }
 
@@ -486,6 +488,7 @@ fn a_prepared_request_runs() {
         start: None,
         separate_validation: false,
         decoder: Default::default(),
+        quiz: Default::default(),
         lean: None,
     };
     assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());
