@@ -484,6 +484,7 @@ impl HyperParams {
                 problems.integer(&format!("{at}.{name}"), value, 1, high);
             }
         }
+        self.generation.check(at, problems);
         if let Some(value) = self.worst_examples {
             problems.integer(&format!("{at}.worst_examples"), value, 0, MAX_WORST);
         }

@@ -31,11 +31,17 @@ pub enum EvalMetric {
     RewardAccuracy,
     /// How much larger rewards of preferred answers are.
     RewardMargin,
+    /// Share of answers that are the completion, white space at the ends aside.
+    ExactMatch,
+    /// BLEU of all answers, 0 to 100.
+    Bleu,
+    /// Mean ROUGE-L of the answers.
+    RougeL,
 }
 
 impl EvalMetric {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Loss,
         Self::Perplexity,
         Self::Accuracy,
@@ -47,6 +53,9 @@ impl EvalMetric {
         Self::Pearson,
         Self::RewardAccuracy,
         Self::RewardMargin,
+        Self::ExactMatch,
+        Self::Bleu,
+        Self::RougeL,
     ];
 
     /// Its name in requests.
@@ -63,12 +72,20 @@ impl EvalMetric {
             Self::Pearson => "pearson",
             Self::RewardAccuracy => "reward_accuracy",
             Self::RewardMargin => "reward_margin",
+            Self::ExactMatch => "exact_match",
+            Self::Bleu => "bleu",
+            Self::RougeL => "rouge_l",
         }
     }
 
     /// Whether more is better.
     pub fn rises(self) -> bool {
         !matches!(self, Self::Loss | Self::Perplexity | Self::Mse)
+    }
+
+    /// Whether it is of answers that an evaluation generates.
+    pub fn is_of_answers(self) -> bool {
+        matches!(self, Self::ExactMatch | Self::Bleu | Self::RougeL)
     }
 
     /// Its value in an evaluation, if the evaluation has it.
@@ -85,6 +102,9 @@ impl EvalMetric {
             Self::Pearson => eval.pearson,
             Self::RewardAccuracy => eval.reward_accuracy,
             Self::RewardMargin => eval.reward_margin,
+            Self::ExactMatch => eval.exact_match,
+            Self::Bleu => eval.bleu,
+            Self::RougeL => eval.rouge_l,
         }
     }
 

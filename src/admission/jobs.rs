@@ -300,6 +300,15 @@ pub struct EvalEvent {
     /// Mean reward of preferred answers less that of the others; preferences only.
     #[serde(default)]
     pub reward_margin: Option<f64>,
+    /// Share of answers that are their completion; where answers are generated only.
+    #[serde(default)]
+    pub exact_match: Option<f64>,
+    /// BLEU of all answers, 0 to 100; as `exact_match`.
+    #[serde(default)]
+    pub bleu: Option<f64>,
+    /// Mean ROUGE-L of the answers; as `exact_match`.
+    #[serde(default)]
+    pub rouge_l: Option<f64>,
     /// Whether it is the best so far.
     pub best: bool,
 }

@@ -14,6 +14,7 @@ mod classify_params;
 mod encode;
 pub mod eval_metric;
 mod generate;
+pub mod generation_params;
 mod info;
 pub mod jobs;
 mod merge;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use super::eval_metric::EvalMetric;
+pub use super::generation_params::{GenerationParams, ResolvedGeneration};
 pub use super::jobs::{
     CheckpointEvent, EvalEvent, ForgettingEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState,
     MetricsEvent, MixEvent, MixRow, ModelResult, NoteEvent, ResumedEvent, StateEvent, WorstEvent, WorstExample,
@@ -281,6 +282,9 @@ pub struct HyperParams {
     /// Keep only the layers' inputs for the backward pass; `None` = where the memory asks for it.
     #[serde(default)]
     pub gradient_checkpointing: Option<bool>,
+    /// Answers to the prompts of validation examples.
+    #[serde(default, skip_serializing_if = "GenerationParams::is_unset")]
+    pub generation: GenerationParams,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -363,13 +367,17 @@ pub struct ResolvedTraining {
     /// The deltas whose weights are trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mix: Option<ResolvedMix>,
+    /// Answers to the prompts of validation examples; `None` = an evaluation generates none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<ResolvedGeneration>,
 }
 
 impl ResolvedTraining {
     /// What decides how the weights come out: without what is only told, stored or kept in memory meanwhile. A job goes on
     /// where this is what it was.
     pub fn of_training(&self) -> Self {
-        Self { gradient_checkpointing: false, checkpoint_every: 0, worst_examples: 0, ..self.clone() }
+        let generation = self.generation.filter(|_| self.eval_metric.is_of_answers());
+        Self { gradient_checkpointing: false, checkpoint_every: 0, worst_examples: 0, generation, ..self.clone() }
     }
 }
 

@@ -183,8 +183,18 @@ struct HyperArgs {
     #[arg(long, value_name = "X")]
     label_smoothing: Option<f64>,
     /// Figure that chooses the best checkpoint: loss, perplexity, accuracy, macro_f1, mcc, span_f1, reward_accuracy ...
+    /// exact_match, bleu and rouge_l are those of answers to the validation rows' prompts.
     #[arg(long, value_name = "NAME")]
     eval_metric: Option<String>,
+    /// Answer prompts at each evaluation also where another figure decides.
+    #[arg(long)]
+    eval_generate: bool,
+    /// Most new tokens of an answer [default: the longest gold completion and 8 more].
+    #[arg(long, value_name = "N")]
+    eval_new_tokens: Option<u32>,
+    /// How many validation rows are answered [default: 100].
+    #[arg(long, value_name = "N")]
+    eval_examples: Option<u32>,
     /// Publish the last checkpoint, not the best: validation rows are only watched.
     #[arg(long)]
     keep_last: bool,
@@ -364,6 +374,9 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         eval_metric: args.eval_metric.clone(),
         patience: args.patience,
         min_delta: args.min_delta,
+        eval_generate: args.eval_generate,
+        eval_new_tokens: args.eval_new_tokens,
+        eval_examples: args.eval_examples,
         ..Default::default()
     }
 }
@@ -401,6 +414,10 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
     if let Some(p) = &r.preference {
         let name = p.method().as_str_name().trim_start_matches("PREFERENCE_METHOD_").to_lowercase();
         output::line(&format!("preferences {name}, beta {}", p.beta))?;
+    }
+    if r.eval_examples > 0 {
+        let (examples, tokens) = (r.eval_examples, r.eval_new_tokens);
+        output::line(&format!("evaluation  {examples} prompts answered, up to {tokens} new tokens each"))?;
     }
     plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
     Ok(())

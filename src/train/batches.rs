@@ -17,6 +17,8 @@ pub enum Stream {
     Dropout = 4,
     /// Few-shot sample.
     Sample = 5,
+    /// Validation examples that are answered.
+    Questions = 9,
 }
 
 /// The generator of one purpose of a job's seed.

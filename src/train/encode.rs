@@ -4,6 +4,7 @@
 //! serving would cut them, so that a delta is trained on the same tokens that it will see. No tensors here.
 
 mod answers;
+mod questions;
 
 use std::sync::Arc;
 

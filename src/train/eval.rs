@@ -14,13 +14,15 @@ use crate::{
 
 /// Figures that evaluations of a task have; the first is the default.
 pub fn metrics_of(task: Task, problem: Problem, labels: &[String]) -> Vec<EvalMetric> {
-    use EvalMetric::{Accuracy, Loss, MacroF1, Mcc, MicroF1, Mse, Pearson, Perplexity, SpanF1};
+    use EvalMetric::{
+        Accuracy, Bleu, ExactMatch, Loss, MacroF1, Mcc, MicroF1, Mse, Pearson, Perplexity, RougeL, SpanF1,
+    };
     match task {
         Task::SeqCls if problem == Problem::MultiLabel => vec![MicroF1, MacroF1, Accuracy, Loss],
         Task::SeqCls if problem == Problem::Regression => vec![Mse, Pearson, Loss],
         Task::TokenCls if has_spans(labels) => vec![SpanF1, Accuracy, MacroF1, Mcc, Loss],
         Task::SeqCls | Task::TokenCls => vec![Accuracy, MacroF1, Mcc, Loss],
-        _ => vec![Loss, Perplexity],
+        _ => vec![Loss, Perplexity, ExactMatch, Bleu, RougeL],
     }
 }
 
@@ -89,9 +91,14 @@ impl Tally {
         }
     }
 
+    /// Mean loss so far.
+    pub fn loss(&self) -> f64 {
+        self.loss / self.count.max(1) as f64
+    }
+
     /// The figures after `step` optimizer steps.
     pub fn finish(&self, step: u32) -> EvalEvent {
-        let loss = self.loss / self.count.max(1) as f64;
+        let loss = self.loss();
         let classifies = !self.labels.is_empty();
         let spans = self.spans.as_ref().map(Spans::micro);
         let event = EvalEvent { step, loss, ..EvalEvent::default() };

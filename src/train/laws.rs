@@ -119,6 +119,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         worst_examples: 0,
         gradient_checkpointing: false,
         preference: None,
+        generation: None,
     }
 }
 
@@ -135,6 +136,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
         start: None,
         separate_validation: true,
         decoder: Default::default(),
+        quiz: Default::default(),
     }
 }
 
@@ -487,6 +489,7 @@ fn a_prepared_request_runs() {
         start: None,
         separate_validation: false,
         decoder: Default::default(),
+        quiz: Default::default(),
         lean: None,
     };
     assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());

@@ -19,6 +19,9 @@ pub mod ewc;
 mod full_laws;
 #[cfg(test)]
 mod full_tests;
+pub mod generate;
+#[cfg(test)]
+mod generation_laws;
 #[cfg(test)]
 mod gradient_laws;
 pub mod gradients;

@@ -6,6 +6,7 @@
 mod defaults;
 mod evaluation;
 mod few_shot;
+mod generation;
 mod held;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::{
         batches,
         dataset::Dataset,
         encode::{Encoded, TextCodec, add_mismatched, encode},
+        generate::Quiz,
         issue::{Report, Severity},
         spec::{BaseShape, Start, TrainSpec},
         transfer::{self, Continue, Continued},
@@ -81,6 +83,8 @@ pub struct Prepared {
     pub separate_validation: bool,
     /// Ids to text.
     pub decoder: Decoder,
+    /// What evaluations ask; may be empty.
+    pub quiz: Quiz,
     /// The estimate with gradient checkpointing, where the request leaves that open.
     pub lean: Option<MemoryEstimate>,
 }
@@ -128,13 +132,14 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let mut train = if fits { encode(&data, codec, &labels, max_length, &mut report) } else { Vec::new() };
     problems.extend(report.violations("data"));
     let mut warnings = warnings("data", &report);
-    let mut validation = Vec::new();
+    let (mut validation, mut separate) = (Vec::new(), None);
     if let Some(bytes) = inputs.validation {
         let (held, mut report) = Dataset::parse(bytes);
         check_validation(&held, &data, params, &labels, &mut report);
         validation = if fits { encode(&held, codec, &labels, max_length, &mut report) } else { Vec::new() };
         problems.extend(report.violations("validation"));
         warnings.extend(self::warnings("validation", &report));
+        separate = Some(held);
     }
     let held = held::examples(&inputs, codec, max_length, &mut problems, &mut warnings);
     let continued = inputs.start.filter(|_| fits).map(|start| {
@@ -152,6 +157,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         }
     };
     let eval_metric = evaluation::metric(params, labels.names(), &mut problems);
+    let evaluated = separate.as_ref().unwrap_or(&data);
+    let asks = generation::is_wanted(params, eval_metric, evaluated.format, &mut problems);
     let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
     let seed = params.hyper.seed.unwrap_or(0);
     if let Some(Validation::Fraction(f)) = params.validation {
@@ -162,8 +169,16 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     add_mismatched(&mut train, max_length);
     add_mismatched(&mut validation, max_length);
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
-    let resolved = chosen.resolve(&train, start.as_ref());
+    let mut resolved = chosen.resolve(&train, start.as_ref());
     let virtual_rows = spec.positions.count();
+    let mut quiz = Quiz::default();
+    if asks {
+        let asks = generation::Asks { params, metric: eval_metric, codec, base: base.shape, room };
+        let (asked, used, warning) = asks.quiz(evaluated, &validation)?;
+        (quiz, resolved.generation) = (asked, Some(used));
+        warnings.extend(warning);
+    }
+    let cache = generation::cache_bytes(base.shape, &quiz, 2 * virtual_rows);
     let most_of = |size: &dyn Fn(&Encoded) -> usize| train.iter().chain(&validation).map(size).max().unwrap_or(0);
     let longest = most_of(&Encoded::longest);
     let longest_rows = longest + virtual_rows;
@@ -177,6 +192,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         if resolved.ewc.is_some() {
             memory.optimizer += 2 * memory.parameters;
         }
+        // prompts are answered between steps
+        memory.activations = memory.activations.max(cache);
         memory
     };
     let memory = estimate(resolved.gradient_checkpointing);
@@ -194,7 +211,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     };
     let (train, validation, held, decoder) = (train.into(), validation.into(), held.into(), codec.decoder.clone());
     let separate_validation = inputs.validation.is_some();
-    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, lean })
+    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, quiz, lean })
 }
 
 impl Prepared {

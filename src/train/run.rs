@@ -5,6 +5,7 @@
 
 mod autosave;
 mod evaluation;
+mod generation;
 mod held;
 mod outcome;
 mod preference;
@@ -34,6 +35,7 @@ use crate::{
         encode::Encoded,
         eval::{Patience, Tally},
         ewc::{Fisher, Penalty},
+        generate::{Answering, Quiz},
         gradients,
         metrics::TrainMetrics,
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
@@ -73,6 +75,8 @@ pub struct RunInput {
     pub separate_validation: bool,
     /// Ids to text.
     pub decoder: Decoder,
+    /// What evaluations ask; may be empty.
+    pub quiz: Quiz,
 }
 
 impl From<&Prepared> for RunInput {
@@ -86,6 +90,7 @@ impl From<&Prepared> for RunInput {
             held: Arc::clone(&p.held),
             separate_validation: p.separate_validation,
             decoder: p.decoder.clone(),
+            quiz: p.quiz.clone(),
         }
     }
 }
@@ -110,6 +115,8 @@ enum Phase {
         todo: VecDeque<Vec<usize>>,
         tally: Tally,
         worst: Worst,
+        /// Answers to prompts, once the losses are known.
+        answers: Option<Box<Answering>>,
     },
     /// The losses of the training examples, after the last step.
     Worst {
@@ -308,6 +315,7 @@ impl Run {
         if let Phase::Eval { todo, .. } = &mut self.phase {
             return match todo.pop_front() {
                 Some(batch) => self.eval_micro(batch).map(|()| None),
+                None if self.answer_micro()? => Ok(None),
                 None => self.finish_eval(events),
             };
         }

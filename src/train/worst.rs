@@ -26,7 +26,7 @@ impl Decoder {
         Self(Some(Arc::new(decode)))
     }
 
-    fn text(&self, ids: &[u32]) -> String {
+    pub(super) fn text(&self, ids: &[u32]) -> String {
         self.0.as_ref().map_or_else(String::new, |decode| decode(ids))
     }
 

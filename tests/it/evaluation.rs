@@ -79,9 +79,15 @@ async fn wishes_that_an_evaluation_cannot_fulfil_are_named() {
     let refused =
         async |spec: proto::TrainingSpec| client.create_job(spec, "").await.expect_err("refused").message().to_owned();
     let mut other = validated("style", proto::Task::CausalLm, stories(8), stories(2));
+    other.hyper.as_mut().expect("hyper").eval_metric = Some("mcc".into());
+    let said = refused(other.clone()).await;
+    assert!(said.contains("spec.hyper.eval_metric") && said.contains("loss, perplexity, exact_match"), "{said}");
     other.hyper.as_mut().expect("hyper").eval_metric = Some("bleu".into());
     let said = refused(other).await;
-    assert!(said.contains("spec.hyper.eval_metric") && said.contains("loss, perplexity"), "{said}");
+    assert!(said.contains("spec.hyper.eval_metric") && said.contains("needs prompts to answer"), "{said}");
+    let mut bounded = validated("style", proto::Task::CausalLm, stories(8), stories(2));
+    bounded.hyper.as_mut().expect("hyper").eval_examples = Some(0);
+    assert!(refused(bounded).await.contains("spec.hyper.eval_examples: is 0"));
     let mut without = spec("style", proto::Task::CausalLm, stories(8), 10);
     without.hyper.as_mut().expect("hyper").patience = Some(2);
     assert!(refused(without).await.contains("spec.hyper.patience: needs examples for evaluation"));

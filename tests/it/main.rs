@@ -15,6 +15,7 @@ mod folders;
 mod full;
 mod generate;
 mod generate_file;
+mod generation;
 mod heads;
 mod hostile;
 mod hot_swap;

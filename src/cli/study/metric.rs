@@ -23,9 +23,9 @@ pub(super) fn shown(name: &str, value: f64) -> String {
     }
 }
 
-/// Whether the best checkpoint can be chosen by it.
+/// Whether a study lets it choose the best checkpoint: not figures of answers, which would make every evaluation longer.
 pub(super) fn chooses(name: &str) -> bool {
-    EvalMetric::ALL.iter().any(|m| m.as_str() == name)
+    EvalMetric::ALL.iter().any(|m| m.as_str() == name && !m.is_of_answers())
 }
 
 /// A figure of an evaluation by name.

@@ -123,7 +123,7 @@ impl View {
 fn eval_line(e: &proto::EvalResult) -> String {
     let number = |name: &str, value: Option<f64>| value.map(|v| format!("  {name} {v:.4}")).unwrap_or_default();
     format!(
-        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}{}{}",
+        "evaluation at step {}: loss {:.4}{}{}{}{}{}{}{}{}{}{}{}{}{}{}",
         e.step,
         e.loss,
         number("perplexity", e.perplexity),
@@ -136,6 +136,9 @@ fn eval_line(e: &proto::EvalResult) -> String {
         number("Pearson", e.pearson),
         number("reward accuracy", e.reward_accuracy),
         number("reward margin", e.reward_margin),
+        number("exact match", e.exact_match),
+        number("BLEU", e.bleu),
+        number("ROUGE-L", e.rouge_l),
         if e.best { "  (best)" } else { "" }
     )
 }

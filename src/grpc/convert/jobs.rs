@@ -82,6 +82,9 @@ fn eval(e: EvalEvent) -> proto::EvalResult {
         pearson: e.pearson,
         reward_accuracy: e.reward_accuracy,
         reward_margin: e.reward_margin,
+        exact_match: e.exact_match,
+        bleu: e.bleu,
+        rouge_l: e.rouge_l,
         best: e.best,
     }
 }

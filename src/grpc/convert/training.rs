@@ -7,8 +7,8 @@ use crate::{
         check::Problems,
         params::{PublishPolicy, ServeError, Violation},
         train_params::{
-            DatasetInfo, EwcParams, HyperParams, JobState, MemoryEstimate, MixParams, PlanReply, ResolvedTraining,
-            Schedule, StartedFrom, TrainData, TrainParams, Validation,
+            DatasetInfo, EwcParams, GenerationParams, HyperParams, JobState, MemoryEstimate, MixParams, PlanReply,
+            ResolvedTraining, Schedule, StartedFrom, TrainData, TrainParams, Validation,
         },
     },
     delta::Problem,
@@ -151,6 +151,11 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         keep_last: m.keep_last,
         worst_examples: m.worst_examples,
         gradient_checkpointing: m.gradient_checkpointing,
+        generation: GenerationParams {
+            wanted: m.eval_generate,
+            new_tokens: m.eval_new_tokens,
+            examples: m.eval_examples,
+        },
     }
 }
 
@@ -261,6 +266,8 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         worst_examples: r.worst_examples,
         gradient_checkpointing: r.gradient_checkpointing,
         preference: r.preference.map(super::preference::to_wire),
+        eval_new_tokens: r.generation.map_or(0, |g| g.new_tokens),
+        eval_examples: r.generation.map_or(0, |g| g.examples),
     }
 }
 

@@ -77,8 +77,11 @@ mod tests {
         assert_eq!(metric_of(&by("perplexity"), Task::Seq2Seq, &[], true), Ok(EvalMetric::Perplexity));
         assert_eq!(metric_of(&by("mcc"), Task::SeqCls, &tags, true), Ok(EvalMetric::Mcc));
         assert_eq!(metric_of(&by("span_f1"), Task::TokenCls, &tags, true), Ok(EvalMetric::SpanF1));
-        let error = metric_of(&by("bleu"), Task::CausalLm, &[], true).unwrap_err();
-        assert_eq!(error, ["hyper.eval_metric is \"bleu\"; evaluations of this task have loss, perplexity"]);
+        assert_eq!(metric_of(&by("rouge_l"), Task::CausalLm, &[], true), Ok(EvalMetric::RougeL));
+        let error = metric_of(&by("mcc"), Task::CausalLm, &[], true).unwrap_err();
+        let known = "loss, perplexity, exact_match, bleu, rouge_l";
+        assert_eq!(error, [format!("hyper.eval_metric is \"mcc\"; evaluations of this task have {known}")]);
+        assert!(metric_of(&by("bleu"), Task::SeqCls, &tags, true).is_err());
         assert!(metric_of(&by("span_f1"), Task::SeqCls, &tags, true).is_err());
         assert!(metric_of(&by("span_f1"), Task::TokenCls, &parts, true).is_err());
         assert!(metric_of(&by("accuracy"), Task::Seq2Seq, &[], true).is_err());

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use candle_core::Result;
 
-use super::{Best, Outcome, Phase, Run, RunEvents, Step, preference::Side};
+use super::{Best, Outcome, Phase, Run, RunEvents, Step, generation, preference::Side};
 use crate::{
     admission::train_params::{JobEventBody, NoteEvent, WorstEvent},
     train::{
@@ -32,7 +32,7 @@ impl Run {
         let todo = self.by_length(Side::Validation);
         let r = &self.input.resolved;
         let worst = Worst::new(r.worst_examples as usize);
-        Phase::Eval { todo, tally: Tally::new(r.task, r.problem, &r.labels), worst }
+        Phase::Eval { todo, tally: Tally::new(r.task, r.problem, &r.labels), worst, answers: None }
     }
 
     /// All examples in micro-batches, the shortest first.
@@ -106,13 +106,15 @@ impl Run {
     }
 
     pub(super) fn finish_eval(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
-        let Phase::Eval { tally, worst, .. } = std::mem::replace(&mut self.phase, Phase::Train(Step::default())) else {
-            return Ok(None);
-        };
+        let ended = std::mem::replace(&mut self.phase, Phase::Train(Step::default()));
+        let Phase::Eval { tally, worst, answers, .. } = ended else { return Ok(None) };
         let mut eval = tally.finish(self.step);
         if !eval.loss.is_finite() {
             let message = format!("the validation loss after step {} is {}", self.step, eval.loss);
             return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
+        }
+        if let Some(answers) = answers {
+            generation::score(&mut eval, &answers, &self.input.quiz, &self.input.decoder);
         }
         let metric = self.input.resolved.eval_metric;
         let better = |best: &Best| better(&eval, &best.eval, metric);

@@ -20,6 +20,7 @@ use crate::{
     train::{
         encode::{Encoded, Target},
         ewc::Penalty,
+        generate::Question,
         trainable::Snapshot,
     },
 };
@@ -101,6 +102,7 @@ impl RunInput {
             data.update((examples.len() as u64).to_le_bytes());
             examples.iter().for_each(|e| add_example(&mut data, e));
         }
+        self.quiz.questions.iter().for_each(|q| add_question(&mut data, q));
         Ok(Identity { base: base.to_string(), hyper: hex::encode(hyper), data: hex::encode(data.finalize()) })
     }
 
@@ -142,6 +144,15 @@ fn add_example(h: &mut Sha256, e: &Encoded) {
         add(11, &mut other.tokens.iter().copied());
         add(12, &mut other.learn.iter().map(|m| u32::from(*m)));
     }
+}
+
+fn add_question(h: &mut Sha256, q: &Question) {
+    for words in [&q.prompt, &q.source] {
+        h.update((words.len() as u64).to_le_bytes());
+        words.iter().for_each(|w| h.update(w.to_le_bytes()));
+    }
+    h.update((q.gold.len() as u64).to_le_bytes());
+    h.update(&q.gold);
 }
 
 impl State {
