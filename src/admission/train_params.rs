@@ -278,6 +278,12 @@ pub struct HyperParams {
     /// Keep only the layers' inputs for the backward pass; `None` = where the memory asks for it.
     #[serde(default)]
     pub gradient_checkpointing: Option<bool>,
+    /// Times the divergence from the bare base that is added to the loss of each learned token; `None` = 0.
+    #[serde(default)]
+    pub kl_to_base: Option<f64>,
+    /// How many of the best evaluations' weights are kept, 1 to 8; `None` = 1.
+    #[serde(default)]
+    pub keep_best: Option<u32>,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -357,13 +363,19 @@ pub struct ResolvedTraining {
     /// What is learned of preferences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preference: Option<ResolvedPreference>,
+    /// Times the divergence from the bare base in the loss; 0 = none.
+    #[serde(default, skip_serializing_if = "super::stored::is_zero")]
+    pub kl_to_base: f64,
+    /// How many of the best evaluations' weights are kept.
+    #[serde(default = "super::stored::one", skip_serializing_if = "super::stored::is_one")]
+    pub keep_best: u32,
 }
 
 impl ResolvedTraining {
     /// What decides how the weights come out: without what is only told, stored or kept in memory meanwhile. A job goes on
     /// where this is what it was.
     pub fn of_training(&self) -> Self {
-        Self { gradient_checkpointing: false, checkpoint_every: 0, worst_examples: 0, ..self.clone() }
+        Self { gradient_checkpointing: false, checkpoint_every: 0, worst_examples: 0, keep_best: 1, ..self.clone() }
     }
 }
 
@@ -393,7 +405,7 @@ pub struct PlanReply {
 /// Estimated bytes of a run beside the resident base.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryEstimate {
-    /// Trained tensors.
+    /// Trained tensors, as often as evaluations keep them.
     pub parameters: u64,
     /// Their gradients.
     pub gradients: u64,

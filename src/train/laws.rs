@@ -118,6 +118,8 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         worst_examples: 0,
         gradient_checkpointing: false,
         preference: None,
+        kl_to_base: 0.0,
+        keep_best: 1,
     }
 }
 

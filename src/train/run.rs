@@ -4,6 +4,7 @@
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
 mod autosave;
+mod best;
 mod evaluation;
 mod held;
 mod outcome;
@@ -21,11 +22,13 @@ use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
 
 use autosave::Autosave;
+use best::Bests;
+pub use best::Runner;
 pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
 
 use crate::{
-    admission::train_params::{EvalEvent, JobEventBody, ResolvedTraining},
+    admission::train_params::{JobEventBody, ResolvedTraining},
     delta::Delta,
     model::Base,
     pacing::Pacer,
@@ -101,6 +104,8 @@ struct Step {
     busy: Duration,
     yielded: Duration,
     penalty: f64,
+    /// The mean divergence from the bare base.
+    kl: f64,
 }
 
 #[derive(Debug)]
@@ -117,12 +122,6 @@ enum Phase {
         worst: Worst,
     },
     Held(Held),
-}
-
-#[derive(Debug)]
-struct Best {
-    eval: EvalEvent,
-    snapshot: Snapshot,
 }
 
 /// One job under training.
@@ -147,7 +146,7 @@ pub struct Run {
     phase: Phase,
     step: u32,
     last_loss: f64,
-    best: Option<Best>,
+    bests: Bests,
     patience: Patience,
     /// Whether the patience has run out.
     stopped: bool,
@@ -213,7 +212,7 @@ impl Run {
             phase: Phase::Train(Step::default()),
             step: 0,
             last_loss: f64::NAN,
-            best: None,
+            bests: Bests::of(&input),
             patience: Patience::new(r.eval_metric, r.patience, r.min_delta),
             stopped: false,
             told: false,
@@ -386,7 +385,8 @@ impl Run {
     /// Adds a micro-batch's share of the step's loss and gradients: normalised by the whole step's losses, not a mean
     /// of means, so that accumulation equals one large batch.
     fn forward_backward(&mut self, step: &mut Step, batch: &[usize]) -> Result<f64> {
-        let (loss, found) = self.gradients(batch, step.weight)?;
+        let (loss, found, kl) = self.gradients(batch, step.weight)?;
+        step.kl += kl;
         for (sum, grad) in step.grads.iter_mut().zip(found) {
             gradients::add(sum, grad)?;
         }
@@ -433,20 +433,21 @@ impl Run {
         Ok(None)
     }
 
-    fn trained(&mut self) -> Result<Outcome> {
-        let (snapshot, best_eval) = match self.best.take() {
-            Some(best) => (best.snapshot, Some(best.eval)),
+    fn trained(&self) -> Result<Outcome> {
+        let runners = self.bests.runners()?;
+        let (snapshot, best_eval) = match self.bests.first() {
+            Some(best) => (best.snapshot.clone(), Some(best.eval.clone())),
             None => (self.trainable.snapshot()?, None),
         };
         let delta = self.trainable.publishable(&snapshot)?;
         let model = self.trainable.model(&snapshot)?;
         let checkpoint = self.trainable.checkpoint_bytes(&snapshot)?;
         let final_loss = self.last_loss;
-        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, checkpoint })))
+        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, checkpoint, runners })))
     }
 
     fn fail(&self, code: &'static str, message: String) -> Outcome {
-        let kept = match &self.best {
+        let kept = match self.bests.first() {
             Some(best) => Some((best.eval.step, &best.snapshot)),
             None => self.good.as_ref().map(|(step, snapshot)| (*step, snapshot)),
         };

@@ -19,6 +19,7 @@ mod heads;
 mod hostile;
 mod hot_swap;
 mod isolation;
+mod keeping;
 mod pause;
 mod preference;
 mod quantized;

@@ -146,6 +146,8 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
         keep_last: m.keep_last,
         worst_examples: m.worst_examples,
         gradient_checkpointing: m.gradient_checkpointing,
+        kl_to_base: m.kl_to_base,
+        keep_best: m.keep_best,
     }
 }
 
@@ -248,6 +250,8 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         worst_examples: r.worst_examples,
         gradient_checkpointing: r.gradient_checkpointing,
         preference: r.preference.map(super::preference::to_wire),
+        kl_to_base: r.kl_to_base,
+        keep_best: r.keep_best,
     }
 }
 

@@ -154,6 +154,8 @@ impl Chosen<'_> {
             keep_last: h.keep_last,
             gradient_checkpointing: h.gradient_checkpointing.unwrap_or(false),
             preference: params.preference.map(|p| p.resolve()),
+            kl_to_base: h.kl_to_base.unwrap_or(0.0),
+            keep_best: h.keep_best.unwrap_or(1),
             worst_examples: h.worst_examples.unwrap_or(if params.validation.is_some() { WORST } else { 0 }),
         }
     }
