@@ -452,6 +452,9 @@ fn names(list: &[String], field: &str, problems: &mut Problems) {
 /// Most examples that a job tells the losses of.
 const MAX_WORST: u32 = 100;
 
+/// Most evaluations whose weights a job keeps.
+const MAX_KEPT_BEST: u32 = 8;
+
 impl HyperParams {
     fn check(&self, at: &str, problems: &mut Problems) {
         let numbers = [
@@ -465,6 +468,7 @@ impl HyperParams {
             ("clip_norm", self.clip_norm, Range::closed(0.0, f64::MAX)),
             ("label_smoothing", self.label_smoothing, Range::below(0.0, 1.0)),
             ("min_delta", self.min_delta, Range::closed(0.0, f64::MAX)),
+            ("kl_to_base", self.kl_to_base, Range::closed(0.0, 1000.0)),
         ];
         for (name, value, range) in numbers {
             if let Some(value) = value {
@@ -478,6 +482,7 @@ impl HyperParams {
             ("max_length", self.max_length, u32::MAX),
             ("patience", self.patience, 10_000),
             ("checkpoint_every", self.checkpoint_every, 10_000_000),
+            ("keep_best", self.keep_best, MAX_KEPT_BEST),
         ];
         for (name, value, high) in integers {
             if let Some(value) = value {

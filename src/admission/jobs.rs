@@ -148,7 +148,8 @@ pub enum JobEventBody {
     Metrics(MetricsEvent),
     /// An evaluation.
     Eval(EvalEvent),
-    /// A checkpoint was stored: what the job goes on from, or, of a job that failed, its last good weights.
+    /// A checkpoint was stored: what the job goes on from, or, of a job that failed, its last good weights, or weights of one
+    /// of the best evaluations beside the one that is published.
     Checkpoint(CheckpointEvent),
     /// Something to know that does not stop the job.
     Warning(NoteEvent),
@@ -265,6 +266,9 @@ pub struct MetricsEvent {
     /// EWC's penalty on the values that the step began with; not part of `loss`.
     #[serde(default)]
     pub ewc_penalty: f64,
+    /// The step's mean divergence from the bare base per learned token, where that is part of the loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
 }
 
 /// Metrics of an evaluation on the validation examples.
@@ -314,12 +318,18 @@ pub struct EvalEvent {
 }
 
 /// A kept checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointEvent {
     /// After this many optimizer steps.
     pub step: u32,
     /// Digest of the stored blob, or empty if it is in memory only.
     pub blob: String,
+    /// Whether it is one of the best evaluations, kept beside the one that is published.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub best: bool,
+    /// The figure of that evaluation that decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub figure: Option<f64>,
 }
 
 /// A message.

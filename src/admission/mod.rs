@@ -26,6 +26,7 @@ pub mod position_params;
 pub mod preference_params;
 mod resume;
 mod service;
+mod stored;
 pub mod train_params;
 mod training;
 pub mod transfer_params;

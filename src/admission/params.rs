@@ -377,6 +377,9 @@ pub enum ServeError {
         /// As asked for.
         name: String,
     },
+    /// A job has no checkpoint of that step. NOT_FOUND, `NOT_FOUND`.
+    #[error("{0}")]
+    NoCheckpoint(String),
     /// The delta belongs to another base. FAILED_PRECONDITION, `BASE_MISMATCH`.
     #[error("the delta was made for another base: {0}")]
     BaseMismatch(String),
@@ -457,7 +460,7 @@ impl ServeError {
         match self {
             Self::Invalid(_) => "INVALID_REQUEST",
             Self::DeltaNotFound(_) => "DELTA_NOT_FOUND",
-            Self::NotFound { .. } => "NOT_FOUND",
+            Self::NotFound { .. } | Self::NoCheckpoint(_) => "NOT_FOUND",
             Self::BaseMismatch(_) => "BASE_MISMATCH",
             Self::WrongTask(_) => "WRONG_TASK",
             Self::NonFinite => "NON_FINITE",

@@ -1,6 +1,9 @@
 //! Pausing jobs, and letting them go on: after a pause, and after a restart of the server.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 
@@ -11,7 +14,7 @@ use super::{
     training::Sources,
 };
 use crate::{
-    ids::TenantId,
+    ids::{BlobId, TenantId},
     interop::{self, EncodeMeta},
     store::{Origin, StoreError},
     train::{
@@ -67,6 +70,56 @@ impl From<Obstacle> for Refusal {
     }
 }
 
+/// Which of a job's checkpoints is published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// What it goes on from.
+    Last,
+    /// The weights of one of its best evaluations: the step, and their blob.
+    Best(u32, BlobId),
+}
+
+impl Which {
+    fn of(kept: &KeptJob, step: Option<u32>) -> Result<Self, ServeError> {
+        let last = kept.checkpoint.map(|c| c.step);
+        let Some(step) = step else { return last.map(|_| Self::Last).ok_or_else(|| no_checkpoint(kept)) };
+        let best = kept.bests.iter().find(|(at, _)| *at == u64::from(step));
+        match best {
+            Some((_, blob)) => Ok(Self::Best(step, *blob)),
+            None if last == Some(u64::from(step)) => Ok(Self::Last),
+            None => Err(no_such(kept, last.as_slice(), step)),
+        }
+    }
+}
+
+/// A job has nothing to go on from.
+fn no_checkpoint(kept: &KeptJob) -> ServeError {
+    let (id, state) = (&kept.info.id, kept.info.state.as_str());
+    let message = match steps(kept, &[]).as_slice() {
+        [] => format!("job {id} is {state} and has no checkpoint"),
+        some => {
+            format!("job {id} is {state}; of its best evaluations it keeps the steps {}: name one", some.join(", "))
+        }
+    };
+    ServeError::JobState(message)
+}
+
+/// A job has no checkpoint of this step; `last` is that of its last one.
+fn no_such(kept: &KeptJob, last: &[u64], step: u32) -> ServeError {
+    let id = &kept.info.id;
+    let there = match steps(kept, last).as_slice() {
+        [] => "it has none".to_owned(),
+        some => format!("it has those of {}", some.join(", ")),
+    };
+    ServeError::NoCheckpoint(format!("job {id} has no checkpoint of step {step}; {there}"))
+}
+
+/// Steps of checkpoints that can be published.
+fn steps(kept: &KeptJob, last: &[u64]) -> Vec<String> {
+    let all: BTreeSet<u64> = kept.bests.iter().map(|(at, _)| *at).chain(last.iter().copied()).collect();
+    all.iter().map(u64::to_string).collect()
+}
+
 impl Service {
     /// Pauses a job, and answers when it is paused or has come to its end in the meantime.
     ///
@@ -89,41 +142,53 @@ impl Service {
         Ok(trainer.go_on(place, tenant, kept, &prepared, from).await?)
     }
 
-    /// Publishes what a job has come to: the values of its last stored checkpoint, as a version of a name. The job goes on;
-    /// one that failed or was interrupted has kept its last one.
+    /// Publishes what a job has come to, the values of its last stored checkpoint, or those of a step that it keeps, as a version
+    /// of a name. The job goes on; one that failed or was interrupted has kept its last one.
     ///
     /// # Errors
-    /// Unknown, or another tenant's; it has no checkpoint (also when it has succeeded or was cancelled); as [`Self::resume_job`] where it could
-    /// not go on; as an upload of the same files.
+    /// Unknown, or another tenant's; it has no checkpoint (also when it has succeeded or was cancelled), or none of that step;
+    /// as [`Self::resume_job`] where it could not go on; as an upload of the same files.
     pub async fn publish_checkpoint(
         &self,
         tenant: &TenantId,
         id: &str,
-        name: String,
-        policy: PublishPolicy,
+        step: Option<u32>,
+        (name, policy): (String, PublishPolicy),
     ) -> Result<DeltaInfo, ServeError> {
         let kept = self.parts().trainer.kept(tenant, id).await?;
-        let none = || ServeError::JobState(format!("job {id} is {} and has no checkpoint", kept.info.state.as_str()));
-        if kept.checkpoint.is_none() {
-            return Err(none());
-        }
+        let which = Which::of(&kept, step)?;
         // one at a time: each reads the job's data and makes its run again
         let turn = self.inner.publishing.acquire().await;
         let _turn = turn.map_err(|e| ServeError::Internal(format!("publishing a checkpoint: {e}")))?;
-        let (prepared, from) = self.prepare_again(tenant, &kept).await?;
-        let (step, bytes) = from.ok_or_else(none)?;
+        let (prepared, at, bytes) = match which {
+            Which::Best(at, blob) => {
+                let prepared = self.prepare_as_it_was(tenant, &kept).await?;
+                (prepared, at, self.parts().trainer.blob(blob).await?)
+            }
+            Which::Last => {
+                let (prepared, from) = self.prepare_again(tenant, &kept).await?;
+                let (at, bytes) = from.ok_or_else(|| no_checkpoint(&kept))?;
+                if let Some(wanted) = step.filter(|wanted| *wanted != at) {
+                    return Err(no_such(&kept, &[u64::from(at)], wanted)); // a job that trains has replaced it
+                }
+                (prepared, at, bytes)
+            }
+        };
         let files = self.blocking(move |parts| {
-            let internal = |what: String| ServeError::Internal(format!("the checkpoint of step {step}: {what}"));
-            let input = RunInput::from(&prepared);
+            let internal = |what: String| ServeError::Internal(format!("the checkpoint of step {at}: {what}"));
+            let (base, input) = (Arc::clone(&parts.base), RunInput::from(&prepared));
             let info = publish_info(&input);
-            let run = Run::from_bytes(Arc::clone(&parts.base), None, input, &bytes);
-            let delta = run.and_then(|run| run.delta()).map_err(|e| internal(e.to_string()))?;
+            let delta = match which {
+                Which::Best(..) => Run::delta_of(base, input, &bytes),
+                Which::Last => Run::from_bytes(base, None, input, &bytes).and_then(|run| run.delta()),
+            };
+            let delta = delta.map_err(|e| internal(e.to_string()))?;
             let base_name = parts.base_name.clone();
             let meta = EncodeMeta { base_name, rslora: info.rslora, dropout: info.dropout };
             interop::encode(&delta, &parts.base, &meta).map_err(|e| internal(e.to_string()))
         });
         let params = UploadParams { name, policy, labels: vec![], files: files.await?.files };
-        let made = self.publish(tenant, params, Origin::Job(format!("{id}@{step}"))).await;
+        let made = self.publish(tenant, params, Origin::Job(format!("{id}@{at}"))).await;
         made.map_err(|e| e.of_files("id"))
     }
 
@@ -168,12 +233,8 @@ impl Service {
         }
     }
 
-    /// Resolves a job's request again, which must come to what it was, and fetches its checkpoint.
-    async fn prepare_again(
-        &self,
-        tenant: &TenantId,
-        kept: &KeptJob,
-    ) -> Result<(Prepared, Option<(u32, Bytes)>), Obstacle> {
+    /// Resolves a job's request again, which must come to what it was.
+    async fn prepare_as_it_was(&self, tenant: &TenantId, kept: &KeptJob) -> Result<Prepared, Obstacle> {
         let base = self.parts().base.fingerprint;
         if !kept.base.is_empty() && kept.base != base.to_string() {
             return Err(Obstacle::Base(format!("the job was made for the base {}; this server has {base}", kept.base)));
@@ -190,6 +251,16 @@ impl Service {
         if prepared.reply.resolved.of_training() != kept.info.resolved.of_training() {
             return Err(Obstacle::Job(ResumeError::Hyper.to_string()));
         }
+        Ok(prepared)
+    }
+
+    /// As [`Self::prepare_as_it_was`]; and fetches the job's checkpoint.
+    async fn prepare_again(
+        &self,
+        tenant: &TenantId,
+        kept: &KeptJob,
+    ) -> Result<(Prepared, Option<(u32, Bytes)>), Obstacle> {
+        let prepared = self.prepare_as_it_was(tenant, kept).await?;
         let Some(bytes) = self.checkpoint(&kept.info.id).await? else { return Ok((prepared, None)) };
         let (input, read) = (RunInput::from(&prepared), bytes.clone());
         let checked = self.blocking(move |parts| Ok(input.check_resumes(&read, &parts.base.fingerprint))).await?;
@@ -216,7 +287,7 @@ impl Service {
 }
 
 impl Sources {
-    fn kept(blobs: &HashMap<String, crate::ids::BlobId>) -> Self {
+    fn kept(blobs: &HashMap<String, BlobId>) -> Self {
         Self { kept: blobs.clone(), ..Self::default() }
     }
 }
@@ -224,6 +295,60 @@ impl Sources {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_step_names_one_of_the_checkpoints_that_are_there() {
+        use crate::{
+            admission::train_params::{JobState, TrainParams},
+            store::CheckpointRecord,
+            train::plan::tests::params,
+        };
+        let request: TrainParams = params(crate::delta::Task::CausalLm, vec![]);
+        let blob = |n: u8| BlobId::of(&[n]);
+        let kept = |state, last: Option<u64>, bests: &[u64]| {
+            let resolved = serde_json::from_value(serde_json::json!({
+                "task": "causal_lm", "methods": [], "labels": [], "epochs": 1.0, "total_steps": 9, "batch_size": 1,
+                "grad_accumulation": 1, "learning_rate": 0.1, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0,
+                "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip_norm": 1.0, "max_length": 8, "seed": 0, "eval_every": 0,
+                "packing": false
+            }));
+            let info = JobInfo {
+                id: "j1".into(),
+                output_name: "out".into(),
+                state,
+                resolved: resolved.expect("a record"),
+                step: 9,
+                created_ms: 0,
+                updated_ms: 0,
+                last_seq: 1,
+                result: None,
+                failure: None,
+            };
+            let checkpoint = last.map(|step| CheckpointRecord { step, blob: blob(0), resumes: 0 });
+            let bests = bests.iter().map(|step| (*step, blob(*step as u8))).collect();
+            KeptJob { info, request: request.clone(), base: String::new(), blobs: HashMap::new(), checkpoint, bests }
+        };
+        let done = kept(JobState::Succeeded, None, &[4, 12]);
+        assert!(matches!(Which::of(&done, Some(12)), Ok(Which::Best(12, b)) if b == blob(12)));
+        let says = |kept: &KeptJob, step| match Which::of(kept, step) {
+            Err(e) => (e.reason(), e.to_string()),
+            Ok(which) => panic!("{which:?}"),
+        };
+        let (reason, text) = says(&done, Some(5));
+        assert_eq!((reason, text.as_str()), ("NOT_FOUND", "job j1 has no checkpoint of step 5; it has those of 4, 12"));
+        let (reason, text) = says(&done, None);
+        assert!(reason == "JOB_STATE" && text.contains("4, 12"), "{text}");
+        let paused = kept(JobState::Paused, Some(7), &[]);
+        assert!(matches!(Which::of(&paused, None), Ok(Which::Last)));
+        assert!(matches!(Which::of(&paused, Some(7)), Ok(Which::Last)));
+        assert!(says(&paused, Some(6)).1.ends_with("step 6; it has those of 7"));
+        let failed = kept(JobState::Failed, Some(9), &[9, 3]);
+        assert!(matches!(Which::of(&failed, Some(9)), Ok(Which::Best(9, _))));
+        assert!(says(&failed, Some(1)).1.ends_with("it has those of 3, 9"));
+        let none = kept(JobState::Cancelled, None, &[]);
+        assert_eq!((says(&none, None).0, says(&none, Some(1)).0), ("JOB_STATE", "NOT_FOUND"));
+        assert!(says(&none, Some(1)).1.ends_with("it has none"));
+    }
 
     #[test]
     fn a_job_fails_only_where_nothing_can_be_mended() {

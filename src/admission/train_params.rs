@@ -285,6 +285,12 @@ pub struct HyperParams {
     /// Answers to the prompts of validation examples.
     #[serde(default, skip_serializing_if = "GenerationParams::is_unset")]
     pub generation: GenerationParams,
+    /// Times the divergence from the bare base that is added to the loss of each learned token; `None` = 0.
+    #[serde(default)]
+    pub kl_to_base: Option<f64>,
+    /// How many of the best evaluations' weights are kept, 1 to 8; `None` = 1.
+    #[serde(default)]
+    pub keep_best: Option<u32>,
 }
 
 /// Hyper-parameters as used: echoed by `Plan` and kept with the job.
@@ -370,6 +376,12 @@ pub struct ResolvedTraining {
     /// Answers to the prompts of validation examples; `None` = an evaluation generates none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<ResolvedGeneration>,
+    /// Times the divergence from the bare base in the loss; 0 = none.
+    #[serde(default, skip_serializing_if = "super::stored::is_zero")]
+    pub kl_to_base: f64,
+    /// How many of the best evaluations' weights are kept.
+    #[serde(default = "super::stored::one", skip_serializing_if = "super::stored::is_one")]
+    pub keep_best: u32,
 }
 
 impl ResolvedTraining {
@@ -377,7 +389,14 @@ impl ResolvedTraining {
     /// where this is what it was.
     pub fn of_training(&self) -> Self {
         let generation = self.generation.filter(|_| self.eval_metric.is_of_answers());
-        Self { gradient_checkpointing: false, checkpoint_every: 0, worst_examples: 0, generation, ..self.clone() }
+        Self {
+            gradient_checkpointing: false,
+            checkpoint_every: 0,
+            worst_examples: 0,
+            keep_best: 1,
+            generation,
+            ..self.clone()
+        }
     }
 }
 
@@ -407,7 +426,7 @@ pub struct PlanReply {
 /// Estimated bytes of a run beside the resident base.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryEstimate {
-    /// Trained tensors.
+    /// Trained tensors, as often as evaluations keep them.
     pub parameters: u64,
     /// Their gradients.
     pub gradients: u64,

@@ -63,12 +63,15 @@ enum JobsCommand {
         /// The job's id.
         id: String,
     },
-    /// Publish what a job has come to, while it goes on: its last stored checkpoint.
+    /// Publish what a job has come to, while it goes on: its last stored checkpoint, or one that it keeps of another step.
     Publish {
         /// The job's id.
         id: String,
         /// The name to publish it under.
         name: String,
+        /// The checkpoint of this step: of a job that was trained with --keep-best, one of its next best evaluations.
+        #[arg(long, value_name = "N")]
+        step: Option<u32>,
         #[command(flatten)]
         publish: PublishArgs,
     },
@@ -144,8 +147,8 @@ pub(super) async fn jobs(common: &Common, args: JobsArgs) -> anyhow::Result<()> 
             let reply = training.resume_job(proto::ResumeJobRequest { id }).await?.into_inner();
             print_jobs(common, reply.job.as_slice())
         }
-        JobsCommand::Publish { id, name, publish } => {
-            let request = proto::PublishCheckpointRequest { id, name, policy: Some(publish.policy()) };
+        JobsCommand::Publish { id, name, step, publish } => {
+            let request = proto::PublishCheckpointRequest { id, name, policy: Some(publish.policy()), step };
             let reply = training.publish_checkpoint(request).await?.into_inner();
             deltas::print(common, reply.delta.as_slice())
         }

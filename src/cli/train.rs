@@ -198,6 +198,12 @@ struct HyperArgs {
     /// Publish the last checkpoint, not the best: validation rows are only watched.
     #[arg(long)]
     keep_last: bool,
+    /// Keep the weights of this many of the best evaluations; the job publishes the best, `jobs publish --step` another.
+    #[arg(long, value_name = "K")]
+    keep_best: Option<u32>,
+    /// Hold on to the base: add so many times the divergence from its predictions to the loss; for tasks that generate.
+    #[arg(long, value_name = "X")]
+    kl_to_base: Option<f64>,
     /// End after this many evaluations without a gain.
     #[arg(long, value_name = "N")]
     patience: Option<u32>,
@@ -371,6 +377,8 @@ fn hyper(args: &HyperArgs) -> proto::HyperParameters {
         keep_last: args.keep_last,
         worst_examples: args.worst,
         gradient_checkpointing: args.gradient_checkpointing,
+        kl_to_base: args.kl_to_base,
+        keep_best: args.keep_best,
         eval_metric: args.eval_metric.clone(),
         patience: args.patience,
         min_delta: args.min_delta,
@@ -418,6 +426,12 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
     if r.eval_examples > 0 {
         let (examples, tokens) = (r.eval_examples, r.eval_new_tokens);
         output::line(&format!("evaluation  {examples} prompts answered, up to {tokens} new tokens each"))?;
+    }
+    if r.kl_to_base > 0.0 {
+        output::line(&format!("holds on to the base: {} times the divergence from it", r.kl_to_base))?;
+    }
+    if r.keep_best > 1 {
+        output::line(&format!("keeps       the {} best evaluations by {}", r.keep_best, r.eval_metric))?;
     }
     plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
     Ok(())

@@ -45,7 +45,7 @@ impl From<ServeError> for Status {
 fn code(error: &ServeError) -> Code {
     match error {
         ServeError::Invalid(_) => Code::InvalidArgument,
-        ServeError::DeltaNotFound(_) | ServeError::NotFound { .. } => Code::NotFound,
+        ServeError::DeltaNotFound(_) | ServeError::NotFound { .. } | ServeError::NoCheckpoint(_) => Code::NotFound,
         ServeError::BaseMismatch(_)
         | ServeError::WrongTask(_)
         | ServeError::NonFinite
@@ -107,6 +107,7 @@ mod tests {
             (ServeError::field("f", "m"), Code::InvalidArgument, "INVALID_REQUEST"),
             (ServeError::DeltaNotFound(s()), Code::NotFound, "DELTA_NOT_FOUND"),
             (ServeError::NotFound { kind: "job", name: s() }, Code::NotFound, "NOT_FOUND"),
+            (ServeError::NoCheckpoint(s()), Code::NotFound, "NOT_FOUND"),
             (ServeError::BaseMismatch(s()), Code::FailedPrecondition, "BASE_MISMATCH"),
             (ServeError::WrongTask(s()), Code::FailedPrecondition, "WRONG_TASK"),
             (ServeError::JobState(s()), Code::FailedPrecondition, "JOB_STATE"),

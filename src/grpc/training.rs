@@ -167,10 +167,10 @@ impl TrainingService for Training {
         request: Request<proto::PublishCheckpointRequest>,
     ) -> Result<Response<proto::PublishCheckpointResponse>, Status> {
         let tenant = tenant(request.metadata())?;
-        let proto::PublishCheckpointRequest { id, name, policy } = request.into_inner();
+        let proto::PublishCheckpointRequest { id, name, policy, step } = request.into_inner();
         let id = convert::required("id", id)?;
         let (name, policy) = convert::publish_target(name, policy)?;
-        let delta = self.service.publish_checkpoint(&tenant, &id, name, policy).await?;
+        let delta = self.service.publish_checkpoint(&tenant, &id, step, (name, policy)).await?;
         Ok(Response::new(proto::PublishCheckpointResponse { delta: Some(convert::delta(delta)) }))
     }
 

@@ -325,6 +325,22 @@ impl Transformer {
         smoothing: f64,
         cx: &Cx<'_>,
     ) -> Result<Tensor> {
+        Ok(self.nll_against(hidden, (pick, targets), smoothing, None, cx)?.0)
+    }
+
+    /// As [`Self::smoothed_nll`], plus, of each row, so many times its divergence from a reference ([`ops::kl_rows`]), whose
+    /// rows are those picked; and the sum of the divergences. Of the reference it never keeps `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// As [`Self::nll`]; a reference of other rows or another vocabulary.
+    pub fn nll_against(
+        &self,
+        hidden: &Tensor,
+        (pick, targets): (&[u32], &[u32]),
+        smoothing: f64,
+        against: Option<(&ops::Reference, f64)>,
+        cx: &Cx<'_>,
+    ) -> Result<(Tensor, f64)> {
         let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
         let patched = head.parts.iter().any(|(site, _)| cx.deltas.touches(*site));
         // a head that is trained wants the gradient of its matrix, too
@@ -332,9 +348,24 @@ impl Transformer {
             let logits = self.logits(hidden, pick, cx)?;
             let logp = candle_nn::ops::log_softmax(&logits, 1)?;
             let idx = Tensor::new(targets, &self.device)?.reshape((targets.len(), 1))?;
-            return ops::smoothed_nll(&logp, &idx, smoothing);
+            let each = ops::smoothed_nll(&logp, &idx, smoothing)?;
+            let Some((reference, weight)) = against else { return Ok((each, 0.0)) };
+            let kl = ops::kl_rows(&logits, reference)?; // [pick]
+            let sum = kl.detach().sum_all()?.to_scalar::<f32>()?;
+            return Ok(((each + (kl * weight)?)?, sum.into()));
         }
-        ops::head_nll(&self.before_head(hidden, pick)?, &head.weight, targets, self.arch.logit_cap, smoothing)
+        let x = self.before_head(hidden, pick)?;
+        ops::head_nll_against(&x, &head.weight, (targets, smoothing), self.arch.logit_cap, against)
+    }
+
+    /// What [`Self::nll_against`] compares with: this model's own head on the picked rows, without a delta.
+    ///
+    /// # Errors
+    /// A base without a language-model head.
+    pub fn reference(&self, hidden: &Tensor, pick: &[u32]) -> Result<ops::Reference> {
+        let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
+        let x = self.before_head(hidden, pick)?;
+        ops::Reference::new(&x, &head.weight, head.bias.as_ref(), self.arch.logit_cap)
     }
 
     /// Whether the checkpoint brought a classification head.

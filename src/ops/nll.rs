@@ -3,13 +3,19 @@
 //! With a frozen head only dH is wanted, and it is linear in each row's incoming gradient: the forward pass computes, a
 //! chunk of rows at a time, the loss and `(softmax - onehot) W`, which backward scales (FORMATS 5.3; Liger kernels).
 
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use parking_lot::Mutex;
 
-use super::{Weight, each, is_cpu_f32, math, vectorized};
+use super::{
+    Weight, each, is_cpu_f32,
+    kl::{self, Reference},
+    math, vectorized,
+};
 
 /// Elements of logits that live at a time (64 MiB of f32).
-const CHUNK_ELEMENTS: usize = 16 << 20;
+pub(super) const CHUNK_ELEMENTS: usize = 16 << 20;
 
 struct HeadNll {
     weight: Weight,
@@ -19,7 +25,11 @@ struct HeadNll {
     /// Share of the target's weight that all tokens share.
     smoothing: f32,
     tracked: bool,
-    /// `(softmax - onehot) W` per row, for backward.
+    /// What is added to the losses: so many times the divergence from this.
+    against: Option<(Reference, f64)>,
+    /// The sum of the divergences.
+    apart: Arc<Mutex<f64>>,
+    /// `(softmax - onehot) W` per row, for backward; with a reference, also the divergence's share.
     unit_grad: Mutex<Option<Tensor>>,
 }
 
@@ -27,7 +37,11 @@ impl HeadNll {
     fn run(&self, h: &Tensor) -> Result<Vec<f32>> {
         let (rows, hidden) = h.dims2()?;
         let vocab = self.weight.out_dim();
-        let per = (CHUNK_ELEMENTS / vocab.max(1)).clamp(1, rows.max(1));
+        let per = match self.against {
+            Some(_) => kl::rows_of_chunk(rows, vocab),
+            None => (CHUNK_ELEMENTS / vocab.max(1)).clamp(1, rows.max(1)),
+        };
+        let mut apart = 0.0;
         let mut nll = Vec::with_capacity(rows);
         let mut grads = Vec::new();
         let mut at = 0;
@@ -36,11 +50,19 @@ impl HeadNll {
             let targets = &self.targets[at..at + n];
             let logits = self.weight.product(&h.narrow(0, at, n)?)?; // [n, vocab]
             let (logits, slope) = capped(logits, self.cap)?;
-            let (loss, probs) = if is_cpu_f32(&logits) {
+            let (mut loss, mut probs) = if is_cpu_f32(&logits) {
                 chunk_cpu(&logits, targets, self.smoothing, self.tracked)?
             } else {
                 chunk_reference(&logits, targets, self.smoothing, self.tracked)?
             };
+            if let Some((reference, weight)) = &self.against {
+                let (kl, slopes) = kl::chunk(&logits, &reference.logits(at, n)?, self.tracked)?;
+                loss.iter_mut().zip(&kl).for_each(|(loss, kl)| *loss += *weight as f32 * kl);
+                apart += kl.into_iter().map(f64::from).sum::<f64>();
+                if let (Some(p), Some(slopes)) = (&mut probs, slopes) {
+                    *p = (&*p + (slopes * *weight)?)?;
+                }
+            }
             nll.extend(loss);
             if let Some(p) = probs {
                 let p = if let Some(slope) = slope { (p * slope)? } else { p };
@@ -48,6 +70,7 @@ impl HeadNll {
             }
             at += n;
         }
+        *self.apart.lock() = apart;
         if self.tracked {
             let unit = if grads.is_empty() {
                 Tensor::zeros((0, hidden), h.dtype(), h.device())?
@@ -61,7 +84,7 @@ impl HeadNll {
 }
 
 /// Squeezed logits and the squeeze's derivative.
-fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option<Tensor>)> {
+pub(super) fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option<Tensor>)> {
     let Some(cap) = cap.map(f64::from) else { return Ok((logits, None)) };
     let t = super::activate(&(logits / cap)?, super::Act::Tanh)?;
     let slope = (1.0 - t.sqr()?)?;
@@ -190,6 +213,21 @@ pub fn smoothed_nll(logp: &Tensor, targets: &Tensor, smoothing: f64) -> Result<T
 /// # Errors
 /// A target outside the vocabulary; shapes that do not fit.
 pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32], cap: Option<f32>, smoothing: f64) -> Result<Tensor> {
+    Ok(head_nll_against(h, weight, (targets, smoothing), cap, None)?.0)
+}
+
+/// As [`head_nll`], plus, of each row, so many times its divergence from a reference ([`super::kl_rows`]); and the sum of the
+/// divergences. The logits of both are there for a chunk of rows at a time.
+///
+/// # Errors
+/// As [`head_nll`]; a reference of other rows or another vocabulary.
+pub fn head_nll_against(
+    h: &Tensor,
+    weight: &Weight,
+    (targets, smoothing): (&[u32], f64),
+    cap: Option<f32>,
+    against: Option<(&Reference, f64)>,
+) -> Result<(Tensor, f64)> {
     let rows = h.dim(0)?;
     let vocab = weight.out_dim();
     if targets.len() != rows || h.dim(1)? != weight.in_dim() {
@@ -198,17 +236,25 @@ pub fn head_nll(h: &Tensor, weight: &Weight, targets: &[u32], cap: Option<f32>, 
     if let Some(bad) = targets.iter().find(|&&t| t as usize >= vocab) {
         bail!("head-nll: target {bad} of a vocabulary of {vocab}");
     }
+    if let Some((reference, _)) = against {
+        reference.check(rows, vocab)?;
+    }
     let h = h.contiguous()?;
     let tracked = h.track_op();
+    let apart = Arc::new(Mutex::new(0.0));
     let op = HeadNll {
         weight: weight.clone(),
         targets: targets.to_vec(),
         cap,
         smoothing: smoothing as f32,
         tracked,
+        against: against.map(|(reference, weight)| (reference.clone(), weight)),
+        apart: Arc::clone(&apart),
         unit_grad: Mutex::new(None),
     };
-    if tracked { h.apply_op1(op) } else { h.apply_op1_no_bwd(&op) }
+    let each = if tracked { h.apply_op1(op)? } else { h.apply_op1_no_bwd(&op)? };
+    let apart = *apart.lock();
+    Ok((each, apart))
 }
 
 #[cfg(test)]

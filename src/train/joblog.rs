@@ -9,9 +9,12 @@ pub use resume::KeptJob;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    admission::train_params::{JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, ResolvedTraining},
+    admission::train_params::{
+        CheckpointEvent, JobEventBody, JobEventInfo, JobFailure, JobInfo, JobResult, JobState, ResolvedTraining,
+    },
     ids::{BlobId, TenantId},
     store::{CreateJob, EventRecord, JobRecord, Models, Store, StoreError},
+    train::run::Runner,
 };
 
 /// Why the log could not answer.
@@ -279,6 +282,19 @@ impl JobLog {
         let blob = self.store.put_blob(bytes).await?;
         self.store.set_job_blob(id, "checkpoint", blob).await?;
         Ok(blob)
+    }
+
+    /// Keeps the weights of one of a job's best evaluations, and tells so; returns the event's number.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub async fn keep_best(&self, id: &str, best: Runner) -> Result<u64, LogError> {
+        let Runner { step, figure, bytes } = best;
+        // held until its row is there: another job may have made the same weights
+        let (blob, _hold) = self.store.put_held(bytes.into()).await?;
+        self.store.keep_best(id, step.into(), blob).await?;
+        let event = CheckpointEvent { step, blob: blob.to_string(), best: true, figure };
+        self.append(id, step, JobEventBody::Checkpoint(event)).await
     }
 }
 

@@ -120,6 +120,8 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         gradient_checkpointing: false,
         preference: None,
         generation: None,
+        kl_to_base: 0.0,
+        keep_best: 1,
     }
 }
 

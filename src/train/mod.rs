@@ -10,6 +10,8 @@
 //! a base weight, and never makes a version itself: the composition root gives it a [`Publisher`].
 
 pub mod batches;
+#[cfg(test)]
+mod best_laws;
 mod control;
 pub mod dataset;
 pub mod encode;
@@ -28,6 +30,8 @@ pub mod gradients;
 mod handle;
 pub mod issue;
 pub mod joblog;
+#[cfg(test)]
+mod kl_laws;
 #[cfg(test)]
 mod laws;
 mod left;

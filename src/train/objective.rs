@@ -190,8 +190,48 @@ pub(super) fn next_token(
     smoothing: f64,
     cx: &Cx<'_>,
 ) -> Result<(Tensor, Vec<usize>)> {
+    let (pick, targets, counts) = learned(sequences, cx.rows);
+    let each = base.transformer.smoothed_nll(hidden, (&pick, &targets), smoothing, cx)?; // [n]
+    Ok((each, counts))
+}
+
+/// As [`next_token`], plus, of each token, so many times its divergence from what [`bare`] gives for the same sequences; and
+/// the sum of the divergences.
+///
+/// # Errors
+/// As [`losses`].
+pub(super) fn next_token_against(
+    base: &Base,
+    hidden: &Tensor,
+    sequences: &[Sequence<'_>],
+    smoothing: f64,
+    against: (&ops::Reference, f64),
+    cx: &Cx<'_>,
+) -> Result<(Tensor, f64)> {
+    let (pick, targets, _) = learned(sequences, cx.rows);
+    base.transformer.nll_against(hidden, (&pick, &targets), smoothing, Some(against), cx)
+}
+
+/// What the base gives at the learned tokens without a delta; no gradient goes through it.
+///
+/// # Errors
+/// As [`losses`].
+pub(super) fn bare(
+    base: &Base,
+    delta: &Delta,
+    sequences: &[Sequence<'_>],
+    pacer: Option<&Arc<Pacer>>,
+) -> Result<ops::Reference> {
+    let off = Arc::new(Delta::new(delta.spec.clone(), Vec::new(), None));
+    forward(base, &off, sequences, pacer, |hidden, cx| {
+        base.transformer.reference(hidden, &learned(sequences, cx.rows).0)
+    })
+}
+
+/// The rows that predict a learned token, those tokens, and how many each sequence has.
+fn learned(sequences: &[Sequence<'_>], rows: &RowLayout) -> (Vec<u32>, Vec<u32>, Vec<usize>) {
     let (mut pick, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::with_capacity(sequences.len()));
-    for (sequence, span) in sequences.iter().zip(cx.rows.spans()) {
+    for (sequence, span) in sequences.iter().zip(rows.spans()) {
         let before = targets.len();
         for (t, _) in sequence.learn.iter().enumerate().skip(1).filter(|(_, learn)| **learn) {
             pick.push((span.token_rows().start + t - 1) as u32);
@@ -199,8 +239,7 @@ pub(super) fn next_token(
         }
         counts.push(targets.len() - before);
     }
-    let each = base.transformer.smoothed_nll(hidden, (&pick, &targets), smoothing, cx)?; // [n]
-    Ok((each, counts))
+    (pick, targets, counts)
 }
 
 fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {

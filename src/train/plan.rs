@@ -8,6 +8,7 @@ mod evaluation;
 mod few_shot;
 mod generation;
 mod held;
+mod keeping;
 
 use std::sync::Arc;
 
@@ -127,6 +128,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         None => base.max_positions,
     };
     problems.extend(check_hyper(&params.hyper, room, base.max_positions));
+    problems.extend(keeping::problems(params));
     let max_length = max_length(&params.hyper, params.task, room);
     let fits = problems.iter().all(|p| p.field != "hyper.max_length");
     let mut train = if fits { encode(&data, codec, &labels, max_length, &mut report) } else { Vec::new() };
@@ -194,6 +196,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         }
         // prompts are answered between steps
         memory.activations = memory.activations.max(cache);
+        // copies of the next best evaluations' values
+        memory.parameters *= u64::from(resolved.keep_best.max(1));
         memory
     };
     let memory = estimate(resolved.gradient_checkpointing);

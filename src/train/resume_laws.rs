@@ -78,6 +78,7 @@ pub(super) fn assert_goes_on(base: &Arc<Base>, what: &str, stops: &[usize], inpu
         assert!(run.to_bytes().unwrap().as_deref() == Some(&bytes[..]), "{what}: other bytes after {stop}");
         let end = trained(go(&mut run, usize::MAX, &mut story));
         assert_eq!(story, told, "{what}: stopped after {stop} micro-steps, at step {step}");
+        assert!(end.runners == straight.runners, "{what}: other evaluations are kept, stopped after {stop}");
         assert!(end.checkpoint == straight.checkpoint, "{what}: other weights, stopped after {stop} (step {step})");
         assert_eq!(numbers(&end.delta), numbers(&straight.delta), "{what} {stop}");
         assert_eq!(

@@ -334,6 +334,7 @@ async fn a_job_that_cannot_go_on_fails_with_the_reason_or_is_paused_where_the_se
         base: String::new(),
         blobs: Default::default(),
         checkpoint: None,
+        bests: vec![],
     };
     trainer.go_on(place, &a, kept, &prepared, Some((3, Bytes::from_static(b"nonsense")))).await.unwrap();
     let events = all(trainer.watch(&a, "torn", 0).await.unwrap()).await;

@@ -4,6 +4,7 @@
 //! micro-step, and lose one job to a panic without losing others. It knows nothing of threads, queues or the store.
 
 mod autosave;
+mod best;
 mod evaluation;
 mod generation;
 mod held;
@@ -22,11 +23,13 @@ use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
 
 use autosave::Autosave;
+use best::Bests;
+pub use best::Runner;
 pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
 
 use crate::{
-    admission::train_params::{EvalEvent, JobEventBody, MixEvent, ResolvedTraining},
+    admission::train_params::{JobEventBody, MixEvent, ResolvedTraining},
     delta::Delta,
     model::Base,
     pacing::Pacer,
@@ -106,6 +109,8 @@ struct Step {
     busy: Duration,
     yielded: Duration,
     penalty: f64,
+    /// The mean divergence from the bare base.
+    kl: f64,
 }
 
 #[derive(Debug)]
@@ -124,12 +129,6 @@ enum Phase {
         worst: Worst,
     },
     Held(Held),
-}
-
-#[derive(Debug)]
-struct Best {
-    eval: EvalEvent,
-    snapshot: Snapshot,
 }
 
 /// One job under training.
@@ -154,7 +153,7 @@ pub struct Run {
     phase: Phase,
     step: u32,
     last_loss: f64,
-    best: Option<Best>,
+    bests: Bests,
     patience: Patience,
     /// Whether the patience has run out.
     stopped: bool,
@@ -220,7 +219,7 @@ impl Run {
             phase: Phase::Train(Step::default()),
             step: 0,
             last_loss: f64::NAN,
-            best: None,
+            bests: Bests::of(&input),
             patience: Patience::new(r.eval_metric, r.patience, r.min_delta),
             stopped: false,
             told: false,
@@ -399,7 +398,8 @@ impl Run {
     /// Adds a micro-batch's share of the step's loss and gradients: normalised by the whole step's losses, not a mean
     /// of means, so that accumulation equals one large batch.
     fn forward_backward(&mut self, step: &mut Step, batch: &[usize]) -> Result<f64> {
-        let (loss, found) = self.gradients(batch, step.weight)?;
+        let (loss, found, kl) = self.gradients(batch, step.weight)?;
+        step.kl += kl;
         for (sum, grad) in step.grads.iter_mut().zip(found) {
             gradients::add(sum, grad)?;
         }
@@ -446,9 +446,10 @@ impl Run {
         Ok(None)
     }
 
-    fn trained(&mut self) -> Result<Outcome> {
-        let (snapshot, best_eval) = match self.best.take() {
-            Some(best) => (best.snapshot, Some(best.eval)),
+    fn trained(&self) -> Result<Outcome> {
+        let runners = self.bests.runners()?;
+        let (snapshot, best_eval) = match self.bests.first() {
+            Some(best) => (best.snapshot.clone(), Some(best.eval.clone())),
             None => (self.trainable.snapshot()?, None),
         };
         let delta = self.trainable.publishable(&snapshot)?;
@@ -462,11 +463,11 @@ impl Run {
             .as_ref()
             .map(|mix| MixEvent { deltas: mix.deltas.iter().map(|d| d.name.clone()).collect(), rows });
         let final_loss = self.last_loss;
-        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, mix, checkpoint })))
+        Ok(Outcome::Trained(Box::new(Trained { delta, model, final_loss, best_eval, mix, checkpoint, runners })))
     }
 
     fn fail(&self, code: &'static str, message: String) -> Outcome {
-        let kept = match &self.best {
+        let kept = match self.bests.first() {
             Some(best) => Some((best.eval.step, &best.snapshot)),
             None => self.good.as_ref().map(|(step, snapshot)| (*step, snapshot)),
         };

@@ -21,6 +21,7 @@ mod hostile;
 mod hot_swap;
 mod isolation;
 mod mix;
+mod keeping;
 mod pause;
 mod preference;
 mod quantized;

@@ -261,7 +261,7 @@ async fn a_checkpoint_is_served_under_a_name_of_its_own_while_its_job_goes_on() 
     saved(client, &job.id, 10).await;
     client.pause(&job.id).await.expect("a pause");
     let publish = async |id: &str, name: &str| {
-        let request = proto::PublishCheckpointRequest { id: id.into(), name: name.into(), policy: None };
+        let request = proto::PublishCheckpointRequest { id: id.into(), name: name.into(), ..Default::default() };
         let reply = client.training().publish_checkpoint(client.request(request)).await?;
         Ok::<_, tonic::Status>(reply.into_inner().delta.expect("a delta"))
     };
@@ -302,7 +302,7 @@ async fn what_a_failed_job_had_come_to_is_still_to_be_had_also_after_a_restart()
     running.stop().await;
     let running = world.start().await;
     let client = &running.client;
-    let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "rescued".into(), policy: None };
+    let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "rescued".into(), ..Default::default() };
     let reply = client.training().publish_checkpoint(client.request(request)).await.expect("it is published");
     let rescued = reply.into_inner().delta.expect("a delta");
     assert!(rescued.origin.contains(&job.id), "{}", rescued.origin);

@@ -111,7 +111,7 @@ async fn a_pause_and_a_published_checkpoint_change_nothing() {
         let request = client.request(proto::PauseJobRequest { id: job.id.clone() });
         let paused = client.training().pause_job(request).await.expect("a pause").into_inner().job.expect("a job");
         assert_eq!(paused.state(), proto::JobState::Paused, "{paused:?}");
-        let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "half".into(), policy: None };
+        let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "half".into(), ..Default::default() };
         let half = client.training().publish_checkpoint(client.request(request)).await.expect("published");
         assert_eq!(half.into_inner().delta.expect("a delta").name, "half");
         let request = client.request(proto::ResumeJobRequest { id: job.id.clone() });

@@ -39,7 +39,10 @@ impl View {
             Some(Body::State(change)) => return self.state(change),
             Some(Body::Metrics(m)) => self.metrics(m)?,
             Some(Body::Eval(e)) => self.say(&eval_line(e))?,
-            Some(Body::Checkpoint(c)) => self.say(&format!("checkpoint at step {}", c.step))?,
+            Some(Body::Checkpoint(c)) => self.say(&match c.best {
+                true => format!("kept the evaluation at step {} (jobs publish --step {0})", c.step),
+                false => format!("checkpoint at step {}", c.step),
+            })?,
             Some(Body::Warning(n)) => self.say(&format!("warning: {} {}", n.code, n.message))?,
             Some(Body::Forgetting(f)) => self.say(&format!(
                 "held text: loss {:.4} with the delta, {:.4} without ({:+.4})",
@@ -89,8 +92,15 @@ impl View {
         match self {
             Self::Json => Ok(()),
             Self::Lines => output::line(&format!(
-                "step {}/{}  epoch {:.2}  loss {:.4}  lr {:.2e}  {:.0} tokens/s  eta {:.0} s",
-                m.step, m.total_steps, m.epoch, m.loss, m.learning_rate, m.tokens_per_second, m.eta_seconds
+                "step {}/{}  epoch {:.2}  loss {:.4}{}  lr {:.2e}  {:.0} tokens/s  eta {:.0} s",
+                m.step,
+                m.total_steps,
+                m.epoch,
+                m.loss,
+                m.kl.map(|kl| format!("  KL {kl:.4}")).unwrap_or_default(),
+                m.learning_rate,
+                m.tokens_per_second,
+                m.eta_seconds
             )),
             Self::Bar(bar) => {
                 bar.set_length(m.total_steps.into());

@@ -100,7 +100,9 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
         }),
         JobEventBody::Metrics(m) => Body::Metrics(metrics(m)),
         JobEventBody::Eval(e) => Body::Eval(eval(e)),
-        JobEventBody::Checkpoint(c) => Body::Checkpoint(proto::Checkpoint { step: c.step, blob: c.blob }),
+        JobEventBody::Checkpoint(c) => {
+            Body::Checkpoint(proto::Checkpoint { step: c.step, blob: c.blob, figure: c.figure, best: c.best })
+        }
         JobEventBody::Warning(n) => Body::Warning(note(n)),
         JobEventBody::Log(n) => Body::Log(note(n)),
         JobEventBody::Forgetting(f) => Body::Forgetting(proto::Forgetting {
@@ -132,6 +134,7 @@ fn metrics(m: MetricsEvent) -> proto::Metrics {
         step_ms: m.step_ms,
         yielded_ms: m.yielded_ms,
         ewc_penalty: m.ewc_penalty,
+        kl: m.kl,
     }
 }
 

@@ -156,6 +156,8 @@ fn hyper(m: proto::HyperParameters, problems: &mut Problems) -> HyperParams {
             new_tokens: m.eval_new_tokens,
             examples: m.eval_examples,
         },
+        kl_to_base: m.kl_to_base,
+        keep_best: m.keep_best,
     }
 }
 
@@ -268,6 +270,8 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         preference: r.preference.map(super::preference::to_wire),
         eval_new_tokens: r.generation.map_or(0, |g| g.new_tokens),
         eval_examples: r.generation.map_or(0, |g| g.examples),
+        kl_to_base: r.kl_to_base,
+        keep_best: r.keep_best,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use super::{check_state, find, is_terminal, not_found};
 use crate::{
@@ -15,7 +15,10 @@ use crate::{
 
 /// The name under which a job that failed keeps its last good weights: they outlive the job's end.
 const KEPT: &str = "checkpoint";
-/// Jobs of a tenant that failed and keep what they would go on from; the oldest let go of it first.
+/// What the names begin with under which a job keeps the weights of its best evaluations; the step follows.
+const BEST: &str = "best.";
+/// Jobs of a tenant that have ended and keep what they would go on from or the weights of their best evaluations; the oldest let
+/// go of it first.
 const KEEPERS: i64 = 8;
 
 /// A change of a job.
@@ -48,7 +51,8 @@ pub struct CheckpointRecord {
 impl Store {
     /// Appends events, and with them, in the same transaction, the job's new state, result and checkpoint if given. What a
     /// new checkpoint replaces is removed after, and with a final state, all that the job kept to go on; one that did not
-    /// end as its owner wanted (`failed`, `interrupted`) keeps its checkpoint and data, until the tenant has some newer ones.
+    /// end as its owner wanted (`failed`, `interrupted`) keeps its checkpoint and data, until the tenant has some newer ones. So
+    /// does, but for the checkpoint, one that succeeded with weights of its best evaluations ([`Self::keep_best`]).
     /// Returns the number of the last event.
     ///
     /// # Errors
@@ -86,11 +90,18 @@ impl Store {
             sqlx::query(sql).bind(job_id).execute(&mut *tx).await?;
         }
         let over = change.state.as_deref().is_some_and(is_terminal);
-        let keeps = matches!(change.state.as_deref(), Some("failed" | "interrupted"))
-            && (before.is_some() || change.checkpoint.is_some());
+        let goes_on = before.is_some() || change.checkpoint.is_some();
+        let has_best = over && !bests(&mut tx, job_id).await?.is_empty();
+        let keeps = match change.state.as_deref() {
+            Some("failed" | "interrupted") => goes_on || has_best,
+            Some("succeeded") => has_best,
+            _ => false,
+        };
         let mut freed: Vec<BlobId> = Vec::new();
         if over && !keeps {
             freed.extend(let_go(&mut tx, job_id).await?);
+        } else if change.state.as_deref() == Some("succeeded") {
+            freed.extend(forget_checkpoint(&mut tx, job_id).await?); // it has nothing to go on to
         } else if let (Some(before), Some((_, new))) = (&before, change.checkpoint) {
             freed.extend((before.blob != new).then_some(before.blob));
         }
@@ -149,6 +160,24 @@ impl Store {
         checkpoint(&mut reader, job_id).await
     }
 
+    /// Keeps the weights that a job had after a step, one of its best evaluations, beside what it goes on from; replaces what
+    /// it kept of that step.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] for an unknown job or a blob that is not stored.
+    pub async fn keep_best(&self, job_id: &str, step: u64, blob: BlobId) -> Result<(), StoreError> {
+        self.set_job_blob(job_id, &format!("{BEST}{step}"), blob).await
+    }
+
+    /// What a job keeps of its best evaluations: steps, in order, and weights.
+    ///
+    /// # Errors
+    /// What the database refuses. An unknown job keeps none.
+    pub async fn job_bests(&self, job_id: &str) -> Result<Vec<(u64, BlobId)>, StoreError> {
+        let mut reader = self.db().readers().acquire().await?;
+        bests(&mut reader, job_id).await
+    }
+
     /// Removes a blob of a job's own that no row names any more, at once: the next one is as large. If it cannot, the
     /// hourly collection does.
     async fn free(&self, blob: BlobId) {
@@ -165,21 +194,46 @@ impl Store {
     }
 }
 
-/// Takes from a job that has ended what it kept to go on; its checkpoint's blob, if it had one.
-async fn let_go(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<BlobId>, StoreError> {
-    let had = checkpoint(tx, job_id).await?;
-    sqlx::query("DELETE FROM job_checkpoints WHERE job_id = $1").bind(job_id).execute(&mut *tx).await?;
+/// Takes from a job that has ended what it kept to go on and of its best evaluations; the blobs that were its own.
+async fn let_go(tx: &mut SqliteConnection, job_id: &str) -> Result<Vec<BlobId>, StoreError> {
+    let mut own: Vec<BlobId> = bests(tx, job_id).await?.into_iter().map(|(_, blob)| blob).collect();
+    own.extend(forget_checkpoint(tx, job_id).await?);
     let sql = "DELETE FROM job_blobs WHERE job_id = $1 AND name <> $2";
     sqlx::query(sql).bind(job_id).bind(KEPT).execute(tx).await?;
+    Ok(own)
+}
+
+/// Takes its checkpoint from a job; its blob, if it had one.
+async fn forget_checkpoint(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<BlobId>, StoreError> {
+    let had = checkpoint(tx, job_id).await?;
+    sqlx::query("DELETE FROM job_checkpoints WHERE job_id = $1").bind(job_id).execute(tx).await?;
     Ok(had.map(|c| c.blob))
 }
 
-/// The jobs of a tenant that ended with a checkpoint and are too many beside this one, which ends so now.
+/// The jobs of a tenant that ended and kept something, and are too many beside this one, which ends so now.
 async fn keepers(tx: &mut SqliteConnection, job_id: &str, tenant: &TenantId) -> Result<Vec<String>, StoreError> {
-    let sql = "SELECT id FROM jobs WHERE tenant = $1 AND id <> $2 AND state IN ('failed', 'interrupted') AND EXISTS \
-               (SELECT 1 FROM job_checkpoints WHERE job_id = jobs.id) ORDER BY updated_ms DESC, id DESC LIMIT -1 OFFSET $3";
-    let query = sqlx::query(sql).bind(tenant.as_str()).bind(job_id).bind(KEEPERS - 1);
+    let sql = "SELECT id FROM jobs WHERE tenant = $1 AND id <> $2 AND state IN ('failed', 'interrupted', 'succeeded') AND \
+               (EXISTS (SELECT 1 FROM job_checkpoints WHERE job_id = jobs.id) OR EXISTS \
+               (SELECT 1 FROM job_blobs WHERE job_id = jobs.id AND name LIKE $4)) \
+               ORDER BY updated_ms DESC, id DESC LIMIT -1 OFFSET $3";
+    let query = sqlx::query(sql).bind(tenant.as_str()).bind(job_id).bind(KEEPERS - 1).bind(format!("{BEST}%"));
     query.fetch_all(tx).await?.iter().map(|row| Ok(row.try_get(0)?)).collect()
+}
+
+/// What a job keeps of its best evaluations: steps, in order, and weights.
+async fn bests(tx: &mut SqliteConnection, job_id: &str) -> Result<Vec<(u64, BlobId)>, StoreError> {
+    const TABLE: &str = "job_blobs";
+    let sql = "SELECT name, blob FROM job_blobs WHERE job_id = $1 AND name LIKE $2";
+    let rows = sqlx::query(sql).bind(job_id).bind(format!("{BEST}%")).fetch_all(tx).await?;
+    let read = |row: &SqliteRow| {
+        let name: String = row.try_get(0)?;
+        let step = name.strip_prefix(BEST).and_then(|step| step.parse().ok());
+        let step = step.ok_or_else(|| StoreError::row(TABLE, format!("name {name:?}")))?;
+        Ok((step, parse(TABLE, row.try_get(1)?)?))
+    };
+    let mut all = rows.iter().map(read).collect::<Result<Vec<(u64, BlobId)>, StoreError>>()?;
+    all.sort_unstable_by_key(|(step, _)| *step);
+    Ok(all)
 }
 
 async fn checkpoint(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<CheckpointRecord>, StoreError> {

@@ -256,6 +256,72 @@ async fn a_job_that_failed_keeps_its_checkpoint_and_data_until_the_tenant_has_ei
 }
 
 #[tokio::test]
+async fn weights_of_the_best_evaluations_outlive_a_good_end_and_count_as_what_ended_jobs_keep() {
+    let (dir, store) = store().await;
+    let put = async |text: String| store.put_blob(bytes::Bytes::from(text)).await.unwrap();
+    // steps out of order, and of names that sort otherwise
+    let ends = async |owner: &str, state: &str| {
+        let id = uuid::Uuid::now_v7().to_string();
+        let data = put(format!("data {id}")).await;
+        created(&store, NewJob { id: id.clone(), blobs: vec![("data".into(), data)], ..job(owner, None, "") }).await;
+        let run = put(format!("run {id}")).await;
+        store.change_job(&id, saves(4, run)).await.unwrap();
+        for step in [100, 20, 3] {
+            let blob = put(format!("best {step} {id}")).await;
+            store.keep_best(&id, step, blob).await.unwrap();
+        }
+        store.append_event(&id, "end".into(), Some(state), None).await.unwrap();
+        id
+    };
+    let there = async |text: String| store.blobs().exists(BlobId::of(text.as_bytes())).await.unwrap();
+    let steps = async |id: &str| {
+        let bests = store.job_bests(id).await.unwrap();
+        for (step, blob) in &bests {
+            assert_eq!(*blob, BlobId::of(format!("best {step} {id}").as_bytes()));
+        }
+        bests.into_iter().map(|(step, _)| step).collect::<Vec<_>>()
+    };
+    let good = ends("a", "succeeded").await;
+    assert_eq!(steps(&good).await, [3, 20, 100]);
+    assert_eq!(store.job_checkpoint(&good).await.unwrap(), None, "it goes on from nothing");
+    assert!(!there(format!("run {good}")).await);
+    assert_eq!(store.job_blobs(&good).await.unwrap().len(), 4, "its data, too");
+    let bad = ends("a", "failed").await;
+    assert!(steps(&bad).await.len() == 3 && there(format!("run {bad}")).await);
+    let cancelled = ends("a", "cancelled").await;
+    assert!(steps(&cancelled).await.is_empty() && store.job_blobs(&cancelled).await.unwrap().is_empty());
+    assert!(!there(format!("best 20 {cancelled}")).await, "at once");
+    // the same step again is one
+    let other = put("another".into()).await;
+    let open = created(&store, job("b", None, "")).await.id;
+    for blob in [BlobId::of(format!("best 3 {good}").as_bytes()), other] {
+        store.keep_best(&open, 3, blob).await.unwrap();
+    }
+    assert_eq!(store.job_bests(&open).await.unwrap(), [(3, other)]);
+    // eight ended jobs of a tenant keep something, whichever way they ended
+    let mut newer = Vec::new();
+    for state in ["succeeded", "interrupted", "succeeded", "failed", "succeeded", "succeeded"] {
+        newer.push(ends("a", state).await);
+    }
+    assert!(!steps(&good).await.is_empty());
+    newer.push(ends("a", "succeeded").await);
+    assert!(steps(&good).await.is_empty() && store.job_blobs(&good).await.unwrap().is_empty(), "the oldest lets go");
+    assert!(!there(format!("best 3 {good}")).await && !there(format!("best 100 {good}")).await);
+    assert_eq!(steps(&bad).await.len(), 3);
+    store.close().await;
+    drop(store);
+    let store = Store::open(dir.path()).await.unwrap();
+    store.collect_garbage_after(std::time::Duration::ZERO).await.unwrap();
+    for id in newer.iter().chain([&bad]) {
+        let bests = store.job_bests(id).await.unwrap();
+        assert_eq!(bests.len(), 3);
+        for (step, blob) in bests {
+            assert_eq!(store.get_blob(blob).await.unwrap(), format!("best {step} {id}"));
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_checkpoint_that_another_job_replaces_stays_for_the_one_that_is_about_to_name_it() {
     let (_dir, store) = store().await;
     let (first, second) = (created(&store, job("a", None, "")).await.id, created(&store, job("b", None, "")).await.id);

@@ -24,6 +24,8 @@ pub struct KeptJob {
     pub blobs: HashMap<String, BlobId>,
     /// What it goes on from; without one, it begins.
     pub checkpoint: Option<CheckpointRecord>,
+    /// The weights of its best evaluations beside the one that it published, by step.
+    pub bests: Vec<(u64, BlobId)>,
 }
 
 impl JobLog {
@@ -40,8 +42,9 @@ impl JobLog {
         let request = from_json(id, "request", &record.request_json)?;
         let blobs = self.store.job_blobs(id).await?.into_iter().collect();
         let checkpoint = self.store.job_checkpoint(id).await?;
+        let bests = self.store.job_bests(id).await?;
         let base = record.base.clone();
-        Ok(Some(KeptJob { info: stored(record)?.info, request, base, blobs, checkpoint }))
+        Ok(Some(KeptJob { info: stored(record)?.info, request, base, blobs, checkpoint, bests }))
     }
 
     /// The state of a job, whosever it is.
@@ -76,7 +79,7 @@ impl JobLog {
     pub async fn save(&self, id: &str, step: u32, bytes: Bytes, then: Option<JobState>) -> Result<u64, LogError> {
         // held until its row is there: the same run of another job has the same bytes, and replaces them
         let (blob, _hold) = self.store.put_held(bytes).await?;
-        let saved = JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() });
+        let saved = JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string(), ..Default::default() });
         let mut change = JobChange {
             events: vec![to_json(id, "event", &saved)?],
             checkpoint: Some((step.into(), blob)),

@@ -163,6 +163,8 @@ impl Chosen<'_> {
             gradient_checkpointing: h.gradient_checkpointing.unwrap_or(false),
             preference: params.preference.map(|p| p.resolve()),
             generation: None,
+            kl_to_base: h.kl_to_base.unwrap_or(0.0),
+            keep_best: h.keep_best.unwrap_or(1),
             worst_examples: h.worst_examples.unwrap_or(if params.validation.is_some() { WORST } else { 0 }),
         }
     }

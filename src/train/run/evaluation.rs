@@ -4,16 +4,10 @@ use std::collections::VecDeque;
 
 use candle_core::Result;
 
-use super::{Best, Outcome, Phase, Run, RunEvents, Step, generation, preference::Side};
+use super::{Outcome, Phase, Run, RunEvents, Step, generation, preference::Side};
 use crate::{
     admission::train_params::{JobEventBody, NoteEvent, WorstEvent},
-    train::{
-        batches::micro_batches,
-        encode::Encoded,
-        eval::{Tally, better},
-        plan::MICRO_TOKENS,
-        worst::Worst,
-    },
+    train::{batches::micro_batches, encode::Encoded, eval::Tally, plan::MICRO_TOKENS, worst::Worst},
 };
 
 impl Run {
@@ -116,13 +110,8 @@ impl Run {
         if let Some(answers) = answers {
             generation::score(&mut eval, &answers, &self.input.quiz, &self.input.decoder);
         }
-        let metric = self.input.resolved.eval_metric;
-        let better = |best: &Best| better(&eval, &best.eval, metric);
-        eval.best = self.input.resolved.keep_last || self.best.as_ref().is_none_or(better);
-        if eval.best {
-            self.best = Some(Best { eval: eval.clone(), snapshot: self.trainable.snapshot()? });
-        }
-        let (out, best) = (self.patience.is_out(&eval), eval.best);
+        let best = self.bests.take(&mut eval, || self.trainable.snapshot())?;
+        let out = self.patience.is_out(&eval);
         events.push(JobEventBody::Eval(eval));
         if best && self.input.resolved.worst_examples > 0 {
             events.push(self.worst_event(&worst, true));

@@ -25,7 +25,7 @@ pub(super) struct Held {
 
 impl Run {
     pub(super) fn begin_held(&mut self) -> Result<()> {
-        if let Some(best) = &self.best {
+        if let Some(best) = self.bests.first() {
             self.trainable.restore(&best.snapshot)?; // nothing is trained any more
         }
         let made = self.trainable.detached_base(&self.base)?;

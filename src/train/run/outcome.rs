@@ -1,5 +1,6 @@
 //! How a run goes on and how it ends.
 
+use super::Runner;
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, MixEvent},
     delta::Delta,
@@ -52,6 +53,8 @@ pub struct Trained {
     /// A delta's weights as safetensors bytes: kept when publishing fails, so that no training is lost. None of a whole
     /// model, whose publisher keeps what it wrote in full.
     pub checkpoint: Option<Vec<u8>>,
+    /// The weights of the next best evaluations, best first, where the job keeps several.
+    pub runners: Vec<Runner>,
 }
 
 /// Why a run stopped.

@@ -1,10 +1,11 @@
-//! A run's losses: those of texts and labels as they stand, those of preferences with what the reference says.
+//! A run's losses: those of texts and labels as they stand or, of texts, with the divergence from the bare base; those of
+//! preferences with what the reference says.
 //!
 //! The reference is the resident base without a delta. An example's log-probabilities under it are taken when they are
 //! first needed, one example per turn, and kept: an example is alone in that forward, so that they are the same bits
 //! whatever shares its step, also after a stop.
 
-use std::sync::Arc;
+use std::{cell::Cell, sync::Arc};
 
 use candle_core::Result;
 
@@ -15,7 +16,7 @@ use crate::{
     train::{
         encode::{Encoded, Target},
         gradients::{self, Gradients, LossesOf, Micro},
-        objective::{Losses, Sequence, losses, losses_of, next_token},
+        objective::{self, Losses, Sequence, losses, losses_of, next_token, next_token_against},
         preference::{Answered, Judged, judge, log_probs},
     },
 };
@@ -68,8 +69,8 @@ impl Run {
         Ok(true)
     }
 
-    /// A micro-batch's share of the loss, and its gradients.
-    pub(super) fn gradients(&mut self, batch: &[usize], weight: f64) -> Result<(f64, Gradients)> {
+    /// A micro-batch's share of the loss, its gradients, and its share of the divergence from the bare base.
+    pub(super) fn gradients(&mut self, batch: &[usize], weight: f64) -> Result<(f64, Gradients, f64)> {
         let delta = self.trainable.delta(&mut self.dropout)?;
         let base = self.trainable.base(&self.base)?;
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
@@ -83,8 +84,20 @@ impl Run {
         let Some(p) = resolved.preference else {
             let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
             let smoothing = resolved.label_smoothing;
+            if resolved.kl_to_base > 0.0 {
+                // the resident base, also where a copy of it is trained
+                let reference = objective::bare(&self.base, &delta, &sequences, self.pacer.as_ref())?;
+                let (against, apart) = ((&reference, resolved.kl_to_base), Cell::new(0.0));
+                let (loss, found) = take(&sequences, &|hidden, cx| {
+                    let (each, sum) = next_token_against(&base, hidden, &sequences, smoothing, against, cx)?;
+                    apart.set(sum);
+                    Ok(each)
+                })?;
+                return Ok((loss, found, apart.get() / weight));
+            }
             let all = (&examples[..], &sequences[..]);
-            return take(&sequences, &|hidden, cx| Ok(losses_of(&base, hidden, all, smoothing, cx)?.each));
+            let (loss, found) = take(&sequences, &|hidden, cx| Ok(losses_of(&base, hidden, all, smoothing, cx)?.each))?;
+            return Ok((loss, found, 0.0));
         };
         // of a whole model, plain copies would take more memory than the graph that is dropped at once
         let plain = match self.trainable.is_full() {
@@ -92,10 +105,11 @@ impl Run {
             false => (self.trainable.detached_base(&self.base)?, Arc::new(self.trainable.detached()?)),
         };
         let asked = self.asked(Side::Train, batch, &examples, (&plain.0, &plain.1))?;
-        take(&asked.sequences, &|hidden, cx| {
+        let (loss, found) = take(&asked.sequences, &|hidden, cx| {
             let policy = Answered::of(next_token(&base, hidden, &asked.sequences, 0.0, cx)?)?;
             Ok(judge(&asked.judged(policy), &p)?.each)
-        })
+        })?;
+        Ok((loss, found, 0.0))
     }
 
     /// The losses that are evaluated: no gradients, no smoothing.

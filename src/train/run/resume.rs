@@ -1,9 +1,10 @@
 //! A run as bytes: enough to go on as if it had never stopped, bit for bit.
 //!
 //! The bytes are safetensors, with `<kind>.<i>` for the variable `i`: `var`, AdamW's `m` and `v`, the weights of the `best`
-//! evaluation, the last `good` ones and those that are `unproven`, EWC's `fisher` and `start`. What is no tensor is JSON in
-//! the metadata. The order of the data, the learning rate and dropout are functions of the seed and the step, so the step
-//! is all that is kept of them; variables change only where a step ends, so a step under way is begun again.
+//! evaluation and of the next best ones (`best1`, `best2`, ...), the last `good` ones and those that are `unproven`, EWC's
+//! `fisher` and `start`. What is no tensor is JSON in the metadata. The order of the data, the learning rate and dropout are
+//! functions of the seed and the step, so the step is all that is kept of them; variables change only where a step ends, so a
+//! step under way is begun again.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -11,7 +12,7 @@ use candle_core::{Device, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Autosave, Best, Phase, Run, RunInput};
+use super::{Autosave, Phase, Run, RunInput, best::Best};
 use crate::{
     admission::train_params::EvalEvent,
     ids::BaseFingerprint,
@@ -83,6 +84,9 @@ struct State {
     evaluate: bool,
     stopped: bool,
     best: Option<EvalEvent>,
+    /// The next best evaluations that are kept, best first.
+    #[serde(default)]
+    runners: Vec<EvalEvent>,
     /// Bits of the figure that patience measures by, and evaluations without a gain.
     patience: (Option<u64>, u32),
     good: Option<u32>,
@@ -92,6 +96,11 @@ struct State {
     /// The losses of the training examples were told.
     #[serde(default)]
     told: bool,
+}
+
+/// The kind of the weights at a place among the best evaluations.
+fn kind_of(place: usize) -> String {
+    if place == 0 { "best".to_owned() } else { format!("best{place}") }
 }
 
 impl RunInput {
@@ -206,11 +215,12 @@ impl Run {
             put("m", i, m)?;
             put("v", i, v)?;
         }
-        let kept = [
-            ("best", self.best.as_ref().map(|b| &b.snapshot)),
-            ("good", self.good.as_ref().map(|(_, s)| s)),
-            ("unproven", self.unproven.as_ref().map(|(_, s)| s)),
-        ];
+        for (place, best) in self.bests.all().iter().enumerate() {
+            for (i, t) in best.snapshot.tensors().iter().enumerate() {
+                put(&kind_of(place), i, t)?;
+            }
+        }
+        let kept = [("good", self.good.as_ref().map(|(_, s)| s)), ("unproven", self.unproven.as_ref().map(|(_, s)| s))];
         for (kind, snapshot) in kept {
             for (i, t) in snapshot.map(Snapshot::tensors).unwrap_or_default().iter().enumerate() {
                 put(kind, i, t)?;
@@ -235,7 +245,8 @@ impl Run {
             last_loss: self.last_loss.to_bits(),
             evaluate: matches!(self.phase, Phase::Eval { .. }),
             stopped: self.stopped,
-            best: self.best.as_ref().map(|b| b.eval.clone()),
+            best: self.bests.first().map(|b| b.eval.clone()),
+            runners: self.bests.all().iter().skip(1).map(|b| b.eval.clone()).collect(),
             patience: (reached.map(f64::to_bits), without_gain),
             good: self.good.as_ref().map(|(step, _)| *step),
             unproven: self.unproven.as_ref().map(|(step, _)| *step),
@@ -263,10 +274,9 @@ impl Run {
         let all = |kind: &str| (0..n).map(|i| one(kind, i)).collect::<Result<Vec<Tensor>>>();
         run.trainable.restore(&Snapshot::of(all("var")?))?;
         run.optimizer.restore(state.step, all("m")?.into_iter().zip(all("v")?))?;
-        run.best = match state.best {
-            Some(eval) => Some(Best { eval, snapshot: Snapshot::of(all("best")?) }),
-            None => None,
-        };
+        let bests = state.best.into_iter().chain(state.runners).enumerate();
+        let bests = bests.map(|(place, eval)| Ok(Best { eval, snapshot: Snapshot::of(all(&kind_of(place))?) }));
+        run.bests.restore(bests.collect::<Result<_>>()?);
         let kept = |kind: &str, step: Option<u32>| {
             step.map(|step| all(kind).map(|tensors| (step, Snapshot::of(tensors)))).transpose()
         };

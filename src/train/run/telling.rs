@@ -24,6 +24,7 @@ impl Run {
             step_ms: busy.as_secs_f64() * 1e3,
             yielded_ms: step.yielded.as_secs_f64() * 1e3,
             ewc_penalty: step.penalty,
+            kl: (r.kl_to_base > 0.0).then_some(step.kl),
         }
     }
 

@@ -10,14 +10,34 @@ use super::{
 };
 use crate::{
     admission::train_params::{CheckpointEvent, NoteEvent},
-    train::run::{Failed, Trained},
+    train::{
+        handle::Shared,
+        run::{Failed, Runner, Trained},
+    },
 };
+
+/// Stores the weights of one of a job's best evaluations. Without them the job is still what was asked for.
+async fn keep_best(shared: &Shared, id: &str, best: Runner) {
+    let step = best.step;
+    let told = match shared.log.keep_best(id, best).await {
+        Ok(seq) => Ok(seq),
+        Err(error) => {
+            tracing::error!(job = id, step, %error, "the weights of an evaluation could not be kept");
+            let message = format!("the weights of the evaluation at step {step} could not be kept: {error}");
+            let note = JobEventBody::Warning(NoteEvent { code: "CHECKPOINT_LOST".into(), message });
+            shared.log.append(id, shared.step(id), note).await
+        }
+    };
+    if let Ok(seq) = told {
+        shared.notify(id, seq);
+    }
+}
 
 impl Supervisor {
     pub(super) async fn publish(&mut self, id: &str, trained: Trained) {
         self.append(id, state(JobState::Publishing)).await;
         let Some(job) = self.running.get_mut(id) else { return };
-        let Trained { delta, model, checkpoint, final_loss, best_eval } = trained;
+        let Trained { delta, model, checkpoint, final_loss, best_eval, runners } = trained;
         let best_eval = best_eval.map(Box::new);
         job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.map(Bytes::from) };
         let request = PublishJob {
@@ -30,8 +50,13 @@ impl Supervisor {
             input: job.info,
         };
         let (publisher, id, done) = (Arc::clone(&self.publisher), id.to_owned(), self.to_self.clone());
+        let shared = Arc::clone(&self.shared);
         // a task of its own, so that a slow disk delays no other job's events; a panic in it is an answer, too
         tokio::spawn(async move {
+            // before the version: a job that has published has all that it keeps
+            for best in runners {
+                keep_best(&shared, &id, best).await;
+            }
             let result = tokio::spawn(async move { publisher(request).await }).await.unwrap_or_else(|e| {
                 Err(PublishFailure { code: "INTERNAL".into(), message: format!("publishing: {e}") })
             });
@@ -78,7 +103,9 @@ impl Supervisor {
 
     async fn keep_checkpoint(&mut self, id: &str, step: u32, bytes: Bytes) {
         let event = match self.shared.log.keep_checkpoint(id, bytes).await {
-            Ok(blob) => JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string() }),
+            Ok(blob) => {
+                JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string(), ..Default::default() })
+            }
             Err(e) => {
                 let message = format!("the last good checkpoint (step {step}) could not be kept: {e}");
                 JobEventBody::Warning(NoteEvent { code: "CHECKPOINT_LOST".into(), message })
