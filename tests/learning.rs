@@ -68,6 +68,7 @@ fn a_classifier_learns() {
         from_delta: None,
         ewc: None,
         preference: None,
+        sweep: None,
         idempotency_key: None,
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::train_params::ResolvedTraining;
+use super::train_params::{ResolvedTraining, SweepEvent};
 
 /// Where a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -160,6 +160,8 @@ pub enum JobEventBody {
     Resumed(ResumedEvent),
     /// The examples with the highest loss.
     Worst(WorstEvent),
+    /// How the candidates of a sweep came out.
+    Sweep(SweepEvent),
 }
 
 /// The examples with the highest loss, worst first.
@@ -245,6 +247,9 @@ pub struct MetricsEvent {
     /// EWC's penalty on the values that the step began with; not part of `loss`.
     #[serde(default)]
     pub ewc_penalty: f64,
+    /// Of which candidate of a sweep, counting from 1; 0 = no sweep.
+    #[serde(default)]
+    pub candidate: u32,
 }
 
 /// Metrics of an evaluation on the validation examples.
@@ -280,7 +285,10 @@ pub struct EvalEvent {
     /// Mean reward of preferred answers less that of the others; preferences only.
     #[serde(default)]
     pub reward_margin: Option<f64>,
-    /// Whether it is the best so far.
+    /// Of which candidate of a sweep, counting from 1; 0 = no sweep.
+    #[serde(default)]
+    pub candidate: u32,
+    /// Whether it is the best so far (of its candidate).
     pub best: bool,
 }
 

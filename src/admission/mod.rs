@@ -25,6 +25,7 @@ pub mod position_params;
 pub mod preference_params;
 mod resume;
 mod service;
+pub mod sweep_params;
 pub mod train_params;
 mod training;
 pub mod transfer_params;

@@ -18,7 +18,7 @@ use crate::{
         KeptJob, Place, Prepared, Refusal, TrainError,
         joblog::LogError,
         publish_info,
-        run::{ResumeError, Run, RunInput},
+        run::{ResumeError, RunInput, Work},
     },
 };
 
@@ -89,8 +89,8 @@ impl Service {
         Ok(trainer.go_on(place, tenant, kept, &prepared, from).await?)
     }
 
-    /// Publishes what a job has come to: the values of its last stored checkpoint, as a version of a name. The job goes on;
-    /// one that failed or was interrupted has kept its last one.
+    /// Publishes what a job has come to: the values of its last stored checkpoint, as a version of a name (of a sweep, those of
+    /// the candidate with the best evaluation so far). The job goes on; one that failed or was interrupted has kept its last one.
     ///
     /// # Errors
     /// Unknown, or another tenant's; it has no checkpoint (also when it has succeeded or was cancelled); as [`Self::resume_job`] where it could
@@ -116,8 +116,10 @@ impl Service {
             let internal = |what: String| ServeError::Internal(format!("the checkpoint of step {step}: {what}"));
             let input = RunInput::from(&prepared);
             let info = publish_info(&input);
-            let run = Run::from_bytes(Arc::clone(&parts.base), None, input, &bytes);
-            let delta = run.and_then(|run| run.delta()).map_err(|e| internal(e.to_string()))?;
+            let work = Work::from_bytes(Arc::clone(&parts.base), None, input, &bytes);
+            let delta = work.and_then(|work| work.delta()).map_err(|e| internal(e.to_string()))?;
+            let unknown = || ServeError::JobState("no candidate of the sweep has been evaluated yet".to_owned());
+            let delta = delta.ok_or_else(unknown)?;
             let base_name = parts.base_name.clone();
             let meta = EncodeMeta { base_name, rslora: info.rslora, dropout: info.dropout };
             interop::encode(&delta, &parts.base, &meta).map_err(|e| internal(e.to_string()))

@@ -21,6 +21,7 @@ pub use super::position_params::{
     MAX_VIRTUAL_TOKENS, PTuningPart, PrefixInit, PrefixLibrary, PrefixPart, PromptInit, PromptPart,
 };
 pub use super::preference_params::{PreferenceMethod, PreferenceParams, ResolvedPreference};
+pub use super::sweep_params::{SweepCandidate, SweepEvent, SweepParams, SweepRow, with_rank};
 pub use super::transfer_params::{EwcParams, ResolvedEwc, StartedFrom};
 use crate::delta::{Problem, Task};
 
@@ -53,6 +54,9 @@ pub struct TrainParams {
     /// Learn which answers are preferred, not texts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preference: Option<PreferenceParams>,
+    /// Train several candidates side by side and publish the best.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepParams>,
     /// What the publish may do to an existing name.
     pub publish: PublishPolicy,
     /// Start at the values of this delta (`name` or `name@version`).
@@ -357,6 +361,9 @@ pub struct ResolvedTraining {
     /// What is learned of preferences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preference: Option<ResolvedPreference>,
+    /// The candidates of a sweep; empty without one. What differs between them is above as of the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sweep: Vec<SweepCandidate>,
 }
 
 impl ResolvedTraining {
@@ -477,6 +484,7 @@ mod tests {
             from_delta: Some("old@2".into()),
             ewc: Some(EwcParams { data: TrainData::Dataset("d0".into()), lambda: 2.0, max_examples: None }),
             preference: Some(PreferenceParams::of(PreferenceMethod::Kto)),
+            sweep: Some(SweepParams { learning_rates: vec![1e-4, 1e-3], ranks: vec![4] }),
             idempotency_key: None,
         };
         let stored = serde_json::to_string(&params)?;

@@ -4,6 +4,7 @@ use std::{path::Path, time::Duration};
 
 mod methods;
 mod preference;
+mod sweep;
 mod view;
 pub(super) mod worst;
 
@@ -16,6 +17,7 @@ use super::{Common, client::Client, deltas::PublishArgs, output};
 use crate::grpc::proto;
 use methods::{MethodArg, MethodArgs};
 use preference::PreferenceArgs;
+use sweep::SweepArgs;
 use view::View;
 
 const CHUNK: usize = 256 * 1024;
@@ -56,6 +58,8 @@ pub(super) struct TrainArgs {
     positions: super::train_positions::PositionArgs,
     #[command(flatten)]
     preference: PreferenceArgs,
+    #[command(flatten)]
+    sweep: SweepArgs,
     #[command(flatten)]
     hyper: HyperArgs,
     #[command(flatten)]
@@ -314,6 +318,7 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         k_per_class: args.k_per_class,
         hyper: Some(hyper),
         preference,
+        sweep: args.sweep.message(),
         publish: Some(args.publish.policy()),
         from_delta: args.start.from_delta.clone().unwrap_or_default(),
         ewc: None,
@@ -394,6 +399,7 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
         let name = p.method().as_str_name().trim_start_matches("PREFERENCE_METHOD_").to_lowercase();
         output::line(&format!("preferences {name}, beta {}", p.beta))?;
     }
+    sweep::plan_lines(&r).iter().try_for_each(|l| output::line(l))?;
     plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
     Ok(())
 }
@@ -401,6 +407,11 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
 /// Follows a job to its end; an error if it did not succeed.
 pub(super) async fn watch(common: &Common, client: &Client, id: &str, from: u64) -> anyhow::Result<()> {
     let mut view = View::new(common);
+    if !common.json {
+        let request = proto::GetJobRequest { id: id.to_owned() };
+        let job = client.training().get_job(request).await?.into_inner().job.unwrap_or_default();
+        view.expect(&job.resolved.unwrap_or_default());
+    }
     follow(client, id, from, |event| view.show(event)).await?
 }
 

@@ -118,6 +118,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         worst_examples: 0,
         gradient_checkpointing: false,
         preference: None,
+        sweep: vec![],
     }
 }
 
@@ -132,6 +133,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
         validation: Arc::from([]),
         held: Arc::from([]),
         start: None,
+        candidates: vec![],
         separate_validation: true,
         decoder: Default::default(),
     }

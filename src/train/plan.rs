@@ -7,11 +7,13 @@ mod defaults;
 mod evaluation;
 mod few_shot;
 mod held;
+mod sweep;
 
 use std::sync::Arc;
 
 pub(super) use defaults::default_length;
 use defaults::{Chosen, max_length, with_defaults};
+pub use sweep::Candidate;
 
 use crate::{
     admission::{
@@ -83,6 +85,8 @@ pub struct Prepared {
     pub decoder: Decoder,
     /// The estimate with gradient checkpointing, where the request leaves that open.
     pub lean: Option<MemoryEstimate>,
+    /// The candidates of a sweep; empty without one. `spec` is that of the first.
+    pub candidates: Vec<Candidate>,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -122,6 +126,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         Some(spec) => place(spec, base.max_positions, codec, &mut problems),
         None => base.max_positions,
     };
+    let sweep = sweep::resolve(params, (&methods, spec.as_ref()), labels.names(), base.shape, &mut problems);
     problems.extend(check_hyper(&params.hyper, room, base.max_positions));
     let max_length = max_length(&params.hyper, params.task, room);
     let fits = problems.iter().all(|p| p.field != "hyper.max_length");
@@ -152,7 +157,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         }
     };
     let eval_metric = evaluation::metric(params, labels.names(), &mut problems);
-    let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
+    let (Some(mut spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
     let seed = params.hyper.seed.unwrap_or(0);
     if let Some(Validation::Fraction(f)) = params.validation {
         let (keep, hold) = batches::split(train.len(), f, seed);
@@ -162,24 +167,32 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     add_mismatched(&mut train, max_length);
     add_mismatched(&mut validation, max_length);
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
-    let resolved = chosen.resolve(&train, start.as_ref());
+    let mut resolved = chosen.resolve(&train, start.as_ref());
+    let candidates = sweep::candidates(sweep, &mut spec, &mut resolved);
+    let beside = candidates.len().max(1);
     let virtual_rows = spec.positions.count();
     let most_of = |size: &dyn Fn(&Encoded) -> usize| train.iter().chain(&validation).map(size).max().unwrap_or(0);
     let longest = most_of(&Encoded::longest);
     let longest_rows = longest + virtual_rows;
     let example_rows = most_of(&|e| e.rows() + e.sequences() * virtual_rows);
     let most = if spec.full.is_some() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
-    let rows = (resolved.batch_size as usize * example_rows).min(most.max(example_rows));
-    let parameters = start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec));
+    // candidates share a micro-batch's rows
+    let rows = (resolved.batch_size as usize * example_rows * beside).min(most.max(example_rows));
+    let of =
+        |spec: &TrainSpec| start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(spec));
+    let parameters = if candidates.is_empty() { of(&spec) } else { candidates.iter().map(|c| of(&c.spec)).sum() };
     let estimate = |by_layer| {
         let mut memory = spec.memory(base.shape, parameters, (rows, longest_rows), by_layer);
+        if beside > 1 {
+            memory.activations += sweep::activations(base.shape, rows);
+        }
         if resolved.ewc.is_some() {
             memory.optimizer += 2 * memory.parameters;
         }
         memory
     };
     let memory = estimate(resolved.gradient_checkpointing);
-    let lean = params.hyper.gradient_checkpointing.is_none().then(|| estimate(true));
+    let lean = (params.hyper.gradient_checkpointing.is_none() && beside == 1).then(|| estimate(true));
     let reply = PlanReply {
         trainable_parameters: parameters,
         train_examples: train.len() as u64,
@@ -193,7 +206,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     };
     let (train, validation, held, decoder) = (train.into(), validation.into(), held.into(), codec.decoder.clone());
     let separate_validation = inputs.validation.is_some();
-    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, lean })
+    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, lean, candidates })
 }
 
 impl Prepared {
@@ -320,6 +333,7 @@ pub(crate) mod tests {
             from_delta: None,
             ewc: None,
             preference: None,
+            sweep: None,
             idempotency_key: None,
         }
     }

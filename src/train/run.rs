@@ -9,7 +9,9 @@ mod held;
 mod outcome;
 mod preference;
 mod resume;
+mod sweep;
 mod telling;
+mod work;
 
 use std::{
     collections::VecDeque,
@@ -23,6 +25,8 @@ use rand::rngs::StdRng;
 use autosave::Autosave;
 pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
+pub use sweep::Sweep;
+pub use work::Work;
 
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, ResolvedTraining},
@@ -37,7 +41,7 @@ use crate::{
         gradients,
         metrics::TrainMetrics,
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
-        plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
+        plan::{Candidate, MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
         spec::TrainSpec,
         start,
         trainable::{Snapshot, Trainable},
@@ -73,6 +77,8 @@ pub struct RunInput {
     pub separate_validation: bool,
     /// Ids to text.
     pub decoder: Decoder,
+    /// The candidates of a sweep; empty without one.
+    pub candidates: Vec<Candidate>,
 }
 
 impl From<&Prepared> for RunInput {
@@ -86,6 +92,7 @@ impl From<&Prepared> for RunInput {
             held: Arc::clone(&p.held),
             separate_validation: p.separate_validation,
             decoder: p.decoder.clone(),
+            candidates: p.candidates.clone(),
         }
     }
 }
@@ -280,10 +287,7 @@ impl Run {
             Ok(None) => Advance::More(events),
             Ok(Some(outcome)) => Advance::Done(events, Box::new(outcome)),
             Err(e) => {
-                let text = e.to_string();
-                let code =
-                    if text.to_ascii_lowercase().contains("out of memory") { "OUT_OF_MEMORY" } else { "INTERNAL" };
-                let failed = self.fail(code, format!("step {}: {text}", self.step + 1));
+                let failed = self.fail(code_of(&e), format!("step {}: {e}", self.step + 1));
                 Advance::Done(events, Box::new(failed))
             }
         }
@@ -460,4 +464,10 @@ impl Run {
         });
         Outcome::Failed(Failed { code, message, checkpoint })
     }
+}
+
+/// The code of a job that an error ends.
+fn code_of(error: &candle_core::Error) -> &'static str {
+    let text = error.to_string().to_ascii_lowercase();
+    if text.contains("out of memory") { "OUT_OF_MEMORY" } else { "INTERNAL" }
 }

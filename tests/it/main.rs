@@ -26,5 +26,6 @@ mod restart;
 mod seq2seq;
 mod study;
 mod support;
+mod sweep;
 mod train;
 mod transfer;

@@ -83,6 +83,7 @@ fn eval(e: EvalEvent) -> proto::EvalResult {
         reward_accuracy: e.reward_accuracy,
         reward_margin: e.reward_margin,
         best: e.best,
+        candidate: e.candidate,
     }
 }
 
@@ -108,6 +109,7 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
         }),
         JobEventBody::Resumed(r) => Body::Resumed(proto::Resumed { step: r.step }),
         JobEventBody::Worst(w) => Body::Worst(worst(w)),
+        JobEventBody::Sweep(s) => Body::Sweep(super::sweep::result(s)),
     };
     proto::JobEvent { seq: event.seq, time_ms: event.at_ms, body: Some(body) }
 }
@@ -125,6 +127,7 @@ fn metrics(m: MetricsEvent) -> proto::Metrics {
         step_ms: m.step_ms,
         yielded_ms: m.yielded_ms,
         ewc_penalty: m.ewc_penalty,
+        candidate: m.candidate,
     }
 }
 

@@ -41,6 +41,7 @@ pub(in crate::grpc) fn train(
             max_examples: e.max_examples,
         }),
         preference: spec.preference.and_then(|p| super::preference::from_wire(p, &mut problems)),
+        sweep: spec.sweep.map(super::sweep::from_wire),
         from_delta: (!spec.from_delta.is_empty()).then_some(spec.from_delta),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
     };
@@ -248,6 +249,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         worst_examples: r.worst_examples,
         gradient_checkpointing: r.gradient_checkpointing,
         preference: r.preference.map(super::preference::to_wire),
+        sweep: r.sweep.into_iter().map(super::sweep::candidate).collect(),
     }
 }
 

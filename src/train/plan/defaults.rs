@@ -154,6 +154,7 @@ impl Chosen<'_> {
             keep_last: h.keep_last,
             gradient_checkpointing: h.gradient_checkpointing.unwrap_or(false),
             preference: params.preference.map(|p| p.resolve()),
+            sweep: Vec::new(),
             worst_examples: h.worst_examples.unwrap_or(if params.validation.is_some() { WORST } else { 0 }),
         }
     }
