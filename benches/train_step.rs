@@ -3,10 +3,16 @@
 //! `cargo bench --bench train_step -- [--base DIR] [--rows 8] [--len 128] [--repeat 5]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M). Memory is the peak resident set (`VmHWM`) less
 //! the resident set before the first step; gradients of the frozen weights would add the size of the base.
+//!
+//! With `--sweep K` it compares a sweep of K learning rates, whose steps are done together, with the same K jobs one after the
+//! other: seconds per step of all K, and their ratio (`--rows` examples of `--len` tokens per candidate and step, `--rank 8`).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a benchmark stops at the first surprise")]
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use candle_core::{Device, Tensor, Var};
 use deltaserve::{
@@ -14,6 +20,13 @@ use deltaserve::{
     model::{Base, Input, LoadOptions, testing},
     nn::Cx,
     rows::RowLayout,
+    train::{
+        BaseInfo, Inputs,
+        encode::TextCodec,
+        prepare,
+        run::{Advance, RunInput, Work},
+        spec::BaseShape,
+    },
 };
 use serde_json::json;
 
@@ -55,6 +68,80 @@ fn median(mut v: Vec<f64>) -> f64 {
     v.get(v.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// A job on texts of so many tokens, one per byte.
+fn input(base: &Base, (rows, len, steps): (usize, usize, usize), wanted: serde_json::Value) -> RunInput {
+    let text = |i: usize| -> String {
+        (0..len - 1).map(|j| char::from(b'!' + ((i * 31 + j * j * 7 + j) % 90) as u8)).collect()
+    };
+    let lines = |n: usize| -> String { (0..n).map(|i| json!({"text": text(i)}).to_string() + "\n").collect() };
+    let mut params = json!({
+        "output_name": "out", "task": "causal_lm", "data": {"jsonl": "-"}, "validation": {"data": {"jsonl": "-"}},
+        "labels": [], "publish": "upsert",
+        "hyper": {
+            "max_steps": steps, "batch_size": rows, "max_length": len, "eval_every": 1_000_000, "warmup_ratio": 0.0
+        },
+    });
+    let hyper = wanted["hyper"].as_object().into_iter().flatten();
+    hyper.for_each(|(key, value)| params["hyper"][key] = value.clone());
+    params["methods"] = json!([{"kind": "lora", "rank": number("--rank", 8)}]);
+    params["sweep"] = wanted["sweep"].clone();
+    let params = serde_json::from_value(params).expect("a request");
+    let codec = TextCodec::new(
+        Arc::new(|text: &str, _: bool| Ok(text.bytes().map(u32::from).collect())),
+        Arc::new(|_: &[String]| Err("no words".to_owned())),
+        None,
+        vec![0],
+    )
+    .expect("a codec");
+    let (train, held) = (lines(rows * 4), lines(2));
+    let inputs = Inputs {
+        params: &params,
+        train: train.as_bytes(),
+        validation: Some(held.as_bytes()),
+        forgetting: None,
+        start: None,
+    };
+    let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
+    RunInput::from(&prepare(inputs, info, &codec).expect("a job"))
+}
+
+/// Seconds per step, after the first.
+fn seconds_per_step(base: &Arc<Base>, input: RunInput, steps: usize) -> f64 {
+    let mut work = Work::new(Arc::clone(base), None, input).expect("a job");
+    let (mut begun, mut took) = (Instant::now(), Duration::ZERO);
+    while (work.step() as usize) < steps {
+        let before = work.step();
+        assert!(matches!(work.advance(), Advance::More(_)), "it goes on");
+        match (before, work.step()) {
+            (0, 1) => begun = Instant::now(),
+            (a, b) if a != b => took = begun.elapsed(),
+            _ => {}
+        }
+    }
+    took.as_secs_f64() / (steps - 1) as f64
+}
+
+/// The candidates together against one after the other.
+fn sweep(base: &Arc<Base>, candidates: usize, (rows, len, steps): (usize, usize, usize)) {
+    let rates: Vec<f64> = (1..=candidates).map(|i| 1e-4 * i as f64).collect();
+    // a job more than is timed, so that none ends within the measured steps
+    let size = (rows, len, steps + 1);
+    let together =
+        seconds_per_step(base, input(base, size, json!({"sweep": {"learning_rates": rates, "ranks": []}})), steps);
+    let alone = |rate: &f64| {
+        let wanted = json!({"hyper": {"learning_rate": rate}});
+        seconds_per_step(base, input(base, size, wanted), steps)
+    };
+    let apart: f64 = rates.iter().map(alone).sum();
+    println!(
+        "{}",
+        json!({
+            "candidates": candidates, "tokens_per_candidate": rows * len, "together_s": together, "apart_s": apart,
+            "together_over_apart": together / apart, "peak_mib": status_mib("VmHWM"),
+        })
+    );
+}
+
 fn main() {
     let (rows, len, repeat) = (number("--rows", 8), number("--len", 128), number("--repeat", 5));
     let args: Vec<String> = std::env::args().collect();
@@ -70,6 +157,10 @@ fn main() {
             testing::random_base(&config, 7).expect("random base")
         }
     };
+    let candidates = number("--sweep", 0);
+    if candidates > 0 {
+        return sweep(&Arc::new(base), candidates, (rows, len, repeat + 1));
+    }
     let (delta, vars) = trainable(&base, 8);
     let layout = RowLayout::packed(&vec![len; rows]);
     let batch = DeltaBatch::single(delta, &layout, base.sites.len());

@@ -69,6 +69,7 @@ fn a_classifier_learns() {
         mix: None,
         ewc: None,
         preference: None,
+        sweep: None,
         idempotency_key: None,
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));

@@ -292,6 +292,7 @@ impl TrainParams {
         self.check_ewc(&mut problems);
         self.check_mix(&mut problems);
         self.check_preference(&mut problems);
+        self.check_sweep(&mut problems);
         self.check_labels(&mut problems);
         self.hyper.check("spec.hyper", &mut problems);
         if let Some(key) = &self.idempotency_key {

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::train_params::ResolvedTraining;
+use super::train_params::{ResolvedTraining, SweepEvent};
 
 /// Where a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -163,6 +163,8 @@ pub enum JobEventBody {
     Worst(WorstEvent),
     /// The weights of the deltas that were mixed.
     Mix(MixEvent),
+    /// How the candidates of a sweep came out.
+    Sweep(SweepEvent),
 }
 
 /// The learned weights of the deltas that were mixed.
@@ -269,6 +271,9 @@ pub struct MetricsEvent {
     /// The step's mean divergence from the bare base per learned token, where that is part of the loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl: Option<f64>,
+    /// Of which candidate of a sweep, counting from 1; 0 = no sweep.
+    #[serde(default)]
+    pub candidate: u32,
 }
 
 /// Metrics of an evaluation on the validation examples.
@@ -313,7 +318,10 @@ pub struct EvalEvent {
     /// Mean ROUGE-L of the answers; as `exact_match`.
     #[serde(default)]
     pub rouge_l: Option<f64>,
-    /// Whether it is the best so far.
+    /// Of which candidate of a sweep, counting from 1; 0 = no sweep.
+    #[serde(default)]
+    pub candidate: u32,
+    /// Whether it is the best so far (of its candidate).
     pub best: bool,
 }
 

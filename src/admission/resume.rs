@@ -21,7 +21,7 @@ use crate::{
         KeptJob, Place, Prepared, Refusal, TrainError,
         joblog::LogError,
         publish_info,
-        run::{ResumeError, Run, RunInput},
+        run::{ResumeError, RunInput, Work},
     },
 };
 
@@ -142,8 +142,9 @@ impl Service {
         Ok(trainer.go_on(place, tenant, kept, &prepared, from).await?)
     }
 
-    /// Publishes what a job has come to, the values of its last stored checkpoint, or those of a step that it keeps, as a version
-    /// of a name. The job goes on; one that failed or was interrupted has kept its last one.
+    /// Publishes what a job has come to, the values of its last stored checkpoint (of a sweep, those of the candidate with the
+    /// best evaluation so far), or those of a step that it keeps, as a version of a name. The job goes on; one that failed or
+    /// was interrupted has kept its last one.
     ///
     /// # Errors
     /// Unknown, or another tenant's; it has no checkpoint (also when it has succeeded or was cancelled), or none of that step;
@@ -179,10 +180,12 @@ impl Service {
             let (base, input) = (Arc::clone(&parts.base), RunInput::from(&prepared));
             let info = publish_info(&input);
             let delta = match which {
-                Which::Best(..) => Run::delta_of(base, input, &bytes),
-                Which::Last => Run::from_bytes(base, None, input, &bytes).and_then(|run| run.delta()),
+                Which::Best(..) => Run::delta_of(base, input, &bytes).map(Some),
+                Which::Last => Work::from_bytes(base, None, input, &bytes).and_then(|work| work.delta()),
             };
             let delta = delta.map_err(|e| internal(e.to_string()))?;
+            let unknown = || ServeError::JobState("no candidate of the sweep has been evaluated yet".to_owned());
+            let delta = delta.ok_or_else(unknown)?;
             let base_name = parts.base_name.clone();
             let meta = EncodeMeta { base_name, rslora: info.rslora, dropout: info.dropout };
             interop::encode(&delta, &parts.base, &meta).map_err(|e| internal(e.to_string()))

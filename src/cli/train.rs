@@ -4,6 +4,7 @@ use std::{path::Path, time::Duration};
 
 mod methods;
 mod preference;
+mod sweep;
 mod view;
 pub(super) mod worst;
 
@@ -16,6 +17,7 @@ use super::{Common, client::Client, deltas::PublishArgs, output};
 use crate::grpc::proto;
 use methods::{MethodArg, MethodArgs};
 use preference::PreferenceArgs;
+use sweep::SweepArgs;
 use view::View;
 
 const CHUNK: usize = 256 * 1024;
@@ -56,6 +58,8 @@ pub(super) struct TrainArgs {
     positions: super::train_positions::PositionArgs,
     #[command(flatten)]
     preference: PreferenceArgs,
+    #[command(flatten)]
+    sweep: SweepArgs,
     #[command(flatten)]
     hyper: HyperArgs,
     #[command(flatten)]
@@ -337,6 +341,7 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         k_per_class: args.k_per_class,
         hyper: Some(hyper),
         preference,
+        sweep: args.sweep.message(),
         publish: Some(args.publish.policy()),
         from_delta: start.from_delta.clone().unwrap_or_default(),
         mix: (!start.mix.is_empty()).then(|| proto::Mix { deltas: start.mix.clone(), per_layer: start.mix_per_layer }),
@@ -433,6 +438,7 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
     if r.keep_best > 1 {
         output::line(&format!("keeps       the {} best evaluations by {}", r.keep_best, r.eval_metric))?;
     }
+    sweep::plan_lines(&r).iter().try_for_each(|l| output::line(l))?;
     plan.warnings.iter().for_each(|w| output::note(&format!("warning: {}: {} {}", w.field, w.code, w.message)));
     Ok(())
 }
@@ -440,6 +446,11 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
 /// Follows a job to its end; an error if it did not succeed.
 pub(super) async fn watch(common: &Common, client: &Client, id: &str, from: u64) -> anyhow::Result<()> {
     let mut view = View::new(common);
+    if !common.json {
+        let request = proto::GetJobRequest { id: id.to_owned() };
+        let job = client.training().get_job(request).await?.into_inner().job.unwrap_or_default();
+        view.expect(&job.resolved.unwrap_or_default());
+    }
     follow(client, id, from, |event| view.show(event)).await?
 }
 

@@ -8,6 +8,7 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{Device, Error, Result, Tensor};
 
+mod blocks;
 mod embedding;
 mod input;
 mod sublayer;
@@ -308,6 +309,9 @@ impl DeltaBatch {
     /// The reference for one site: `out` `[rows, out]` is exactly the site's.
     pub(crate) fn patch_site(&self, site: SiteId, x: &Tensor, mut out: Tensor) -> Result<Tensor> {
         let Some(plan) = self.plan.get(site) else { return Ok(out) };
+        if let Some(patched) = self.patch_blocks(plan, x, &out)? {
+            return Ok(patched);
+        }
         for (slot, range) in plan {
             let slot = &self.slots[*slot];
             let patches = &slot.delta.patches()[range.clone()];

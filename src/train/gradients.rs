@@ -198,19 +198,19 @@ fn with_leaves(delta: &Delta) -> Result<(Delta, Vec<(Tensor, Tensor)>)> {
 }
 
 /// Sums of gradients, of variables and then of leaves.
-struct Sums {
+pub(super) struct Sums {
     of: Vec<Tensor>,
     grads: Gradients,
 }
 
 impl Sums {
-    fn of(vars: &[NamedVar], made: &[(Tensor, Tensor)]) -> Self {
+    pub(super) fn of(vars: &[NamedVar], made: &[(Tensor, Tensor)]) -> Self {
         let leaves = made.iter().map(|(leaf, _)| leaf);
         let of: Vec<Tensor> = vars.iter().map(|v| v.var.as_tensor()).chain(leaves).cloned().collect();
         Self { grads: vec![None; of.len()], of }
     }
 
-    fn take(&mut self, found: &mut GradStore) -> Result<()> {
+    pub(super) fn take(&mut self, found: &mut GradStore) -> Result<()> {
         self.of.iter().zip(&mut self.grads).try_for_each(|(of, sum)| add(sum, found.remove(of)))
     }
 
@@ -229,7 +229,7 @@ impl Sums {
         }
     }
 
-    fn grads(mut self, vars: usize) -> Gradients {
+    pub(super) fn grads(mut self, vars: usize) -> Gradients {
         self.grads.truncate(vars);
         self.grads
     }

@@ -122,6 +122,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         generation: None,
         kl_to_base: 0.0,
         keep_best: 1,
+        sweep: vec![],
     }
 }
 
@@ -136,6 +137,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
         validation: Arc::from([]),
         held: Arc::from([]),
         start: None,
+        candidates: vec![],
         separate_validation: true,
         decoder: Default::default(),
         quiz: Default::default(),

@@ -62,6 +62,11 @@ mod supervisor;
 #[cfg(test)]
 mod supervisor_tests;
 mod svd;
+#[cfg(test)]
+mod sweep_laws;
+#[cfg(test)]
+mod sweep_resume_laws;
+mod together;
 pub mod trainable;
 pub mod transfer;
 #[cfg(test)]

@@ -108,12 +108,31 @@ pub(super) fn losses_of(
             }
             Ok(Losses::of(next_token(base, hidden, sequences, smoothing, cx)?.0))
         }
-        Some(Target::Label(_)) => text_label(base, hidden, examples, smoothing, cx),
-        Some(Target::Labels(_)) => text_targets(base, hidden, examples, several, cx),
-        Some(Target::Value(_)) => text_targets(base, hidden, examples, squared, cx),
-        Some(Target::Tags(_)) => word_labels(base, hidden, examples, smoothing, cx),
-        Some(Target::Preferred(..) | Target::Rated(..)) => candle_core::bail!("preferences have losses of their own"),
+        Some(_) => {
+            of_logits(only_group(head_logits(base, hidden, examples, cx)?, examples.len())?, examples, smoothing, cx)
+        }
         None => candle_core::bail!("an empty micro-batch"),
+    }
+}
+
+/// The logits that examples with labels want, by head.
+pub(super) fn head_logits(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Vec<HeadLogits>> {
+    match examples.first().map(|e| &e.target) {
+        Some(Target::Tags(_)) => base.transformer.token_head_logits(hidden, cx),
+        Some(Target::Label(_) | Target::Labels(_) | Target::Value(_)) => base.transformer.head_logits(hidden, cx),
+        Some(Target::Preferred(..) | Target::Rated(..)) => candle_core::bail!("preferences have losses of their own"),
+        Some(Target::Tokens(_)) | None => candle_core::bail!("no example has a label"),
+    }
+}
+
+/// The losses of examples with labels, whose logits of one head these are; `cx` is that of a forward which they begin.
+pub(super) fn of_logits(logits: Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
+    match examples.first().map(|e| &e.target) {
+        Some(Target::Label(_)) => text_label(logits, examples, smoothing),
+        Some(Target::Labels(_)) => text_targets(&logits, examples, several),
+        Some(Target::Value(_)) => text_targets(&logits, examples, squared),
+        Some(Target::Tags(_)) => word_labels(&logits, examples, smoothing, cx),
+        _ => candle_core::bail!("no example has a label"),
     }
 }
 
@@ -242,25 +261,22 @@ fn learned(sequences: &[Sequence<'_>], rows: &RowLayout) -> (Vec<u32>, Vec<u32>,
     (pick, targets, counts)
 }
 
-fn text_label(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
+fn text_label(logits: Tensor, examples: &[&Encoded], smoothing: f64) -> Result<Losses> {
     let mut gold = Vec::with_capacity(examples.len());
     for example in examples {
         let Target::Label(label) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
         gold.push(*label);
     }
-    let logits = only_group(base.transformer.head_logits(hidden, cx)?, examples.len())?; // [texts, labels]
     cross_entropy(logits, gold, smoothing)
 }
 
 /// Losses of targets with one number per output.
 fn text_targets(
-    base: &Base,
-    hidden: &Tensor,
+    logits: &Tensor,
     examples: &[&Encoded],
     loss: fn(&Tensor, &Tensor) -> Result<Tensor>,
-    cx: &Cx<'_>,
 ) -> Result<Losses> {
-    let logits = only_group(base.transformer.head_logits(hidden, cx)?, examples.len())?.to_dtype(DType::F32)?; // [texts, outputs]
+    let logits = logits.to_dtype(DType::F32)?; // [texts, outputs]
     let outputs = logits.dim(1)?;
     let mut targets = Vec::with_capacity(examples.len());
     for example in examples {
@@ -288,8 +304,7 @@ fn squared(outputs: &Tensor, wanted: &Tensor) -> Result<Tensor> {
     (outputs - wanted)?.sqr()
 }
 
-fn word_labels(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
-    let logits = only_group(base.transformer.token_head_logits(hidden, cx)?, examples.len())?; // [tokens, labels]
+fn word_labels(logits: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
     let (mut pick, mut gold, mut words, mut start) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for (example, span) in examples.iter().zip(cx.rows.spans()) {
         let Target::Tags(tags) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
@@ -298,7 +313,7 @@ fn word_labels(base: &Base, hidden: &Tensor, examples: &[&Encoded], smoothing: f
         gold.extend(tags.iter().map(|(_, label)| *label));
         words.push(tags.len());
     }
-    let logits = logits.index_select(&Tensor::new(pick, logits.device())?, 0)?; // [words, labels]
+    let logits = logits.index_select(&Tensor::new(pick, logits.device())?, 0)?; // [tokens, labels] -> [words, labels]
     Ok(Losses { words, ..cross_entropy(logits, gold, smoothing)? })
 }
 

@@ -9,11 +9,13 @@ mod few_shot;
 mod generation;
 mod held;
 mod keeping;
+mod sweep;
 
 use std::sync::Arc;
 
 pub(super) use defaults::default_length;
 use defaults::{Chosen, max_length, with_defaults};
+pub use sweep::Candidate;
 
 use crate::{
     admission::{
@@ -88,6 +90,8 @@ pub struct Prepared {
     pub quiz: Quiz,
     /// The estimate with gradient checkpointing, where the request leaves that open.
     pub lean: Option<MemoryEstimate>,
+    /// The candidates of a sweep; empty without one. `spec` is that of the first.
+    pub candidates: Vec<Candidate>,
 }
 
 /// Resolves a request. Runs long (it tokenises everything): not for an async thread.
@@ -127,6 +131,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         Some(spec) => place(spec, base.max_positions, codec, &mut problems),
         None => base.max_positions,
     };
+    let sweep = sweep::resolve(params, (&methods, spec.as_ref()), labels.names(), base.shape, &mut problems);
     problems.extend(check_hyper(&params.hyper, room, base.max_positions));
     problems.extend(keeping::problems(params));
     let max_length = max_length(&params.hyper, params.task, room);
@@ -161,7 +166,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let eval_metric = evaluation::metric(params, labels.names(), &mut problems);
     let evaluated = separate.as_ref().unwrap_or(&data);
     let asks = generation::is_wanted(params, eval_metric, evaluated.format, &mut problems);
-    let (Some(spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
+    let (Some(mut spec), true) = (spec, problems.is_empty()) else { return Err(problems) };
     let seed = params.hyper.seed.unwrap_or(0);
     if let Some(Validation::Fraction(f)) = params.validation {
         let (keep, hold) = batches::split(train.len(), f, seed);
@@ -172,6 +177,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     add_mismatched(&mut validation, max_length);
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let mut resolved = chosen.resolve(&train, start.as_ref());
+    let candidates = sweep::candidates(sweep, &mut spec, &mut resolved);
+    let beside = candidates.len().max(1);
     let virtual_rows = spec.positions.count();
     let mut quiz = Quiz::default();
     if asks {
@@ -186,11 +193,16 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     let longest_rows = longest + virtual_rows;
     let example_rows = most_of(&|e| e.rows() + e.sequences() * virtual_rows);
     let most = if spec.full.is_some() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
-    let rows = (resolved.batch_size as usize * example_rows).min(most.max(example_rows));
-    let parameters =
-        start.as_ref().map_or_else(|| spec.parameters(base.shape.sites), |s| s.parameters(&spec, base.shape.sites));
+    // candidates share a micro-batch's rows
+    let rows = (resolved.batch_size as usize * example_rows * beside).min(most.max(example_rows));
+    let sites = base.shape.sites;
+    let of = |spec: &TrainSpec| start.as_ref().map_or_else(|| spec.parameters(sites), |s| s.parameters(spec, sites));
+    let parameters = if candidates.is_empty() { of(&spec) } else { candidates.iter().map(|c| of(&c.spec)).sum() };
     let estimate = |by_layer| {
         let mut memory = spec.memory(base.shape, parameters, (rows, longest_rows), by_layer);
+        if beside > 1 {
+            memory.activations += sweep::activations(base.shape, rows);
+        }
         if resolved.ewc.is_some() {
             memory.optimizer += 2 * memory.parameters;
         }
@@ -201,7 +213,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         memory
     };
     let memory = estimate(resolved.gradient_checkpointing);
-    let lean = params.hyper.gradient_checkpointing.is_none().then(|| estimate(true));
+    let lean = (params.hyper.gradient_checkpointing.is_none() && beside == 1).then(|| estimate(true));
     let reply = PlanReply {
         trainable_parameters: parameters,
         train_examples: train.len() as u64,
@@ -215,7 +227,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     };
     let (train, validation, held, decoder) = (train.into(), validation.into(), held.into(), codec.decoder.clone());
     let separate_validation = inputs.validation.is_some();
-    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, quiz, lean })
+    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, quiz, lean, candidates })
 }
 
 impl Prepared {
@@ -343,6 +355,7 @@ pub(crate) mod tests {
             mix: None,
             ewc: None,
             preference: None,
+            sweep: None,
             idempotency_key: None,
         }
     }

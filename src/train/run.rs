@@ -11,7 +11,9 @@ mod held;
 mod outcome;
 mod preference;
 mod resume;
+mod sweep;
 mod telling;
+mod work;
 
 use std::{
     collections::VecDeque,
@@ -27,6 +29,8 @@ use best::Bests;
 pub use best::Runner;
 pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
+pub use sweep::Sweep;
+pub use work::Work;
 
 use crate::{
     admission::train_params::{JobEventBody, MixEvent, ResolvedTraining},
@@ -42,7 +46,7 @@ use crate::{
         gradients,
         metrics::TrainMetrics,
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
-        plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
+        plan::{Candidate, MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
         spec::TrainSpec,
         start,
         trainable::{Snapshot, Trainable},
@@ -80,6 +84,8 @@ pub struct RunInput {
     pub decoder: Decoder,
     /// What evaluations ask; may be empty.
     pub quiz: Quiz,
+    /// The candidates of a sweep; empty without one.
+    pub candidates: Vec<Candidate>,
 }
 
 impl From<&Prepared> for RunInput {
@@ -94,6 +100,7 @@ impl From<&Prepared> for RunInput {
             separate_validation: p.separate_validation,
             decoder: p.decoder.clone(),
             quiz: p.quiz.clone(),
+            candidates: p.candidates.clone(),
         }
     }
 }
@@ -291,10 +298,7 @@ impl Run {
                 Advance::Done(events, Box::new(outcome))
             }
             Err(e) => {
-                let text = e.to_string();
-                let code =
-                    if text.to_ascii_lowercase().contains("out of memory") { "OUT_OF_MEMORY" } else { "INTERNAL" };
-                let failed = self.fail(code, format!("step {}: {text}", self.step + 1));
+                let failed = self.fail(code_of(&e), format!("step {}: {e}", self.step + 1));
                 Advance::Done(events, Box::new(failed))
             }
         }
@@ -481,4 +485,10 @@ impl Run {
         });
         Outcome::Failed(Failed { code, message, checkpoint })
     }
+}
+
+/// The code of a job that an error ends.
+fn code_of(error: &candle_core::Error) -> &'static str {
+    let text = error.to_string().to_ascii_lowercase();
+    if text.contains("out of memory") { "OUT_OF_MEMORY" } else { "INTERNAL" }
 }

@@ -23,7 +23,7 @@ use crate::{
     pacing::Pacer,
     train::{
         control::{Ask, Control},
-        run::{Advance, Failed, Outcome, Run, RunInput, Saved, Trained},
+        run::{Advance, Failed, Outcome, RunInput, Saved, Trained, Work},
     },
 };
 
@@ -88,8 +88,8 @@ struct Active {
 
 enum Stage {
     /// A thread of its own sets the run up.
-    Setup(Receiver<Result<Run, String>>),
-    Run(Box<Run>),
+    Setup(Receiver<Result<Work, String>>),
+    Run(Work),
 }
 
 /// How long the thread rests when all of its jobs are being set up.
@@ -139,11 +139,11 @@ impl Worker {
 
     fn begin(&mut self, start: Start) {
         let Start { id, input, from, control, slot } = start;
-        // a whole model is read from the disk and hashed: too long for the others to wait
-        let apart = input.spec.full.is_some();
+        // a whole model is read from the disk and hashed, a sweep is several runs: too long for the others to wait
+        let apart = input.spec.full.is_some() || !input.candidates.is_empty();
         let (base, pacer) = (Arc::clone(&self.base), Arc::clone(&self.pacer));
         let new = move || set_up(base, pacer, (input, from), slot);
-        let stage = if apart { set_up_apart(new) } else { new().map(|run| Stage::Run(Box::new(run))) };
+        let stage = if apart { set_up_apart(new) } else { new().map(Stage::Run) };
         match stage {
             Ok(stage) => self.active.push(Active { id, control, stage }),
             Err(message) => {
@@ -163,7 +163,7 @@ impl Worker {
                 Err(TryRecvError::Disconnected) => return Turn::Over(End::Failed(internal("setting up ended".into()))),
                 Ok(Err(message)) => return Turn::Over(End::Failed(internal(message))),
                 Ok(Ok(run)) => {
-                    *stage = Stage::Run(Box::new(run));
+                    *stage = Stage::Run(run);
                     return Turn::Again;
                 }
             },
@@ -172,7 +172,7 @@ impl Worker {
         match control.ask() {
             Ask::GoOn => {}
             Ask::Cancel => return Turn::Over(End::Cancelled),
-            Ask::Stop if run.trainable().is_full() => return Turn::Over(End::Cancelled),
+            Ask::Stop if run.is_full() => return Turn::Over(End::Cancelled),
             Ask::Pause | Ask::Stop => {
                 let (end, note) = leave(run);
                 if note.is_some_and(|note| self.reports.blocking_send(Report::Event(id, Box::new(note))).is_err()) {
@@ -229,11 +229,11 @@ fn set_up(
     pacer: Arc<Pacer>,
     (input, from): (RunInput, Option<Bytes>),
     slot: usize,
-) -> Result<Run, String> {
+) -> Result<Work, String> {
     let new = || {
         let mut run = match from {
-            Some(bytes) => Run::from_bytes(base, Some(pacer), input, &bytes)?,
-            None => Run::new(base, Some(pacer), input)?,
+            Some(bytes) => Work::from_bytes(base, Some(pacer), input, &bytes)?,
+            None => Work::new(base, Some(pacer), input)?,
         };
         run.show_in_slot(slot);
         Ok::<_, candle_core::Error>(run)
@@ -245,7 +245,7 @@ fn set_up(
 }
 
 /// The same on a thread of its own.
-fn set_up_apart(new: impl FnOnce() -> Result<Run, String> + Send + 'static) -> Result<Stage, String> {
+fn set_up_apart(new: impl FnOnce() -> Result<Work, String> + Send + 'static) -> Result<Stage, String> {
     let (send, made) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("trainer-setup".into()).spawn(move || {
         // nobody takes it if the trainer thread has ended
@@ -255,7 +255,7 @@ fn set_up_apart(new: impl FnOnce() -> Result<Run, String> + Send + 'static) -> R
 }
 
 /// How a run leaves that is to pause. Where no checkpoint can be made, it goes on from the one before.
-fn leave(run: &Run) -> (End, Option<JobEventBody>) {
+fn leave(run: &Work) -> (End, Option<JobEventBody>) {
     let made = catch_unwind(AssertUnwindSafe(|| run.to_bytes().map_err(|e| e.to_string())));
     match made.unwrap_or_else(|panic| Err(panic_text(panic.as_ref()))) {
         Ok(bytes) => (End::Paused(bytes.map(|bytes| Saved { step: run.step(), bytes })), None),

@@ -167,6 +167,7 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
             labels: vec![],
             k_per_class: None,
             preference: None,
+            sweep: None,
             problem: Default::default(),
             forgetting: None,
             hyper: HyperParams {

@@ -86,6 +86,7 @@ fn eval(e: EvalEvent) -> proto::EvalResult {
         bleu: e.bleu,
         rouge_l: e.rouge_l,
         best: e.best,
+        candidate: e.candidate,
     }
 }
 
@@ -117,6 +118,7 @@ pub(in crate::grpc) fn job_event(event: JobEventInfo) -> proto::JobEvent {
             deltas: m.deltas,
             rows: m.rows.into_iter().map(|r| proto::MixRow { layer: r.layer, weights: r.weights }).collect(),
         }),
+        JobEventBody::Sweep(s) => Body::Sweep(super::sweep::result(s)),
     };
     proto::JobEvent { seq: event.seq, time_ms: event.at_ms, body: Some(body) }
 }
@@ -135,6 +137,7 @@ fn metrics(m: MetricsEvent) -> proto::Metrics {
         yielded_ms: m.yielded_ms,
         ewc_penalty: m.ewc_penalty,
         kl: m.kl,
+        candidate: m.candidate,
     }
 }
 

@@ -7,6 +7,7 @@ mod jobs;
 mod methods;
 mod preference;
 mod server;
+mod sweep;
 mod training;
 
 pub(super) use deltas::*;

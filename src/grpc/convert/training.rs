@@ -45,6 +45,7 @@ pub(in crate::grpc) fn train(
             max_examples: e.max_examples,
         }),
         preference: spec.preference.and_then(|p| super::preference::from_wire(p, &mut problems)),
+        sweep: spec.sweep.map(super::sweep::from_wire),
         from_delta: (!spec.from_delta.is_empty()).then_some(spec.from_delta),
         mix: spec.mix.map(|m| MixParams { deltas: m.deltas, per_layer: m.per_layer }),
         idempotency_key: (!idempotency_key.is_empty()).then_some(idempotency_key),
@@ -272,6 +273,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         eval_examples: r.generation.map_or(0, |g| g.examples),
         kl_to_base: r.kl_to_base,
         keep_best: r.keep_best,
+        sweep: r.sweep.into_iter().map(super::sweep::candidate).collect(),
     }
 }
 

@@ -26,7 +26,12 @@ impl Autosave {
         Self { step, at: Instant::now(), cost: Duration::ZERO }
     }
 
-    fn is_due(&self, step: u32, every: u32) -> bool {
+    /// One that was made now, at this cost.
+    pub(super) fn made(step: u32, cost: Duration) -> Self {
+        Self { cost, ..Self::from_step(step) }
+    }
+
+    pub(super) fn is_due(&self, step: u32, every: u32) -> bool {
         match every {
             0 => step > self.step && self.at.elapsed() >= EVERY.max(self.cost * SHARE),
             // the next multiple, or a later step where that one could not be kept
@@ -49,7 +54,7 @@ impl Run {
         }
         let begun = Instant::now();
         let bytes = self.to_bytes()?;
-        self.autosave = Autosave { cost: begun.elapsed(), ..Autosave::from_step(self.step) };
+        self.autosave = Autosave::made(self.step, begun.elapsed());
         Ok(bytes.map(|bytes| Saved { step: self.step, bytes }))
     }
 }

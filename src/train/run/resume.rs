@@ -12,7 +12,7 @@ use candle_core::{Device, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Autosave, Phase, Run, RunInput, best::Best};
+use super::{Autosave, Phase, Run, RunInput, best::Best, sweep};
 use crate::{
     admission::train_params::EvalEvent,
     ids::BaseFingerprint,
@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Form of the bytes.
-const FORM: u32 = 1;
+pub(super) const FORM: u32 = 1;
 /// Key of the metadata.
 const KEY: &str = "deltaserve.run";
 
@@ -104,7 +104,7 @@ fn kind_of(place: usize) -> String {
 }
 
 impl RunInput {
-    fn identity(&self, base: &BaseFingerprint) -> Result<Identity> {
+    pub(super) fn identity(&self, base: &BaseFingerprint) -> Result<Identity> {
         let hyper = Sha256::digest(serde_json::to_vec(&self.resolved.of_training()).map_err(Error::wrap)?);
         let mut data = Sha256::new();
         for examples in [&self.train, &self.validation, &self.held] {
@@ -121,6 +121,9 @@ impl RunInput {
     /// [`ResumeError`]: it is unreadable, or belongs to something else.
     pub fn check_resumes(&self, bytes: &[u8], base: &BaseFingerprint) -> std::result::Result<u32, ResumeError> {
         let identity = self.identity(base).map_err(|e| ResumeError::Unreadable(e.to_string()))?;
+        if !self.candidates.is_empty() {
+            return sweep::check_resumes(self, bytes, (&identity, base));
+        }
         Ok(State::read(bytes, &identity)?.step)
     }
 }
@@ -164,6 +167,22 @@ fn add_question(h: &mut Sha256, q: &Question) {
     h.update(&q.gold);
 }
 
+impl Identity {
+    /// Whether a checkpoint of this identity continues a job of the other.
+    pub(super) fn check(&self, of: &Self) -> std::result::Result<(), ResumeError> {
+        if self.base != of.base {
+            return Err(ResumeError::Base { was: self.base.clone(), is: of.base.clone() });
+        }
+        if self.data != of.data {
+            return Err(ResumeError::Data { was: self.data.clone(), is: of.data.clone() });
+        }
+        if self.hyper != of.hyper {
+            return Err(ResumeError::Hyper);
+        }
+        Ok(())
+    }
+}
+
 impl State {
     fn read(bytes: &[u8], of: &Identity) -> std::result::Result<Self, ResumeError> {
         let unreadable = |what: &dyn std::fmt::Display| ResumeError::Unreadable(what.to_string());
@@ -179,16 +198,7 @@ impl State {
             _ => {}
         }
         let state: Self = serde_json::from_value(state).map_err(|e| unreadable(&e))?;
-        let was = &state.of;
-        if was.base != of.base {
-            return Err(ResumeError::Base { was: was.base.clone(), is: of.base.clone() });
-        }
-        if was.data != of.data {
-            return Err(ResumeError::Data { was: was.data.clone(), is: of.data.clone() });
-        }
-        if was.hyper != of.hyper {
-            return Err(ResumeError::Hyper);
-        }
+        state.of.check(of)?;
         Ok(state)
     }
 }

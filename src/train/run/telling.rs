@@ -6,7 +6,7 @@ use super::{Run, Step};
 use crate::admission::train_params::MetricsEvent;
 
 /// Metrics of every step are sent unless steps come faster than this.
-const METRICS_EVERY: Duration = Duration::from_millis(100);
+pub(super) const METRICS_EVERY: Duration = Duration::from_millis(100);
 
 impl Run {
     pub(super) fn metrics_event(&self, step: &Step, (lr, norm): (f64, f64), busy: Duration) -> MetricsEvent {
@@ -25,6 +25,7 @@ impl Run {
             yielded_ms: step.yielded.as_secs_f64() * 1e3,
             ewc_penalty: step.penalty,
             kl: (r.kl_to_base > 0.0).then_some(step.kl),
+            candidate: 0,
         }
     }
 
