@@ -188,6 +188,7 @@ mod tests {
             publish: PublishPolicy::Upsert,
             from_delta: None,
             ewc: None,
+            mix: None,
             idempotency_key: None,
         }
     }
