@@ -21,7 +21,7 @@ use crate::{
         KeptJob, Place, Prepared, Refusal, TrainError,
         joblog::LogError,
         publish_info,
-        run::{ResumeError, RunInput, Work},
+        run::{ResumeError, Run, RunInput, Work},
     },
 };
 

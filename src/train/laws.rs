@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     admission::train_params::{
-        BitfitPart, EvalMetric, HyperParams, JobEventBody, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
+        BitfitPart, EvalMetric, JobEventBody, LoraPart, MethodPart, PlanReply, ResolvedTraining, Schedule,
     },
     delta::{DeltaBatch, Task},
     model::{Base, Input, testing},
@@ -471,8 +471,7 @@ fn packing_changes_what_shares_a_step_not_what_an_example_sees() {
 #[test]
 fn a_prepared_request_runs() {
     let base = tiny("llama");
-    let mut p = params(Task::CausalLm, lora());
-    p.hyper = HyperParams { max_steps: Some(3), ..HyperParams::default() };
+    let p = params(Task::CausalLm, lora());
     let spec = TrainSpec::resolve(&p.methods, p.task, &[], shape(&base)).unwrap();
     let prepared = Prepared {
         reply: PlanReply {
@@ -495,6 +494,7 @@ fn a_prepared_request_runs() {
         decoder: Default::default(),
         quiz: Default::default(),
         lean: None,
+        candidates: vec![],
     };
     assert!(train(&base, RunInput::from(&prepared)).final_loss.is_finite());
 }

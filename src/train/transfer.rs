@@ -128,7 +128,7 @@ impl Continued {
 
     /// What the job's record says of the deltas that it mixes.
     pub(super) fn mix_record(&self) -> Option<ResolvedMix> {
-        self.from.mix.as_ref().map(|mix| mix.record())
+        self.from.mix().map(Mix::record)
     }
 
     /// What the job's record says of EWC.
@@ -138,7 +138,7 @@ impl Continued {
 
     /// Numbers that are trained: the delta's own, and a fresh head's where it brings none.
     pub(super) fn parameters(&self, spec: &TrainSpec, sites: &SiteTable) -> u64 {
-        if let Some(mix) = &self.from.mix {
+        if let Some(mix) = self.from.mix() {
             return mix.parameters(sites) + spec.head.map_or(0, |plan| plan.parameters() as u64);
         }
         let mut seen = HashSet::new(); // a tensor that two patches share is one variable
@@ -154,7 +154,7 @@ impl Continued {
     /// # Errors
     /// The device.
     pub(super) fn trainable(&self, spec: &TrainSpec, base: &Base, seed: u64) -> candle_core::Result<Trainable> {
-        if let Some(mix) = &self.from.mix {
+        if let Some(mix) = self.from.mix() {
             return Trainable::mixing(mix, spec, base, seed);
         }
         let matrix = |site| match base.linear(site)? {

@@ -101,7 +101,7 @@ async fn a_sweep_that_is_paused_goes_on_to_the_same_bytes_and_can_be_published_o
     eventually("it has been evaluated", async || client.job(&job.id).await.is_ok_and(|j| j.step > 10)).await;
     let paused = client.pause(&job.id).await.expect("a pause");
     assert!(paused.state() == JobState::Paused && paused.step > 10 && paused.step < 300, "{paused:?}");
-    let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "early".into(), policy: None };
+    let request = proto::PublishCheckpointRequest { id: job.id.clone(), name: "early".into(), ..Default::default() };
     client.training().publish_checkpoint(client.request(request)).await.expect("the best so far");
     assert!([2, 4].contains(&rank(client, "early").await));
     running.stop().await;
@@ -132,7 +132,7 @@ async fn what_a_sweep_cannot_be_is_refused_by_name() {
     refused(proto::TrainingSpec { sweep: Some(one), ..sweep("x", 5) }, "spec.sweep", "2 to 16").await;
     let many = proto::Sweep { learning_rates: (1..=17).map(|i| 1e-4 * f64::from(i)).collect(), ranks: vec![] };
     refused(proto::TrainingSpec { sweep: Some(many), ..sweep("x", 5) }, "spec.sweep", "17").await;
-    let full = vec![proto::MethodPart { part: Some(proto::method_part::Part::Full(proto::Full {})) }];
+    let full = vec![proto::MethodPart { part: Some(proto::method_part::Part::Full(proto::FullTuning {})) }];
     refused(proto::TrainingSpec { methods: full, ..sweep("x", 5) }, "spec.sweep", "full fine-tuning").await;
     let dpo = proto::Preference { method: proto::PreferenceMethod::Dpo.into(), ..Default::default() };
     refused(proto::TrainingSpec { preference: Some(dpo), ..sweep("x", 5) }, "spec.preference", "dpo").await;

@@ -107,6 +107,9 @@ fn figure(e: &proto::EvalResult, metric: EvalMetric) -> Option<f64> {
         EvalMetric::Pearson => e.pearson,
         EvalMetric::RewardAccuracy => e.reward_accuracy,
         EvalMetric::RewardMargin => e.reward_margin,
+        EvalMetric::ExactMatch => e.exact_match,
+        EvalMetric::Bleu => e.bleu,
+        EvalMetric::RougeL => e.rouge_l,
     }
 }
 

@@ -95,7 +95,7 @@ impl Member {
 
 impl Run {
     fn best_eval(&self) -> Option<&EvalEvent> {
-        self.best.as_ref().map(|best| &best.eval)
+        self.bests.first().map(|best| &best.eval)
     }
 
     fn evaluates(&self) -> bool {

@@ -37,7 +37,7 @@ impl Supervisor {
     pub(super) async fn publish(&mut self, id: &str, trained: Trained) {
         self.append(id, state(JobState::Publishing)).await;
         let Some(job) = self.running.get_mut(id) else { return };
-        let Trained { delta, model, checkpoint, final_loss, best_eval, runners } = trained;
+        let Trained { delta, model, checkpoint, final_loss, best_eval, runners, mix: _ } = trained;
         let best_eval = best_eval.map(Box::new);
         job.phase = Phase::Publishing { final_loss, best_eval, checkpoint: checkpoint.map(Bytes::from) };
         let request = PublishJob {

@@ -65,7 +65,7 @@ impl Trainable {
         let layers: Vec<Option<usize>> = mix.layers(&base.sites).into_iter().collect();
         let mut vars: Vec<NamedVar> = Vec::with_capacity(layers.len());
         for layer in &layers {
-            let var = Var::full(1.0 / n as f32, n, &base.device)?;
+            let var = Var::from_tensor(&Tensor::full(1.0 / n as f32, n, &base.device)?)?;
             vars.push(NamedVar { name: name(*layer), var, decays: false, rate: 1.0 });
         }
         let mut parts = Vec::with_capacity(at.len());

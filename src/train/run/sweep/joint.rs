@@ -8,7 +8,7 @@ use std::{
 
 use candle_core::{Error, Result};
 
-use super::{Member, Run, RunEvents, Sweep};
+use super::{Run, RunEvents, Sweep};
 use crate::{
     delta::Delta,
     train::{
