@@ -195,9 +195,11 @@ impl<W: Panels> WithSimd for Forward<'_, W> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match S::F32_LANES {
-            16 => self.run::<S, 8, 3>(simd),
-            8 => self.run::<S, 4, 3>(simd),
+        match (S::F32_LANES, self.out.len()) {
+            (16, _) => self.run::<S, 8, 3>(simd),
+            // 12 sums, 2 weights and a number of x: one more and the compiler keeps sums on the stack, at half the speed
+            (8, 4..) => self.run::<S, 6, 2>(simd),
+            (8, _) => self.run::<S, 4, 3>(simd),
             _ => self.run::<S, 4, 4>(simd),
         }
     }
@@ -217,7 +219,9 @@ impl<W: Panels> Forward<'_, W> {
                 let requests = if rows / R == 2 { 4 } else { rows / R };
                 let pace = (LINES * 256).div_ceil(requests.max(LINES));
                 for column in (0..PANEL).step_by(V * S::F32_LANES) {
-                    let tile = Tile { x, w, ahead, ask: W::AS_THEY_LIE, pace, column, depth, first: from == 0 };
+                    // later columns find the block in the first level
+                    let ask = W::AS_THEY_LIE && column == 0;
+                    let tile = Tile { x, w, ahead, ask, pace, column, depth, first: from == 0 };
                     tile.rows::<S, R, V>(simd, &mut sums);
                 }
             }
@@ -371,8 +375,8 @@ impl<W: Panels> WithSimd for Backward<'_, W> {
         match (S::F32_LANES, rows.div_ceil(S::F32_LANES)) {
             (16, 3..) => self.run::<S, 8, 3>(simd),
             (16, 2) => self.run::<S, 8, 2>(simd),
-            (16, _) => self.run::<S, 8, 1>(simd),
-            _ => self.run::<S, 4, 3>(simd),
+            (_, 1) => self.run::<S, 8, 1>(simd),
+            _ => self.run::<S, 6, 2>(simd),
         }
     }
 }
@@ -386,69 +390,73 @@ impl<W: Panels> Backward<'_, W> {
         let rows = out.len() / k;
         let step = V * S::F32_LANES;
         let width = rows.next_multiple_of(step);
-        let mut turned = vec![0f32; PANEL * width]; // [columns of the panel, rows]
+        let mut turned = vec![0f32; PANEL * width]; // [steps, columns of the panel, step rows]
         let mut sums = vec![0f32; k * width]; // [k, rows]
         let mut scratch = scratch::<W>();
         for panel in 0..n.div_ceil(PANEL) {
             let first = panel * PANEL;
             let columns = PANEL.min(n - first);
+            if columns < PANEL {
+                turned.fill(0.0);
+            }
             for (row, g) in g.chunks_exact(n).enumerate() {
+                let at = row / step * step * PANEL + row % step;
                 for (c, v) in g[first..first + columns].iter().enumerate() {
-                    turned[c * width + row] = *v;
+                    turned[at + c * step] = *v;
                 }
             }
             for from in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - from);
                 let (w, _) = w.block(k, panel, from..from + depth, &mut scratch);
                 let sums = &mut sums[from * width..(from + depth) * width];
-                for at in (0..width).step_by(step) {
+                for (i, turned) in turned.chunks_exact(PANEL * step).enumerate() {
+                    let at = i * step;
                     let mut blocks = w.chunks_exact(R * PANEL);
                     let mut outs = sums.chunks_exact_mut(R * width);
                     for (i, (block, out)) in (&mut blocks).zip(&mut outs).enumerate() {
                         if W::AS_THEY_LIE {
                             (0..R).for_each(|r| prefetch_row(w, (i + 2) * R + r));
                         }
-                        fold::<S, R, V>(simd, block, &turned[at..], columns, &mut out[at..], width);
+                        fold::<S, R, V>(simd, block, turned, &mut out[at..], width);
                     }
                     let rest = blocks.remainder().chunks_exact(PANEL);
                     for (w, out) in rest.zip(outs.into_remainder().chunks_exact_mut(width)) {
-                        fold::<S, 1, V>(simd, w, &turned[at..], columns, &mut out[at..], width);
+                        fold::<S, 1, V>(simd, w, turned, &mut out[at..], width);
                     }
                 }
             }
         }
-        for (p, sums) in sums.chunks_exact(width).enumerate() {
-            for (row, v) in sums[..rows].iter().enumerate() {
-                out[row * k + p] = *v;
+        // a line of `out` is written whole: rows that lie a power of two apart share few lines of the cache
+        for (i, sums) in sums.chunks(LINE * width).enumerate() {
+            for (row, out) in out.chunks_exact_mut(k).enumerate() {
+                let out = out[i * LINE..].iter_mut();
+                out.zip(sums.chunks_exact(width)).for_each(|(o, sums)| *o = sums[row]);
             }
         }
     }
 }
 
-/// `out [R, V vectors] += w [R, columns] turned [columns, V vectors]`.
+/// `out [R, V vectors] += w [R, PANEL] turned [PANEL, V vectors]`, `out` in rows of `width`. The lengths are constants, so that
+/// no index is checked in the loop.
 #[inline(always)]
-fn fold<S: Simd, const R: usize, const V: usize>(
-    simd: S,
-    w: &[f32],
-    turned: &[f32],
-    columns: usize,
-    out: &mut [f32],
-    width: usize,
-) {
+fn fold<S: Simd, const R: usize, const V: usize>(simd: S, w: &[f32], turned: &[f32], out: &mut [f32], width: usize) {
     let lanes = S::F32_LANES;
-    let w: [&[f32]; R] = std::array::from_fn(|r| &w[r * PANEL..r * PANEL + columns]);
+    let (vectors, _) = S::as_simd_f32s(turned);
+    let (w, turned) = (w.as_chunks::<PANEL>().0.first_chunk::<R>(), vectors.as_chunks::<V>().0.first_chunk::<PANEL>());
+    let (Some(w), Some(turned)) = (w, turned) else {
+        debug_assert!(false, "a block of {R} rows and a panel of {V} vectors");
+        return;
+    };
     let mut acc = [[simd.splat_f32s(0.0); V]; R];
     for r in 0..R {
         let (row, _) = S::as_simd_f32s(&out[r * width..r * width + V * lanes]);
         acc[r].copy_from_slice(&row[..V]);
     }
-    for c in 0..columns {
-        let (g, _) = S::as_simd_f32s(&turned[c * width..c * width + V * lanes]);
-        let gv: [S::f32s; V] = std::array::from_fn(|v| g[v]);
+    for c in 0..PANEL {
         for r in 0..R {
             let wv = simd.splat_f32s(w[r][c]);
             for v in 0..V {
-                acc[r][v] = simd.mul_add_e_f32s(gv[v], wv, acc[r][v]);
+                acc[r][v] = simd.mul_add_e_f32s(turned[c][v], wv, acc[r][v]);
             }
         }
     }
