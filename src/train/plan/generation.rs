@@ -205,7 +205,7 @@ mod tests {
         let of_validation = |q: &Question| p.validation.iter().any(|e| asks(e, q));
         assert!(said(&p).iter().all(of_validation));
         // the context of 64 less the prompt
-        assert!(said(&p).iter().all(|q| q.most == 62.min(64 - q.prompt.len())));
+        assert!(said(&p).iter().all(|q| q.most == 62usize.min(64 - q.prompt.len())));
         assert_eq!(said(&p), said(&run(&few, &pairs(0..20), None).unwrap()), "the same each time");
         let all = |n| {
             let mut p = few.clone();
