@@ -215,13 +215,15 @@ impl<W: Panels> Forward<'_, W> {
                 let depth = DEPTH.min(k - from);
                 let (w, ahead) = self.w.block(k, panel, from..from + depth, &mut scratch);
                 let x = &self.x[from * rows..(from + depth) * rows];
-                // tiles of all rows share a block's lines; two of them ask twice at every row of the block
-                let requests = if rows / R == 2 { 4 } else { rows / R };
+                // all tiles share a block's lines; two of them ask twice at every row of the block
+                let (tiles, strips) = (rows / R, PANEL / (V * S::F32_LANES));
+                let requests = if tiles * strips == 2 { 4 } else { tiles * strips };
                 let pace = (LINES * 256).div_ceil(requests.max(LINES));
-                for column in (0..PANEL).step_by(V * S::F32_LANES) {
-                    // later columns find the block in the first level
-                    let ask = W::AS_THEY_LIE && column == 0;
-                    let tile = Tile { x, w, ahead, ask, pace, column, depth, first: from == 0 };
+                for strip in 0..strips {
+                    // what one tile asks for ahead of itself, later strips find in the first level
+                    let ask = W::AS_THEY_LIE && (tiles > 1 || strip == 0);
+                    let column = strip * V * S::F32_LANES;
+                    let tile = Tile { x, w, ahead, ask, pace, strip, strips, column, depth, first: from == 0 };
                     tile.rows::<S, R, V>(simd, &mut sums);
                 }
             }
@@ -258,6 +260,9 @@ struct Tile<'a> {
     ask: bool,
     /// Lines that each request moves on by, in 256ths.
     pace: usize,
+    /// Which of the panel's strips of `V` vectors these are, of how many, and their first column.
+    strip: usize,
+    strips: usize,
     column: usize,
     depth: usize,
     /// Whether the block is its panel's first: the sums begin with it.
@@ -277,7 +282,7 @@ impl Tile<'_> {
             match tiles {
                 _ if !self.ask => self.one::<S, R, V, 0>(simd, row, sums),
                 1 => self.one::<S, R, V, LINES>(simd, row, sums),
-                2 => self.one::<S, R, V, 2>(simd, row, sums),
+                2 if self.strips == 1 => self.one::<S, R, V, 2>(simd, row, sums),
                 _ => self.one::<S, R, V, 1>(simd, row, sums),
             }
             row += R;
@@ -316,7 +321,8 @@ impl Tile<'_> {
         let (wv, _) = S::as_simd_f32s(self.w);
         let per_row = PANEL / lanes;
         let skip = self.column / lanes;
-        let asked = row / R * depth * P;
+        let tiles = sums.len() / PANEL / R;
+        let asked = (self.strip * tiles + row / R) * depth * P;
         for (p, w) in wv.chunks_exact(per_row).enumerate().take(depth) {
             if P == LINES {
                 prefetch_row(self.w, p + AHEAD);
