@@ -32,6 +32,8 @@ const SPLIT_ROWS: usize = 64;
 const LINES: usize = PANEL / LINE;
 /// Weight rows that are asked of memory ahead of their use, so that reading them and computing overlap.
 const AHEAD: usize = 32;
+/// Weight rows that are multiplied without a check between them.
+const STEP: usize = 8;
 /// Multiply-adds that are worth a second thread.
 const WORTH_A_THREAD: usize = 128 * 1024;
 
@@ -146,17 +148,20 @@ pub(super) fn product<W: Panels>(x: &[f32], w: W, bias: Option<&[f32]>, (m, k, n
     data
 }
 
-/// `x [m, k]` as `[blocks of DEPTH columns, m, DEPTH]`, the last block as narrow as it comes: rows that lie a power of two
-/// apart would fall on the same few lines of the cache.
+/// `x [m, k]` as `[blocks of DEPTH columns, m, DEPTH]`, the last block padded with zeros: rows that lie a power of two apart
+/// would fall on the same few lines of the cache, and rows a constant apart need one register.
 fn blocked(x: &[f32], k: usize) -> Cow<'_, [f32]> {
     let m = x.len() / k.max(1);
-    if m < 2 {
+    if m < 2 && k.is_multiple_of(DEPTH) {
         return Cow::Borrowed(x);
     }
-    let mut out = Vec::with_capacity(x.len());
+    let mut out = Vec::with_capacity(m * k.next_multiple_of(DEPTH));
     for from in (0..k).step_by(DEPTH) {
         let to = k.min(from + DEPTH);
-        x.chunks_exact(k).for_each(|row| out.extend_from_slice(&row[from..to]));
+        for row in x.chunks_exact(k) {
+            out.extend_from_slice(&row[from..to]);
+            out.resize(out.len() + DEPTH - (to - from), 0.0);
+        }
     }
     Cow::Owned(out)
 }
@@ -214,7 +219,7 @@ impl<W: Panels> Forward<'_, W> {
             for from in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - from);
                 let (w, ahead) = self.w.block(k, panel, from..from + depth, &mut scratch);
-                let x = &self.x[from * rows..(from + depth) * rows];
+                let x = self.x[from * rows..(from + DEPTH) * rows].as_chunks().0;
                 // all tiles share a block's lines; two of them ask twice at every row of the block
                 let (tiles, strips) = (rows / R, PANEL / (V * S::F32_LANES));
                 let requests = if tiles * strips == 2 { 4 } else { tiles * strips };
@@ -250,8 +255,8 @@ fn prefetch_row(w: &[f32], row: usize) {
 
 /// Some columns of a block, to be computed for all rows.
 struct Tile<'a> {
-    /// The block's columns of all rows, `[rows, depth]`.
-    x: &'a [f32],
+    /// The block's columns of all rows; those behind `depth` are not read.
+    x: &'a [[f32; DEPTH]],
     w: &'a [f32],
     /// What lies behind the block: the one after the next is brought to the second level while this one is multiplied,
     /// evenly over its tiles.
@@ -316,26 +321,35 @@ impl Tile<'_> {
     #[inline(always)]
     fn one<S: Simd, const R: usize, const V: usize, const P: usize>(&self, simd: S, row: usize, sums: &mut [f32]) {
         let (lanes, depth) = (S::F32_LANES, self.depth);
-        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * depth..(row + r) * depth + depth]);
+        let Some(x) = self.x[row..].first_chunk::<R>() else {
+            debug_assert!(false, "{R} rows from {row} on");
+            return;
+        };
         let mut acc = [[simd.splat_f32s(0.0); V]; R];
         let (wv, _) = S::as_simd_f32s(self.w);
         let per_row = PANEL / lanes;
         let skip = self.column / lanes;
         let tiles = sums.len() / PANEL / R;
         let asked = (self.strip * tiles + row / R) * depth * P;
-        for (p, w) in wv.chunks_exact(per_row).enumerate().take(depth) {
-            if P == LINES {
-                prefetch_row(self.w, p + AHEAD);
-            } else {
-                let line = |i| (asked + p * P + i) * self.pace / 256;
-                (0..P).for_each(|i| prefetch::<true, _>(self.ahead, BLOCK + line(i) * LINE));
+        for (i, w) in wv.chunks(STEP * per_row).enumerate().take(depth.min(DEPTH).div_ceil(STEP)) {
+            let from = i * STEP;
+            if P == 1 {
+                self.ask(asked + from..asked + from + STEP);
             }
-            let w = &w[skip..skip + V];
-            let wv: [S::f32s; V] = std::array::from_fn(|v| w[v]);
+            let mut xs: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
             for r in 0..R {
-                let xv = simd.splat_f32s(x[r][p]);
-                for v in 0..V {
-                    acc[r][v] = simd.mul_add_e_f32s(wv[v], xv, acc[r][v]);
+                xs[r] = &x[r].as_chunks().0[i];
+            }
+            // of constant length: nothing is checked and all is unrolled
+            if let Some(w) = w.get(skip..skip + (STEP - 1) * per_row + V) {
+                for p in 0..STEP {
+                    self.ask_at::<P>(asked, from + p);
+                    add::<S, R, V>(simd, &mut acc, &w[p * per_row..p * per_row + V], &xs, p);
+                }
+            } else {
+                for (p, w) in w.chunks_exact(per_row).enumerate() {
+                    self.ask_at::<P>(asked, from + p);
+                    add::<S, R, V>(simd, &mut acc, &w[skip..skip + V], &xs, p);
                 }
             }
         }
@@ -345,6 +359,43 @@ impl Tile<'_> {
             for (sum, acc) in sums.iter_mut().zip(acc) {
                 *sum = if self.first { *acc } else { simd.add_f32s(*sum, *acc) };
             }
+        }
+    }
+}
+
+impl Tile<'_> {
+    /// Asks for a later block's lines that fall to these of all requests.
+    #[inline(always)]
+    fn ask(&self, requests: Range<usize>) {
+        for line in requests.start * self.pace / 256..requests.end * self.pace / 256 {
+            prefetch::<true, _>(self.ahead, BLOCK + line * LINE);
+        }
+    }
+
+    /// Asks at a row of the block, where few tiles share it.
+    #[inline(always)]
+    fn ask_at<const P: usize>(&self, asked: usize, p: usize) {
+        if P == LINES {
+            prefetch_row(self.w, p + AHEAD);
+        } else if P > 1 {
+            self.ask(asked + p * P..asked + (p + 1) * P);
+        }
+    }
+}
+
+/// Adds row `p` of a block, `w [V vectors]`, times column `p` of `x [R, STEP]`.
+#[inline(always)]
+fn add<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    acc: &mut [[S::f32s; V]; R],
+    w: &[S::f32s],
+    x: &[&[f32; STEP]; R],
+    p: usize,
+) {
+    for r in 0..R {
+        let xv = simd.splat_f32s(x[r][p]);
+        for v in 0..V {
+            acc[r][v] = simd.mul_add_e_f32s(w[v], xv, acc[r][v]);
         }
     }
 }
