@@ -48,7 +48,7 @@ enum Kept {
         code: String,
         message: String,
         step: u32,
-        best: Option<EvalEvent>,
+        best: Option<Box<EvalEvent>>,
         /// The step of the kept weights.
         checkpoint: Option<u32>,
     },
@@ -136,7 +136,7 @@ impl Sweep {
                         code: (*code).to_owned(),
                         message: message.clone(),
                         step: out.step,
-                        best: out.best.clone(),
+                        best: out.best.clone().map(Box::new),
                         checkpoint: checkpoint.as_ref().map(|(step, _)| *step),
                     };
                     (kept, checkpoint.as_ref().map(|(_, bytes)| bytes.clone()).unwrap_or_default())
@@ -177,7 +177,8 @@ impl Sweep {
                 Kept::Lost => State::Lost,
                 Kept::Out { code, message, step, best, checkpoint } => {
                     let checkpoint = checkpoint.map(|step| (step, bytes.to_vec()));
-                    State::Out(Box::new(Out { failed: Failed { code: known(&code), message, checkpoint }, step, best }))
+                    let (failed, best) = (Failed { code: known(&code), message, checkpoint }, best.map(|b| *b));
+                    State::Out(Box::new(Out { failed, step, best }))
                 }
             };
             members.push(Member { candidate, state, worst: frame.worst });
