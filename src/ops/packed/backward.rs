@@ -8,7 +8,7 @@ use crate::ops::{
     team::{each, threads},
 };
 
-/// `g [m, n] W^T` -> `[m, k]`: the gradient of the input of [`product`].
+/// `g [m, n] W^T` -> `[m, k]`: the gradient of the input of [`super::product`].
 pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     let mut out = vec![0f32; m * k];
     let run = |(g, out): (&[f32], &mut [f32])| Arch::new().dispatch(Backward { g, w, k, n, out });

@@ -9,7 +9,7 @@ use crate::ops::{LINE, prefetch};
 
 /// Columns of the given panels for all rows of `x`.
 pub(super) struct Forward<'a, W> {
-    /// As [`blocked`] lays it.
+    /// As [`super::blocked`] lays it.
     pub(super) x: &'a [f32],
     pub(super) w: W,
     pub(super) bias: Option<&'a [f32]>,
