@@ -344,7 +344,7 @@ impl TrainParams {
     fn check_mix(&self, problems: &mut Problems) {
         let Some(mix) = &self.mix else { return };
         problems.count("spec.mix.deltas", mix.deltas.len(), 2, MAX_MIXED);
-        for (i, delta) in mix.deltas.iter().enumerate() {
+        for (i, delta) in mix.deltas.iter().enumerate().take(MAX_MIXED) {
             let at = format!("spec.mix.deltas[{i}]");
             problems.require(!delta.is_empty(), &at, || "is empty; accepted is name or name@version".into());
             problems.require(!mix.deltas[..i].contains(delta), &at, || format!("{delta} is given twice"));

@@ -291,10 +291,10 @@ pub struct HyperParams {
     #[serde(default, skip_serializing_if = "GenerationParams::is_unset")]
     pub generation: GenerationParams,
     /// Times the divergence from the bare base that is added to the loss of each learned token; `None` = 0.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl_to_base: Option<f64>,
     /// How many of the best evaluations' weights are kept, 1 to 8; `None` = 1.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_best: Option<u32>,
 }
 
@@ -414,6 +414,14 @@ mod tests {
         };
         let stored = serde_json::to_string(&params)?;
         assert_eq!(serde_json::from_str::<TrainParams>(&stored)?, params);
+        Ok(())
+    }
+
+    /// Requests are known again by a digest of their stored form.
+    #[test]
+    fn what_a_request_does_not_say_is_not_in_its_stored_form() -> Result<(), serde_json::Error> {
+        let stored = serde_json::to_string(&HyperParams::default())?;
+        assert!(["kl_to_base", "keep_best", "generation"].iter().all(|name| !stored.contains(name)), "{stored}");
         Ok(())
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     ids::{BlobId, TenantId},
     interop::{self, EncodeMeta},
     model::Base,
+    registry::RegistryError,
     store::{DatasetRecord, NewDataset},
     train::{
         BaseInfo, Inputs, Kept, Prepared, TrainError,
@@ -159,14 +160,33 @@ impl Service {
         };
         let from = self.starting_delta(tenant, params.from_delta.as_deref().unwrap_or_default()).await?;
         let mut mixed = Vec::new();
+        // ahead of the leases: those who wait hold nothing
+        let turn = match &params.mix {
+            Some(_) => Some(Arc::clone(&self.inner.merging).acquire_owned().await),
+            None => None,
+        };
+        let turn = turn.transpose().map_err(|e| ServeError::Internal(e.to_string()))?;
         for reference in params.mix.iter().flat_map(|m| &m.deltas) {
             mixed.extend(self.starting_delta(tenant, reference).await?);
         }
+        // their mean, and the same as files
+        let bytes: u64 = mixed.iter().map(|d: &StartingDelta| d.delta().bytes()).sum();
+        let room = match bytes {
+            0 => None,
+            _ => Some(self.parts().registry.work_space(bytes.saturating_mul(2)).await.map_err(|e| match e {
+                RegistryError::TooLarge { bytes, budget } => {
+                    let message = format!("a mean of these takes {bytes} bytes; the resident budget is {budget} bytes");
+                    ServeError::field("spec.mix.deltas", message)
+                }
+                other => other.into(),
+            })?),
+        };
         let old = match &params.ewc {
             Some(ewc) => Some(self.data(tenant, &ewc.data, "ewc", sources).await?),
             None => None,
         };
         self.blocking(move |parts| {
+            let _held = (turn, room);
             let base = &parts.base;
             let from = match &params.mix {
                 Some(mix) => Some(Mix::start(mixed, mix.per_layer, &base.sites).map_err(|v| refused(vec![v]))?),

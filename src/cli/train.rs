@@ -4,6 +4,7 @@ use std::{path::Path, time::Duration};
 
 mod methods;
 mod preference;
+mod start;
 mod sweep;
 mod view;
 pub(super) mod worst;
@@ -17,6 +18,7 @@ use super::{Common, client::Client, deltas::PublishArgs, output};
 use crate::grpc::proto;
 use methods::{MethodArg, MethodArgs};
 use preference::PreferenceArgs;
+use start::StartArgs;
 use sweep::SweepArgs;
 use view::View;
 
@@ -94,36 +96,6 @@ enum TaskArg {
     Dpo,
     Orpo,
     Kto,
-}
-
-#[derive(Debug, Clone, Args)]
-struct StartArgs {
-    /// Start at the values of this delta: name or name@version.
-    #[arg(long, value_name = "DELTA")]
-    from_delta: Option<String>,
-    /// Hold on to what that delta knows (EWC): JSON Lines file with examples of its task.
-    #[arg(long, value_name = "FILE", requires = "from_delta", requires = "ewc_lambda")]
-    ewc_file: Option<std::path::PathBuf>,
-    /// How strongly.
-    #[arg(long, value_name = "LAMBDA", requires = "ewc_file")]
-    ewc_lambda: Option<f64>,
-    /// At most this many of its examples are used.
-    #[arg(long, value_name = "N", requires = "ewc_file")]
-    ewc_examples: Option<u32>,
-    /// Learn how much of each of these deltas to take, separated by commas: name or name@version.
-    #[arg(long, value_name = "DELTAS", value_delimiter = ',', conflicts_with_all = ["from_delta", "method"])]
-    mix: Vec<String>,
-    /// One weight per delta and layer instead of one per delta.
-    #[arg(long, requires = "mix")]
-    mix_per_layer: bool,
-}
-
-impl StartArgs {
-    async fn ewc(&self, common: &Common, client: &Client) -> anyhow::Result<Option<proto::Ewc>> {
-        let (Some(file), Some(lambda)) = (&self.ewc_file, self.ewc_lambda) else { return Ok(None) };
-        let id = upload(common, client, file).await?;
-        Ok(Some(proto::Ewc { data: Some(source(id)), lambda, max_examples: self.ewc_examples }))
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

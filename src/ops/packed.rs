@@ -124,6 +124,7 @@ pub(super) fn unpack(w: &[f32], k: usize, n: usize) -> Vec<f32> {
 /// `x [m, k] W + bias` -> `[m, n]`.
 #[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
 pub(super) fn product<W: Panels>(x: &[f32], w: W, bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
+    assert_eq!(x.len(), m * k, "rows of a product"); // what is not computed would not be written
     let threads = threads();
     let panels = n.div_ceil(PANEL);
     let mut data = Vec::with_capacity(m * n);

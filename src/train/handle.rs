@@ -329,7 +329,7 @@ impl TrainerHandle {
 
     /// Makes a prepared job fit into the memory of this moment ([`Prepared::fit`]), and says whether it will have it. One
     /// that trains every weight needs what is available now, unless another such job waits or runs: it will start after
-    /// that, and is asked again then. A delta is not asked.
+    /// that, and is asked again then. A delta is not asked, but the candidates of a sweep must not need more than there is in all.
     ///
     /// # Errors
     /// [`TrainError::Memory`].
@@ -339,7 +339,14 @@ impl TrainerHandle {
             prepared.fit(room);
         }
         if prepared.spec.full.is_none() {
-            return Ok(());
+            return match now.total.filter(|total| prepared.reply.memory.total() > *total) {
+                Some(total) if !prepared.candidates.is_empty() => {
+                    let (n, need) = (prepared.candidates.len(), prepared.reply.memory.total());
+                    let message = format!("the {n} candidates of the sweep need about {need} bytes, of {total} in all");
+                    Err(TrainError::Memory(Shortage { message, lasting: true }))
+                }
+                _ => Ok(()),
+            };
         }
         Ok(now.check(&prepared.reply.memory, self.shared.full_jobs())?)
     }

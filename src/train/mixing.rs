@@ -11,7 +11,7 @@ use crate::{
         params::Violation,
         train_params::{MAX_MIXED, ResolvedMix, StartedFrom},
     },
-    delta::{Delta, DeltaSpec, SiteId, SiteTable},
+    delta::{Delta, DeltaSpec, Patch, SiteId, SiteTable},
     merge::{self, Source, compose},
     train::transfer::StartingDelta,
 };
@@ -81,6 +81,15 @@ impl Mix {
     /// Weights that are trained.
     pub fn parameters(&self, sites: &SiteTable) -> u64 {
         (self.layers(sites).len() * self.deltas.len()) as u64
+    }
+
+    /// What a run holds beside its weights: the factors, and twice what they make under weights, with a gradient; f32.
+    pub fn bytes(&self) -> u64 {
+        let of = |p: &Patch| match p {
+            Patch::LowRank(low) => low.a.elem_count() + 4 * low.b.elem_count(),
+            other => 4 * other.tensors().into_iter().map(|(_, t)| t.elem_count()).sum::<usize>(),
+        };
+        4 * self.deltas.iter().flat_map(|d| d.patches()).map(|(_, p)| of(p)).sum::<usize>() as u64
     }
 
     /// What the job's record says.

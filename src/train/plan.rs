@@ -206,6 +206,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         if resolved.ewc.is_some() {
             memory.optimizer += 2 * memory.parameters;
         }
+        memory.activations += start.as_ref().map_or(0, Continued::held_bytes);
         // prompts are answered between steps
         memory.activations = memory.activations.max(cache);
         // copies of the next best evaluations' values

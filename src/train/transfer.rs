@@ -66,7 +66,7 @@ impl StartingDelta {
     }
 
     /// Its tensors.
-    pub(super) fn delta(&self) -> &Arc<Delta> {
+    pub fn delta(&self) -> &Arc<Delta> {
         &self.delta
     }
 
@@ -124,6 +124,11 @@ impl Continued {
     /// What the job's record says of the delta that it continues, if that is what it does.
     pub(super) fn record(&self) -> Option<StartedFrom> {
         self.from.mix.is_none().then(|| StartedFrom { head: self.delta.head().is_some(), ..self.from.record() })
+    }
+
+    /// What a run that mixes deltas holds beside its variables, in bytes.
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.from.mix().map_or(0, Mix::bytes)
     }
 
     /// What the job's record says of the deltas that it mixes.

@@ -37,6 +37,8 @@ pub struct Sweep {
     /// The whole job's.
     input: RunInput,
     members: Vec<Member>,
+    /// Slot of the loss metric.
+    slot: Option<usize>,
     /// Rows that each training example takes, of every candidate.
     rows: Vec<usize>,
     joint: Option<Joint>,
@@ -157,6 +159,7 @@ impl Sweep {
             pacer,
             input,
             members,
+            slot: None,
             rows,
             joint: None,
             winner: None,
@@ -169,6 +172,7 @@ impl Sweep {
 
     /// Shows the first candidate's loss in a slot of the loss metric.
     pub(super) fn show_in_slot(&mut self, slot: usize) {
+        self.slot = Some(slot);
         self.members.iter_mut().find_map(Member::run_mut).into_iter().for_each(|run| run.show_in_slot(slot));
     }
 
@@ -266,6 +270,7 @@ impl Sweep {
         events.push(JobEventBody::Warning(NoteEvent { code: "CANDIDATE_FAILED".to_owned(), message }));
         let row = member.row(false);
         member.state = State::Out(Box::new(Out { failed, step: row.step, best: row.best }));
+        self.slot.into_iter().for_each(|slot| self.show_in_slot(slot));
     }
 
     /// The candidate with the best evaluation so far; of equal ones, the first.
