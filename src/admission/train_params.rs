@@ -324,7 +324,7 @@ pub struct PlanReply {
 /// Estimated bytes of a run beside the resident base.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryEstimate {
-    /// Trained tensors, as often as evaluations keep them.
+    /// Trained tensors, with the copies of them that are kept: the last good ones, and those of the best evaluations.
     pub parameters: u64,
     /// Their gradients.
     pub gradients: u64,

@@ -1,9 +1,10 @@
 //! Datasets and jobs.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::{StreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, stream};
+use tokio::sync::Semaphore;
 
 use super::{
     catalog_params::{Page, PageRequest},
@@ -18,10 +19,11 @@ use crate::{
     ids::{BlobId, TenantId},
     interop::{self, EncodeMeta},
     model::Base,
-    registry::RegistryError,
+    registry::{DeltaLease, DeltaRef, KeptVersion, Registry, RegistryError},
     store::{DatasetRecord, NewDataset},
     train::{
         BaseInfo, Inputs, Kept, Prepared, TrainError,
+        beginning::Reload,
         dataset::Dataset,
         joblog::LogError,
         memory::Shortage,
@@ -159,7 +161,7 @@ impl Service {
             None => None,
         };
         let from = self.starting_delta(tenant, params.from_delta.as_deref().unwrap_or_default()).await?;
-        let mut mixed = Vec::new();
+        let (mut mixed, mut kept) = (Vec::new(), Vec::new());
         // ahead of the leases: those who wait hold nothing
         let turn = match &params.mix {
             Some(_) => Some(Arc::clone(&self.inner.merging).acquire_owned().await),
@@ -167,8 +169,12 @@ impl Service {
         };
         let turn = turn.transpose().map_err(|e| ServeError::Internal(e.to_string()))?;
         for reference in params.mix.iter().flat_map(|m| &m.deltas) {
-            mixed.extend(self.starting_delta(tenant, reference).await?);
+            let (registry, wanted): (_, DeltaRef) = (&self.parts().registry, reference.parse()?);
+            let version = registry.keep(tenant, &wanted).await?;
+            mixed.push(starting(registry.lease_kept(&version).await?));
+            kept.push(version);
         }
+        let reload = self.reload(kept);
         // their mean, and the same as files
         let bytes: u64 = mixed.iter().map(|d: &StartingDelta| d.delta().bytes()).sum();
         let room = match bytes {
@@ -189,7 +195,10 @@ impl Service {
             let _held = (turn, room);
             let base = &parts.base;
             let from = match &params.mix {
-                Some(mix) => Some(Mix::start(mixed, mix.per_layer, &base.sites).map_err(|v| refused(vec![v]))?),
+                Some(mix) => {
+                    let start = Mix::start(mixed, mix.per_layer, &base.sites).map_err(|v| refused(vec![v]))?;
+                    Some(start.reloaded_by(reload))
+                }
                 None => from,
             };
             let start = from.as_ref().map(|from| Continue { from, old: old.as_deref() });
@@ -216,10 +225,29 @@ impl Service {
 
     /// A delta that a job starts from, leased until the job has copied its values; none for an empty reference.
     async fn starting_delta(&self, tenant: &TenantId, reference: &str) -> Result<Option<StartingDelta>, ServeError> {
-        let Some(lease) = self.lease(tenant, reference).await? else { return Ok(None) };
-        let version = lease.version();
-        let name = format!("{}@{}", version.name, version.number);
-        Ok(Some(StartingDelta::new(name, lease.id(), Arc::clone(lease.delta()), lease)))
+        Ok(self.lease(tenant, reference).await?.map(starting))
+    }
+
+    /// What leases the deltas of a mix again when the job's turn has come.
+    fn reload(&self, kept: Vec<KeptVersion>) -> Reload {
+        let (registry, merging) = (self.parts().registry.clone(), Arc::clone(&self.inner.merging));
+        let kept = Arc::new(kept);
+        Reload::new(move || {
+            let (registry, merging, kept) = (registry.clone(), Arc::clone(&merging), Arc::clone(&kept));
+            async move {
+                let mut waits = RELOAD_WAITS.iter();
+                loop {
+                    match lease_all(&registry, &merging, &kept).await {
+                        // room comes back when others are done; meanwhile nothing is held
+                        Err(RegistryError::BudgetFull { .. } | RegistryError::LoadTimeout(_)) if waits.len() > 0 => {
+                            tokio::time::sleep(waits.next().copied().unwrap_or_default()).await;
+                        }
+                        found => return found.map_err(|e| e.to_string()),
+                    }
+                }
+            }
+            .boxed()
+        })
     }
 
     /// The bytes of a request's data.
@@ -290,6 +318,30 @@ impl Service {
     pub async fn cancel_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
         Ok(self.parts().trainer.cancel(tenant, id).await?)
     }
+}
+
+/// Pauses between the tries to load the deltas of a mix while there is no room for them.
+const RELOAD_WAITS: [Duration; 5] = [1, 2, 4, 8, 16].map(Duration::from_secs);
+
+/// Leases all of the versions or none, in turn with merges: several that each hold a part could wait for each other.
+async fn lease_all(
+    registry: &Registry,
+    turns: &Semaphore,
+    kept: &[KeptVersion],
+) -> Result<Vec<StartingDelta>, RegistryError> {
+    let _turn = turns.acquire().await.map_err(|_| RegistryError::Abandoned)?;
+    let mut leased = Vec::with_capacity(kept.len());
+    for version in kept {
+        leased.push(starting(registry.lease_kept(version).await?));
+    }
+    Ok(leased)
+}
+
+/// A leased delta as what a job starts from.
+fn starting(lease: DeltaLease) -> StartingDelta {
+    let version = lease.version();
+    let name = format!("{}@{}", version.name, version.number);
+    StartingDelta::new(name, lease.id(), Arc::clone(lease.delta()), lease)
 }
 
 /// Finds out now, not when the job is done: what cannot be written cannot be published.

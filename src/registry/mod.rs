@@ -12,6 +12,7 @@ mod cache;
 mod catalog;
 mod compose;
 mod error;
+mod kept;
 mod metrics;
 mod reference;
 mod seat;
@@ -23,6 +24,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use compose::Composition;
 pub use error::{LoadError, RegistryError};
+pub use kept::KeptVersion;
 pub use reference::{DeltaRef, VersionSel};
 
 use self::{

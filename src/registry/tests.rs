@@ -333,6 +333,23 @@ async fn deleting_spares_leases_and_frees_the_bytes_with_the_last() {
 }
 
 #[tokio::test]
+async fn what_is_kept_takes_no_memory_and_can_be_leased_after_it_is_deleted() {
+    let w = World::new(2).await;
+    w.publish("n", "1").await;
+    let kept = w.registry.keep(&tenant(), &wanted("n@1")).await.unwrap();
+    assert_eq!((w.counting.loads(), w.registry.stats().bytes), (0, 0));
+    w.registry.delete(&tenant(), &wanted("n"), None).await.unwrap();
+    assert!(matches!(w.registry.keep(&tenant(), &wanted("n@1")).await, Err(RegistryError::NotFound(_))));
+    assert_eq!(w.store.collect_garbage_after(Duration::ZERO).await.unwrap().blobs, 0);
+    let lease = w.registry.lease_kept(&kept).await.unwrap();
+    assert_eq!((lease.delta().bytes(), lease.version().number, w.registry.stats().bytes), (SIZE, 1, SIZE));
+    drop(lease);
+    assert_eq!(w.registry.stats().bytes, 0, "nobody can ask for it: it goes with its lease");
+    drop(kept);
+    assert_eq!(w.store.collect_garbage_after(Duration::ZERO).await.unwrap().blobs, 1);
+}
+
+#[tokio::test]
 async fn bytes_shared_by_two_names_are_resident_once_and_outlive_one_of_them() {
     let w = World::new(2).await;
     w.publish("a", "same").await;

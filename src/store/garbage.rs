@@ -26,7 +26,7 @@ impl Store {
         self.collect_garbage_after(GRACE).await
     }
 
-    pub(super) async fn collect_garbage_after(&self, grace: Duration) -> Result<Garbage, StoreError> {
+    pub(crate) async fn collect_garbage_after(&self, grace: Duration) -> Result<Garbage, StoreError> {
         let stored = self.blobs().list().await?;
         let named = self.named_blobs().await?;
         let mut removed = Garbage::default();

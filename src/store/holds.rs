@@ -14,6 +14,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::{Store, VersionRecord};
 use crate::ids::BlobId;
 
 /// How long a blob written without a row stays safe from the collector: the time in which its writer names it.
@@ -97,6 +98,22 @@ impl Drop for Hold {
             entry.holders -= 1;
             entry.touched = Some(Instant::now());
         }
+    }
+}
+
+/// The files of a version, which the collector leaves alone for as long as this lives, also if the version is deleted.
+pub struct HeldFiles {
+    _blobs: Vec<Hold>,
+}
+
+impl Store {
+    /// Keeps the files of a version from the collector; takes no memory for them.
+    pub async fn hold_files(&self, version: &VersionRecord) -> HeldFiles {
+        let mut blobs = Vec::with_capacity(version.files.len());
+        for file in &version.files {
+            blobs.push(self.inner.holds.hold(file.blob).await);
+        }
+        HeldFiles { _blobs: blobs }
     }
 }
 

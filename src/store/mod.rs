@@ -29,6 +29,7 @@ use bytes::Bytes;
 pub use datasets::{DatasetRecord, NewDataset};
 pub use error::StoreError;
 pub use garbage::Garbage;
+pub use holds::HeldFiles;
 pub use jobs::{CheckpointRecord, CreateJob, EventRecord, JobChange, JobPage, JobRecord, NewJob, is_terminal};
 pub use models::Models;
 pub use versions::{NameRecord, NewVersion, Origin, StoredFile, VersionRecord};

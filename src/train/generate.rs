@@ -23,6 +23,10 @@ use crate::{
 const GROUP: usize = 32;
 /// Most cache slots that they take, unless one alone takes more.
 const GROUP_SLOTS: usize = 2 * MICRO_TOKENS;
+/// Most tokens of a gold answer that generated ones are scored against: ROUGE-L compares every word with every word.
+pub const MAX_GOLD_TOKENS: usize = 4096;
+/// Letters of gold times generated tokens that are scored in one turn, unless one answer alone has more.
+const SCORED_AT_ONCE: usize = 1 << 24;
 /// Tokens of a prompt that the first new token is decoded with, as serving does: so the first word keeps its space.
 const NEIGHBOURS: usize = 6;
 
@@ -107,6 +111,9 @@ pub struct Answering {
     open: Vec<Open>,
     /// New tokens by question, without the one that ends them.
     said: Vec<Vec<u32>>,
+    /// Questions that `texts` has, the first ones.
+    scored: usize,
+    texts: Texts,
 }
 
 impl Answering {
@@ -119,7 +126,7 @@ impl Answering {
         let arch = &base.arch;
         let cache = KvCache::new(arch.layers, quiz.slots(ahead), arch.kv_width(), base.dtype, &base.device)?;
         let (todo, said) = (quiz.groups(ahead).into(), vec![Vec::new(); quiz.questions.len()]);
-        Ok(Self { base, delta, cache, todo, open: Vec::new(), said })
+        Ok(Self { base, delta, cache, todo, open: Vec::new(), said, scored: 0, texts: Texts::default() })
     }
 
     /// One forward: a token for each answer under way. False if all are complete.
@@ -150,14 +157,25 @@ impl Answering {
         &self.said
     }
 
-    /// The answers against the gold, as texts.
-    pub fn scores(&self, quiz: &Quiz, decoder: &Decoder) -> Texts {
-        let mut texts = Texts::default();
-        for (question, said) in quiz.questions.iter().zip(&self.said) {
+    /// Holds some more of the complete answers against the gold, as texts: a bounded amount of work. False if that was all.
+    pub fn score(&mut self, quiz: &Quiz, decoder: &Decoder) -> bool {
+        let mut work = 0_usize;
+        while let (Some(question), Some(said)) = (quiz.questions.get(self.scored), self.said.get(self.scored)) {
+            let more = question.gold.len().saturating_mul(said.len() + 1);
+            if work > 0 && work.saturating_add(more) > SCORED_AT_ONCE {
+                return true;
+            }
+            work = work.saturating_add(more.max(1));
             let before: &[u32] = if question.source.is_empty() { &question.prompt } else { &[] };
-            texts.add(&text_after(before, said, decoder), &[question.gold.as_str()]);
+            self.texts.add(&text_after(before, said, decoder), &[question.gold.as_str()]);
+            self.scored += 1;
         }
-        texts
+        false
+    }
+
+    /// The scores so far ([`Self::score`]).
+    pub fn texts(&self) -> &Texts {
+        &self.texts
     }
 
     /// Gives each question of a group its share of the cache.
@@ -279,6 +297,43 @@ mod tests {
         assert_eq!(all, (0..76).collect::<Vec<_>>());
         assert_eq!(groups[0].len(), GROUP);
         assert_eq!(Quiz::default().slots(3), 0);
+    }
+
+    #[test]
+    fn a_turn_scores_a_bounded_amount_and_at_least_one_answer() {
+        use crate::{delta::DeltaSpec, model::testing};
+        let base = Arc::new(testing::random_base(&testing::tiny_llama(), 7).unwrap());
+        let spec = DeltaSpec {
+            methods: vec![],
+            task: crate::delta::Task::CausalLm,
+            problem: Default::default(),
+            labels: vec![],
+            num_virtual_tokens: 0,
+            parameters: 0,
+            resident_bytes: 0,
+        };
+        let delta = Arc::new(Delta::new(spec, vec![], None));
+        const SAID: usize = 4095;
+        // two of a little more than half a turn, one of several turns, and short ones
+        let turn = SCORED_AT_ONCE / (SAID + 1);
+        let golds = [turn / 2, turn / 2, 4 * turn, 1, 1].map(|letters| "ab ".repeat(letters / 3 + 1));
+        let questions = golds.iter().map(|gold| Question { gold: gold.clone(), ..question(1, 0, 3) });
+        let quiz = Quiz { questions: questions.collect(), ..Quiz::default() };
+        let mut answering = Answering::new(base, delta, &quiz).unwrap();
+        for said in &mut answering.said {
+            *said = vec![1; SAID];
+        }
+        let decoder = Decoder::new(|ids| if ids.len() == SAID { "ab ab ab".to_owned() } else { String::new() });
+        let mut turns = Vec::new();
+        while answering.score(&quiz, &decoder) {
+            turns.push(answering.texts().cases());
+        }
+        assert_eq!((turns, answering.texts().cases()), (vec![1, 2, 3], 5));
+        let mut whole = Texts::default();
+        golds.iter().for_each(|gold| whole.add("ab ab ab", &[gold]));
+        let figures = |t: &Texts| (t.exact_match(), t.bleu(), t.rouge_l());
+        assert_eq!(figures(answering.texts()), figures(&whole));
+        assert!(!answering.score(&quiz, &decoder), "it is over");
     }
 
     #[test]

@@ -389,10 +389,12 @@ impl TrainerHandle {
             }
         };
         self.shared.notify(&id, seq);
-        let input = RunInput::from(&prepared);
+        let mut input = RunInput::from(&prepared);
+        let shelved = input.shelve();
         let memory = prepared.spec.full.map(|_| prepared.reply.memory);
         let (name, policy) = (params.output_name, params.publish);
-        let pending = Pending { id, name, policy, tenant, memory, input, from: None, resumes: false, permit };
+        let pending = Pending { id, name, policy, tenant, memory, input, shelved, from: None, resumes: false, permit };
+        drop(prepared); // also the deltas that it mixes
         let sent = self.commands.send(Command::Enqueue(Box::new(pending), None)).await;
         sent.map_err(|_| self.shared.gone())?;
         Ok(JobInfo { last_seq: seq, ..job.info })

@@ -10,12 +10,13 @@ use super::{
     encode::Encoded,
     full_laws::{full, kept},
     gradients::{self, LossesOf, Micro},
-    laws::{examples, finish, flat, hyper, input, lora, positions, slope, tiny},
+    laws::{examples, finish, flat, hyper, input, lora, positions, tiny},
     method_laws::all,
     objective::{Sequence, bare, forward, losses, next_token_against, smoothed_losses},
     optim::global_norm,
     run::{Advance, Outcome, Run, RunInput, Trained},
-    trainable::{NamedVar, Trainable},
+    testing::{Differences, assert_near, shake},
+    trainable::Trainable,
 };
 use crate::{
     admission::train_params::{JobEventBody, LoraPart, MethodPart, ResolvedTraining, Targets},
@@ -46,16 +47,6 @@ fn methods(base: &Base) -> Vec<(&'static str, Vec<MethodPart>)> {
         methods.push(("lora of the head", part(LoraPart { targets, ..LoraPart::default() })));
     }
     methods
-}
-
-/// Away from the start, where the divergence is nothing.
-fn shake(vars: &[NamedVar]) {
-    let mut draw = crate::model::testing::Rng(7);
-    for v in vars {
-        let noise: Vec<f32> = (0..v.var.elem_count()).map(|_| 0.2 * draw.uniform() - 0.1).collect();
-        let noise = Tensor::from_vec(noise, v.var.shape(), v.var.device()).unwrap();
-        v.var.set(&(v.var.as_detached_tensor() + noise).unwrap()).unwrap();
-    }
 }
 
 fn sequences<'a>(examples: &[&'a Encoded]) -> Vec<Sequence<'a>> {
@@ -106,13 +97,7 @@ fn backward(each: &Tensor) -> GradStore {
 
 #[track_caller]
 fn near(what: &str, a: Option<&Tensor>, b: Option<&Tensor>) {
-    let (a, b) = match (a, b) {
-        (Some(a), Some(b)) => (a, b),
-        (None, None) => return,
-        _ => panic!("{what}: {} and {}", a.is_some(), b.is_some()),
-    };
-    let (norm, apart) = (global_norm([b]).unwrap(), global_norm([&(a - b).unwrap()]).unwrap());
-    assert!(apart <= 1e-4 * norm + 1e-5, "{what}: {apart} of {norm}");
+    assert_near(what, (a, b), (1e-4, 1e-5));
 }
 
 #[track_caller]
@@ -139,7 +124,7 @@ fn losses_and_gradients_are_those_of_whole_matrices_for_every_method() {
         for (name, methods) in methods(&base) {
             let input = input(&base, task, &methods, hyper(1));
             let t = Trainable::init_on(&input.spec, &base, 3).unwrap();
-            shake(t.vars());
+            shake(t.vars(), 7);
             let examples: Vec<&Encoded> = input.train.iter().take(5).collect();
             equals_the_dense_one(&format!("{family} {name}"), (&*base, &*base), &t, &examples);
         }
@@ -152,7 +137,7 @@ fn losses_and_gradients_are_those_of_whole_matrices_for_full_fine_tuning() {
         let (_dir, base) = kept(family);
         let input = full(&base, task, hyper(1));
         let t = Trainable::init_on(&input.spec, &base, 1).unwrap();
-        shake(&t.vars()[..4]);
+        shake(&t.vars()[..4], 7);
         let (trained, examples) = (t.base(&base).unwrap(), input.train.iter().take(4).collect::<Vec<_>>());
         equals_the_dense_one(family, (&*base, &*trained), &t, &examples);
     }
@@ -172,20 +157,14 @@ fn gradients_match_central_differences() {
         let base = tiny(family);
         let input = input(&base, task, &methods, hyper(1));
         let t = Trainable::init_on(&input.spec, &base, 1).unwrap();
-        shake(t.vars());
+        shake(t.vars(), 7);
         let examples: Vec<&Encoded> = input.train.iter().take(5).collect();
         let of = sequences(&examples);
         let loss = || {
             let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
             held(&base, &base, &delta, &of, KL).0.mean_all().unwrap()
         };
-        let grads = loss().backward().unwrap();
-        for v in t.vars() {
-            let g = grads.get(&v.var).unwrap();
-            let norm = global_norm([g]).unwrap();
-            let slope = slope(v, g, norm, loss);
-            assert!((slope - norm).abs() <= 0.03 * norm + 4e-4, "{family} {}: {slope} {norm}", v.name);
-        }
+        Differences::default().assert_all(family, t.vars(), loss);
     }
 }
 
@@ -220,7 +199,7 @@ fn layer_by_layer_it_is_the_same() {
         for (name, methods) in methods(&base) {
             let input = input(&base, task, &methods, hyper(1));
             let t = Trainable::init_on(&input.spec, &base, 3).unwrap();
-            shake(t.vars());
+            shake(t.vars(), 7);
             let examples: Vec<&Encoded> = input.train.iter().take(5).collect();
             let of = sequences(&examples);
             let [whole, by_layer] = [gradients::whole, gradients::by_layer].map(|by| {

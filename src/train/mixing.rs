@@ -55,17 +55,22 @@ impl Mix {
                 ));
             }
         }
-        // what each was for does not matter: only the updates are taken
-        let spec = |own: &DeltaSpec| DeltaSpec { methods: own.methods.clone(), ..parts[0].delta().spec.clone() };
-        let bare = |d: &Delta| Arc::new(Delta::new(spec(&d.spec), d.patches().to_vec(), None));
-        let deltas: Vec<Arc<Delta>> = parts.iter().map(|p| bare(p.delta())).collect();
+        let mix = Self::of(&parts, per_layer);
         let weight = 1.0 / parts.len() as f64;
-        let sources: Vec<Source<'_>> = (parts.iter().zip(&deltas))
+        let sources: Vec<Source<'_>> = (parts.iter().zip(&mix.deltas))
             .map(|(part, delta)| Source { name: part.name(), delta: delta.as_ref(), weight })
             .collect();
         let mean = compose(&sources, sites).map_err(|e| violation(FIELD.to_owned(), e.to_string()))?;
-        let versions = parts.iter().map(StartingDelta::record).collect();
-        Ok(StartingDelta::mixed(Arc::new(mean), Self { deltas, per_layer, versions }, parts))
+        Ok(StartingDelta::mixed(Arc::new(mean), mix, parts))
+    }
+
+    /// Of deltas that [`Self::start`] accepted.
+    pub(super) fn of(parts: &[StartingDelta], per_layer: bool) -> Self {
+        // what each was for does not matter: only the updates are taken
+        let spec = |own: &DeltaSpec| DeltaSpec { methods: own.methods.clone(), ..parts[0].delta().spec.clone() };
+        let bare = |d: &Delta| Arc::new(Delta::new(spec(&d.spec), d.patches().to_vec(), None));
+        let deltas = parts.iter().map(|p| bare(p.delta())).collect();
+        Self { deltas, per_layer, versions: parts.iter().map(StartingDelta::record).collect() }
     }
 
     /// The layer whose weights a site has; `None`: those of all that has none of its own.

@@ -9,12 +9,13 @@ use super::{
     batches::{Stream, rng},
     encode::{Encoded, tests::byte_codec},
     gradients,
-    laws::{examples, finish, flat, hyper, input, lora, shape, slope, tiny, train},
+    laws::{examples, finish, flat, hyper, input, lora, shape, tiny, train},
     mixing::Mix,
     objective::{Sequence, losses, losses_of},
     plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
     run::{Outcome, Run, RunInput},
     spec::TrainSpec,
+    testing::Differences,
     trainable::Trainable,
     transfer::{Continue, StartingDelta},
 };
@@ -149,7 +150,8 @@ fn gradients_of_the_weights_match_central_differences_also_layer_by_layer() {
                 continue;
             }
             moved += 1;
-            let found = slope(v, &grad, norm, || losses(&base, now(), &all, None).unwrap().each.sum_all().unwrap());
+            let found = Differences::NEAR
+                .slope(v, &grad, norm, || losses(&base, now(), &all, None).unwrap().each.sum_all().unwrap());
             assert!((found / norm - 1.0).abs() < 2e-2, "{family} {}: {found} and {norm}", v.name);
         }
         assert!(moved >= 2, "{family}: {moved}");

@@ -10,6 +10,7 @@
 //! a base weight, and never makes a version itself: the composition root gives it a [`Publisher`].
 
 pub mod batches;
+pub mod beginning;
 #[cfg(test)]
 mod best_laws;
 mod control;
@@ -42,6 +43,8 @@ pub mod metrics;
 pub mod mixing;
 #[cfg(test)]
 mod mixing_laws;
+#[cfg(test)]
+mod mixing_tests;
 pub mod objective;
 pub mod optim;
 pub mod plan;
@@ -66,6 +69,8 @@ mod svd;
 mod sweep_laws;
 #[cfg(test)]
 mod sweep_resume_laws;
+#[cfg(test)]
+mod testing;
 mod together;
 pub mod trainable;
 pub mod transfer;

@@ -209,8 +209,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         memory.activations += start.as_ref().map_or(0, Continued::held_bytes);
         // prompts are answered between steps
         memory.activations = memory.activations.max(cache);
-        // copies of the next best evaluations' values
-        memory.parameters *= u64::from(resolved.keep_best.max(1));
+        memory.parameters *= keeping::copies(&resolved, &spec, !validation.is_empty());
         memory
     };
     let memory = estimate(resolved.gradient_checkpointing);

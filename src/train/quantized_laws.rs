@@ -8,12 +8,12 @@ use candle_core::Tensor;
 use super::{
     batches::{Stream, rng},
     encode::Encoded,
-    laws::{config, examples, hyper, input, positions, shape, slope},
+    laws::{config, examples, hyper, input, positions, shape},
     method_laws::all,
     objective::losses,
-    optim::global_norm,
     run::{Advance, Outcome, Run},
     spec::TrainSpec,
+    testing::{Differences, shake},
     trainable::Trainable,
 };
 use crate::{
@@ -57,12 +57,7 @@ fn gradients_are_those_of_the_dequantised_base() {
             // the same variables, moved off their start alike
             let gradients = |base: &Arc<Base>| -> Vec<(String, Vec<f32>)> {
                 let t = Trainable::init_on(&spec, base, 3).unwrap();
-                let mut draw = testing::Rng(77);
-                for v in t.vars() {
-                    let noise: Vec<f32> = (0..v.var.elem_count()).map(|_| 0.2 * draw.uniform() - 0.1).collect();
-                    let noise = Tensor::from_vec(noise, v.var.shape(), &base.device).unwrap();
-                    v.var.set(&(v.var.as_detached_tensor() + noise).unwrap()).unwrap();
-                }
+                shake(t.vars(), 77);
                 let delta = t.delta(&mut rng(0, Stream::Dropout)).unwrap();
                 let grads = losses(base, delta, &batch, None).unwrap().each.mean_all().unwrap().backward().unwrap();
                 let flat = |g: &Tensor| g.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -100,13 +95,7 @@ fn gradients_match_central_differences_on_a_quantised_base() {
             let values: Vec<f32> = (0..v.var.elem_count()).map(|_| 0.2 * draw.uniform() - 0.1).collect();
             v.var.set(&Tensor::from_vec(values, v.var.shape(), &base.device).unwrap()).unwrap();
         }
-        let grads = loss().backward().unwrap();
-        for v in t.vars() {
-            let g = grads.get(&v.var).unwrap();
-            let norm = global_norm([g]).unwrap();
-            let slope = slope(v, g, norm, loss);
-            assert!((slope - norm).abs() <= 0.02 * norm + 2e-4, "{family} {}: {slope} {norm}", v.name);
-        }
+        Differences::NEAR.assert_all(family, t.vars(), loss);
     }
 }
 

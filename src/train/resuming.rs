@@ -177,13 +177,16 @@ impl TrainerHandle {
         from: Option<(u32, Bytes)>,
     ) -> Result<JobInfo, TrainError> {
         let Some(permit) = place.permit.take() else { return Err(TrainError::Draining) };
+        let mut input = RunInput::from(prepared);
+        let shelved = input.shelve();
         let pending = Pending {
             id: kept.info.id.clone(),
             tenant: tenant.clone(),
             name: kept.request.output_name,
             policy: kept.request.publish,
             memory: prepared.spec.full.map(|_| prepared.reply.memory),
-            input: RunInput::from(prepared),
+            input,
+            shelved,
             from,
             resumes: place.resumes,
             permit,

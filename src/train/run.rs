@@ -39,6 +39,7 @@ use crate::{
     pacing::Pacer,
     train::{
         batches::{self, Batches, Stream, micro_batches},
+        beginning::Beginning,
         encode::Encoded,
         eval::{Patience, Tally},
         ewc::{Fisher, Penalty},
@@ -50,7 +51,7 @@ use crate::{
         spec::TrainSpec,
         start,
         trainable::{Snapshot, Trainable},
-        transfer::{Continued, Ewc},
+        transfer::Ewc,
         worst::{Decoder, Worst},
     },
 };
@@ -61,7 +62,7 @@ use preference::{References, Side};
 const MAX_WEIGHT_NORM: f64 = 65_504.0;
 
 /// Steps between good checkpoints that a failure falls back to.
-const KEEP_EVERY: u32 = 10;
+pub(super) const KEEP_EVERY: u32 = 10;
 
 /// The data and choices of a run.
 #[derive(Debug, Clone)]
@@ -74,8 +75,8 @@ pub struct RunInput {
     pub train: Arc<[Encoded]>,
     /// Validation examples.
     pub validation: Arc<[Encoded]>,
-    /// The delta to continue; taken by the run when it has copied its values.
-    pub start: Option<Continued>,
+    /// What it starts from; taken by the run when it has copied the values.
+    pub start: Option<Beginning>,
     /// The held text whose loss is compared at the end; may be empty.
     pub held: Arc<[Encoded]>,
     /// Whether the validation examples have a file of their own; else they were drawn from the training data.
@@ -95,7 +96,7 @@ impl From<&Prepared> for RunInput {
             spec: p.spec.clone(),
             train: Arc::clone(&p.train),
             validation: Arc::clone(&p.validation),
-            start: p.start.clone(),
+            start: p.start.as_ref().map(Beginning::from),
             held: Arc::clone(&p.held),
             separate_validation: p.separate_validation,
             decoder: p.decoder.clone(),
@@ -187,9 +188,9 @@ impl Run {
     pub fn new(base: Arc<Base>, pacer: Option<Arc<Pacer>>, mut input: RunInput) -> Result<Self> {
         let seed = input.resolved.seed;
         if let Some(start) = input.start.take() {
-            let trainable = start.trainable(&input.spec, &base, seed)?;
+            let (trainable, ewc) = start.begin(&input.spec, &base, seed)?;
             let mut run = Self::with_trainable(base, pacer, input, trainable)?;
-            start.ewc.map(|ewc| run.hold_on_to(ewc)).transpose()?;
+            ewc.map(|ewc| run.hold_on_to(ewc)).transpose()?;
             return Ok(run);
         }
         let trainable = Trainable::init_on(&input.spec, &base, seed)?;

@@ -5,6 +5,7 @@
 
 mod pauses;
 mod publishing;
+mod starting;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,24 +16,24 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     admission::{
         params::PublishPolicy,
         train_params::{
-            EvalEvent, JobEventBody, JobFailure, JobResult, JobState, MemoryEstimate, ModelResult, ResumedEvent,
-            StateEvent,
+            EvalEvent, JobEventBody, JobFailure, JobResult, JobState, MemoryEstimate, ModelResult, StateEvent,
         },
     },
     delta::Delta,
     ids::{DeltaId, TenantId},
     model::ModelFolder,
-    store::StoreError,
     train::{
+        beginning::{Beginning, Shelved},
         control::{Ask, Control},
         handle::{Live, Shared, TrainError},
         joblog::LogError,
-        memory::{MemoryProbe, Shortage},
+        memory::MemoryProbe,
         metrics::JobGauges,
         run::RunInput,
         worker::{End, Report, Start},
@@ -104,6 +105,8 @@ pub(crate) struct Pending {
     /// What it needs, if it trains every weight.
     pub(crate) memory: Option<MemoryEstimate>,
     pub(crate) input: RunInput,
+    /// What `input` has let go of until the job starts.
+    pub(crate) shelved: Option<Shelved>,
     /// What it goes on from: the step and the run's bytes.
     pub(crate) from: Option<(u32, Bytes)>,
     /// It is paused, and to go on.
@@ -122,6 +125,8 @@ pub(crate) enum Command {
     Pause(String, oneshot::Sender<Result<(), TrainError>>),
     /// A job of an earlier process that cannot go on.
     Refuse(String, Refusal),
+    /// What a job had let go of while it waited, or why that cannot be had.
+    Loaded(String, Result<Box<Beginning>, String>),
     Published(String, Result<Published, PublishFailure>),
     /// A job's last checkpoint is stored, and it has left the trainer.
     Stopped(String, Result<u64, LogError>),
@@ -138,7 +143,7 @@ pub enum Refusal {
     Pauses(String),
 }
 
-/// A job on the trainer thread or being published.
+/// A job that is about to be on the trainer thread, is on it, or is being published.
 struct Running {
     tenant: TenantId,
     name: String,
@@ -155,6 +160,14 @@ struct Running {
 }
 
 enum Phase {
+    /// It has its place, and what it had let go of while it waited is being loaded: as others see it, it waits.
+    Loading {
+        start: Box<Start>,
+        /// The step of what it goes on from.
+        step: Option<u32>,
+        /// Ends with it.
+        _task: AbortOnDropHandle<()>,
+    },
     Training,
     /// It has left the thread; its checkpoint is being written.
     Stopping,
@@ -258,6 +271,7 @@ impl Supervisor {
                 let _ = done.send(self.pause_asked(&id).await);
             }
             Command::Refuse(id, failure) => self.refuse(&id, failure).await,
+            Command::Loaded(id, result) => self.loaded(&id, result).await,
             Command::Published(id, result) => self.published(&id, result).await,
             Command::Stopped(id, result) => self.stopped(&id, result).await,
             Command::Drain(done) => self.drain(done),
@@ -290,87 +304,6 @@ impl Supervisor {
                     }
                 }
             },
-        }
-    }
-
-    /// The place in the queue of the job to start: of the tenant with the fewest running jobs, the oldest among equals. A
-    /// job that trains every weight waits while another does, and while anything runs that it has no room beside.
-    fn next(&self) -> Option<usize> {
-        let full_runs = self.running.values().any(|r| r.full);
-        let has_room = |job: &Pending| match &job.memory {
-            Some(need) => !full_runs && (self.running.is_empty() || self.memory.now().check(need, false).is_ok()),
-            None => true,
-        };
-        // small jobs may pass one that waits for memory, but those that begin anew must not keep it waiting for ever
-        let passed = !full_runs && !self.running.is_empty() && self.running.values().all(|r| r.overtook);
-        let waits = |job: &Pending| job.memory.is_some() && !has_room(job);
-        let most = passed.then(|| self.queue.iter().position(waits)).flatten().unwrap_or(self.queue.len());
-        let load = |tenant: &TenantId| self.running.values().filter(|r| r.tenant == *tenant).count();
-        let jobs = self.queue.iter().enumerate().take(most).filter(|(_, job)| has_room(job));
-        jobs.min_by_key(|(i, job)| (load(&job.tenant), *i)).map(|(i, _)| i)
-    }
-
-    /// What stands against a job whose turn it is. Of one that trains every weight: memory that is not there though
-    /// nothing else runs (other processes have it), and a disk that could not take its model in the end.
-    fn obstacle(&self, job: &Pending) -> Option<JobFailure> {
-        let need = job.memory?;
-        // beside others it was asked a moment ago, and a job that waits does not fail
-        if self.running.is_empty()
-            && let Err(Shortage { message, .. }) = self.memory.now().check(&need, false)
-        {
-            return Some(JobFailure { code: "NOT_ENOUGH_MEMORY".into(), message });
-        }
-        let numbers = job.input.spec.full.unwrap_or(0);
-        match self.shared.log.models().check_room(numbers.saturating_mul(size_of::<f32>() as u64)) {
-            Err(e @ StoreError::DiskFull { .. }) => {
-                Some(JobFailure { code: "DISK_FULL".into(), message: format!("the model would have no room: {e}") })
-            }
-            Err(e) => {
-                tracing::warn!(job = job.id, error = %e, "the disk's free space is not known");
-                None
-            }
-            Ok(()) => None,
-        }
-    }
-
-    /// Starts what fits.
-    async fn start_waiting(&mut self) {
-        while self.running.len() < self.max_running && !self.shared.is_draining() {
-            let Some(at) = self.next() else { return };
-            let overtook = self.queue.iter().take(at).any(|job| job.memory.is_some());
-            let Some(job) = self.queue.remove(at) else { return };
-            if let Some(failure) = self.obstacle(&job) {
-                self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
-                continue;
-            }
-            let slot = (0..).find(|s| self.running.values().all(|r| r.slot != *s)).unwrap_or(0);
-            let control = Arc::new(Control::default());
-            let (step, from) = job.from.unzip();
-            let start = Start { id: job.id.clone(), input: job.input, from, control: Arc::clone(&control), slot };
-            let running = Running {
-                info: publish_info(&start.input),
-                full: job.memory.is_some(),
-                overtook,
-                tenant: job.tenant,
-                name: job.name,
-                policy: job.policy,
-                slot,
-                control,
-                phase: Phase::Training,
-                _permit: job.permit,
-            };
-            self.append(&job.id, state(JobState::Running)).await;
-            if let Some(step) = step {
-                self.append(&job.id, JobEventBody::Resumed(ResumedEvent { step })).await;
-            }
-            self.running.insert(job.id.clone(), running);
-            // holds as many as may run at a time, so it is never full
-            let sent = self.starts.as_ref().is_some_and(|s| s.try_send(start).is_ok());
-            if !sent {
-                self.running.remove(&job.id);
-                let failure = JobFailure { code: "INTERNAL".into(), message: "the trainer thread has ended".into() };
-                self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
-            }
         }
     }
 

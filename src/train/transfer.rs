@@ -17,6 +17,7 @@ use crate::{
     ids::DeltaId,
     model::Base,
     train::{
+        beginning::{Mixture, Reload},
         dataset::Dataset,
         encode::{Encoded, TextCodec, encode},
         issue::Report,
@@ -39,20 +40,27 @@ pub struct StartingDelta {
     delta: Arc<Delta>,
     /// What `delta` is the mean of, if the weights of deltas are trained.
     mix: Option<Arc<Mix>>,
-    _lease: Arc<dyn Any + Send + Sync>,
+    lease: Arc<dyn Any + Send + Sync>,
+    /// What leases the deltas of `mix` again.
+    reload: Option<Reload>,
 }
 
 impl StartingDelta {
     /// `name` is `name@number`; `lease` keeps the delta in memory.
     pub fn new(name: String, id: DeltaId, delta: Arc<Delta>, lease: impl Any + Send + Sync) -> Self {
-        Self { name, id, delta, mix: None, _lease: Arc::new(lease) }
+        Self { name, id, delta, mix: None, lease: Arc::new(lease), reload: None }
     }
 
     /// The mean of deltas whose weights are to be trained, with what keeps them in memory.
     pub(super) fn mixed(mean: Arc<Delta>, mix: Mix, of: Vec<Self>) -> Self {
         let name = of.iter().map(Self::name).collect::<Vec<_>>().join(" + ");
         let id = of.first().map_or(DeltaId::from_bytes([0; 32]), |d| d.id);
-        Self { name, id, delta: mean, mix: Some(Arc::new(mix)), _lease: Arc::new(of) }
+        Self { name, id, delta: mean, mix: Some(Arc::new(mix)), lease: Arc::new(of), reload: None }
+    }
+
+    /// A job that mixes may let go of its deltas while it waits: this leases them again.
+    pub fn reloaded_by(self, reload: Reload) -> Self {
+        Self { reload: Some(reload), ..self }
     }
 
     /// `name@number`.
@@ -136,6 +144,12 @@ impl Continued {
         self.from.mix().map(Mix::record)
     }
 
+    /// What a run takes that mixes deltas: without their mean, which only planning needs.
+    pub(super) fn mixture(&self) -> Option<Mixture> {
+        let StartingDelta { mix, lease, reload, .. } = &self.from;
+        mix.as_ref().map(|mix| Mixture::new(Arc::clone(mix), Arc::clone(lease), reload.clone()))
+    }
+
     /// What the job's record says of EWC.
     pub(super) fn ewc_record(&self) -> Option<ResolvedEwc> {
         self.ewc.as_ref().map(|e| ResolvedEwc { lambda: e.lambda, examples: e.examples.len() as u32 })
@@ -154,14 +168,11 @@ impl Continued {
         (own + fresh) as u64
     }
 
-    /// The job's variables.
+    /// The variables of a job that continues a delta.
     ///
     /// # Errors
     /// The device.
     pub(super) fn trainable(&self, spec: &TrainSpec, base: &Base, seed: u64) -> candle_core::Result<Trainable> {
-        if let Some(mix) = self.from.mix() {
-            return Trainable::mixing(mix, spec, base, seed);
-        }
         let matrix = |site| match base.linear(site)? {
             Some((weight, bias)) => DoraBase::new(weight, bias),
             None => candle_core::bail!("no matrix at {site}"),

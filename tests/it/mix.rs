@@ -73,3 +73,33 @@ async fn what_cannot_be_mixed_is_refused_with_the_reason() {
     expect_invalid(&error, "spec.from_delta", &["mix"]);
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mix_that_waits_holds_no_memory_and_goes_on_though_its_deltas_are_deleted() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    client.upload("one", &world.delta(1)).await.expect("an upload");
+    client.upload("two", &world.delta(2)).await.expect("an upload");
+    // as many as train at a time, so that what comes next waits
+    let mut long = Vec::new();
+    for i in 0..4 {
+        let spec = spec(&format!("long{i}"), proto::Task::CausalLm, stories(8), 1_000_000);
+        long.push(client.create_job(spec, "").await.expect("a job").id);
+    }
+    for id in &long {
+        eventually("it trains", async || client.job(id).await.is_ok_and(|j| j.state() == JobState::Running)).await;
+    }
+    let job = client.create_job(mixes("both", &["one", "two"], stories(8), 5), "").await.expect("a job");
+    let leased = async || client.info().await.expect("server info").residency.unwrap_or_default().leased;
+    assert_eq!((leased().await, client.job(&job.id).await.expect("the job").state()), (0, JobState::Queued));
+    for name in ["one", "two"] {
+        let request = proto::DeleteDeltaRequest { name: name.to_owned(), expected_id: None };
+        client.deltas().delete_delta(client.request(request)).await.expect("deleted");
+    }
+    let cancel = proto::CancelJobRequest { id: long[0].clone() };
+    client.training().cancel_job(client.request(cancel)).await.expect("cancelled");
+    assert_eq!(client.ended(&job.id).await.state(), JobState::Succeeded);
+    assert_eq!(leased().await, 0);
+    running.stop().await;
+}

@@ -1,5 +1,7 @@
 //! ROUGE-L (Lin 2004) of one text, as the package rouge-score has it.
 
+use std::collections::HashMap;
+
 /// F-measure of the longest common subsequence of words, against the reference where it is best: 0 to 1. Words are runs of
 /// `a-z` and `0-9` of the text in lower case, without stemming; a text without any has 0.
 pub fn rouge_l<S: AsRef<str>>(generated: &str, references: &[S]) -> f64 {
@@ -30,10 +32,19 @@ fn f_measure(generated: &[&str], reference: &[&str]) -> f64 {
     2.0 * precision * recall / (precision + recall)
 }
 
-/// Length of the longest common subsequence, by rows of the usual table.
+/// Length of the longest common subsequence, by rows of the usual table. Words are compared as numbers; one that `b` does not
+/// have changes no row.
 fn common(a: &[&str], b: &[&str]) -> usize {
+    let mut numbers: HashMap<&str, usize> = HashMap::new();
+    let b: Vec<usize> = b
+        .iter()
+        .map(|word| {
+            let next = numbers.len();
+            *numbers.entry(word).or_insert(next)
+        })
+        .collect();
     let mut row = vec![0; b.len() + 1];
-    for word in a {
+    for word in a.iter().filter_map(|word| numbers.get(word)) {
         let mut diagonal = 0;
         for (j, other) in b.iter().enumerate() {
             let above = row[j + 1];
@@ -54,6 +65,8 @@ mod tests {
         let reference = ["police killed the gunman"];
         assert_eq!(rouge_l("Police kill the gunman!", &reference), 0.75);
         assert_eq!(rouge_l("the gunman kill police", &reference), 0.5);
+        // words that come again, and words between them that the other does not have
+        assert_eq!(common(&["a", "x", "b", "a", "y", "b"], &["b", "a", "b", "a", "b"]), 4);
         assert_eq!(
             (rouge_l("", &[""]), rouge_l("\u{e9}\u{4f60}", &["\u{e9}"]), rouge_l("a", &[] as &[&str])),
             (0.0, 0.0, 0.0)

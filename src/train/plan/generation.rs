@@ -8,13 +8,13 @@ use super::violation;
 use crate::{
     admission::{
         params::Violation,
-        train_params::{EvalMetric, ResolvedGeneration, TrainParams},
+        train_params::{EvalMetric, ResolvedGeneration, TrainParams, Validation},
     },
     train::{
         batches::{Stream, rng},
         dataset::{Dataset, Format},
         encode::{Encoded, TextCodec},
-        generate::{Question, Quiz},
+        generate::{MAX_GOLD_TOKENS, Question, Quiz},
         spec::BaseShape,
     },
 };
@@ -86,7 +86,8 @@ impl Asks<'_> {
     /// Questions of the examples for evaluation, whose lines are in `data`.
     ///
     /// # Errors
-    /// No prompt that can be answered; bounds beyond the context; lines that the tokenizer refuses.
+    /// No prompt that can be answered; bounds beyond the context; lines that the tokenizer refuses, or whose gold answers have
+    /// more than [`MAX_GOLD_TOKENS`].
     pub(super) fn quiz(&self, data: &Dataset, validation: &[Encoded]) -> Result<Asked, Vec<Violation>> {
         let (room, asked) = (self.room, &self.params.hyper.generation);
         let most = room.saturating_sub(1).max(1);
@@ -98,6 +99,13 @@ impl Asks<'_> {
         let (mut questions, mut longest, mut left_out, mut refused) = (Vec::new(), 0, 0, Vec::new());
         for row in data.rows.iter().filter(|row| lines.contains(&row.line)) {
             match self.codec.ask(&row.example) {
+                Ok(Some(q)) if q.gold_tokens > MAX_GOLD_TOKENS + 1 => {
+                    let message = format!(
+                        "has an answer of {} tokens; generated answers are scored against at most {MAX_GOLD_TOKENS}",
+                        q.gold_tokens - 1
+                    );
+                    refused.push(self.line(row.line, message));
+                }
                 Ok(Some(q))
                     if q.prompt.len() < room
                         && q.source.len() <= room
@@ -107,7 +115,7 @@ impl Asks<'_> {
                     questions.push(Question { prompt: q.prompt, source: q.source, gold: q.gold, most: 1 });
                 }
                 Ok(_) => left_out += 1,
-                Err(e) => refused.push(violation(&format!("validation line {}", row.line), e)),
+                Err(e) => refused.push(self.line(row.line, e)),
             }
         }
         if !refused.is_empty() {
@@ -132,6 +140,12 @@ impl Asks<'_> {
             message: format!("has {left_out} examples that no evaluation answers: {why}"),
         });
         Ok((Quiz { questions: questions.into(), stop: self.codec.eos.clone().into() }, used, warning))
+    }
+
+    /// What is wrong with a line of the examples for evaluation.
+    fn line(&self, line: u64, message: String) -> Violation {
+        let data = if matches!(self.params.validation, Some(Validation::Fraction(_))) { "data" } else { "validation" };
+        violation(&format!("{data} line {line}"), message)
     }
 
     /// The first of the questions in an order that the seed decides; they are in their old order again.
@@ -160,7 +174,7 @@ mod tests {
     };
     use super::*;
     use crate::{
-        admission::train_params::{GenerationParams, PreferenceMethod, PreferenceParams, Validation},
+        admission::train_params::{GenerationParams, PreferenceMethod, PreferenceParams},
         delta::{Problem, Task},
     };
 
@@ -270,6 +284,22 @@ mod tests {
         assert!(field == "hyper.eval_generate" && message.contains("preferences"), "{message}");
         let (field, message) = refused(&also(by("loss", None)), &pairs(0..4), None);
         assert!(field == "hyper.eval_generate" && message.contains("validation_fraction"), "{message}");
+    }
+
+    #[test]
+    fn a_gold_answer_beyond_the_bound_is_refused_by_line() {
+        let line = |n: usize| format!("{{\"prompt\": \"p\", \"completion\": \"{}\"}}\n", "y".repeat(n));
+        let (fits, long) = (line(MAX_GOLD_TOKENS), line(MAX_GOLD_TOKENS + 1));
+        let held_out = pairs(10..14) + &fits;
+        assert_eq!(bounds(&run(&by("rouge_l", held()), &pairs(0..4), Some(&held_out)).unwrap()), Some((63, 5)));
+        let found = run(&by("rouge_l", held()), &pairs(0..4), Some(&(held_out + &long))).unwrap_err();
+        let message = "has an answer of 4097 tokens; generated answers are scored against at most 4096";
+        assert_eq!(found, [violation("validation line 6", message)]);
+        // where nothing is answered, it is a long example as any other
+        assert!(run(&by("loss", held()), &pairs(0..4), Some(&long)).is_ok());
+        let drawn = by("bleu", Some(Validation::Fraction(0.5)));
+        let found = run(&drawn, &(pairs(0..1) + &long.repeat(19)), None).unwrap_err();
+        assert!(found.iter().all(|v| v.field.starts_with("data line ") && v.message == message), "{found:?}");
     }
 
     #[test]

@@ -4,9 +4,10 @@ use super::violation;
 use crate::{
     admission::{
         params::Violation,
-        train_params::{MethodPart, TrainParams},
+        train_params::{MethodPart, ResolvedTraining, TrainParams},
     },
     delta::Problem,
+    train::{run::KEEP_EVERY, spec::TrainSpec},
 };
 
 /// Wishes that this job cannot fulfil, by name.
@@ -39,6 +40,18 @@ pub(super) fn problems(params: &TrainParams) -> Vec<Violation> {
         }
     }
     problems
+}
+
+/// How many times a run has the values of what it trains: the variables, the last good ones (`Run::good`), those whose loss is
+/// not known yet (`Run::unproven`, from step [`KEEP_EVERY`] on), and those of the best evaluations. Of a whole model,
+/// [`TrainSpec::memory`] counts the one copy that there is.
+pub(super) fn copies(resolved: &ResolvedTraining, spec: &TrainSpec, evaluates: bool) -> u64 {
+    if spec.full.is_some() {
+        return 1;
+    }
+    let unproven = resolved.total_steps >= KEEP_EVERY;
+    let best = if evaluates { resolved.keep_best.max(1) } else { 0 };
+    2 + u64::from(unproven) + u64::from(best)
 }
 
 #[cfg(test)]
@@ -107,7 +120,6 @@ mod tests {
         (p.hyper.kl_to_base, p.hyper.keep_best) = (Some(0.25), Some(3));
         let wished = run(&p, &texts, None).unwrap().reply;
         assert_eq!((wished.resolved.kl_to_base, wished.resolved.keep_best), (0.25, 3));
-        assert_eq!(wished.memory.parameters, 3 * plain.memory.parameters);
         // what is kept beside changes nothing in what is trained; what holds on to the base does
         let of = |reply: &crate::admission::train_params::PlanReply| reply.resolved.of_training();
         assert_ne!(of(&plain), of(&wished));
@@ -115,6 +127,44 @@ mod tests {
         assert_eq!(of(&plain), of(&run(&p, &texts, None).unwrap().reply));
         p.validation = None;
         assert_eq!(run(&p, &texts, None).unwrap_err()[0].field, "hyper.keep_best");
+    }
+
+    #[test]
+    fn every_copy_that_a_run_keeps_is_in_the_estimate() {
+        let texts: String = (0..20).map(|i| format!("{{\"text\": \"number {i}\"}}\n")).collect();
+        let copies = |steps: u32, keep_best, validation| {
+            let mut p = TrainParams { validation, ..params(Task::CausalLm, lora()) };
+            p.hyper = HyperParams { max_steps: Some(steps), epochs: Some(100.0), keep_best, ..HyperParams::default() };
+            let reply = run(&p, &texts, None).unwrap().reply;
+            assert_eq!(reply.resolved.total_steps, steps);
+            let once = 4 * reply.trainable_parameters;
+            assert_eq!((reply.memory.optimizer, reply.memory.parameters % once), (2 * once, 0));
+            reply.memory.parameters / once
+        };
+        let some = || Some(Validation::Fraction(0.2));
+        // the variables and the last good ones; those without a loss yet; those of evaluations
+        assert_eq!((copies(KEEP_EVERY - 1, None, None), copies(KEEP_EVERY, None, None)), (2, 3));
+        assert_eq!((copies(5, None, some()), copies(50, None, some()), copies(50, Some(4), some())), (3, 4, 7));
+    }
+
+    /// What is planned for is what a run comes to hold.
+    #[test]
+    fn a_run_holds_as_many_copies_as_are_planned_for() {
+        use crate::train::{
+            laws::{self, hyper, input, tiny},
+            run::{Advance, Run, RunInput},
+        };
+        let base = tiny("llama");
+        let resolved = ResolvedTraining { eval_every: 2, keep_best: 2, ..hyper(KEEP_EVERY) };
+        let wanted = input(&base, Task::CausalLm, &laws::lora(), resolved);
+        let wanted = RunInput { validation: wanted.train.clone(), ..wanted };
+        let most = copies(&wanted.resolved, &wanted.spec, true);
+        let mut run = Run::new(base, None, wanted).unwrap();
+        let mut held = 0;
+        while let Advance::More(_) = run.advance() {
+            held = held.max(run.copies());
+        }
+        assert_eq!((held as u64, most), (most, 5));
     }
 
     #[test]

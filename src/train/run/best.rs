@@ -121,6 +121,12 @@ fn from_bytes(trainable: &Trainable, bytes: &[u8], device: &Device) -> Result<Sn
 }
 
 impl Run {
+    /// How often it has the values of what it trains.
+    #[cfg(test)]
+    pub(in crate::train) fn copies(&self) -> usize {
+        1 + usize::from(self.good.is_some()) + usize::from(self.unproven.is_some()) + self.bests.all().len()
+    }
+
     /// What a [`Runner`]'s weights form, given the input of the run that it was of, on the same base.
     ///
     /// # Errors

@@ -108,7 +108,7 @@ impl Run {
             return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
         }
         if let Some(answers) = answers {
-            generation::score(&mut eval, &answers, &self.input.quiz, &self.input.decoder);
+            generation::score(&mut eval, &answers);
         }
         let best = self.bests.take(&mut eval, || self.trainable.snapshot())?;
         let out = self.patience.is_out(&eval);

@@ -5,16 +5,10 @@ use std::sync::Arc;
 use candle_core::Result;
 
 use super::{Phase, Run};
-use crate::{
-    admission::train_params::EvalEvent,
-    train::{
-        generate::{Answering, Quiz},
-        worst::Decoder,
-    },
-};
+use crate::{admission::train_params::EvalEvent, train::generate::Answering};
 
 impl Run {
-    /// One forward of the answers; false if there is nothing (more) to answer.
+    /// One forward of the answers or, where all are complete, the scores of some; false if there is nothing (more) to do.
     pub(super) fn answer_micro(&mut self) -> Result<bool> {
         let quiz = &self.input.quiz;
         let Phase::Eval { tally, answers, .. } = &mut self.phase else { return Ok(false) };
@@ -28,13 +22,13 @@ impl Run {
             *answers = Some(Box::new(Answering::new(base, delta, quiz)?));
         }
         let Some(answering) = answers else { return Ok(false) };
-        answering.advance(quiz, self.pacer.as_ref())
+        Ok(answering.advance(quiz, self.pacer.as_ref())? || answering.score(quiz, &self.input.decoder))
     }
 }
 
-/// Puts the figures of complete answers into an evaluation.
-pub(super) fn score(eval: &mut EvalEvent, answers: &Answering, quiz: &Quiz, decoder: &Decoder) {
-    let texts = answers.scores(quiz, decoder);
+/// Puts the figures of answers that were all scored into an evaluation.
+pub(super) fn score(eval: &mut EvalEvent, answers: &Answering) {
+    let texts = answers.texts();
     (eval.exact_match, eval.bleu, eval.rouge_l) =
         (Some(texts.exact_match()), Some(texts.bleu()), Some(texts.rouge_l()));
 }

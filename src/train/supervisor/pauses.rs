@@ -45,6 +45,10 @@ impl Supervisor {
         Ok(())
     }
 
+    fn is_loading(&self, id: &str) -> bool {
+        self.running.get(id).is_some_and(|job| job.phase.is_loading())
+    }
+
     async fn state_of(&self, id: &str) -> Result<JobState, TrainError> {
         self.shared.log.state(id).await?.ok_or_else(|| TrainError::NotFound(id.to_owned()))
     }
@@ -52,6 +56,9 @@ impl Supervisor {
     pub(super) async fn cancel(&mut self, id: &str) {
         if let Some(at) = self.queue.iter().position(|j| j.id == id) {
             self.queue.remove(at);
+            self.terminal(id, JobState::Cancelled, None, None).await;
+        } else if self.is_loading(id) {
+            self.running.remove(id);
             self.terminal(id, JobState::Cancelled, None, None).await;
         } else if let Some(job) = self.running.get(id) {
             // too late once it is being published: that ends by itself
@@ -81,10 +88,10 @@ impl Supervisor {
 
     /// Pauses a job that waits; marks one that trains.
     pub(super) async fn pause(&mut self, id: &str) -> Result<(), TrainError> {
-        if let Some(job) = self.running.get(id) {
+        if let Some(job) = self.running.get(id).filter(|job| !job.phase.is_loading()) {
             return match job.phase {
                 Phase::Training if job.full => Err(TrainError::FullRuns(id.to_owned())),
-                Phase::Training | Phase::Stopping => {
+                Phase::Loading { .. } | Phase::Training | Phase::Stopping => {
                     job.control.pause();
                     Ok(())
                 }
@@ -100,6 +107,7 @@ impl Supervisor {
             JobState::Queued => {
                 let seq = self.shared.log.append(id, self.shared.step(id), state(JobState::Paused)).await?;
                 self.queue.retain(|j| j.id != id);
+                self.running.remove(id); // what it starts from was being loaded
                 self.shared.set_paused(id, true);
                 self.shared.notify(id, seq);
                 Ok(())
@@ -217,6 +225,7 @@ impl Supervisor {
         self.shared.set_draining();
         // those that wait stay queued, and are prepared again at the next start
         self.queue.clear();
+        self.running.retain(|_, job| !job.phase.is_loading());
         self.running.values().for_each(|job| job.control.stop());
         let running: Vec<String> = self.running.keys().cloned().collect();
         self.shared.forget_all_but(&running);
