@@ -9,8 +9,8 @@ use super::{
     service::{Admitted, Input, Pieces, Service, text_error},
 };
 use crate::{
-    engine::{Event, Hypothesis},
-    kv::{PAGE_SIZE, pages_for},
+    engine::{Event, Footprint, Hypothesis},
+    kv::PAGE_SIZE,
     text::{DecodeStream, TextModel},
 };
 
@@ -36,19 +36,9 @@ impl Service {
             let message = format!("is {beams}; this server runs at most {most} sequences at a time");
             return Err(ServeError::field("options.num_beams", message));
         }
-        let delta = admitted.lease.as_ref().map(|l| l.delta());
-        let ahead = delta.map(|d| d.ahead()).unwrap_or_default().slots();
+        let delta = admitted.lease.as_ref().map(|l| l.delta().as_ref());
         let (len, new) = (input.tokens.len(), params.max_new_tokens as usize);
-        let memory = |source: usize| match source {
-            0 => 0,
-            source => {
-                let keys = delta.map_or(0, |d| d.ahead_of(crate::delta::Stack::Memory).keys);
-                delta.map_or(0, |d| d.source_ahead().rows) + source + keys
-            }
-        };
-        let pages = |len: usize, source: usize| {
-            pages_for(memory(source)) + (beams as usize).saturating_mul(pages_for(ahead + len + new))
-        };
+        let pages = |len: usize, source: usize| Footprint::of(delta, source, len + new).pages(beams as usize);
         let (needs, has) = (pages(len, input.source.len()), engine.stats().pages_total);
         if needs > has {
             let message = format!(

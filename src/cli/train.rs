@@ -6,6 +6,8 @@ mod methods;
 mod preference;
 mod start;
 mod sweep;
+#[cfg(test)]
+mod testing;
 mod view;
 pub(super) mod worst;
 

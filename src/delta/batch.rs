@@ -22,6 +22,14 @@ use crate::{
 /// From this many consecutive rows of one delta on, two blocked matrix products beat the row kernel.
 const GEMM_ROWS: usize = 48;
 
+/// What a delta has at a site: its slot, and the range of the slot's patches.
+type Entry = (usize, Range<usize>);
+
+/// The rows of one block: `[rows of it, ..]`.
+fn rows_of(t: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
+    t.narrow(0, rows.start, rows.len())
+}
+
 #[derive(Debug, Clone)]
 struct Slot {
     delta: Arc<Delta>,
@@ -46,8 +54,8 @@ impl Slot {
 #[derive(Debug, Clone, Default)]
 pub struct DeltaBatch {
     slots: Vec<Slot>,
-    /// By site: (slot, range of the slot's patches).
-    plan: Vec<Vec<(usize, Range<usize>)>>,
+    /// By site.
+    plan: Vec<Vec<Entry>>,
     rows: usize,
     spans: usize,
     tracked: bool,
@@ -108,6 +116,17 @@ impl DeltaBatch {
         let any = |f: fn(&Patch) -> bool| slots.iter().any(|s| s.delta.patches().iter().any(|(_, p)| f(p)));
         let (tracked, scales_inputs) = (any(Patch::tracked), any(|p| matches!(p, Patch::InScale(_))));
         Self { slots, plan, rows, spans, tracked, scales_inputs }
+    }
+
+    /// An entry's slot and patches.
+    fn entry(&self, (slot, range): &Entry) -> (&Slot, &[(SiteId, Patch)]) {
+        let slot = &self.slots[*slot];
+        (slot, &slot.delta.patches()[range.clone()])
+    }
+
+    /// The slots that have patches at a site, with those patches.
+    fn at(&self, site: SiteId) -> impl Iterator<Item = (&Slot, &[(SiteId, Patch)])> {
+        self.plan.get(site).into_iter().flatten().map(|entry| self.entry(entry))
     }
 
     /// The same deltas for a matrix with one row per span (pooled rows).
@@ -223,13 +242,11 @@ impl DeltaBatch {
         let mut updates = Vec::with_capacity(parts.len());
         for (site, columns) in parts {
             let mut update = Update { columns: columns.clone(), low: Vec::new(), bias: Vec::new() };
-            for (_, range) in self.plan.get(*site).into_iter().flatten() {
-                for (_, patch) in &slot.delta.patches()[range.clone()] {
-                    match patch {
-                        Patch::LowRank(l) => update.low.push((&l.a, &l.b, l.scale)),
-                        Patch::Bias(b) => update.bias.push(b),
-                        _ => return None,
-                    }
+            for (_, patch) in self.at(*site).flat_map(|(_, patches)| patches) {
+                match patch {
+                    Patch::LowRank(l) => update.low.push((&l.a, &l.b, l.scale)),
+                    Patch::Bias(b) => update.bias.push(b),
+                    _ => return None,
                 }
             }
             if !update.low.is_empty() || !update.bias.is_empty() {
@@ -245,18 +262,15 @@ impl DeltaBatch {
     }
 
     fn has_kernels(&self, parts: &[Part]) -> bool {
-        let plans = parts.iter().filter_map(|(site, _)| self.plan.get(*site)).flatten();
-        plans.flat_map(|(slot, range)| &self.slots[*slot].delta.patches()[range.clone()]).all(|(_, p)| p.has_kernel())
+        let of = |(site, _): &Part| self.at(*site).all(|(_, patches)| patches.iter().all(|(_, p)| p.has_kernel()));
+        parts.iter().all(of)
     }
 
     fn patch_fast(&self, site: SiteId, columns: &Range<usize>, x: &Tensor, out: &Tensor) -> Result<()> {
-        let Some(plan) = self.plan.get(site) else { return Ok(()) };
-        let mut groups = Vec::with_capacity(plan.len());
+        let mut groups = Vec::new();
         // products of long runs of one delta's rows, to be added as they are
         let mut products: Vec<(Range<usize>, Tensor)> = Vec::new();
-        for (slot, range) in plan {
-            let slot = &self.slots[*slot];
-            let patches = &slot.delta.patches()[range.clone()];
+        for (slot, patches) in self.at(site) {
             let long = slot.rows.iter().all(|r| r.len() >= GEMM_ROWS);
             // a product added at the end must not be scaled by a later patch
             let long = long && !patches.iter().skip(1).any(|(_, p)| !matches!(p, Patch::LowRank(_) | Patch::Bias(_)));
@@ -270,8 +284,7 @@ impl DeltaBatch {
                 match low {
                     Some(l) if long => {
                         for rows in &slot.rows {
-                            let xs = x.narrow(0, rows.start, rows.len())?;
-                            let low = (xs.matmul(&l.a.t()?)? * l.scale)?; // [rows, rank]
+                            let low = (rows_of(x, rows)?.matmul(&l.a.t()?)? * l.scale)?; // [rows, rank]
                             products.push((rows.clone(), low.matmul(&l.b)?)); // [rows, out]
                         }
                         row_ops(patch, false, &mut ops);
@@ -312,9 +325,7 @@ impl DeltaBatch {
         if let Some(patched) = self.patch_blocks(plan, x, &out)? {
             return Ok(patched);
         }
-        for (slot, range) in plan {
-            let slot = &self.slots[*slot];
-            let patches = &slot.delta.patches()[range.clone()];
+        for (slot, patches) in self.at(site) {
             if slot.covers(self.rows) {
                 for (_, patch) in patches {
                     out = patch.apply(x, &out)?;

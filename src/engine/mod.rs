@@ -16,8 +16,8 @@ mod step;
 mod worker;
 
 pub use request::{
-    Beams, EngineError, Event, Finished, Generate, HeldDelta, Hypothesis, Output, Permit, Request, SubmitError,
-    TokenOut, Work,
+    Beams, EngineError, Event, Finished, Footprint, Generate, HeldDelta, Hypothesis, Output, Permit, Request,
+    SubmitError, TokenOut, Work,
 };
 
 use std::{
@@ -41,7 +41,7 @@ use self::{
 };
 use crate::{
     admission::params::Pooling,
-    kv::{KvCache, PAGE_SIZE, pages_for},
+    kv::{KvCache, PAGE_SIZE},
     model::{Architecture, Base},
     pacing::Pacer,
     rows::Ahead,
@@ -334,21 +334,19 @@ impl Checks {
                 self.positions
             ));
         }
-        let memory = source + request.source_keys();
-        let (pages, most) = (pages_for(memory) + pages_for(ahead.slots() + len + new), self.pages);
+        let (footprint, most) = (request.footprint(new), self.pages);
         if let Work::Generate(Generate { beams: Some(Beams { search, told }), .. }) = &request.work {
             let beams = search.beams as usize;
             if beams == 0 || beams > self.sequences || *told > beams {
                 return Err(format!("{beams} beams, {told} told: accepted are 1 to {}", self.sequences));
             }
-            let pages = pages_for(memory) + beams.saturating_mul(pages_for(ahead.slots() + len + new));
-            if pages > most {
+            if footprint.pages(beams) > most {
                 let limit = most * PAGE_SIZE;
                 return Err(format!("{beams} beams of {len} + {new} positions exceed the cache of {limit} positions"));
             }
         }
-        if source > 0 && pages > most {
-            let limit = most * PAGE_SIZE;
+        if source > 0 && footprint.pages(1) > most {
+            let (memory, limit) = (footprint.memory, most * PAGE_SIZE);
             return Err(format!(
                 "{memory} positions of the source and {len} + {new} others exceed the cache of {limit} positions"
             ));

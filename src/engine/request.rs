@@ -12,6 +12,7 @@ use crate::{
     admission::params::{BeamParams, FinishReason, Pooling, Sampling, Timings, Usage},
     delta::{Delta, Stack},
     ids::DeltaId,
+    kv::pages_for,
     rows::Ahead,
 };
 
@@ -100,13 +101,54 @@ impl Request {
 
     /// Rows that its encoder computes: those of its source and what its delta puts ahead of them; 0 without a source.
     pub fn source_rows(&self) -> usize {
-        if self.source.is_empty() { 0 } else { self.source_ahead().rows + self.source.len() }
+        source_positions(self.bare_delta(), self.source.len()).0
     }
 
     /// Keys and values that its delta puts ahead of those that cross-attention reads of its source; 0 without a source.
     pub fn source_keys(&self) -> usize {
-        let keys = |held: &HeldDelta| held.delta.ahead_of(Stack::Memory).keys;
-        if self.source.is_empty() { 0 } else { self.delta.as_ref().map_or(0, keys) }
+        source_positions(self.bare_delta(), self.source.len()).1
+    }
+
+    /// The cache that it takes with `new` tokens more.
+    pub(super) fn footprint(&self, new: usize) -> Footprint {
+        Footprint::of(self.bare_delta(), self.source.len(), self.tokens.len().saturating_add(new))
+    }
+
+    fn bare_delta(&self) -> Option<&Delta> {
+        self.delta.as_ref().map(|held| &*held.delta)
+    }
+}
+
+/// Of a source of so many tokens: the rows that the encoder computes, and the keys that a delta puts ahead of those that
+/// cross-attention reads; nothing without a source.
+fn source_positions(delta: Option<&Delta>, source: usize) -> (usize, usize) {
+    match (source, delta) {
+        (0, _) => (0, 0),
+        (_, None) => (source, 0),
+        (_, Some(delta)) => (delta.source_ahead().rows + source, delta.ahead_of(Stack::Memory).keys),
+    }
+}
+
+/// The positions of the cache that a sequence takes in the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// What cross-attention reads, which all branches share.
+    pub memory: usize,
+    /// A branch's own, what a delta puts ahead of it included.
+    pub branch: usize,
+}
+
+impl Footprint {
+    /// Of a `source` of so many tokens (0 but for encoder-decoders), and of so many `tokens` given and to come.
+    pub fn of(delta: Option<&Delta>, source: usize, tokens: usize) -> Self {
+        let (rows, keys) = source_positions(delta, source);
+        let ahead = delta.map_or(0, |d| d.ahead().slots());
+        Self { memory: rows + keys, branch: ahead.saturating_add(tokens) }
+    }
+
+    /// Pages of so many branches.
+    pub fn pages(self, branches: usize) -> usize {
+        pages_for(self.memory) + branches.saturating_mul(pages_for(self.branch))
     }
 }
 
@@ -266,4 +308,19 @@ pub enum SubmitError {
     /// The engine thread is gone.
     #[error("the engine has stopped")]
     Stopped,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::PAGE_SIZE;
+
+    #[test]
+    fn branches_share_what_cross_attention_reads_and_nothing_else() {
+        let whole = Footprint::of(None, PAGE_SIZE + 1, PAGE_SIZE);
+        assert_eq!((whole.memory, whole.branch), (PAGE_SIZE + 1, PAGE_SIZE));
+        assert_eq!([1, 4].map(|n| whole.pages(n)), [2 + 1, 2 + 4]);
+        assert_eq!(Footprint::of(None, 0, PAGE_SIZE + 1).pages(3), 3 * 2, "without a source there is no memory");
+        assert_eq!(Footprint { memory: 0, branch: PAGE_SIZE }.pages(usize::MAX), usize::MAX);
+    }
 }

@@ -337,4 +337,6 @@ fn label_names(file: &str, data: &[u8], n: usize) -> Result<Vec<String>, Interop
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;

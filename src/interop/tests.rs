@@ -6,18 +6,17 @@ use bytes::Bytes;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
-use super::*;
+use super::{
+    testing::{folder, random, reread, written},
+    *,
+};
 use crate::{
     delta::{LowRank, Proj, Site},
     model::testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama, write_random},
 };
 
 fn pack(config: &Value, tensors: &HashMap<String, Tensor>) -> DeltaFiles {
-    let mut files = DeltaFiles::default();
-    files.files.insert("adapter_config.json".into(), config.to_string().into());
-    let data = safetensors::serialize(tensors, None).unwrap();
-    files.files.insert("adapter_model.safetensors".into(), data.into());
-    files
+    folder(config, "adapter_model.safetensors", tensors)
 }
 
 fn lora(r: usize) -> Value {
@@ -25,7 +24,7 @@ fn lora(r: usize) -> Value {
 }
 
 fn pair(path: &str, r: usize, i: usize, o: usize) -> HashMap<String, Tensor> {
-    let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
+    let rand = |s: (usize, usize)| random(s, 1.0);
     HashMap::from([
         (format!("base_model.model.{path}.lora_A.weight"), rand((r, i))),
         (format!("base_model.model.{path}.lora_B.weight"), rand((o, r))),
@@ -120,7 +119,7 @@ fn broken_containers_are_refused_without_allocation() {
 #[test]
 fn a_head_is_read_as_its_files_say() {
     let base = random_base(&tiny_bert(), 3).unwrap();
-    let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
+    let rand = |s: (usize, usize)| random(s, 1.0);
     let delta = |outputs: usize, problem: Problem| {
         let (id, entry) = base.sites.linears().next().unwrap();
         let pair = LowRank { a: rand((2, entry.in_dim)), b: rand((2, entry.out_dim)), scale: 1.0 };
@@ -135,7 +134,7 @@ fn a_head_is_read_as_its_files_say() {
         };
         Delta::new(spec, vec![(id, Patch::LowRank(pair))], Some(Head::linear(rand((outputs, 32)), None)))
     };
-    let files = |outputs, problem| encode(&delta(outputs, problem), &base, &EncodeMeta::default()).unwrap();
+    let files = |outputs, problem| written(&delta(outputs, problem), &base);
     let config = |files: &DeltaFiles| -> Value { serde_json::from_slice(&files.files["adapter_config.json"]).unwrap() };
     for (outputs, problem) in
         [(3, Problem::SingleLabel), (3, Problem::MultiLabel), (1, Problem::MultiLabel), (1, Problem::Regression)]
@@ -171,7 +170,7 @@ fn a_delta_survives_encode_and_decode() {
         let causal = base.arch.is_causal();
         let mut patches = Vec::new();
         for (id, entry) in base.sites.iter() {
-            let rand = |s: (usize, usize)| Tensor::randn(0f32, 1.0, s, &Device::Cpu).unwrap();
+            let rand = |s: (usize, usize)| random(s, 1.0);
             if let Site::Linear { layer, proj } = entry.site
                 && proj != Proj::Down
             {
@@ -194,9 +193,9 @@ fn a_delta_survives_encode_and_decode() {
             resident_bytes: 0,
         };
         let delta = Delta::new(spec, patches, Some(head));
-        let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+        let files = written(&delta, &base);
         for _ in 0..8 {
-            assert!(files == encode(&delta, &base, &EncodeMeta::default()).unwrap(), "the same bytes each time");
+            assert!(files == written(&delta, &base), "the same bytes each time");
         }
         let back = decode(&files, &base).unwrap();
         assert_eq!(back.spec.labels, ["x", "y", "z"]);
@@ -232,7 +231,7 @@ fn target_modules_name_exactly_the_patched_modules() {
         resident_bytes: 0,
     };
     let delta = Delta::new(spec, vec![(site, Patch::LowRank(LowRank { a, b, scale: 1.0 }))], None);
-    let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+    let files = written(&delta, &base);
     let config: Value = serde_json::from_slice(&files.files["adapter_config.json"]).unwrap();
     // "output.dense" alone would also name attention.output.dense of both layers
     assert_eq!(config["target_modules"], json!(["0.output.dense"]));
@@ -304,7 +303,7 @@ fn a_small_alpha_survives() {
         let mut config = lora(4);
         config["lora_alpha"] = json!(alpha);
         let delta = decode(&pack(&config, &pair(Q, 4, 32, 32)), &base).unwrap();
-        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        let again = reread(&delta, &base);
         let scale = |d: &Delta| match &d.patches()[0].1 {
             Patch::LowRank(low) => low.scale,
             other => panic!("{other:?}"),

@@ -33,6 +33,8 @@ pub(super) struct Lab {
     data_dir: PathBuf,
     /// Numbers of the base.
     pub(super) parameters: u64,
+    /// The base's fingerprint.
+    pub(super) fingerprint: String,
 }
 
 /// A finished job.
@@ -61,8 +63,8 @@ impl Lab {
             Common { server: format!("http://{}", server.grpc), tenant: TENANT.into(), timeout: None, json: true };
         let client = Client::connect(&common).await?;
         let info = client.server().get_server_info(proto::GetServerInfoRequest {}).await?.into_inner();
-        let parameters = info.base.context("a reply without a base")?.parameters;
-        let lab = Self { server, client, common, data_dir: data_dir.to_path_buf(), parameters };
+        let proto::BaseInfo { parameters, fingerprint, .. } = info.base.context("a reply without a base")?;
+        let lab = Self { server, client, common, data_dir: data_dir.to_path_buf(), parameters, fingerprint };
         lab.end_jobs().await?;
         lab.clear_data().await?;
         Ok(lab)

@@ -2,6 +2,7 @@
 //! in this process trains and scores over gRPC; results are kept line by line, and a Markdown report with charts is written.
 
 mod chart;
+mod inputs;
 mod lab;
 mod memory;
 mod metric;
@@ -12,6 +13,7 @@ mod score;
 mod tables;
 
 use std::{
+    collections::HashMap,
     fs,
     path::PathBuf,
     time::{Duration, Instant},
@@ -77,6 +79,13 @@ pub(super) async fn run(args: StudyArgs) -> anyhow::Result<()> {
             after.with_context(|| format!("--minutes is {m}; accepted is a number of minutes from 0 on"))
         });
         let until = until.transpose()?;
+        let untold = results.untold(runs.iter().copied());
+        if untold > 0 {
+            output::note(&format!(
+                "{untold} runs of results.jsonl do not tell their labels, base and steps; they count as they are: remove a line \
+                 to make its run again"
+            ));
+        }
         make(&plan, &runs, &mut results, &args.out, until).await?;
     }
     let path = blocking(move || report::write(&plan, &all, &results, &args.out)).await?;
@@ -86,6 +95,8 @@ pub(super) async fn run(args: StudyArgs) -> anyhow::Result<()> {
 /// All runs of a plan, in their order: one seed of everything first.
 fn runs(plan: &Plan) -> anyhow::Result<Vec<Key>> {
     let mut all = Vec::new();
+    let fingerprints: HashMap<&str, String> =
+        plan.bases.iter().map(|base| (base.name.as_str(), inputs::fingerprint(plan, base))).collect();
     let mut add = |part: Part, base: &BaseEntry, task: &str, method: &str, seed: u64, more: &[String]| {
         let (t, m) = (plan.task(task)?, plan.method(method)?);
         if t.on(&base.name) {
@@ -95,7 +106,15 @@ fn runs(plan: &Plan) -> anyhow::Result<Vec<Key>> {
                 _ => String::new(),
             };
             let digest = plan.digest(t, m, &[more, &[from]].concat())?;
-            all.push(Key { part, base: base.name.clone(), task: task.into(), method: method.into(), seed, digest });
+            let steps = plan.memory.as_ref().filter(|_| matches!(part, Part::Memory { .. })).map(|m| m.steps);
+            let other = match &part {
+                Part::Transfer { from: Some(other), .. } => Some(plan.task(other)?),
+                _ => None,
+            };
+            let inputs = inputs::inputs(std::iter::once(t).chain(other), steps)?;
+            let fingerprint = fingerprints.get(base.name.as_str()).cloned().unwrap_or_default();
+            let (base, task, method) = (base.name.clone(), task.to_owned(), method.to_owned());
+            all.push(Key { part, base, task, method, seed, digest, inputs, fingerprint });
         }
         Ok::<_, anyhow::Error>(())
     };
@@ -163,6 +182,7 @@ async fn make(
             open = Some((key.base.clone(), lab));
         }
         let Some((_, lab)) = &open else { continue };
+        let key = &Key { fingerprint: lab.fingerprint.clone(), ..key.clone() };
         let begun = Instant::now();
         let outcome = match one(lab, plan, key).await {
             Ok(outcome) => outcome,
@@ -256,8 +276,10 @@ async fn one(lab: &Lab, plan: &Plan, key: &Key) -> anyhow::Result<Outcome> {
 
 /// Name of a delta that others start from: another one where what it is made of changes.
 fn source_name(plan: &Plan, key: &Key, task: &str) -> anyhow::Result<String> {
-    let digest = plan.digest(plan.task(task)?, plan.method(&key.method)?, &[])?;
-    Ok(format!("source-{digest}-{}", key.seed))
+    let task = plan.task(task)?;
+    let digest = plan.digest(task, plan.method(&key.method)?, &[])?;
+    let (inputs, base) = (inputs::inputs([task], None)?, key.fingerprint.get(..16).unwrap_or_default());
+    Ok(format!("source-{digest}-{inputs}-{base}-{}", key.seed))
 }
 
 /// The delta of another task: that of its main run, or the same made again where the store is not that run's.

@@ -59,6 +59,23 @@ pub(super) struct Key {
     pub(super) seed: u64,
     /// Of options and rows.
     pub(super) digest: String,
+    /// Of labels and of a memory run's steps ([`super::inputs`]); empty in older lines, which do not tell.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(super) inputs: String,
+    /// The base's; empty in older lines, and before a base is loaded that is no folder.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(super) fingerprint: String,
+}
+
+impl Key {
+    /// Whether it is the same run as far as both tell: what an older line does not say is taken for the same.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        let same = |a: &str, b: &str| a.is_empty() || b.is_empty() || a == b;
+        let untold = |key: &Self| Self { inputs: String::new(), fingerprint: String::new(), ..key.clone() };
+        same(&self.inputs, &other.inputs)
+            && same(&self.fingerprint, &other.fingerprint)
+            && untold(self) == untold(other)
+    }
 }
 
 impl std::fmt::Display for Key {
@@ -148,7 +165,17 @@ impl Results {
 
     /// Whether a run has its figures; failed ones are tried again.
     pub(super) fn has(&self, key: &Key) -> bool {
-        self.all.iter().any(|o| o.key == *key && o.error.is_none())
+        self.all.iter().any(|o| o.key.is(key) && o.error.is_none())
+    }
+
+    /// How many of these runs are there by lines alone that do not tell what they were made of.
+    pub(super) fn untold<'k>(&self, keys: impl IntoIterator<Item = &'k Key>) -> usize {
+        let told = |o: &Outcome| !o.key.inputs.is_empty() && !o.key.fingerprint.is_empty();
+        let made = |key: &&Key| {
+            let mut own = self.all.iter().filter(|o| o.key.is(key) && o.error.is_none()).peekable();
+            own.peek().is_some() && !own.any(told)
+        };
+        keys.into_iter().filter(made).count()
     }
 
     /// Keeps a run, in place of an older one under the same key.
@@ -184,7 +211,16 @@ mod tests {
     pub(super) fn outcome(method: &str, error: Option<&str>) -> Outcome {
         let (base, task, digest) = ("b".to_owned(), "t".to_owned(), "d".to_owned());
         Outcome {
-            key: Key { part: Part::Main, base, task, method: method.into(), seed: 0, digest },
+            key: Key {
+                part: Part::Main,
+                base,
+                task,
+                method: method.into(),
+                seed: 0,
+                digest,
+                inputs: "i".into(),
+                fingerprint: "f".into(),
+            },
             error: error.map(str::to_owned),
             figures: Default::default(),
             trainable: 1,
@@ -218,6 +254,31 @@ mod tests {
         let old = serde_json::to_string(&outcome("a", None)).unwrap().replace(",\"threads\":2", "");
         assert_eq!(serde_json::from_str::<Outcome>(&old).unwrap(), Outcome { threads: None, ..outcome("a", None) });
         assert!(format!("{:#}", Results::open(&path).unwrap_err()).contains("results.jsonl line 1"));
+    }
+
+    #[test]
+    fn a_line_that_tells_other_labels_or_another_base_is_another_run_and_an_older_line_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("results.jsonl");
+        let new = outcome("a", None);
+        let mut old = serde_json::to_value(&new).unwrap();
+        let fields = old.as_object_mut().unwrap();
+        assert!(fields.remove("inputs").is_some() && fields.remove("fingerprint").is_some());
+        fs::write(&path, old.to_string() + "\n").unwrap();
+        let mut results = Results::open(&path).unwrap();
+        assert_eq!((results.all[0].key.inputs.as_str(), results.all[0].key.fingerprint.as_str()), ("", ""));
+        assert!(results.has(&new.key), "it does not tell, and is the same otherwise");
+        assert_eq!((results.untold([&new.key]), results.untold([&outcome("b", None).key])), (1, 0));
+        results.add(new.clone()).unwrap();
+        let results = Results { all: vec![results.all.pop().unwrap()], ..results };
+        let with = |inputs: &str, fingerprint: &str| Key {
+            inputs: inputs.into(),
+            fingerprint: fingerprint.into(),
+            ..new.key.clone()
+        };
+        assert!(results.has(&with("i", "f")) && results.has(&with("i", "")));
+        assert!(!results.has(&with("other labels", "f")) && !results.has(&with("i", "other tensors")));
+        assert_eq!(results.untold([&new.key]), 0);
     }
 
     #[test]

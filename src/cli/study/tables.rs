@@ -42,7 +42,12 @@ pub(super) struct View<'a> {
 impl<'a> View<'a> {
     /// Results of runs that the plan has now; of those with other options or rows, none.
     pub(super) fn new(plan: &'a Plan, outcomes: Vec<&'a Outcome>, keys: &'a [Key]) -> Self {
-        Self { plan, keys, outcomes: outcomes.into_iter().filter(|o| keys.contains(&o.key)).collect() }
+        let last = |wanted: &dyn Fn(&Key) -> bool| outcomes.iter().rfind(|o| wanted(&o.key)).copied();
+        // a line that tells all that the plan does goes before one that does not
+        let of = |key: &Key| last(&|k| k == key).or_else(|| last(&|k| k.is(key)));
+        let taken: Vec<&Outcome> = keys.iter().filter_map(of).collect();
+        let is_taken = |o: &&Outcome| taken.iter().any(|t| std::ptr::eq(*t, *o));
+        Self { plan, keys, outcomes: outcomes.iter().copied().filter(is_taken).collect() }
     }
 
     /// Outcomes of a part.

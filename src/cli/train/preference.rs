@@ -74,34 +74,25 @@ impl PreferenceArgs {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{TrainArgs, spec};
-    use crate::grpc::proto;
-
-    fn spec_of(words: &[&str]) -> anyhow::Result<proto::TrainingSpec> {
-        let words: Vec<String> = ["name", "--dataset", "d"].iter().chain(words).map(|w| (*w).to_owned()).collect();
-        spec(&TrainArgs::of_words(&words)?, "d".into(), None)
-    }
+    use super::super::testing::assert_options;
+    use crate::grpc::proto::{Preference, PreferenceMethod, Task};
 
     #[test]
-    fn the_task_or_an_option_names_the_loss() -> anyhow::Result<()> {
-        let plain = spec_of(&["--label-smoothing", "0.1"])?;
-        assert_eq!((plain.preference, plain.hyper.and_then(|h| h.label_smoothing)), (None, Some(0.1)));
-        let dpo = spec_of(&["--task", "dpo", "--beta", "0.3", "--label-smoothing", "0.1"])?;
-        let p = dpo.preference.unwrap_or_default();
-        assert_eq!((dpo.task(), p.method()), (proto::Task::CausalLm, proto::PreferenceMethod::Dpo));
-        assert_eq!(
-            (p.beta, p.label_smoothing, dpo.hyper.and_then(|h| h.label_smoothing)),
-            (Some(0.3), Some(0.1), None)
+    fn the_task_or_an_option_names_the_loss() {
+        let p = |method: PreferenceMethod| Preference { method: method.into(), ..Preference::default() };
+        let dpo = Preference { beta: Some(0.3), label_smoothing: Some(0.1), ..p(PreferenceMethod::Dpo) };
+        let kto = Preference { desirable_weight: Some(2.0), ..p(PreferenceMethod::Kto) };
+        // with the label smoothing that is not that of pairs
+        assert_options(
+            |spec| (spec.task(), spec.preference, spec.hyper.and_then(|h| h.label_smoothing)),
+            [
+                ("--label-smoothing 0.1", Some((Task::CausalLm, None, Some(0.1)))),
+                ("--task dpo --beta 0.3 --label-smoothing 0.1", Some((Task::CausalLm, Some(dpo), None))),
+                ("--task seq2seq --preference kto --desirable-weight 2", Some((Task::Seq2seq, Some(kto), None))),
+                ("--task orpo --preference orpo", Some((Task::CausalLm, Some(p(PreferenceMethod::Orpo)), None))),
+                ("--task orpo --preference kto", None),
+                ("--beta 0.3", None),
+            ],
         );
-        let kto = spec_of(&["--task", "seq2seq", "--preference", "kto", "--desirable-weight", "2"])?;
-        let p = kto.preference.unwrap_or_default();
-        assert_eq!(
-            (kto.task(), p.method(), p.desirable_weight),
-            (proto::Task::Seq2seq, proto::PreferenceMethod::Kto, Some(2.0))
-        );
-        assert!(spec_of(&["--task", "orpo", "--preference", "orpo"]).is_ok());
-        assert!(spec_of(&["--task", "orpo", "--preference", "kto"]).is_err());
-        assert!(spec_of(&["--beta", "0.3"]).is_err());
-        Ok(())
     }
 }

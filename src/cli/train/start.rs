@@ -69,22 +69,22 @@ impl StartArgs {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{TrainArgs, spec};
-
-    fn spec_of(words: &[&str]) -> anyhow::Result<crate::grpc::proto::TrainingSpec> {
-        let words: Vec<String> = ["name", "--dataset", "d"].iter().chain(words).map(|w| (*w).to_owned()).collect();
-        spec(&TrainArgs::of_words(&words)?, "d".into(), None)
-    }
+    use super::super::testing::assert_options;
+    use crate::grpc::proto::Mix;
 
     #[test]
     fn a_mix_has_no_method_and_takes_none_of_its_options() {
-        let mixed = spec_of(&["--mix", "a,b@2", "--mix-per-layer"]).unwrap();
-        let mix = mixed.mix.unwrap();
-        assert_eq!((mix.deltas, mix.per_layer), (vec!["a".to_owned(), "b@2".to_owned()], true));
-        assert!(mixed.methods.is_empty());
-        for other in [["--rank", "4"], ["--method", "bitfit"], ["--from-delta", "c"], ["--targets", "q_proj"]] {
-            assert!(spec_of(&["--mix", "a,b", other[0], other[1]]).is_err(), "{other:?}");
-        }
-        assert!(spec_of(&["--mix-per-layer"]).is_err());
+        let mix = Mix { deltas: vec!["a".to_owned(), "b@2".to_owned()], per_layer: true };
+        assert_options(
+            |spec| (spec.mix, spec.methods.len()),
+            [
+                ("--mix a,b@2 --mix-per-layer", Some((Some(mix), 0))),
+                ("--mix a,b --rank 4", None),
+                ("--mix a,b --method bitfit", None),
+                ("--mix a,b --from-delta c", None),
+                ("--mix a,b --targets q_proj", None),
+                ("--mix-per-layer", None),
+            ],
+        );
     }
 }

@@ -115,22 +115,21 @@ fn figure(e: &proto::EvalResult, metric: EvalMetric) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{TrainArgs, spec};
-    use super::*;
-
-    fn spec_of(words: &[&str]) -> anyhow::Result<proto::TrainingSpec> {
-        let words: Vec<String> = ["name", "--dataset", "d"].iter().chain(words).map(|w| (*w).to_owned()).collect();
-        spec(&TrainArgs::of_words(&words)?, "d".into(), None)
-    }
+    use super::{super::testing::assert_options, *};
 
     #[test]
-    fn rates_and_ranks_are_lists_and_one_rate_beside_them_is_refused() -> anyhow::Result<()> {
-        assert_eq!(spec_of(&[])?.sweep, None);
-        let both = spec_of(&["--sweep-lr", "1e-4,3e-4,1e-3", "--sweep-rank", "4,8"])?.sweep.unwrap_or_default();
-        assert_eq!((both.learning_rates, both.ranks), (vec![1e-4, 3e-4, 1e-3], vec![4, 8]));
-        assert!(spec_of(&["--sweep-lr", "1e-4,1e-3", "--lr", "1e-3"]).is_err());
-        assert!(spec_of(&["--sweep-rank", "4,8", "--rank", "8"]).is_err());
-        Ok(())
+    fn rates_and_ranks_are_lists_and_one_rate_beside_them_is_refused() {
+        let sweep =
+            |rates: &[f64], ranks: &[u32]| Some(proto::Sweep { learning_rates: rates.to_vec(), ranks: ranks.to_vec() });
+        assert_options(
+            |spec| spec.sweep,
+            [
+                ("", Some(None)),
+                ("--sweep-lr 1e-4,3e-4,1e-3 --sweep-rank 4,8", Some(sweep(&[1e-4, 3e-4, 1e-3], &[4, 8]))),
+                ("--sweep-lr 1e-4,1e-3 --lr 1e-3", None),
+                ("--sweep-rank 4,8 --rank 8", None),
+            ],
+        );
     }
 
     #[test]

@@ -5,11 +5,8 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use super::{DeltaBatch, Slot};
+use super::{DeltaBatch, Entry, rows_of};
 use crate::delta::{LowRank, Patch};
-
-/// A site's entry of a plan.
-type Entry = (usize, Range<usize>);
 
 impl DeltaBatch {
     /// The rows of each slot, if the slots have blocks of rows in order, which are all rows of the step, and a gradient is
@@ -31,10 +28,6 @@ impl DeltaBatch {
         (end == self.rows).then_some(blocks)
     }
 
-    fn patches_of(&self, (slot, range): &Entry) -> &[(usize, Patch)] {
-        self.slots.get(*slot).and_then(|s: &Slot| s.delta.patches().get(range.clone())).unwrap_or_default()
-    }
-
     /// One site of rows in blocks: `x` `[rows, in]`, `out` `[rows, out]`; `None` where the rows lie otherwise.
     pub(super) fn patch_blocks(&self, plan: &[Entry], x: &Tensor, out: &Tensor) -> Result<Option<Tensor>> {
         let Some(blocks) = self.blocks().filter(|_| !plan.is_empty()) else { return Ok(None) };
@@ -44,10 +37,10 @@ impl DeltaBatch {
         let (x, out) = (x.contiguous()?, out.contiguous()?);
         let mut pieces = Vec::with_capacity(blocks.len());
         for (i, rows) in blocks.iter().enumerate() {
-            let own = |t: &Tensor| t.narrow(0, rows.start, rows.len());
+            let own = |t: &Tensor| rows_of(t, rows);
             let mut piece = own(&out)?;
             if let Some(entry) = plan.iter().find(|(slot, _)| *slot == i) {
-                let patches = self.patches_of(entry);
+                let (_, patches) = self.entry(entry);
                 let reads = patches.iter().any(|(_, p)| p.reads_input());
                 let own_x = if reads { own(&x)? } else { x.clone() };
                 for (_, patch) in patches {
@@ -66,10 +59,10 @@ impl DeltaBatch {
         if !same || !all {
             return None;
         }
-        let count = self.patches_of(plan.first()?).len();
+        let count = self.entry(plan.first()?).1.len();
         let mut pairs: Vec<Vec<&LowRank>> = vec![Vec::with_capacity(plan.len()); count];
         for entry in plan {
-            let patches = self.patches_of(entry);
+            let (_, patches) = self.entry(entry);
             if patches.len() != count {
                 return None;
             }
@@ -114,7 +107,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        delta::{Delta, DeltaSpec, Task},
+        delta::{Delta, batch::tests},
         rows::RowLayout,
     };
 
@@ -123,16 +116,7 @@ mod tests {
     }
 
     fn delta(patches: Vec<Patch>) -> Arc<Delta> {
-        let spec = DeltaSpec {
-            methods: vec![],
-            task: Task::CausalLm,
-            labels: vec![],
-            num_virtual_tokens: 0,
-            problem: Default::default(),
-            parameters: 0,
-            resident_bytes: 0,
-        };
-        Arc::new(Delta::new(spec, patches.into_iter().map(|p| (0, p)).collect(), None))
+        tests::delta(patches.into_iter().map(|p| (0, p)).collect())
     }
 
     fn pair(rank: usize, scale: f64) -> Patch {

@@ -11,10 +11,7 @@ impl DeltaBatch {
     /// # Errors
     /// Shapes that do not fit.
     pub(crate) fn embed(&self, site: SiteId, tokens: &[u32], mut out: Tensor) -> Result<Tensor> {
-        let Some(plan) = self.plan.get(site) else { return Ok(out) };
-        for (slot, range) in plan {
-            let slot = &self.slots[*slot];
-            let patches = &slot.delta.patches()[range.clone()];
+        for (slot, patches) in self.at(site) {
             let Some(idx) = slot.index(out.device())? else { continue };
             let own_tokens: Vec<u32> = slot.rows.iter().flat_map(|r| &tokens[r.clone()]).copied().collect();
             let before = out.index_select(&idx, 0)?;

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{DeltaBatch, Part};
+use super::{DeltaBatch, Entry, Part};
 use crate::{
     delta::{Patch, SiteId},
     ops::{self, PatchRows, SitePatches},
@@ -17,9 +17,8 @@ impl DeltaBatch {
     /// (slot, scale) of a site, in order.
     pub(super) fn input_scales(&self, site: SiteId) -> Vec<(usize, &Tensor)> {
         let plan = self.plan.get(site).map_or(&[][..], Vec::as_slice);
-        let of = |(slot, range): &(usize, std::ops::Range<usize>)| {
-            let slot = *slot;
-            let patches = &self.slots[slot].delta.patches()[range.clone()];
+        let of = |entry: &Entry| {
+            let (slot, (_, patches)) = (entry.0, self.entry(entry));
             patches.iter().filter_map(move |(_, p)| if let Patch::InScale(s) = p { Some((slot, s)) } else { None })
         };
         plan.iter().flat_map(of).collect()

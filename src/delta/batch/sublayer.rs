@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{DeltaBatch, GEMM_ROWS, Slot};
+use super::{DeltaBatch, GEMM_ROWS, Slot, rows_of};
 use crate::{
     delta::{AdapterInput, AdapterIo, AdapterResidual, Bottleneck, Patch, SiteId, patch::Scaling},
     ops::{self, AdapterRows, RowScale},
@@ -19,10 +19,8 @@ pub(crate) struct AdapterNeeds {
 
 impl DeltaBatch {
     fn adapters(&self, site: SiteId) -> impl Iterator<Item = (&Slot, &Bottleneck)> {
-        let plan = self.plan.get(site).map_or(&[][..], Vec::as_slice);
-        plan.iter().flat_map(|(slot, range)| {
-            let slot = &self.slots[*slot];
-            slot.delta.patches()[range.clone()].iter().filter_map(move |(_, p)| match p {
+        self.at(site).flat_map(|(slot, patches)| {
+            patches.iter().filter_map(move |(_, p)| match p {
                 Patch::Bottleneck(b) => Some((slot, &**b)),
                 _ => None,
             })
@@ -83,7 +81,7 @@ impl DeltaBatch {
                 continue;
             }
             for rows in &slot.rows {
-                let own = |t: &Tensor| t.narrow(0, rows.start, rows.len());
+                let own = |t: &Tensor| rows_of(t, rows);
                 let out = a.apply(&own(h)?, &io.map(own)?)?;
                 let slots: Vec<u32> = rows.clone().map(|r| r as u32).collect();
                 ops::write_rows(h, &slots, &out)?;
@@ -148,7 +146,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        delta::{Act, Affine, Delta, DeltaSpec, Task, Wiring},
+        delta::{Act, Affine, Delta, Wiring, batch::tests},
         rows::RowLayout,
     };
 
@@ -189,17 +187,7 @@ mod tests {
     }
 
     fn delta(adapters: Vec<Bottleneck>) -> Arc<Delta> {
-        let spec = DeltaSpec {
-            methods: vec![],
-            task: Task::CausalLm,
-            labels: vec![],
-            num_virtual_tokens: 0,
-            problem: Default::default(),
-            parameters: 0,
-            resident_bytes: 0,
-        };
-        let patches = adapters.into_iter().map(|b| (1, Patch::Bottleneck(Box::new(b)))).collect();
-        Arc::new(Delta::new(spec, patches, None))
+        tests::delta(adapters.into_iter().map(|b| (1, Patch::Bottleneck(Box::new(b)))).collect())
     }
 
     fn worst(a: &Tensor, b: &Tensor) -> f32 {

@@ -48,7 +48,7 @@ fn of_norm(kind: u8) -> Patch {
     }
 }
 
-fn delta(patches: Vec<(SiteId, Patch)>) -> Arc<Delta> {
+pub(super) fn delta(patches: Vec<(SiteId, Patch)>) -> Arc<Delta> {
     let spec = DeltaSpec {
         methods: vec![],
         task: Task::CausalLm,

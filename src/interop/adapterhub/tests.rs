@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
 use crate::{
     delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Problem, Stack, Task},
-    interop::{EncodeMeta, InteropError, decode, encode},
+    interop::{
+        InteropError, decode,
+        testing::{folder, random, reread},
+    },
     model::{
         Base,
         testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5},
@@ -15,7 +18,7 @@ use crate::{
 };
 
 fn rand(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+    random(shape, 1.0)
 }
 
 /// A base, and how its sublayers' adapters are called before the layer's own name.
@@ -50,10 +53,7 @@ fn weights(base: &Base, halves: &[usize], width: usize) -> HashMap<String, Tenso
 }
 
 fn pack(config: &Value, tensors: &HashMap<String, Tensor>) -> DeltaFiles {
-    let mut files = DeltaFiles::default();
-    files.files.insert("adapter_config.json".into(), config.to_string().into());
-    files.files.insert("adapter.safetensors".into(), safetensors::serialize(tensors, None).unwrap().into());
-    files
+    folder(config, "adapter.safetensors", tensors)
 }
 
 fn first(delta: &Delta) -> &crate::delta::Bottleneck {
@@ -87,7 +87,7 @@ fn places_and_wirings_follow_the_configuration() {
         let delta = decode(&pack(&parallel, &tensors), &base).unwrap();
         assert_eq!(first(&delta).wiring.input, AdapterInput::Residual);
         // written again, it is the same adapter
-        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        let again = reread(&delta, &base);
         for ((s1, p1), (s2, p2)) in delta.patches().iter().zip(again.patches()) {
             assert_eq!(s1, s2);
             for ((n1, t1), (n2, t2)) in p1.tensors().into_iter().zip(p2.tensors()) {
@@ -179,7 +179,7 @@ fn prefixes_of_an_encoder_decoder_join_every_attention_and_survive() {
         let (own, tensors) = prefixes(&base, groups);
         let delta = decode(&pack(&config(&base, own), &tensors), &base).unwrap();
         assert_eq!((delta.patches().len(), delta.spec.num_virtual_tokens, delta.spec.task), (len, 4, Task::Seq2Seq));
-        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        let again = reread(&delta, &base);
         assert_eq!(again.patches().len(), len);
         for (group, stack) in [("self", Stack::Main), ("encoder", Stack::Encoder), ("cross", Stack::Memory)] {
             let file = tensors.get(&format!("prefix_tuning.prefix_tunings.my-name.{group}_prefix.control_trans"));
@@ -253,14 +253,14 @@ fn heads_bring_their_layers_and_labels() {
     assert_eq!((delta.spec.task, delta.spec.labels.join("")), (Task::SeqCls, "abc".to_owned()));
     let h = delta.head().unwrap();
     assert_eq!((h.layers.len(), h.pool, h.layers[0].act), (1, HeadPool::First, Some(Act::Tanh)));
-    let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    let again = reread(&delta, &base);
     assert_eq!((again.spec.labels.join(""), again.head().unwrap().layers.len()), ("abc".to_owned(), 1));
     assert_eq!(again.spec.problem, Problem::SingleLabel);
     let mut other = head;
     other["head_type"] = json!("multilabel_classification");
     files.files.insert("head_config.json".into(), config(&base, other.clone()).to_string().into());
     let several = decode(&files, &base).unwrap();
-    let again = decode(&encode(&several, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    let again = reread(&several, &base);
     assert_eq!((several.spec.problem, again.spec.problem), (Problem::MultiLabel, Problem::MultiLabel));
     other["head_type"] = json!("multiple_choice");
     files.files.insert("head_config.json".into(), config(&base, other).to_string().into());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::*;
 use crate::{
@@ -10,6 +10,7 @@ use crate::{
         Act, Affine, Bottleneck, DeltaBatch, DeltaSpec, Dora, DoraBase, LowRank, Matrix, Prefix, PrefixForm, Proj,
         Prompt, PromptStage, Scaling, Site, SiteEntry, Stack, TokenRows, Wiring,
     },
+    interop::testing::random,
     model::{
         Input,
         testing::{random_base, tiny_bert, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_roberta},
@@ -19,7 +20,7 @@ use crate::{
 };
 
 fn rand(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f32, 0.5, shape, &Device::Cpu).unwrap()
+    random(shape, 0.5)
 }
 
 /// One patch of every kind, shaped for the site.

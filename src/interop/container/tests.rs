@@ -9,7 +9,10 @@ use crate::{
         Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Prefix, PrefixForm, Proj, Prompt, PromptStage, Site,
         SiteId, Stack, Task,
     },
-    interop::{EncodeMeta, InteropError, decode, encode},
+    interop::{
+        InteropError, decode,
+        testing::{random, reread, written},
+    },
     model::{
         Base,
         testing::{random_base, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5},
@@ -17,7 +20,7 @@ use crate::{
 };
 
 fn rand(shape: (usize, usize)) -> Tensor {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+    random(shape, 1.0)
 }
 
 fn spec(methods: &[&str], task: Task) -> DeltaSpec {
@@ -74,14 +77,12 @@ fn prompts_and_prefixes_survive_encode_and_decode() {
         for stage in stages.into_iter().filter(|s| *s == PromptStage::Tokens || learned) {
             for method in ["prompt", "p_tuning"].into_iter().take(if stage == PromptStage::Tokens { 2 } else { 1 }) {
                 let delta = Delta::new(spec(&[method], task), vec![prompt(&base, 5, stage)], None);
-                let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
-                same(&decode(&files, &base).unwrap(), &delta);
+                same(&reread(&delta, &base), &delta);
             }
         }
         for form in [PrefixForm::Context, PrefixForm::Pinned] {
             let delta = Delta::new(spec(&["prefix"], task), prefix(&base, 4, form), None);
-            let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
-            same(&decode(&files, &base).unwrap(), &delta);
+            same(&reread(&delta, &base), &delta);
         }
     }
 }
@@ -102,7 +103,7 @@ fn a_prefix_of_every_attention_combines_with_others() {
     let low = LowRank { a: rand((2, 32)), b: rand((2, 32)), scale: 0.5 };
     let patches = [vec![(site, Patch::LowRank(low))], all].concat();
     let delta = Delta::new(spec(&["lora", "prefix"], Task::Seq2Seq), patches, None);
-    let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+    let files = written(&delta, &base);
     assert!(files.files.contains_key("part1.adapter.safetensors"), "{:?}", files.files.keys());
     same(&decode(&files, &base).unwrap(), &delta);
 }
@@ -121,7 +122,7 @@ fn combination(base: &Base) -> Delta {
 fn a_combination_survives_and_its_parts_load_alone() {
     let base = random_base(&tiny_bert(), 3).unwrap();
     let delta = combination(&base);
-    let files = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+    let files = written(&delta, &base);
     assert!(files.files.keys().all(|name| crate::ids::check_name(name).is_ok()), "{:?}", files.files.keys());
     let back = decode(&files, &base).unwrap();
     same(&back, &delta);
@@ -141,12 +142,11 @@ fn a_part_that_says_no_task_takes_that_of_the_others() {
     let base = random_base(&tiny_bert(), 3).unwrap();
     let patches = [vec![lora(&base)], prefix(&base, 2, PrefixForm::Pinned)].concat();
     let bare = Delta::new(spec(&["lora", "prefix"], Task::SeqCls), patches.clone(), None);
-    let files = encode(&bare, &base, &EncodeMeta::default()).unwrap();
-    same(&decode(&files, &base).unwrap(), &bare);
+    same(&reread(&bare, &base), &bare);
     let mut headed = spec(&["lora", "prefix", "head"], Task::SeqCls);
     headed.labels = ["x", "y", "z"].map(str::to_owned).to_vec();
     let headed = Delta::new(headed, patches, combination(&base).head().cloned());
-    let back = decode(&encode(&headed, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+    let back = reread(&headed, &base);
     same(&back, &headed);
     assert_eq!(back.spec.labels, ["x", "y", "z"]);
 }
@@ -154,7 +154,7 @@ fn a_part_that_says_no_task_takes_that_of_the_others() {
 #[test]
 fn contradictions_between_parts_are_refused() {
     let base = random_base(&tiny_bert(), 3).unwrap();
-    let files = encode(&combination(&base), &base, &EncodeMeta::default()).unwrap();
+    let files = written(&combination(&base), &base);
     let refused = |files: DeltaFiles, needle: &str| {
         let e = decode(&files, &base).unwrap_err();
         assert!(e.to_string().contains(needle), "{e} lacks {needle:?}");
@@ -194,7 +194,7 @@ fn contradictions_between_parts_are_refused() {
 fn files_that_do_not_fit_the_base_name_both_numbers() {
     let (llama, bert) = (random_base(&tiny_llama(), 3).unwrap(), random_base(&tiny_bert(), 3).unwrap());
     let made = Delta::new(spec(&["prefix"], Task::SeqCls), prefix(&bert, 4, PrefixForm::Context), None);
-    let files = encode(&made, &bert, &EncodeMeta::default()).unwrap();
+    let files = written(&made, &bert);
     let mut config: serde_json::Value = serde_json::from_slice(&files.files["adapter_config.json"]).unwrap();
     let weights = |n: usize, width: usize| {
         let t = std::collections::BTreeMap::from([("prompt_embeddings", rand((n, width)))]);

@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 
 use crate::{
     delta::{Delta, DeltaBatch, DeltaFiles, HeadPool, Task},
-    interop::{EncodeMeta, decode, encode},
+    interop::{
+        decode,
+        testing::{self, random, written},
+    },
     model::{
         Base, Input, LoadOptions,
         testing::{random_base, tiny_distilbert, tiny_gpt2, tiny_llama, write_random},
@@ -17,7 +20,7 @@ use crate::{
 };
 
 fn rand(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+    random(shape, 1.0)
 }
 
 fn flat(t: &Tensor) -> Vec<f32> {
@@ -33,10 +36,7 @@ fn folder(task: &str, module: &str, head: &[(&str, &Tensor)]) -> DeltaFiles {
     let outputs = if module.ends_with("c_attn") { 96 } else { 32 };
     tensors.insert(format!("base_model.model.{module}.lora_B.weight"), rand(&[outputs, 2]));
     tensors.extend(head.iter().map(|(name, t)| (format!("base_model.model.{name}"), (*t).clone())));
-    let mut files = DeltaFiles::default();
-    files.files.insert("adapter_config.json".into(), config.to_string().into());
-    files.files.insert("adapter_model.safetensors".into(), safetensors::serialize(&tensors, None).unwrap().into());
-    files
+    testing::folder(&config, "adapter_model.safetensors", &tensors)
 }
 
 /// A DistilBERT that classifies texts by its own two layers.
@@ -87,7 +87,7 @@ fn a_classifier_alone_stands_on_the_base_s_inner_layer() {
     };
     check(&delta);
     // what is written has both layers, and needs the base's no more
-    let again = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+    let again = written(&delta, &base);
     let names = safetensors::SafeTensors::deserialize(&again.files["adapter_model.safetensors"]).unwrap();
     assert!(names.names().contains(&"base_model.model.pre_classifier.weight"), "{:?}", names.names());
     check(&decode(&again, &base).unwrap());
@@ -118,7 +118,7 @@ fn gpt2_labels_tokens_by_a_classifier_and_texts_by_a_score() {
         let delta = decode(&folder(task, GPT2, &head.collect::<Vec<_>>()), &base).unwrap();
         let own = delta.head().unwrap();
         assert_eq!((flat(&own.weight), own.bias.as_ref().map(flat)), (flat(&weight), bias.map(flat)), "{task}");
-        let again = encode(&delta, &base, &EncodeMeta::default()).unwrap();
+        let again = written(&delta, &base);
         let names = safetensors::SafeTensors::deserialize(&again.files["adapter_model.safetensors"]).unwrap();
         let heads: Vec<_> = names.names().into_iter().filter(|n| !n.contains("lora")).collect();
         assert!(heads.iter().all(|n| n.starts_with(&format!("base_model.model.{name}."))), "{task}: {heads:?}");
