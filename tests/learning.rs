@@ -58,6 +58,7 @@ fn a_classifier_learns() {
         k_per_class: None,
         problem: Default::default(),
         forgetting: None,
+        replay: None,
         // evaluates once, at the end: the published delta is the last one
         hyper: HyperParams {
             eval_every: Some(1_000_000),
@@ -74,7 +75,8 @@ fn a_classifier_learns() {
     };
     let (train, test) = (read("train.jsonl"), read(if tags { "dev.jsonl" } else { "test.jsonl" }));
     let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
-    let inputs = Inputs { params: &params, train: &train, validation: Some(&test), forgetting: None, start: None };
+    let inputs =
+        Inputs { params: &params, train: &train, validation: Some(&test), forgetting: None, replay: None, start: None };
     let prepared = prepare(inputs, info, &codec).unwrap_or_else(|problems| panic!("{problems:#?}"));
     println!("{} parameters, {:?}", prepared.reply.trainable_parameters, prepared.reply.memory);
     let start = Instant::now();

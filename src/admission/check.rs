@@ -288,6 +288,7 @@ impl TrainParams {
             }
         }
         self.forgetting.iter().for_each(|data| data.check("spec.forgetting", &mut problems));
+        self.replay.iter().for_each(|data| data.check("spec.replay", &mut problems));
         self.check_methods(&mut problems);
         self.check_ewc(&mut problems);
         self.check_mix(&mut problems);

@@ -94,6 +94,9 @@ pub struct ResolvedTraining {
     /// Times the divergence from the bare base in the loss; 0 = none.
     #[serde(default, skip_serializing_if = "super::stored::is_zero")]
     pub kl_to_base: f64,
+    /// Texts that the divergence is taken on; 0 = the job's own.
+    #[serde(default, skip_serializing_if = "super::stored::is_none")]
+    pub replay_examples: u32,
     /// How many of the best evaluations' weights are kept.
     #[serde(default = "super::stored::one", skip_serializing_if = "super::stored::is_one")]
     pub keep_best: u32,

@@ -15,3 +15,8 @@ pub(super) fn is_one(n: &u32) -> bool {
 pub(super) fn is_zero(x: &f64) -> bool {
     *x == 0.0
 }
+
+/// Left out of records.
+pub(super) fn is_none(n: &u32) -> bool {
+    *n == 0
+}

@@ -179,6 +179,7 @@ mod tests {
             data: TrainData::Dataset("d".into()),
             validation: Some(Validation::Fraction(0.1)),
             forgetting: None,
+            replay: None,
             methods: vec![MethodPart::Lora(LoraPart::default())],
             labels: vec![],
             k_per_class: None,

@@ -44,6 +44,9 @@ pub struct TrainParams {
     /// A held text of language modelling, whose loss with and without the delta is compared at the end.
     #[serde(default)]
     pub forgetting: Option<TrainData>,
+    /// Texts that `hyper.kl_to_base` is taken on; `None` = the job's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<TrainData>,
     /// What is trained beside the head; at least one part unless `from_delta` says it. Kinds do not repeat.
     pub methods: Vec<MethodPart>,
     /// Label names in index order; empty = sorted names found in the data.
@@ -403,6 +406,7 @@ mod tests {
             labels: vec!["no".into(), "yes".into()],
             k_per_class: Some(16),
             forgetting: Some(TrainData::Jsonl("{}".into())),
+            replay: Some(TrainData::Dataset("d2".into())),
             hyper: HyperParams { learning_rate: Some(3e-4), ..HyperParams::default() },
             publish: PublishPolicy::CompareAndSwap(crate::ids::DeltaId::from_bytes([7; 32])),
             from_delta: Some("old@2".into()),

@@ -160,6 +160,10 @@ impl Service {
             Some(data) => Some(self.data(tenant, data, "forgetting", sources).await?),
             None => None,
         };
+        let replay = match &params.replay {
+            Some(data) => Some(self.data(tenant, data, "replay", sources).await?),
+            None => None,
+        };
         let from = self.starting_delta(tenant, params.from_delta.as_deref().unwrap_or_default()).await?;
         let (mut mixed, mut kept) = (Vec::new(), Vec::new());
         // ahead of the leases: those who wait hold nothing
@@ -203,8 +207,8 @@ impl Service {
             };
             let start = from.as_ref().map(|from| Continue { from, old: old.as_deref() });
             let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
-            let (validation, forgetting) = (validation.as_deref(), held.as_deref());
-            let inputs = Inputs { params: &params, train: &train, validation, forgetting, start };
+            let (validation, forgetting, replay) = (validation.as_deref(), held.as_deref(), replay.as_deref());
+            let inputs = Inputs { params: &params, train: &train, validation, forgetting, replay, start };
             let prepared = prepare(inputs, info, &parts.codec);
             let mut prepared = prepared.map_err(|mut found| {
                 if params.mix.is_some() {
@@ -421,7 +425,14 @@ mod tests {
             let data: String = (0..6).map(row).collect();
             let params = params(Task::SeqCls, vec![]);
             let start = Some(Continue { from: &from, old: None });
-            let inputs = Inputs { params: &params, train: data.as_bytes(), validation: None, forgetting: None, start };
+            let inputs = Inputs {
+                params: &params,
+                train: data.as_bytes(),
+                validation: None,
+                forgetting: None,
+                replay: None,
+                start,
+            };
             let info = BaseInfo { shape: BaseShape::of(&base), max_positions: base.arch.max_positions };
             check_writable(&prepare(inputs, info, &byte_codec(true)).unwrap().start.unwrap(), &base, "spec.from_delta")
         };

@@ -74,6 +74,10 @@ pub(super) struct TrainArgs {
     /// JSON Lines file with a held text, whose loss with and without the delta is compared at the end.
     #[arg(long, value_name = "FILE")]
     forgetting: Option<std::path::PathBuf>,
+    /// JSON Lines file with texts that stand for what the base is not to unlearn: --kl-to-base is taken on them, not on the
+    /// job's own.
+    #[arg(long, value_name = "FILE", requires = "kl_to_base")]
+    kl_texts: Option<std::path::PathBuf>,
     /// Train on this many examples of each label only, drawn by the seed.
     #[arg(long, value_name = "K")]
     k_per_class: Option<u32>,
@@ -261,8 +265,13 @@ pub(super) async fn uploaded_spec(
         Some(file) => Some(upload(common, client, file).await?),
         None => None,
     };
+    let replay = match &args.kl_texts {
+        Some(file) => Some(upload(common, client, file).await?),
+        None => None,
+    };
     let ewc = args.start.ewc(common, client).await?;
-    Ok(proto::TrainingSpec { ewc, forgetting: held.map(source), ..spec(args, dataset, validation)? })
+    let (forgetting, replay) = (held.map(source), replay.map(source));
+    Ok(proto::TrainingSpec { ewc, forgetting, replay, ..spec(args, dataset, validation)? })
 }
 
 async fn upload(common: &Common, client: &Client, file: &Path) -> anyhow::Result<String> {
@@ -321,6 +330,7 @@ fn spec(args: &TrainArgs, dataset: String, validation: Option<String>) -> anyhow
         mix: (!start.mix.is_empty()).then(|| proto::Mix { deltas: start.mix.clone(), per_layer: start.mix_per_layer }),
         ewc: None,
         forgetting: None,
+        replay: None,
         problem_type: match args.problem_type {
             ProblemArg::SingleLabel => proto::ProblemType::SingleLabel,
             ProblemArg::MultiLabel => proto::ProblemType::MultiLabel,
@@ -407,7 +417,11 @@ async fn plan(common: &Common, client: &Client, spec: proto::TrainingSpec) -> an
         output::line(&format!("evaluation  {examples} prompts answered, up to {tokens} new tokens each"))?;
     }
     if r.kl_to_base > 0.0 {
-        output::line(&format!("holds on to the base: {} times the divergence from it", r.kl_to_base))?;
+        let on = match r.replay_examples {
+            0 => String::new(),
+            n => format!(" on {n} texts"),
+        };
+        output::line(&format!("holds on to the base: {} times the divergence from it{on}", r.kl_to_base))?;
     }
     if r.keep_best > 1 {
         output::line(&format!("keeps       the {} best evaluations by {}", r.keep_best, r.eval_metric))?;

@@ -358,6 +358,29 @@ impl Transformer {
         ops::head_nll_against(&x, &head.weight, (targets, smoothing), self.arch.logit_cap, against)
     }
 
+    /// So many times the divergence of each picked row from a reference, `[pick]` f32, and the sum of the divergences: what
+    /// [`Self::nll_against`] adds, alone.
+    ///
+    /// # Errors
+    /// As [`Self::nll_against`].
+    pub fn divergence(
+        &self,
+        hidden: &Tensor,
+        pick: &[u32],
+        (reference, weight): (&ops::Reference, f64),
+        cx: &Cx<'_>,
+    ) -> Result<(Tensor, f64)> {
+        let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
+        let patched = head.parts.iter().any(|(site, _)| cx.deltas.touches(*site));
+        if patched || head.bias.is_some() || head.weight.is_trained() {
+            let kl = ops::kl_rows(&self.logits(hidden, pick, cx)?, reference)?;
+            let sum = kl.detach().sum_all()?.to_scalar::<f32>()?;
+            return Ok(((kl * weight)?, sum.into()));
+        }
+        let x = self.before_head(hidden, pick)?;
+        ops::head_kl(&x, &head.weight, self.arch.logit_cap, (reference, weight))
+    }
+
     /// What [`Self::nll_against`] compares with: this model's own head on the picked rows, without a delta.
     ///
     /// # Errors

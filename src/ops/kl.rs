@@ -201,7 +201,7 @@ pub fn kl_rows(logits: &Tensor, reference: &Reference) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{head_nll, head_nll_against};
+    use crate::ops::{head_kl, head_nll, head_nll_against};
     use candle_core::Var;
 
     const ROWS: usize = 7;
@@ -329,6 +329,11 @@ mod tests {
                 store.get(&h).unwrap().clone()
             };
             assert!(near(&grad(both), &grad(sum)));
+            let grad_alone = |y: Tensor| grad((y * 0.7).unwrap());
+            let kl = kl_rows(&logits_of(&h, &table, None, cap), &reference).unwrap();
+            let (only, told) = head_kl(&h, weight, cap, (&reference, 0.7)).unwrap();
+            assert!((told - apart).abs() < 1e-4 && near(&only, &(&kl * 0.7).unwrap()));
+            assert!(near(&grad(only), &grad_alone(kl)), "the divergence without the loss");
             let (plain, told) = head_nll_against(&h.detach(), weight, (&targets, 0.1), cap, None).unwrap();
             assert!(near(&plain, &head_nll(&h, weight, &targets, cap, 0.1).unwrap()) && told == 0.0);
         }

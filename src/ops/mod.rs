@@ -36,7 +36,7 @@ pub use kl::{Reference, kl_rows};
 pub use linear::{Weight, WeightPart, linear};
 pub(crate) use memory::huge_pages_of;
 pub use memory::{give_back_freed_memory, keep_freed_memory};
-pub use nll::{head_nll, head_nll_against, smoothed_nll};
+pub use nll::{head_kl, head_nll, head_nll_against, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use quantized::{QuantKind, Quantized, quantize};

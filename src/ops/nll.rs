@@ -19,7 +19,8 @@ pub(super) const CHUNK_ELEMENTS: usize = 16 << 20;
 
 struct HeadNll {
     weight: Weight,
-    targets: Vec<u32>,
+    /// `None`: only the divergence counts.
+    targets: Option<Vec<u32>>,
     /// Logits are squeezed to `cap * tanh(logit / cap)`.
     cap: Option<f32>,
     /// Share of the target's weight that all tokens share.
@@ -47,20 +48,23 @@ impl HeadNll {
         let mut at = 0;
         while at < rows {
             let n = per.min(rows - at);
-            let targets = &self.targets[at..at + n];
             let logits = self.weight.product(&h.narrow(0, at, n)?)?; // [n, vocab]
             let (logits, slope) = capped(logits, self.cap)?;
-            let (mut loss, mut probs) = if is_cpu_f32(&logits) {
-                chunk_cpu(&logits, targets, self.smoothing, self.tracked)?
-            } else {
-                chunk_reference(&logits, targets, self.smoothing, self.tracked)?
+            let (mut loss, mut probs) = match self.targets.as_ref().map(|targets| &targets[at..at + n]) {
+                None => (vec![0.0; n], None),
+                Some(targets) if is_cpu_f32(&logits) => chunk_cpu(&logits, targets, self.smoothing, self.tracked)?,
+                Some(targets) => chunk_reference(&logits, targets, self.smoothing, self.tracked)?,
             };
             if let Some((reference, weight)) = &self.against {
                 let (kl, slopes) = kl::chunk(&logits, &reference.logits(at, n)?, self.tracked)?;
                 loss.iter_mut().zip(&kl).for_each(|(loss, kl)| *loss += *weight as f32 * kl);
                 apart += kl.into_iter().map(f64::from).sum::<f64>();
-                if let (Some(p), Some(slopes)) = (&mut probs, slopes) {
-                    *p = (&*p + (slopes * *weight)?)?;
+                if let Some(slopes) = slopes {
+                    let slopes = (slopes * *weight)?;
+                    probs = Some(match probs {
+                        Some(p) => (p + slopes)?,
+                        None => slopes,
+                    });
                 }
             }
             nll.extend(loss);
@@ -228,23 +232,45 @@ pub fn head_nll_against(
     cap: Option<f32>,
     against: Option<(&Reference, f64)>,
 ) -> Result<(Tensor, f64)> {
-    let rows = h.dim(0)?;
-    let vocab = weight.out_dim();
-    if targets.len() != rows || h.dim(1)? != weight.in_dim() {
+    let (rows, vocab) = (h.dim(0)?, weight.out_dim());
+    if targets.len() != rows {
         bail!("head-nll: {rows} rows, {} targets", targets.len());
     }
     if let Some(bad) = targets.iter().find(|&&t| t as usize >= vocab) {
         bail!("head-nll: target {bad} of a vocabulary of {vocab}");
     }
+    apply(h, weight, (Some(targets.to_vec()), smoothing), cap, against)
+}
+
+/// So many times the divergence of each row of `log softmax(cap(h W))` from a reference ([`super::kl_rows`]), `[rows]` f32; and
+/// the sum of the divergences. Logits are there for a chunk of rows at a time.
+///
+/// # Errors
+/// A reference of other rows or another vocabulary; shapes that do not fit.
+pub fn head_kl(h: &Tensor, weight: &Weight, cap: Option<f32>, against: (&Reference, f64)) -> Result<(Tensor, f64)> {
+    apply(h, weight, (None, 0.0), cap, Some(against))
+}
+
+fn apply(
+    h: &Tensor,
+    weight: &Weight,
+    (targets, smoothing): (Option<Vec<u32>>, f64),
+    cap: Option<f32>,
+    against: Option<(&Reference, f64)>,
+) -> Result<(Tensor, f64)> {
+    let (rows, hidden) = h.dims2()?;
+    if hidden != weight.in_dim() {
+        bail!("head-nll: rows of {hidden} for a head of {}", weight.in_dim());
+    }
     if let Some((reference, _)) = against {
-        reference.check(rows, vocab)?;
+        reference.check(rows, weight.out_dim())?;
     }
     let h = h.contiguous()?;
     let tracked = h.track_op();
     let apart = Arc::new(Mutex::new(0.0));
     let op = HeadNll {
         weight: weight.clone(),
-        targets: targets.to_vec(),
+        targets,
         cap,
         smoothing: smoothing as f32,
         tracked,

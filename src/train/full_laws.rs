@@ -233,8 +233,14 @@ fn the_estimate_counts_the_weights() {
     let text = "{\"text\": \"one two\"}\n{\"text\": \"three four\"}\n";
     let mut params = params(Task::CausalLm, vec![MethodPart::Full]);
     params.hyper.max_length = Some(16);
-    let inputs =
-        super::Inputs { params: &params, train: text.as_bytes(), validation: None, forgetting: None, start: None };
+    let inputs = super::Inputs {
+        params: &params,
+        train: text.as_bytes(),
+        validation: None,
+        forgetting: None,
+        replay: None,
+        start: None,
+    };
     let info = super::BaseInfo { shape: BaseShape::of(&base), max_positions: 256 };
     let need = super::prepare(inputs, info, &byte_codec(true)).unwrap().reply.memory;
     let weights = 4 * base.trained_by(Task::CausalLm);

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Families with heads of all kinds: of its own, tied, tied and scaled, squeezed.
-const BASES: [(&str, Task); 4] =
+pub(super) const BASES: [(&str, Task); 4] =
     [("llama", Task::CausalLm), ("gpt2", Task::CausalLm), ("t5", Task::Seq2Seq), ("gemma2", Task::CausalLm)];
 const KL: f64 = 0.8;
 const SMOOTHING: f64 = 0.1;
@@ -49,7 +49,7 @@ fn methods(base: &Base) -> Vec<(&'static str, Vec<MethodPart>)> {
     methods
 }
 
-fn sequences<'a>(examples: &[&'a Encoded]) -> Vec<Sequence<'a>> {
+pub(super) fn sequences<'a>(examples: &[&'a Encoded]) -> Vec<Sequence<'a>> {
     examples.iter().map(|e| Sequence::from(*e)).collect()
 }
 
@@ -72,7 +72,13 @@ fn picked(of: &[Sequence<'_>], rows: &RowLayout) -> (Vec<u32>, Vec<u32>) {
 }
 
 /// The same, plainly in f64 on whole matrices of logits.
-fn dense(resident: &Base, trained: &Base, delta: &Arc<Delta>, of: &[Sequence<'_>], kl: f64) -> (Tensor, f64) {
+pub(super) fn dense(
+    resident: &Base,
+    trained: &Base,
+    delta: &Arc<Delta>,
+    of: &[Sequence<'_>],
+    kl: f64,
+) -> (Tensor, f64) {
     let off = Arc::new(Delta::new(delta.spec.clone(), vec![], None));
     let logp = |base: &Base, delta: &Arc<Delta>| {
         let found = forward(base, delta, of, None, |hidden, cx| {

@@ -109,6 +109,7 @@ pub(super) fn hyper(total_steps: u32) -> ResolvedTraining {
         preference: None,
         generation: None,
         kl_to_base: 0.0,
+        replay_examples: 0,
         keep_best: 1,
         sweep: vec![],
     }
@@ -124,6 +125,7 @@ pub(super) fn input(base: &Base, task: Task, methods: &[MethodPart], resolved: R
         train: examples(task, 40),
         validation: Arc::from([]),
         held: Arc::from([]),
+        replay: Arc::from([]),
         start: None,
         candidates: vec![],
         separate_validation: true,
@@ -469,6 +471,7 @@ fn a_prepared_request_runs() {
         spec,
         train: examples(Task::CausalLm, 5),
         held: Arc::from([]),
+        replay: Arc::from([]),
         validation: Arc::from([]),
         start: None,
         separate_validation: false,

@@ -211,7 +211,8 @@ fn prepared(base: &Base, task: Task, from: &StartingDelta) -> Prepared {
     wanted.mix = Some(MixParams { deltas: vec!["d1".into(), "d2".into()], per_layer: true });
     (wanted.hyper.batch_size, wanted.hyper.epochs) = (Some(6), Some(2.0));
     let start = Some(Continue { from, old: None });
-    let inputs = Inputs { params: &wanted, train: data.as_bytes(), validation: None, forgetting: None, start };
+    let inputs =
+        Inputs { params: &wanted, train: data.as_bytes(), validation: None, forgetting: None, replay: None, start };
     let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
     prepare(inputs, info, &byte_codec(true)).unwrap()
 }

@@ -89,7 +89,8 @@ impl Deltas {
         p.hyper.max_steps = Some(3);
         let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
         let start = Some(Continue { from: &from, old: None });
-        let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None, forgetting: None, start };
+        let inputs =
+            Inputs { params: &p, train: data.as_bytes(), validation: None, forgetting: None, replay: None, start };
         let info = BaseInfo { shape: shape(&base), max_positions: base.arch.max_positions };
         let prepared = prepare(inputs, info, &byte_codec(true)).unwrap();
         (p, prepared)

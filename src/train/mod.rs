@@ -54,6 +54,8 @@ mod preference_laws;
 #[cfg(test)]
 mod quantized_laws;
 #[cfg(test)]
+mod replay_laws;
+#[cfg(test)]
 mod resume_laws;
 #[cfg(test)]
 mod resume_tests;

@@ -231,6 +231,21 @@ pub(super) fn next_token_against(
     base.transformer.nll_against(hidden, (&pick, &targets), smoothing, Some(against), cx)
 }
 
+/// So many times the divergence of each learned token from what [`bare`] gives for the same sequences, `[n]`; and the sum of the
+/// divergences.
+///
+/// # Errors
+/// As [`losses`].
+pub(super) fn divergence(
+    base: &Base,
+    hidden: &Tensor,
+    sequences: &[Sequence<'_>],
+    against: (&ops::Reference, f64),
+    cx: &Cx<'_>,
+) -> Result<(Tensor, f64)> {
+    base.transformer.divergence(hidden, &learned(sequences, cx.rows).0, against, cx)
+}
+
 /// What the base gives at the learned tokens without a delta; no gradient goes through it.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ mod few_shot;
 mod generation;
 mod held;
 mod keeping;
+mod replay;
 mod sweep;
 
 use std::sync::Arc;
@@ -56,6 +57,8 @@ pub struct Inputs<'a> {
     pub start: Option<Continue<'a>>,
     /// JSON lines of the held text, if the request has one.
     pub forgetting: Option<&'a [u8]>,
+    /// JSON lines of the texts that the divergence from the base is taken on, if the request has some.
+    pub replay: Option<&'a [u8]>,
 }
 
 /// What planning needs to know of the base.
@@ -82,6 +85,8 @@ pub struct Prepared {
     pub start: Option<Continued>,
     /// The held text whose loss is compared at the end; may be empty.
     pub held: Arc<[Encoded]>,
+    /// The texts that the divergence from the base is taken on; empty = the training examples.
+    pub replay: Arc<[Encoded]>,
     /// Whether the validation examples have a file of their own; else they were drawn from the training data.
     pub separate_validation: bool,
     /// Ids to text.
@@ -149,6 +154,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         separate = Some(held);
     }
     let held = held::examples(&inputs, codec, max_length, &mut problems, &mut warnings);
+    let replay = replay::examples(&inputs, codec, max_length, &mut problems, &mut warnings);
     let continued = inputs.start.filter(|_| fits).map(|start| {
         let context = transfer::Context { params, labels: labels.names(), codec, max_length, room };
         transfer::continued(start, &context)
@@ -177,6 +183,7 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
     add_mismatched(&mut validation, max_length);
     let chosen = Chosen { params, methods: &methods, labels: &labels, max_length, eval_metric, base: base.shape };
     let mut resolved = chosen.resolve(&train, start.as_ref());
+    resolved.replay_examples = replay.len() as u32;
     let candidates = sweep::candidates(sweep, &mut spec, &mut resolved);
     let beside = candidates.len().max(1);
     let virtual_rows = spec.positions.count();
@@ -188,7 +195,8 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         warnings.extend(warning);
     }
     let cache = generation::cache_bytes(base.shape, &quiz, 2 * virtual_rows);
-    let most_of = |size: &dyn Fn(&Encoded) -> usize| train.iter().chain(&validation).map(size).max().unwrap_or(0);
+    let most_of =
+        |size: &dyn Fn(&Encoded) -> usize| train.iter().chain(&validation).chain(&replay).map(size).max().unwrap_or(0);
     let longest = most_of(&Encoded::longest);
     let longest_rows = longest + virtual_rows;
     let example_rows = most_of(&|e| e.rows() + e.sequences() * virtual_rows);
@@ -226,8 +234,22 @@ pub fn prepare(inputs: Inputs<'_>, base: BaseInfo<'_>, codec: &TextCodec) -> Res
         resolved,
     };
     let (train, validation, held, decoder) = (train.into(), validation.into(), held.into(), codec.decoder.clone());
+    let replay = replay.into();
     let separate_validation = inputs.validation.is_some();
-    Ok(Prepared { reply, spec, train, validation, held, start, separate_validation, decoder, quiz, lean, candidates })
+    Ok(Prepared {
+        reply,
+        spec,
+        train,
+        validation,
+        held,
+        replay,
+        start,
+        separate_validation,
+        decoder,
+        quiz,
+        lean,
+        candidates,
+    })
 }
 
 impl Prepared {
@@ -349,6 +371,7 @@ pub(crate) mod tests {
             labels: vec![],
             k_per_class: None,
             forgetting: None,
+            replay: None,
             hyper: HyperParams::default(),
             publish: PublishPolicy::Upsert,
             from_delta: None,
@@ -370,7 +393,8 @@ pub(crate) mod tests {
         let shape =
             BaseShape { sites: &sites, hidden: 8, vocab: 300, causal, encoder_decoder: false, inner: None, base: None };
         let validation = validation.map(str::as_bytes);
-        let inputs = Inputs { params, train: train.as_bytes(), validation, forgetting: None, start: None };
+        let inputs =
+            Inputs { params, train: train.as_bytes(), validation, forgetting: None, replay: None, start: None };
         prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true))
     }
 

@@ -8,8 +8,10 @@ mod best;
 mod evaluation;
 mod generation;
 mod held;
+mod input;
 mod outcome;
 mod preference;
+mod replay;
 mod resume;
 mod sweep;
 mod telling;
@@ -27,36 +29,36 @@ use rand::rngs::StdRng;
 use autosave::Autosave;
 use best::Bests;
 pub use best::Runner;
+pub use input::RunInput;
 pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
 pub use sweep::Sweep;
 pub use work::Work;
 
 use crate::{
-    admission::train_params::{JobEventBody, MixEvent, ResolvedTraining},
+    admission::train_params::{JobEventBody, MixEvent},
     delta::Delta,
     model::Base,
     pacing::Pacer,
     train::{
         batches::{self, Batches, Stream, micro_batches},
-        beginning::Beginning,
         encode::Encoded,
         eval::{Patience, Tally},
         ewc::{Fisher, Penalty},
-        generate::{Answering, Quiz},
+        generate::Answering,
         gradients,
         metrics::TrainMetrics,
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
-        plan::{Candidate, MICRO_TOKENS, MICRO_TOKENS_OF_DELTA, Prepared},
-        spec::TrainSpec,
+        plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA},
         start,
         trainable::{Snapshot, Trainable},
         transfer::Ewc,
-        worst::{Decoder, Worst},
+        worst::Worst,
     },
 };
 use held::Held;
 use preference::{References, Side};
+use replay::Replay;
 
 /// Weights beyond half precision's range are no delta any more: the run has diverged even if its loss is still a number.
 const MAX_WEIGHT_NORM: f64 = 65_504.0;
@@ -64,52 +66,11 @@ const MAX_WEIGHT_NORM: f64 = 65_504.0;
 /// Steps between good checkpoints that a failure falls back to.
 pub(super) const KEEP_EVERY: u32 = 10;
 
-/// The data and choices of a run.
-#[derive(Debug, Clone)]
-pub struct RunInput {
-    /// Hyper-parameters.
-    pub resolved: ResolvedTraining,
-    /// Sites and patches.
-    pub spec: TrainSpec,
-    /// Training examples.
-    pub train: Arc<[Encoded]>,
-    /// Validation examples.
-    pub validation: Arc<[Encoded]>,
-    /// What it starts from; taken by the run when it has copied the values.
-    pub start: Option<Beginning>,
-    /// The held text whose loss is compared at the end; may be empty.
-    pub held: Arc<[Encoded]>,
-    /// Whether the validation examples have a file of their own; else they were drawn from the training data.
-    pub separate_validation: bool,
-    /// Ids to text.
-    pub decoder: Decoder,
-    /// What evaluations ask; may be empty.
-    pub quiz: Quiz,
-    /// The candidates of a sweep; empty without one.
-    pub candidates: Vec<Candidate>,
-}
-
-impl From<&Prepared> for RunInput {
-    fn from(p: &Prepared) -> Self {
-        Self {
-            resolved: p.reply.resolved.clone(),
-            spec: p.spec.clone(),
-            train: Arc::clone(&p.train),
-            validation: Arc::clone(&p.validation),
-            start: p.start.as_ref().map(Beginning::from),
-            held: Arc::clone(&p.held),
-            separate_validation: p.separate_validation,
-            decoder: p.decoder.clone(),
-            quiz: p.quiz.clone(),
-            candidates: p.candidates.clone(),
-        }
-    }
-}
-
 /// A step under way: micro-batches to go and what was gathered so far.
 #[derive(Debug, Default)]
 struct Step {
     todo: VecDeque<Vec<usize>>,
+    replay: Replay,
     weight: f64,
     loss: f64,
     tokens: usize,
@@ -157,6 +118,8 @@ pub struct Run {
     optimizer: AdamW,
     schedule: LrSchedule,
     batches: Batches,
+    /// Texts that the divergence from the base is taken on.
+    replays: Batches,
     dropout: StdRng,
     phase: Phase,
     step: u32,
@@ -220,6 +183,7 @@ impl Run {
             optimizer: AdamW::new(adam, vars.iter().map(|v| (v.var.clone(), v.decays)))?
                 .with_rates(vars.iter().map(|v| v.rate)),
             batches: Batches::new(&lens, size, pack_to, r.seed),
+            replays: replay::batches(&input),
             dropout: batches::rng_at(r.seed, Stream::Dropout, 0),
             // a whole model is too large to be kept on the way
             good: if trainable.is_full() { None } else { Some((0, trainable.snapshot()?)) },
@@ -354,17 +318,19 @@ impl Run {
         let start = Instant::now();
         let yielded = self.pacer.as_ref().map(|p| p.yielded());
         let mut step = match &mut self.phase {
-            Phase::Train(step) if !step.todo.is_empty() => std::mem::take(step),
+            Phase::Train(step) if !step.is_over() => std::mem::take(step),
             _ => self.begin_step(),
         };
-        let Some(batch) = step.todo.pop_front() else { candle_core::bail!("no examples to train on") };
-        if self.refer(Side::Train, &batch)? {
-            step.todo.push_front(batch);
-            step.busy += start.elapsed();
-            self.phase = Phase::Train(step);
-            return Ok(None);
-        }
-        let loss = self.forward_backward(&mut step, &batch)?;
+        let loss = match step.todo.pop_front() {
+            Some(batch) if self.refer(Side::Train, &batch)? => {
+                step.todo.push_front(batch);
+                step.busy += start.elapsed();
+                self.phase = Phase::Train(step);
+                return Ok(None);
+            }
+            Some(batch) => self.forward_backward(&mut step, &batch)?,
+            None => self.replay_micro(&mut step)?,
+        };
         step.loss += loss;
         if !loss.is_finite() {
             let message = format!("the loss of step {} is {loss}", self.step + 1);
@@ -374,7 +340,7 @@ impl Run {
         if let (Some(p), Some(before)) = (&self.pacer, yielded) {
             step.yielded += p.yielded().saturating_sub(before);
         }
-        if step.todo.is_empty() {
+        if step.is_over() {
             return self.finish_step(step, events);
         }
         self.phase = Phase::Train(step);
@@ -382,8 +348,8 @@ impl Run {
     }
 
     fn begin_step(&mut self) -> Step {
+        let (batch, replay) = (self.batches.next_batch(), self.next_replay());
         let r = &self.input.resolved;
-        let batch = self.batches.next_batch();
         // by step, so that a run that goes on from a checkpoint draws what it would have drawn
         self.dropout = batches::rng_at(r.seed, Stream::Dropout, self.step);
         // with packing, a batch counts packs; the token bound alone decides how they are cut
@@ -392,7 +358,7 @@ impl Run {
         let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.input.train), examples, most).into();
         let weight = batch.iter().map(|i| self.input.train[*i].weight()).sum::<usize>().max(1) as f64;
         let tokens = batch.iter().map(|i| self.lens[*i]).sum();
-        Step { todo, weight, tokens, grads: vec![None; self.trainable.vars().len()], ..Step::default() }
+        Step { todo, replay, weight, tokens, grads: vec![None; self.trainable.vars().len()], ..Step::default() }
     }
 
     /// Rows that these examples take.

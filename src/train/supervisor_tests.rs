@@ -48,7 +48,8 @@ pub(super) fn request_of(base: &Base, method: MethodPart, max_steps: u32) -> (Tr
     let mut p = params(Task::CausalLm, vec![method]);
     p.hyper.max_steps = Some(max_steps);
     let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
-    let inputs = Inputs { params: &p, train: data.as_bytes(), validation: None, forgetting: None, start: None };
+    let inputs =
+        Inputs { params: &p, train: data.as_bytes(), validation: None, forgetting: None, replay: None, start: None };
     let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
     let prepared = prepare(inputs, info, &byte_codec(true)).unwrap();
     (p, prepared)

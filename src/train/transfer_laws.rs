@@ -154,7 +154,7 @@ fn a_continued_lora_has_the_request_s_dropout_and_rates() {
 /// A planned job on byte tokens.
 pub(super) fn plan(base: &Base, params: &TrainParams, data: &str, from: &StartingDelta, old: &str) -> Prepared {
     let start = Some(Continue { from, old: Some(old.as_bytes()) });
-    let inputs = Inputs { params, train: data.as_bytes(), validation: None, forgetting: None, start };
+    let inputs = Inputs { params, train: data.as_bytes(), validation: None, forgetting: None, replay: None, start };
     let info = BaseInfo { shape: shape(base), max_positions: base.arch.max_positions };
     prepare(inputs, info, &byte_codec(true)).unwrap()
 }

@@ -145,6 +145,45 @@ async fn a_job_that_holds_on_to_the_base_tells_how_far_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_holds_on_to_the_base_on_texts_of_its_own() {
+    let world = World::new();
+    let running = world.start().await;
+    let client = &running.client;
+    let texts = "{\"text\": \"a green dog sat\"}\n{\"text\": \"so it goes\"}\n{\"text\": \"one two three\"}\n";
+    let id = client.upload_dataset("general", texts).await;
+    let dataset = || proto::TrainingData { source: Some(proto::training_data::Source::DatasetId(id.clone())) };
+    let wanted = |kl: Option<f64>| proto::TrainingSpec {
+        replay: Some(dataset()),
+        ..evaluated("held", 12, |h| h.kl_to_base = kl)
+    };
+    let job = client.create_job(wanted(Some(0.3)), "").await.expect("a job");
+    assert_eq!(job.resolved.as_ref().map(|r| (r.kl_to_base, r.replay_examples)), Some((0.3, 3)));
+    let events = client.events(&job.id, 0).await.expect("a watch");
+    assert_eq!(client.ended(&job.id).await.state(), JobState::Succeeded, "{events:?}");
+    let told = events.iter().filter_map(|e| if let Some(Body::Metrics(m)) = &e.body { m.kl } else { None });
+    let told: Vec<f64> = told.collect();
+    assert!(told[0].abs() < 1e-4 && told.last().is_some_and(|last| *last > 1e-5), "{told:?}");
+    for kl in [None, Some(0.0)] {
+        let error = client.create_job(wanted(kl), "").await.expect_err("refused");
+        expect_invalid(&error, "spec.replay", &["hyper.kl_to_base"]);
+    }
+    let inline = |text: &str| proto::TrainingData { source: Some(proto::training_data::Source::Jsonl(text.into())) };
+    let bad = proto::TrainingSpec { replay: Some(inline("{\"text\": 1}\n")), ..wanted(Some(0.3)) };
+    let said = client.create_job(bad, "").await.expect_err("refused").message().to_owned();
+    assert!(said.contains("spec.replay line 1 /text"), "{said}");
+    let dir = tempfile::tempdir().expect("a folder");
+    let [file, general] = [("stories.jsonl", stories(20)), ("general.jsonl", texts.to_owned())].map(|(name, text)| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path.to_string_lossy().into_owned()
+    });
+    let args = ["train", "held", "--file", &file, "--plan", "--kl-to-base", "0.3", "--kl-texts", &general];
+    let text = String::from_utf8_lossy(&cli(&running, &args).await.stdout).into_owned();
+    assert!(text.contains("0.3 times the divergence from it on 3 texts"), "{text}");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_had_together_is_refused_by_name() {
     let world = World::new();
     let running = world.start().await;

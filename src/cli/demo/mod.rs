@@ -170,6 +170,7 @@ async fn train_all(service: &Service, adapters: &Path, effort: f64) -> anyhow::R
             sweep: None,
             problem: Default::default(),
             forgetting: None,
+            replay: None,
             hyper: HyperParams {
                 epochs: Some(t.epochs * effort),
                 batch_size: Some(t.batch),

@@ -37,6 +37,7 @@ pub(in crate::grpc) fn train(
         labels: spec.labels,
         k_per_class: spec.k_per_class,
         forgetting: spec.forgetting.map(|m| data("spec.forgetting", Some(m), &mut problems)),
+        replay: spec.replay.map(|m| data("spec.replay", Some(m), &mut problems)),
         hyper: hyper(spec.hyper.unwrap_or_default(), &mut problems),
         publish: super::policy("spec.publish", spec.publish, &mut problems),
         ewc: spec.ewc.map(|e| EwcParams {
@@ -272,6 +273,7 @@ pub(super) fn resolved(r: ResolvedTraining) -> proto::ResolvedTraining {
         eval_new_tokens: r.generation.map_or(0, |g| g.new_tokens),
         eval_examples: r.generation.map_or(0, |g| g.examples),
         kl_to_base: r.kl_to_base,
+        replay_examples: r.replay_examples,
         keep_best: r.keep_best,
         sweep: r.sweep.into_iter().map(super::sweep::candidate).collect(),
     }

@@ -164,6 +164,7 @@ impl Chosen<'_> {
             preference: params.preference.map(|p| p.resolve()),
             generation: None,
             kl_to_base: h.kl_to_base.unwrap_or(0.0),
+            replay_examples: 0,
             keep_best: h.keep_best.unwrap_or(1),
             sweep: Vec::new(),
             worst_examples: h.worst_examples.unwrap_or(if params.validation.is_some() { WORST } else { 0 }),

@@ -68,6 +68,7 @@ mod tests {
             train: train.as_bytes(),
             validation: None,
             forgetting: Some(long.as_bytes()),
+            replay: None,
             start: None,
         };
         let plan = prepare(inputs, BaseInfo { shape, max_positions: 64 }, &byte_codec(true)).unwrap();

@@ -84,7 +84,7 @@ impl Run {
         let Some(p) = resolved.preference else {
             let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
             let smoothing = resolved.label_smoothing;
-            if resolved.kl_to_base > 0.0 {
+            if resolved.kl_to_base > 0.0 && self.input.replay.is_empty() {
                 // the resident base, also where a copy of it is trained
                 let reference = objective::bare(&self.base, &delta, &sequences, self.pacer.as_ref())?;
                 let (against, apart) = ((&reference, resolved.kl_to_base), Cell::new(0.0));

@@ -112,6 +112,10 @@ impl RunInput {
             examples.iter().for_each(|e| add_example(&mut data, e));
         }
         self.quiz.questions.iter().for_each(|q| add_question(&mut data, q));
+        if !self.replay.is_empty() {
+            data.update((self.replay.len() as u64).to_le_bytes());
+            self.replay.iter().for_each(|e| add_example(&mut data, e));
+        }
         Ok(Identity { base: base.to_string(), hyper: hex::encode(hyper), data: hex::encode(data.finalize()) })
     }
 
@@ -299,6 +303,7 @@ impl Run {
         });
         run.patience.go_on(state.patience.0.map(f64::from_bits), state.patience.1);
         run.batches.skip(state.step as usize);
+        run.replays.skip(state.step as usize);
         (run.step, run.begun, run.stopped, run.told) = (state.step, state.step, state.stopped, state.told);
         run.autosave = Autosave::from_step(state.step);
         run.last_loss = f64::from_bits(state.last_loss);
