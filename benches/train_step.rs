@@ -99,6 +99,7 @@ fn input(base: &Base, (rows, len, steps): (usize, usize, usize), wanted: serde_j
         train: train.as_bytes(),
         validation: Some(held.as_bytes()),
         forgetting: None,
+        replay: None,
         start: None,
     };
     let info = BaseInfo { shape: BaseShape::of(base), max_positions: base.arch.max_positions };
