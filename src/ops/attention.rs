@@ -207,6 +207,29 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Re
     }
 }
 
+/// Whether every span looks at its own rows and nothing else, so that [`attention_of_joined`] takes it.
+pub fn attends_own_rows(plan: &AttnPlan) -> bool {
+    let own = |s: &AttnSpan| matches!(s.keys, KeyRows::From(from) if from == s.q_start) && s.keys_len == s.q_len;
+    plan.trained_bias().is_none() && plan.spans.iter().all(own)
+}
+
+/// [`attention`] of query, key and value side by side, `qkv` `[rows, (heads + 2 kv_heads) * head_dim]`, as one op.
+///
+/// # Errors
+/// A plan that does not fit the tensor, or whose spans look elsewhere.
+pub fn attention_of_joined(qkv: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
+    let (qw, kw) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    if qkv.dim(1)? != qw + 2 * kw || !attends_own_rows(plan) {
+        bail!("attention: rows {:?} do not fit {plan:?}", qkv.shape());
+    }
+    let (q, k, v) = (qkv.narrow(1, 0, qw)?, qkv.narrow(1, qw, kw)?, qkv.narrow(1, qw + kw, kw)?);
+    if !is_cpu_f32(qkv) {
+        return attention(&q, &k, &v, plan);
+    }
+    plan.check(&q, &k, &v)?;
+    attention_cpu::joined(&qkv.contiguous()?, plan)
+}
+
 /// The reference: span by span in candle tensors; differentiable, any device and dtype.
 pub(super) fn reference(q: &Tensor, k: &Tensor, v: &Tensor, plan: &AttnPlan) -> Result<Tensor> {
     let (h, kh, d) = (plan.heads, plan.kv_heads, plan.head_dim);
