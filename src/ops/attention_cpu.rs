@@ -1,6 +1,8 @@
 //! Attention on the CPU in f32: one row and head at a time, scores in L1; backward by recomputation (Dao et al. 2022), so
 //! nothing of `[rows, keys]` is ever kept.
 
+mod blocks;
+
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
@@ -254,16 +256,20 @@ fn forward(plan: &AttnPlan, qkv: Qkv<'_>, rows: usize) -> Vec<f32> {
     let width = plan.heads * plan.head_dim;
     let mut out = vec![0f32; rows * width];
     let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
+    let mut runs: Vec<(&AttnSpan, &mut [f32])> = Vec::new();
     let mut rest = out.as_mut_slice();
     let mut work = 0;
     for span in plan.spans.iter() {
-        for i in 0..span.q_len {
-            let (row, tail) = rest.split_at_mut(width);
-            tasks.push((span, i, row));
-            rest = tail;
+        let (own, tail) = rest.split_at_mut(span.q_len * width);
+        rest = tail;
+        if blocks::takes(span) {
+            runs.push((span, own));
+            continue;
         }
+        tasks.extend(own.chunks_exact_mut(width).enumerate().map(|(i, row)| (span, i, row)));
         work += span.q_len * span.keys_len * width;
     }
+    in_blocks(plan, qkv, runs);
     let run = |(span, i, out): (&AttnSpan, usize, &mut [f32])| {
         vectorized(
             #[inline(always)]
@@ -281,6 +287,25 @@ fn forward(plan: &AttnPlan, qkv: Qkv<'_>, rows: usize) -> Vec<f32> {
         each(parts, |part: Vec<_>| part.into_iter().for_each(run));
     }
     out
+}
+
+/// Runs of queries, `[rows, heads * head_dim]` each: head by head, then put side by side.
+fn in_blocks(plan: &AttnPlan, qkv: Qkv<'_>, runs: Vec<(&AttnSpan, &mut [f32])>) {
+    let (width, kv_heads) = (plan.heads * plan.head_dim, plan.kv_heads);
+    let jobs = runs.iter().flat_map(|(span, _)| (0..kv_heads).map(|h| (*span, h)));
+    let mut parts: Vec<Vec<f32>> = vec![Vec::new(); runs.len() * kv_heads];
+    each(jobs.zip(&mut parts).collect(), |((span, h), part)| *part = blocks::forward(plan, span, h, qkv));
+    let own = width / kv_heads;
+    for ((span, out), parts) in runs.into_iter().zip(parts.chunks_exact(kv_heads)) {
+        par_rows(out, width, width, |first, out| {
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                debug_assert!(first + i < span.q_len);
+                for (out, part) in out.chunks_exact_mut(own).zip(parts) {
+                    out.copy_from_slice(&part[(first + i) * own..(first + i + 1) * own]);
+                }
+            }
+        });
+    }
 }
 
 /// Gradients of all arguments; that of the bias `[heads, 2 reach + 1]` is empty where it is not trained.
@@ -391,6 +416,9 @@ struct HeadGrads {
 fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, (q, k, v): Qkv<'_>, grad: &[f32]) -> HeadGrads {
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
     let (grad, n) = (Heads::of(grad, plan.heads * d), span.keys_len);
+    if blocks::takes(span) {
+        return blocks::backward(plan, span, kv_head, (q, k, v), grad);
+    }
     let trained = plan.trained_bias();
     let values = trained.map_or(0, |b| 2 * b.reach + 1);
     let mut out = HeadGrads {
