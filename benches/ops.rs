@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a benchmark stops where anything fails")]
 
 use candle_core::{
-    Device, Module, Tensor,
+    Device, Module, Tensor, Var,
     quantized::{GgmlDType, QMatMul, QTensor},
 };
 use deltaserve::ops::{self, Act, Norm, QuantKind, Quantized, Weight};
@@ -16,6 +16,7 @@ fn main() {
 }
 
 const ROWS: &[usize] = &[1, 8, 32, 128];
+const STEP_ROWS: &[usize] = &[32, 128, 512, 2048];
 const HIDDEN: usize = 768;
 const FF: usize = 3072;
 const COPIES: usize = 16;
@@ -37,6 +38,24 @@ fn linear_in_out(b: Bencher<'_, '_>, rows: usize) {
         i += 1;
         ops::linear(black_box(&x), &weights[i % COPIES], None)
     });
+}
+
+/// What a training step does: products of many rows, forward.
+#[divan::bench(args = STEP_ROWS)]
+fn linear_of_a_step(b: Bencher<'_, '_>, rows: usize) {
+    linear_in_out(b, rows);
+}
+
+/// The gradient of the input, through the frozen weight.
+#[divan::bench(args = STEP_ROWS)]
+fn linear_gradient(b: Bencher<'_, '_>, rows: usize) {
+    let weights: Vec<_> = (0..COPIES).map(|_| Weight::from_in_out(&rand(HIDDEN, FF)).expect("weight")).collect();
+    let (x, mut i) = (Var::from_tensor(&rand(rows, HIDDEN)).expect("a variable"), 0);
+    let forward = || {
+        i += 1;
+        ops::linear(x.as_tensor(), &weights[i % COPIES], None).expect("a product")
+    };
+    b.counter(flops(rows, HIDDEN, FF)).with_inputs(forward).bench_local_values(|y| black_box(y).backward());
 }
 
 #[divan::bench(args = ROWS)]

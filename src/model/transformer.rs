@@ -242,23 +242,30 @@ impl Transformer {
 
     pub(super) fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let cx = &pass.cx;
-        let maybe = |norm: &Option<Norm>, y: Tensor| match norm {
-            Some(norm) => norm.forward(&y, cx),
-            None => Ok(y),
-        };
+        // a norm of a half's output stands between it and the residual sum
+        let normed =
+            |norm: &Option<Norm>, residual: Option<&Tensor>, half: &dyn Fn(Option<&Tensor>) -> Result<Tensor>| {
+                let Some(norm) = norm else { return half(residual) };
+                let y = norm.forward(&half(None)?, cx)?;
+                residual.map_or(Ok(y.clone()), |residual| residual + y)
+            };
         match self.arch.placement {
             Placement::Pre => {
-                let h = b.attn.forward(&b.norm_attn.forward(&x, cx)?, pass)?;
-                let mut x = b.attn_end.close(&x, maybe(&b.norm_attn_out, h)?, None, cx)?;
+                let mut x = b.attn_end.run(&x, None, cx, |residual| {
+                    let h = b.norm_attn.forward(&x, cx)?;
+                    normed(&b.norm_attn_out, residual, &|residual| b.attn.forward(&h, residual, pass))
+                })?;
                 if let Some(cross) = &b.cross {
-                    x = (&x + cross.attn.forward(&cross.norm.forward(&x, cx)?, pass)?)?;
+                    x = cross.attn.forward(&cross.norm.forward(&x, cx)?, &x, pass)?;
                 }
-                let h = b.mlp.forward(&b.norm_mlp.forward(&x, cx)?, cx)?;
-                b.mlp_end.close(&x, maybe(&b.norm_mlp_out, h)?, None, cx)
+                b.mlp_end.run(&x, None, cx, |residual| {
+                    let h = b.norm_mlp.forward(&x, cx)?;
+                    normed(&b.norm_mlp_out, residual, &|residual| b.mlp.forward(&h, residual, cx))
+                })
             }
             Placement::Post => {
-                let x = b.attn_end.close(&x, b.attn.forward(&x, pass)?, Some(&b.norm_attn), cx)?;
-                b.mlp_end.close(&x, b.mlp.forward(&x, cx)?, Some(&b.norm_mlp), cx)
+                let x = b.attn_end.run(&x, Some(&b.norm_attn), cx, |residual| b.attn.forward(&x, residual, pass))?;
+                b.mlp_end.run(&x, Some(&b.norm_mlp), cx, |residual| b.mlp.forward(&x, residual, cx))
             }
         }
     }

@@ -3,7 +3,10 @@
 use candle_core::{Result, Tensor};
 
 use super::{Linear, Norm, Pass};
-use crate::{delta::SiteId, ops};
+use crate::{
+    delta::SiteId,
+    ops::{self, Ending},
+};
 
 /// Multi-head attention with its projections.
 #[derive(Debug, Clone)]
@@ -27,15 +30,35 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// `[rows, hidden]` -> the same.
+    /// `[rows, hidden]` -> the same, added to the residual if one is given.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, pass: &Pass<'_>) -> Result<Tensor> {
+        let qkv = self.qkv.forward(x, &pass.cx)?; // [rows, qw + 2 kw]
+        let y = if self.reads_joined(pass) { self.joined(&qkv, pass)? } else { self.apart(&qkv, pass)? }; // [rows, qw]
+        self.out.forward_to(&y, Ending { act: None, residual }, &pass.cx)
+    }
+
+    /// Whether nothing but rotation happens to queries, keys and values of this step before they meet.
+    fn reads_joined(&self, pass: &Pass<'_>) -> bool {
+        let plain = self.q_norm.is_none() && self.k_norm.is_none() && self.layer_scale == 1.0;
+        plain && pass.keys.are_the_rows() && ops::attends_own_rows(&pass.styles[self.style].plan)
+    }
+
+    fn joined(&self, qkv: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let style = &pass.styles[self.style];
+        let turning = (style.plan.heads + style.plan.kv_heads) * style.plan.head_dim;
+        match &style.rope {
+            Some(rope) => ops::attention_of_joined(&ops::rope_leading(qkv, rope, turning)?, &style.plan),
+            None => ops::attention_of_joined(qkv, &style.plan),
+        }
+    }
+
+    fn apart(&self, qkv: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let style = &pass.styles[self.style];
         let plan = &style.plan;
         let (qw, kw) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
-        let qkv = self.qkv.forward(x, &pass.cx)?; // [rows, qw + 2 kw]
         let mut q = qkv.narrow(1, 0, qw)?;
         let mut k = qkv.narrow(1, qw, kw)?;
         let v = qkv.narrow(1, qw + kw, kw)?;
@@ -53,7 +76,6 @@ impl Attention {
             q = (q * f64::from(self.layer_scale))?;
         }
         let (k, v) = pass.keys.all((self.layer, self.keys), (k, v), &pass.cx)?;
-        let y = ops::attention(&q, &k, &v, plan)?; // [rows, qw]
-        self.out.forward(&y, &pass.cx)
+        ops::attention(&q, &k, &v, plan)
     }
 }

@@ -3,7 +3,10 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::{Cx, Linear, Pass};
-use crate::{delta::SiteId, ops};
+use crate::{
+    delta::SiteId,
+    ops::{self, Ending},
+};
 
 /// Attention whose keys and values come from the encoder, behind a prefix of the sequence's delta. They are computed once per sequence and kept in the cache, where
 /// there is one.
@@ -22,11 +25,11 @@ pub struct CrossAttention {
 }
 
 impl CrossAttention {
-    /// `[rows, hidden]` -> the same.
+    /// `[rows, hidden]` -> the same, added to the residual.
     ///
     /// # Errors
     /// A pass without the encoder's output; those of candle.
-    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, residual: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let Some(crossing) = &pass.crossing else { bail!("a decoder without its encoder's output") };
         let q = self.q.forward(x, &pass.cx)?; // [rows, qw]
         let fresh = match &crossing.encoded {
@@ -43,6 +46,7 @@ impl CrossAttention {
             (None, Some(cache)) => cache.layer(self.layer),
             (None, None) => bail!("a decoder without its encoder's output"),
         };
-        self.out.forward(&ops::attention(&q, &k, &v, &crossing.plan)?, &pass.cx) // [rows, hidden]
+        let y = ops::attention(&q, &k, &v, &crossing.plan)?;
+        self.out.forward_to(&y, Ending { act: None, residual: Some(residual) }, &pass.cx) // [rows, hidden]
     }
 }

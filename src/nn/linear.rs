@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::Cx;
 use crate::{
     delta::Part,
-    ops::{self, Weight},
+    ops::{self, Ending, Weight},
 };
 
 /// `x W + b`, then the deltas' patches.
@@ -25,17 +25,29 @@ impl Linear {
     /// # Errors
     /// Those of candle.
     pub fn forward(&self, x: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
+        self.forward_to(x, Ending::default(), cx)
+    }
+
+    /// The same and what its output goes through: `[rows, in]` -> `[rows, out]`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn forward_to(&self, x: &Tensor, ending: Ending<'_>, cx: &Cx<'_>) -> Result<Tensor> {
         if cx.deltas.scales_input(&self.parts) {
-            return self.forward_scaled(x, cx);
+            return ending.apply(self.forward_scaled(x, cx)?);
         }
-        // while training, updates and product are one op: it keeps one output where separate ones keep several
-        if let Some(updates) = cx.deltas.updates(&self.parts, x.dim(0)?)
-            && ops::takes_updates(x, &self.weight, self.bias.as_ref(), &updates)
+        // while training, product, updates and ending are one op: it keeps one output where separate ones keep several
+        let updates = match cx.deltas.updates(&self.parts, x.dim(0)?) {
+            None if x.track_op() && !self.parts.iter().any(|(site, _)| cx.deltas.touches(*site)) => Some(Vec::new()),
+            updates => updates,
+        };
+        if let Some(updates) = updates
+            && ops::takes_updates(x, &self.weight, self.bias.as_ref(), &updates, ending)
         {
-            return ops::updated_linear(x, &self.weight, self.bias.as_ref(), &updates);
+            return ops::updated_linear(x, &self.weight, self.bias.as_ref(), &updates, ending);
         }
         let y = ops::linear(x, &self.weight, self.bias.as_ref())?;
-        cx.deltas.patch(&self.parts, x, y)
+        ending.apply(cx.deltas.patch(&self.parts, x, y)?)
     }
 
     /// Input scales first. Fused projections see different inputs then, so each part is computed from its own.

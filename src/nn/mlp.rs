@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{Cx, Linear};
-use crate::ops::{self, Act};
+use crate::ops::{self, Act, Ending};
 
 /// A feed-forward layer.
 #[derive(Debug, Clone)]
@@ -19,13 +19,16 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// `[rows, hidden]` -> the same.
+    /// `[rows, hidden]` -> the same, added to the residual if one is given.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn forward(&self, x: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
-        let h = self.up.forward(x, cx)?; // [rows, f] or [rows, 2 f]
-        let h = if self.gated { ops::gate(&h, self.act)? } else { ops::activate(&h, self.act)? };
-        self.down.forward(&h, cx) // [rows, hidden]
+    pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, cx: &Cx<'_>) -> Result<Tensor> {
+        let h = if self.gated {
+            ops::gate(&self.up.forward(x, cx)?, self.act)? // [rows, 2 f] -> [rows, f]
+        } else {
+            self.up.forward_to(x, Ending { act: Some(self.act), residual: None }, cx)? // [rows, f]
+        };
+        self.down.forward_to(&h, Ending { act: None, residual }, cx) // [rows, hidden]
     }
 }

@@ -69,6 +69,11 @@ impl KeyStore {
         !self.slots.is_empty()
     }
 
+    /// Whether the step's own keys are all there is to see.
+    pub(super) fn are_the_rows(&self) -> bool {
+        !self.is_cached() && self.prefixes.is_empty()
+    }
+
     /// Everything that the step's queries may see, as the plan's key rows name it: the cache with the new rows and the
     /// prefixes of sequences that begin written to it; or, without a cache, the new rows and then all prefixes. `site` is
     /// that of the layer's prefixes.

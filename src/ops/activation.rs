@@ -156,6 +156,13 @@ impl Act {
     }
 }
 
+/// `grad * f'(x)`.
+pub(super) fn mul_grad(act: Act, x: &[f32], grad: &[f32]) -> Vec<f32> {
+    let mut out = grad.to_vec();
+    par_rows(&mut out, 1, 8, |at, o| act.mul_grad(&x[at..at + o.len()], o));
+    out
+}
+
 struct Activate(Act);
 
 impl CustomOp1 for Activate {
@@ -171,11 +178,7 @@ impl CustomOp1 for Activate {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let mut out = with_f32(&grad.contiguous()?, |g| Ok(g.to_vec()))?;
-        with_f32(x, |x| {
-            par_rows(&mut out, 1, 8, |at, o| self.0.mul_grad(&x[at..at + o.len()], o));
-            Ok(())
-        })?;
+        let out = with_f32(&grad.contiguous()?, |g| with_f32(x, |x| Ok(mul_grad(self.0, x, g))))?;
         Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
     }
 }

@@ -1,14 +1,19 @@
 //! Attention on the CPU in f32: one row and head at a time, scores in L1; backward by recomputation (Dao et al. 2022), so
 //! nothing of `[rows, keys]` is ever kept.
 
+mod blocks;
+
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::attention::{AttnPlan, AttnSpan, RelativeBias, Seen};
-use super::{cpu_result, each, f32_slice, math, vectorized, with_f32};
+use super::{cpu_result, each, f32_slice, math, par_rows, vectorized, with_f32};
 
 struct Attention(Arc<AttnPlan>);
+
+/// Query, key and value side by side in one matrix, all of the step's own rows.
+struct Joined(Arc<AttnPlan>);
 
 /// With keys over values in one matrix, so that the bias, which is trained, may be an argument.
 struct BiasTrained(Arc<AttnPlan>);
@@ -25,6 +30,50 @@ pub(super) fn attention(
     }
     let op = Attention(Arc::clone(plan));
     if q.track_op() || k.track_op() || v.track_op() { q.apply_op3(k, v, op) } else { q.apply_op3_no_bwd(k, v, &op) }
+}
+
+/// As [`attention`] of the three parts of `qkv` `[rows, (heads + 2 kv_heads) * head_dim]`: none of them is copied out, nor
+/// are gradients put together.
+pub(super) fn joined(qkv: &Tensor, plan: &Arc<AttnPlan>) -> Result<Tensor> {
+    let op = Joined(Arc::clone(plan));
+    if qkv.track_op() { qkv.apply_op1(op) } else { qkv.apply_op1_no_bwd(&op) }
+}
+
+/// Heads side by side in the rows of a matrix.
+#[derive(Clone, Copy)]
+struct Heads<'a> {
+    data: &'a [f32],
+    /// Numbers from one row to the next.
+    stride: usize,
+    /// The first head's first column.
+    from: usize,
+}
+
+impl<'a> Heads<'a> {
+    fn of(data: &'a [f32], width: usize) -> Self {
+        Self { data, stride: width, from: 0 }
+    }
+
+    /// So many numbers of a row, from a column of the heads on.
+    #[inline(always)]
+    fn at(self, row: usize, column: usize, len: usize) -> &'a [f32] {
+        let at = row * self.stride + self.from + column;
+        &self.data[at..at + len]
+    }
+}
+
+/// Query, key and value.
+type Qkv<'a> = (Heads<'a>, Heads<'a>, Heads<'a>);
+
+fn apart<'a>(plan: &AttnPlan, (q, k, v): (&'a [f32], &'a [f32], &'a [f32])) -> Qkv<'a> {
+    let (width, kv_width) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    (Heads::of(q, width), Heads::of(k, kv_width), Heads::of(v, kv_width))
+}
+
+fn side_by_side<'a>(plan: &AttnPlan, data: &'a [f32]) -> Qkv<'a> {
+    let (width, kv_width) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    let at = |from| Heads { data, stride: width + 2 * kv_width, from };
+    (at(0), at(width), at(width + kv_width))
 }
 
 /// `out += s * x`.
@@ -76,19 +125,16 @@ impl<'a> Shaping<'a> {
 
 /// The scores of one query and head turned into probabilities of the seen keys, in `probs`.
 #[inline(always)]
-fn probabilities(
+fn probabilities<'a>(
     q: &[f32],
     shaping: Shaping<'_>,
-    key: impl Fn(usize) -> usize,
-    k: &[f32],
+    key: impl Fn(usize) -> &'a [f32],
     seen: Seen,
     (probs, slope): (&mut [f32], &mut [f32]),
 ) {
-    let d = q.len();
     let probs = &mut probs[..seen.len()];
     for (i, p) in probs.iter_mut().enumerate() {
-        let at = key(seen.at(i));
-        *p = math::dot(q, &k[at..at + d]) * shaping.scale;
+        *p = math::dot(q, key(seen.at(i))) * shaping.scale;
     }
     normalise(probs, shaping, seen, slope);
 }
@@ -124,7 +170,8 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        forward(&self.0, (f32_slice(q, ql)?, f32_slice(k, kl)?, f32_slice(v, vl)?))
+        let qkv = (f32_slice(q, ql)?, f32_slice(k, kl)?, f32_slice(v, vl)?);
+        cpu_result(forward(&self.0, apart(&self.0, qkv), ql.shape().dims2()?.0), ql.shape())
     }
 
     fn bwd(
@@ -157,7 +204,8 @@ impl CustomOp3 for BiasTrained {
     ) -> Result<(CpuStorage, Shape)> {
         let kv = f32_slice(kv, kvl)?;
         let (k, v) = kv.split_at(kv.len() / 2);
-        forward(&self.0, (f32_slice(q, ql)?, k, v))
+        let qkv = apart(&self.0, (f32_slice(q, ql)?, k, v));
+        cpu_result(forward(&self.0, qkv, ql.shape().dims2()?.0), ql.shape())
     }
 
     fn bwd(
@@ -179,27 +227,53 @@ impl CustomOp3 for BiasTrained {
     }
 }
 
+impl CustomOp1 for Joined {
+    fn name(&self) -> &'static str {
+        "attention-of-joined-rows"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let rows = l.shape().dims2()?.0;
+        let out = forward(&self.0, side_by_side(&self.0, f32_slice(qkv, l)?), rows);
+        cpu_result(out, (rows, self.0.heads * self.0.head_dim))
+    }
+
+    fn bwd(&self, qkv: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let plan = &self.0;
+        let grad = grad.contiguous()?;
+        let out = with_f32(qkv, |qkv| {
+            with_f32(&grad, |grad| {
+                let parts = head_gradients(plan, side_by_side(plan, qkv), grad);
+                Ok(rows_of_gradients(plan, &parts, qkv.len()))
+            })
+        })?;
+        Tensor::from_vec(out, qkv.shape(), qkv.device()).map(Some)
+    }
+}
+
 /// `[rows, heads * head_dim]`.
-fn forward(plan: &AttnPlan, (q, k, v): (&[f32], &[f32], &[f32])) -> Result<(CpuStorage, Shape)> {
+fn forward(plan: &AttnPlan, qkv: Qkv<'_>, rows: usize) -> Vec<f32> {
     let width = plan.heads * plan.head_dim;
-    let rows = q.len() / width;
     let mut out = vec![0f32; rows * width];
     let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
+    let mut runs: Vec<(&AttnSpan, &mut [f32])> = Vec::new();
     let mut rest = out.as_mut_slice();
     let mut work = 0;
     for span in plan.spans.iter() {
-        for i in 0..span.q_len {
-            let (row, tail) = rest.split_at_mut(width);
-            tasks.push((span, i, row));
-            rest = tail;
+        let (own, tail) = rest.split_at_mut(span.q_len * width);
+        rest = tail;
+        if blocks::takes(span) {
+            runs.push((span, own));
+            continue;
         }
+        tasks.extend(own.chunks_exact_mut(width).enumerate().map(|(i, row)| (span, i, row)));
         work += span.q_len * span.keys_len * width;
     }
+    in_blocks(plan, qkv, runs);
     let run = |(span, i, out): (&AttnSpan, usize, &mut [f32])| {
-        let q = &q[(span.q_start + i) * width..(span.q_start + i + 1) * width];
         vectorized(
             #[inline(always)]
-            || row_forward(plan, span, i, (q, k, v), out),
+            || row_forward(plan, span, i, qkv, out),
         );
     };
     if work < 64 * 1024 {
@@ -212,7 +286,26 @@ fn forward(plan: &AttnPlan, (q, k, v): (&[f32], &[f32], &[f32])) -> Result<(CpuS
         }
         each(parts, |part: Vec<_>| part.into_iter().for_each(run));
     }
-    cpu_result(out, (rows, width))
+    out
+}
+
+/// Runs of queries, `[rows, heads * head_dim]` each: head by head, then put side by side.
+fn in_blocks(plan: &AttnPlan, qkv: Qkv<'_>, runs: Vec<(&AttnSpan, &mut [f32])>) {
+    let (width, kv_heads) = (plan.heads * plan.head_dim, plan.kv_heads);
+    let jobs = runs.iter().flat_map(|(span, _)| (0..kv_heads).map(|h| (*span, h)));
+    let mut parts: Vec<Vec<f32>> = vec![Vec::new(); runs.len() * kv_heads];
+    each(jobs.zip(&mut parts).collect(), |((span, h), part)| *part = blocks::forward(plan, span, h, qkv));
+    let own = width / kv_heads;
+    for ((span, out), parts) in runs.into_iter().zip(parts.chunks_exact(kv_heads)) {
+        par_rows(out, width, width, |first, out| {
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                debug_assert!(first + i < span.q_len);
+                for (out, part) in out.chunks_exact_mut(own).zip(parts) {
+                    out.copy_from_slice(&part[(first + i) * own..(first + i + 1) * own]);
+                }
+            }
+        });
+    }
 }
 
 /// Gradients of all arguments; that of the bias `[heads, 2 reach + 1]` is empty where it is not trained.
@@ -229,16 +322,9 @@ fn backward(plan: &AttnPlan, (q, k, v): (&[f32], &[f32], &[f32]), grad: &Tensor)
     let mut out =
         Grads { q: vec![0f32; q.len()], k: vec![0f32; k.len()], v: vec![0f32; v.len()], bias: vec![0f32; bias] };
     let grad = grad.contiguous()?;
-    let jobs = || plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h)));
-    let parts = with_f32(&grad, |g| {
-        let mut parts: Vec<Option<HeadGrads>> = jobs().map(|_| None).collect();
-        each(jobs().zip(&mut parts).collect(), |((s, h), part)| {
-            *part = Some(head_backward(plan, s, h, [q, k, v, g]));
-        });
-        Ok(parts)
-    })?;
+    let parts = with_f32(&grad, |g| Ok(head_gradients(plan, apart(plan, (q, k, v)), g)))?;
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
-    for (part, (span, head)) in parts.iter().flatten().zip(jobs()) {
+    for (part, (span, head)) in parts.iter().zip(jobs(plan)) {
         for (i, row) in part.dq.chunks_exact(group * d).enumerate() {
             let at = (span.q_start + i) * width + head * group * d;
             out.q[at..at + group * d].copy_from_slice(row);
@@ -254,17 +340,53 @@ fn backward(plan: &AttnPlan, (q, k, v): (&[f32], &[f32], &[f32]), grad: &Tensor)
     Ok(out)
 }
 
+/// Spans and key heads.
+fn jobs(plan: &AttnPlan) -> impl Iterator<Item = (&AttnSpan, usize)> {
+    plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h)))
+}
+
+/// Gradients of each span and key head, in order.
+fn head_gradients(plan: &AttnPlan, qkv: Qkv<'_>, grad: &[f32]) -> Vec<HeadGrads> {
+    let mut parts: Vec<Option<HeadGrads>> = jobs(plan).map(|_| None).collect();
+    each(jobs(plan).zip(&mut parts).collect(), |((s, h), part)| {
+        *part = Some(head_backward(plan, s, h, qkv, grad));
+    });
+    parts.into_iter().flatten().collect()
+}
+
+/// Those of rows whose keys are the span's own, laid side by side as the rows are: `len` numbers.
+fn rows_of_gradients(plan: &AttnPlan, parts: &[HeadGrads], len: usize) -> Vec<f32> {
+    let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
+    let (width, kv_width) = (plan.heads * d, plan.kv_heads * d);
+    let place = |(span, s): (usize, &AttnSpan)| (0..s.q_len).map(move |i| (span, i)).collect::<Vec<_>>();
+    let places: Vec<(usize, usize)> = plan.spans.iter().enumerate().flat_map(place).collect();
+    let mut out = vec![0f32; len];
+    let row = width + 2 * kv_width;
+    par_rows(&mut out, row, row, |first, out| {
+        for (out, &(span, i)) in out.chunks_exact_mut(row).zip(&places[first..]) {
+            let (q, kv) = out.split_at_mut(width);
+            let (k, v) = kv.split_at_mut(kv_width);
+            let heads = q.chunks_exact_mut(group * d).zip(k.chunks_exact_mut(d).zip(v.chunks_exact_mut(d)));
+            for ((q, (k, v)), part) in heads.zip(&parts[span * plan.kv_heads..]) {
+                q.copy_from_slice(&part.dq[i * group * d..(i + 1) * group * d]);
+                k.copy_from_slice(&part.dk[i * d..(i + 1) * d]);
+                v.copy_from_slice(&part.dv[i * d..(i + 1) * d]);
+            }
+        }
+    });
+    out
+}
+
 /// One row, all heads. A key's heads lie side by side and are read together, so that memory is read in order.
 #[inline(always)]
-fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
-    let (q, k, v) = qkv;
+fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, (q, k, v): Qkv<'_>, out: &mut [f32]) {
     let (d, kv_width, group) = (plan.head_dim, plan.kv_heads * plan.head_dim, plan.heads / plan.kv_heads);
+    let q = q.at(span.q_start + i, 0, plan.heads * d);
     let seen = plan.mask.seen(span.context_len + i, span.keys_len, span.pinned);
     let n = seen.len();
     let mut probs = vec![0f32; plan.heads * n]; // [heads, seen keys]
     for s in 0..n {
-        let at = span.key_row(seen.at(s)) * kv_width;
-        let k = &k[at..at + kv_width];
+        let k = k.at(span.key_row(seen.at(s)), 0, kv_width);
         for (h, q) in q.chunks_exact(d).enumerate() {
             let column = (h / group) * d;
             probs[h * n + s] = math::dot(q, &k[column..column + d]) * plan.scale;
@@ -274,8 +396,7 @@ fn row_forward(plan: &AttnPlan, span: &AttnSpan, i: usize, qkv: (&[f32], &[f32],
         normalise(probs, Shaping::of(plan, h, span.position + i), seen, &mut []);
     }
     for s in 0..n {
-        let at = span.key_row(seen.at(s)) * kv_width;
-        let v = &v[at..at + kv_width];
+        let v = v.at(span.key_row(seen.at(s)), 0, kv_width);
         for (h, out) in out.chunks_exact_mut(d).enumerate() {
             let column = (h / group) * d;
             axpy(probs[h * n + s], &v[column..column + d], out);
@@ -292,10 +413,12 @@ struct HeadGrads {
     dbias: Vec<f32>,
 }
 
-fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]; 4]) -> HeadGrads {
-    let [q, k, v, grad] = qkvg;
+fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, (q, k, v): Qkv<'_>, grad: &[f32]) -> HeadGrads {
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
-    let (width, kv_width, n) = (plan.heads * d, plan.kv_heads * d, span.keys_len);
+    let (grad, n) = (Heads::of(grad, plan.heads * d), span.keys_len);
+    if blocks::takes(span) {
+        return blocks::backward(plan, span, kv_head, (q, k, v), grad);
+    }
     let trained = plan.trained_bias();
     let values = trained.map_or(0, |b| 2 * b.reach + 1);
     let mut out = HeadGrads {
@@ -312,28 +435,27 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkvg: [&[f32]
             for i in 0..span.q_len {
                 let seen = plan.mask.seen(span.context_len + i, n, span.pinned);
                 for g in 0..group {
-                    let at = (span.q_start + i) * width + (kv_head * group + g) * d;
-                    let (q, grad) = (&q[at..at + d], &grad[at..at + d]);
-                    let key = |j: usize| span.key_row(j) * kv_width + kv_head * d;
+                    let (row, column) = (span.q_start + i, (kv_head * group + g) * d);
+                    let (q, grad) = (q.at(row, column, d), grad.at(row, column, d));
+                    let key = |j: usize| k.at(span.key_row(j), kv_head * d, d);
                     let shaping = Shaping::of(plan, kv_head * group + g, span.position + i);
-                    probabilities(q, shaping, key, k, seen, (&mut probs, &mut slope));
+                    probabilities(q, shaping, key, seen, (&mut probs, &mut slope));
                     let mut delta = 0.0;
                     for s in 0..seen.len() {
-                        let at = key(seen.at(s));
-                        let dp = math::dot(grad, &v[at..at + d]);
+                        let dp = math::dot(grad, v.at(span.key_row(seen.at(s)), kv_head * d, d));
                         dprobs[s] = dp;
                         delta += probs[s] * dp;
                     }
                     let dq = &mut out.dq[(i * group + g) * d..(i * group + g + 1) * d];
                     for s in 0..seen.len() {
                         let j = seen.at(s);
-                        let (p, at) = (probs[s], key(j));
+                        let p = probs[s];
                         let score = p * (dprobs[s] - delta);
                         if let Some(bias) = trained {
                             out.dbias[g * values + bias.place(span.position + i, j)] += score;
                         }
                         let ds = score * slope[s] * plan.scale;
-                        axpy(ds, &k[at..at + d], dq);
+                        axpy(ds, key(j), dq);
                         axpy(ds, q, &mut out.dk[j * d..(j + 1) * d]);
                         axpy(p, grad, &mut out.dv[j * d..(j + 1) * d]);
                     }

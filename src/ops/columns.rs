@@ -47,8 +47,13 @@ pub(super) fn column_sums(g: &Tensor) -> Result<Tensor> {
     if !is_cpu_f32(&g) {
         return g.sum(0);
     }
-    let sums = with_f32(&g.contiguous()?, |g| Ok(sums(g, None, n)))?;
+    let sums = with_f32(&g.contiguous()?, |g| Ok(column_sums_of(g, n)))?;
     Tensor::from_vec(sums, n, &candle_core::Device::Cpu)
+}
+
+/// The same of a plain matrix `[rows, n]`.
+pub(super) fn column_sums_of(g: &[f32], n: usize) -> Vec<f32> {
+    sums(g, None, n)
 }
 
 /// Sums over rows of `g`, or of `g * x`. Rows are summed in runs, whose sums are added in order: the same on any number of

@@ -217,27 +217,36 @@ impl Weight {
         if n != self.out_dim {
             bail!("linear: a gradient is {n} wide, the weight gives {}", self.out_dim);
         }
-        let shape = (rows, self.in_dim, n);
-        let out = match &self.form {
-            Form::Panels(w) if is_cpu_f32(&g) => with_f32(&g, |g| with_f32(w, |w| Ok(packed::product_t(g, w, shape))))?,
-            Form::Quantized(w) if is_cpu_f32(&g) => with_f32(&g, |g| Ok(packed::product_t(g, &**w, shape)))?,
+        if !self.has_kernels() || !is_cpu_f32(&g) {
+            return g.matmul(&self.as_in_out()?.t()?);
+        }
+        let out = with_f32(&g, |g| self.kernel_product_t(g, rows))?;
+        Tensor::from_vec(out, (rows, self.in_dim), &Device::Cpu)
+    }
+
+    /// `g W^T` by the CPU's kernels, where it has them: `g` `[rows, out]`.
+    pub(super) fn kernel_product_t(&self, g: &[f32], rows: usize) -> Result<Vec<f32>> {
+        let (k, n) = (self.in_dim, self.out_dim);
+        match &self.form {
+            Form::Panels(w) => with_f32(w, |w| Ok(packed::product_t(g, w, (rows, k, n)))),
+            Form::Quantized(w) => Ok(packed::product_t(g, &**w, (rows, k, n))),
             Form::Joined(parts) => {
-                let mut sum: Option<Tensor> = None;
+                let mut sum: Option<Vec<f32>> = None;
                 let mut at = 0;
                 for part in &**parts {
-                    let own = part.product_t(&g.narrow(1, at, part.out_dim)?)?;
-                    sum = Some(match sum {
-                        Some(sum) => (sum + own)?,
-                        None => own,
-                    });
+                    let own: Vec<f32> =
+                        g.chunks_exact(n).flat_map(|row| &row[at..at + part.out_dim]).copied().collect();
+                    let own = part.kernel_product_t(&own, rows)?;
                     at += part.out_dim;
+                    match &mut sum {
+                        Some(sum) => sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own),
+                        None => sum = Some(own),
+                    }
                 }
-                let Some(sum) = sum else { bail!("linear: a weight of no parts") };
-                return Ok(sum);
+                sum.ok_or_else(|| candle_core::Error::Msg("linear: a weight of no parts".into()))
             }
-            _ => return g.matmul(&self.as_in_out()?.t()?),
-        };
-        Tensor::from_vec(out, (rows, self.in_dim), &Device::Cpu)
+            Form::InOut(_) | Form::OutIn(_) => bail!("linear: a weight in panels is needed"),
+        }
     }
 }
 

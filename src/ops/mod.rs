@@ -29,7 +29,9 @@ mod updated;
 
 pub use activation::{Act, activate, gate};
 pub use adapter::{AdapterRows, RowScale, adapt_in_place};
-pub use attention::{AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attention};
+pub use attention::{
+    AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attends_own_rows, attention, attention_of_joined,
+};
 pub use columns::{add_bias, scale_columns};
 pub(crate) use jacobi::{dot, rotate};
 pub use kl::{Reference, kl_rows};
@@ -40,10 +42,10 @@ pub use nll::{head_kl, head_nll, head_nll_against, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use quantized::{QuantKind, Quantized, quantize};
-pub use rope::{RopeTable, rope};
+pub use rope::{RopeTable, rope, rope_leading};
 pub use scatter::write_rows;
 pub(crate) use team::each;
-pub use updated::{Update, takes_updates, updated_linear};
+pub use updated::{Ending, Update, takes_updates, updated_linear};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 

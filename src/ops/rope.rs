@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al. 2021), half-split pairs as Hugging Face's Llama lays them out.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::{cpu_result, f32_slice, is_cpu_f32, par_rows, vectorized, with_f32};
 
@@ -20,6 +20,8 @@ struct Rope {
     table: RopeTable,
     /// -1 rotates back: the gradient of a rotation is its inverse.
     sign: f32,
+    /// Columns with heads that turn; the others stay.
+    columns: usize,
 }
 
 impl Rope {
@@ -37,6 +39,9 @@ impl Rope {
                                 let (cos, sin) =
                                     (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
                                 let x = &x[row * width..(row + 1) * width];
+                                let (x, stay) = x.split_at(self.columns);
+                                let (o, same) = o.split_at_mut(self.columns);
+                                same.copy_from_slice(stay);
                                 for (o, x) in o.chunks_exact_mut(head).zip(x.chunks_exact(head)) {
                                     o[2 * half..].copy_from_slice(&x[2 * half..]);
                                     let (o1, o2) = o.split_at_mut(half);
@@ -70,7 +75,7 @@ impl CustomOp1 for Rope {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (rows, width) = x.dims2()?;
-        let back = Rope { table: self.table.clone(), sign: -self.sign };
+        let back = Rope { table: self.table.clone(), sign: -self.sign, columns: self.columns };
         let out = with_f32(&grad.contiguous()?, |g| back.run(g, rows, width))?;
         Ok(Some(Tensor::from_vec(out, (rows, width), x.device())?))
     }
@@ -95,11 +100,27 @@ fn reference(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
 /// # Errors
 /// Those of candle.
 pub fn rope(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
+    rope_leading(x, table, x.dim(1)?)
+}
+
+/// As [`rope`], of the heads in the first so many columns; the others stay as they are.
+///
+/// # Errors
+/// Columns that `x` does not have or that are no whole heads; those of candle.
+pub fn rope_leading(x: &Tensor, table: &RopeTable, columns: usize) -> Result<Tensor> {
+    let width = x.dim(1)?;
+    if columns > width || !columns.is_multiple_of(table.head_dim) {
+        bail!("rope: {columns} of {width} columns with heads of {}", table.head_dim);
+    }
     if !is_cpu_f32(x) {
-        return reference(x, table);
+        if columns == width {
+            return reference(x, table);
+        }
+        let turned = reference(&x.narrow(1, 0, columns)?, table)?;
+        return Tensor::cat(&[&turned, &x.narrow(1, columns, width - columns)?], 1);
     }
     let x = x.contiguous()?;
-    let op = Rope { table: table.clone(), sign: 1.0 };
+    let op = Rope { table: table.clone(), sign: 1.0, columns };
     if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
 }
 
@@ -131,5 +152,16 @@ mod tests {
         };
         assert!(diff(&fast, &slow) < 1e-6);
         assert!(diff(&grad(&fast), &grad(&slow)) < 1e-6);
+        // the first heads turn, the rest stays
+        for columns in (0..=24 / head_dim).map(|heads| heads * head_dim) {
+            let fast = rope_leading(&x, &table, columns).unwrap();
+            let stay = x.narrow(1, columns, 24 - columns).unwrap();
+            let slow = match columns {
+                0 => stay,
+                _ => Tensor::cat(&[reference(&x.narrow(1, 0, columns).unwrap(), &table).unwrap(), stay], 1).unwrap(),
+            };
+            assert!(diff(&fast, &slow) < 1e-6 && diff(&grad(&fast), &grad(&slow)) < 1e-6, "{columns}");
+        }
+        assert!(rope_leading(&x, &table, head_dim + 1).is_err() && rope_leading(&x, &table, 48).is_err());
     }
 }

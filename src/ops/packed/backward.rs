@@ -1,34 +1,119 @@
 //! The gradient of the product's input.
 
+use std::mem::MaybeUninit;
+
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{DEPTH, PANEL, Panels, WORTH_A_THREAD, prefetch_row, scratch};
+use super::{DEPTH, PANEL, Panels, WORTH_A_THREAD, scratch};
 use crate::ops::{
-    LINE,
+    LINE, prefetch,
     team::{each, threads},
+    vectorized,
 };
 
+/// Rows whose sums over a block of the weight's rows are kept at a time: with the block they stay in the second level.
+const ROWS: usize = 5 * PANEL;
+
 /// `g [m, n] W^T` -> `[m, k]`: the gradient of the input of [`super::product`].
+#[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
 pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
-    let mut out = vec![0f32; m * k];
-    let run = |(g, out): (&[f32], &mut [f32])| Arch::new().dispatch(Backward { g, w, k, n, out });
-    let threads = threads();
-    if threads == 1 || m * k * n < WORTH_A_THREAD {
-        g.chunks(PANEL * n).zip(out.chunks_mut(PANEL * k)).for_each(run);
-    } else {
-        let rows = m.div_ceil(threads).next_multiple_of(16).min(PANEL);
-        each(g.chunks(rows * n).zip(out.chunks_mut(rows * k)).collect(), run);
+    assert_eq!(g.len(), m * n, "rows of a gradient"); // what is not computed would not be written
+    let mut data = Vec::with_capacity(m * k);
+    let all = &mut data.spare_capacity_mut()[..m * k];
+    let parallel = threads() > 1 && m * k * n >= WORTH_A_THREAD;
+    let size = m.div_ceil(m.div_ceil(ROWS).max(1)).next_multiple_of(LINE);
+    for (g, out) in g.chunks((size * n).max(1)).zip(all.chunks_mut((size * k).max(1))) {
+        let rows = out.len() / k;
+        let turned = Turned::of(g, rows, n, parallel);
+        // a block of the weight's rows is one of the output's columns
+        let mut parts: Vec<Vec<&mut [MaybeUninit<f32>]>> =
+            (0..k.div_ceil(DEPTH)).map(|_| Vec::with_capacity(rows)).collect();
+        for row in out.chunks_exact_mut(k) {
+            parts.iter_mut().zip(row.chunks_mut(DEPTH)).for_each(|(part, columns)| part.push(columns));
+        }
+        let run = |(block, out)| Arch::new().dispatch(Backward { turned: &turned, w, k, block, out });
+        if parallel {
+            each(parts.into_iter().enumerate().collect(), run);
+        } else {
+            parts.into_iter().enumerate().for_each(run);
+        }
     }
-    out
+    // SAFETY: blocks cover all columns, and `Backward` writes its own of every row
+    unsafe { data.set_len(m * k) };
+    data
 }
 
-/// At most [`PANEL`] rows.
+/// Rows of a gradient, turned: `[panels, strips, PANEL columns, rows of a strip]`, padded with zeros.
+struct Turned {
+    data: Vec<f32>,
+    /// Rows of a strip: one, two or three vectors of 512 bits.
+    step: usize,
+    strips: usize,
+    panels: usize,
+}
+
+impl Turned {
+    fn of(g: &[f32], rows: usize, n: usize, parallel: bool) -> Self {
+        let step = rows.next_multiple_of(LINE).min(PANEL);
+        let (strips, panels) = (rows.div_ceil(step), n.div_ceil(PANEL));
+        let mut data = vec![0f32; panels * strips * PANEL * step];
+        let run = |(panel, out): (usize, &mut [f32])| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let columns = PANEL.min(n - panel * PANEL);
+                    for (strip, out) in out.chunks_exact_mut(PANEL * step).enumerate() {
+                        let first = strip * step;
+                        let mut row = first;
+                        while row < rows.min(first + step) {
+                            let count = LINE.min(rows - row);
+                            turn(&g[row * n + panel * PANEL..], n, (count, columns), &mut out[row - first..], step);
+                            row += LINE;
+                        }
+                    }
+                },
+            );
+        };
+        let parts = data.chunks_exact_mut((strips * PANEL * step).max(1)).enumerate();
+        if parallel {
+            each(parts.collect(), run)
+        } else {
+            parts.for_each(run)
+        }
+        Self { data, step, strips, panels }
+    }
+}
+
+/// `out[c, r] = g[r, c]` for at most [`LINE`] rows.
+#[inline(always)]
+fn turn(g: &[f32], n: usize, (rows, columns): (usize, usize), out: &mut [f32], step: usize) {
+    let mut from = 0;
+    while rows == LINE && from + LINE <= columns {
+        let block: [&[f32; LINE]; LINE] =
+            std::array::from_fn(|r| g[r * n + from..].first_chunk().unwrap_or(&[0.0; LINE]));
+        for c in 0..LINE {
+            let Some(line) = out[(from + c) * step..].first_chunk_mut::<LINE>() else { continue };
+            for r in 0..LINE {
+                line[r] = block[r][c];
+            }
+        }
+        from += LINE;
+    }
+    for r in 0..rows {
+        for c in from..columns {
+            out[c * step + r] = g[r * n + c];
+        }
+    }
+}
+
+/// A block of the weight's rows, `[DEPTH, n]`, with all rows of the gradient.
 struct Backward<'a, W> {
-    g: &'a [f32],
+    turned: &'a Turned,
     w: W,
     k: usize,
-    n: usize,
-    out: &'a mut [f32],
+    block: usize,
+    /// The block's columns of each row; all of them are written.
+    out: Vec<&'a mut [MaybeUninit<f32>]>,
 }
 
 impl<W: Panels> WithSimd for Backward<'_, W> {
@@ -36,97 +121,101 @@ impl<W: Panels> WithSimd for Backward<'_, W> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let rows = self.out.len() / self.k.max(1);
-        match (S::F32_LANES, rows.div_ceil(S::F32_LANES)) {
-            (16, 3..) => self.run::<S, 8, 3>(simd),
+        match (S::F32_LANES, self.turned.step / LINE) {
+            (16, 3) => self.run::<S, 8, 3>(simd),
             (16, 2) => self.run::<S, 8, 2>(simd),
-            (_, 1) => self.run::<S, 8, 1>(simd),
+            (16, _) => self.run::<S, 8, 1>(simd),
+            // 12 sums, 2 of the gradient, a number of the weight: what 16 registers hold; 8 numbers or fewer each
             _ => self.run::<S, 6, 2>(simd),
         }
     }
 }
 
 impl<W: Panels> Backward<'_, W> {
-    /// Block by block, `out^T [k, rows]` grows by the block's rows times its columns of the gradient turned: the weight
-    /// is read once and in order, and no vector is summed up across.
+    /// Panel by panel, `sums [DEPTH, rows]` grow by the block times its columns of the gradient: the weight is read once,
+    /// and no vector is summed up across.
     #[inline(always)]
-    fn run<S: Simd, const R: usize, const V: usize>(self, simd: S) {
-        let Self { g, w, k, n, out } = self;
-        let rows = out.len() / k;
-        let step = V * S::F32_LANES;
-        let width = rows.next_multiple_of(step);
-        let mut turned = vec![0f32; PANEL * width]; // [steps, columns of the panel, step rows]
-        let mut sums = vec![0f32; k * width]; // [k, rows]
+    fn run<S: Simd, const R: usize, const V: usize>(mut self, simd: S) {
+        let Turned { data, step, strips, panels } = self.turned;
+        let (step, strips) = (*step, *strips);
+        let from = self.block * DEPTH;
+        let depth = DEPTH.min(self.k - from);
+        let mut sums = vec![0f32; strips * DEPTH * step]; // [strips, DEPTH, step]
         let mut scratch = scratch::<W>();
-        for panel in 0..n.div_ceil(PANEL) {
-            let first = panel * PANEL;
-            let columns = PANEL.min(n - first);
-            if columns < PANEL {
-                turned.fill(0.0);
-            }
-            for (row, g) in g.chunks_exact(n).enumerate() {
-                let at = row / step * step * PANEL + row % step;
-                for (c, v) in g[first..first + columns].iter().enumerate() {
-                    turned[at + c * step] = *v;
-                }
-            }
-            for from in (0..k).step_by(DEPTH) {
-                let depth = DEPTH.min(k - from);
-                let (w, _) = w.block(k, panel, from..from + depth, &mut scratch);
-                let sums = &mut sums[from * width..(from + depth) * width];
-                for (i, turned) in turned.chunks_exact(PANEL * step).enumerate() {
-                    let at = i * step;
+        let part = V * S::F32_LANES; // rows of a tile, some or all of a strip's
+        for panel in 0..*panels {
+            let (w, _) = self.w.block(self.k, panel, from..from + depth, &mut scratch);
+            let ahead = W::AS_THEY_LIE.then(|| self.k * PANEL); // to the next panel's block
+            let turned = &data[panel * strips * PANEL * step..(panel + 1) * strips * PANEL * step];
+            // the next panel's block is asked for evenly
+            let mut line = 0;
+            let lines = (depth * PANEL / LINE).div_ceil(strips * (step / part) * (depth / R).max(1));
+            for (turned, sums) in turned.chunks_exact(PANEL * step).zip(sums.chunks_exact_mut(DEPTH * step)) {
+                for at in (0..step).step_by(part) {
                     let mut blocks = w.chunks_exact(R * PANEL);
-                    let mut outs = sums.chunks_exact_mut(R * width);
-                    for (i, (block, out)) in (&mut blocks).zip(&mut outs).enumerate() {
-                        if W::AS_THEY_LIE {
-                            (0..R).for_each(|r| prefetch_row(w, (i + 2) * R + r));
+                    let mut outs = sums.chunks_exact_mut(R * step);
+                    for (block, out) in (&mut blocks).zip(&mut outs) {
+                        if let Some(ahead) = ahead {
+                            for l in line..line + lines {
+                                prefetch::<true, _>(w, ahead + l * LINE);
+                            }
+                            line += lines;
                         }
-                        fold::<S, R, V>(simd, block, turned, &mut out[at..], width);
+                        fold::<S, R, V>(simd, block, (turned, at), (out, at), step);
                     }
                     let rest = blocks.remainder().chunks_exact(PANEL);
-                    for (w, out) in rest.zip(outs.into_remainder().chunks_exact_mut(width)) {
-                        fold::<S, 1, V>(simd, w, turned, &mut out[at..], width);
+                    for (w, out) in rest.zip(outs.into_remainder().chunks_exact_mut(step)) {
+                        fold::<S, 1, V>(simd, w, (turned, at), (out, at), step);
                     }
                 }
             }
         }
-        // a line of `out` is written whole: rows that lie a power of two apart share few lines of the cache
-        for (i, sums) in sums.chunks(LINE * width).enumerate() {
-            for (row, out) in out.chunks_exact_mut(k).enumerate() {
-                let out = out[i * LINE..].iter_mut();
-                out.zip(sums.chunks_exact(width)).for_each(|(o, sums)| *o = sums[row]);
+        let rows = self.out.len();
+        for (strip, sums) in sums.chunks_exact(DEPTH * step).enumerate() {
+            let outs = &mut self.out[strip * step..rows.min((strip + 1) * step)];
+            for first in (0..depth).step_by(LINE) {
+                let columns = first..depth.min(first + LINE);
+                for (r, out) in outs.iter_mut().enumerate() {
+                    for (o, c) in out[columns.clone()].iter_mut().zip(columns.clone()) {
+                        o.write(sums[c * step + r]);
+                    }
+                }
             }
         }
     }
 }
 
-/// `out [R, V vectors] += w [R, PANEL] turned [PANEL, V vectors]`, `out` in rows of `width`. The lengths are constants, so that
-/// no index is checked in the loop.
+/// `out [R, V vectors] += w [R, PANEL] turned [PANEL, V vectors]`, both in rows of `step`.
 #[inline(always)]
-fn fold<S: Simd, const R: usize, const V: usize>(simd: S, w: &[f32], turned: &[f32], out: &mut [f32], width: usize) {
+fn fold<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    w: &[f32],
+    (turned, from): (&[f32], usize),
+    (out, at): (&mut [f32], usize),
+    step: usize,
+) {
     let lanes = S::F32_LANES;
-    let (vectors, _) = S::as_simd_f32s(turned);
-    let (w, turned) = (w.as_chunks::<PANEL>().0.first_chunk::<R>(), vectors.as_chunks::<V>().0.first_chunk::<PANEL>());
-    let (Some(w), Some(turned)) = (w, turned) else {
-        debug_assert!(false, "a block of {R} rows and a panel of {V} vectors");
+    let Some(w) = w.as_chunks::<PANEL>().0.first_chunk::<R>() else {
+        debug_assert!(false, "a block of {R} rows");
         return;
     };
     let mut acc = [[simd.splat_f32s(0.0); V]; R];
     for r in 0..R {
-        let (row, _) = S::as_simd_f32s(&out[r * width..r * width + V * lanes]);
+        let (row, _) = S::as_simd_f32s(&out[r * step + at..r * step + at + V * lanes]);
         acc[r].copy_from_slice(&row[..V]);
     }
-    for c in 0..PANEL {
+    for (c, row) in turned.chunks_exact(step).enumerate().take(PANEL) {
+        let (x, _) = S::as_simd_f32s(&row[from..from + V * lanes]);
+        let x: [S::f32s; V] = std::array::from_fn(|v| x[v]);
         for r in 0..R {
             let wv = simd.splat_f32s(w[r][c]);
             for v in 0..V {
-                acc[r][v] = simd.mul_add_e_f32s(turned[c][v], wv, acc[r][v]);
+                acc[r][v] = simd.mul_add_e_f32s(x[v], wv, acc[r][v]);
             }
         }
     }
     for r in 0..R {
-        let (row, _) = S::as_mut_simd_f32s(&mut out[r * width..r * width + V * lanes]);
+        let (row, _) = S::as_mut_simd_f32s(&mut out[r * step + at..r * step + at + V * lanes]);
         row.copy_from_slice(&acc[r]);
     }
 }

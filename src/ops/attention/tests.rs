@@ -1,0 +1,197 @@
+//! The kernels against the reference.
+
+use super::*;
+use candle_core::Var;
+use proptest::prelude::*;
+
+fn diff(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
+}
+
+fn plan(spans: Vec<AttnSpan>, mask: AttnMask) -> AttnPlan {
+    let (heads, kv_heads, head_dim) = (4, 2, 12);
+    AttnPlan { spans: spans.into(), mask, heads, kv_heads, head_dim, scale: 0.3, cap: None, bias: None }
+}
+
+fn selves(lens: &[usize], mask: AttnMask) -> (AttnPlan, usize) {
+    let mut spans = Vec::new();
+    let mut at = 0;
+    for &len in lens {
+        let keys = KeyRows::From(at);
+        spans.push(AttnSpan { q_start: at, q_len: len, context_len: 0, position: 0, pinned: 0, keys, keys_len: len });
+        at += len;
+    }
+    (plan(spans, mask), at)
+}
+
+fn bias(reach: usize) -> RelativeBias {
+    RelativeBias::new(&Tensor::randn(0f32, 1.0, (4, 2 * reach + 1), &Device::Cpu).unwrap()).unwrap()
+}
+
+fn trained_bias(reach: usize) -> RelativeBias {
+    let values = Var::randn(0f32, 1.0, (4, 2 * reach + 1), &Device::Cpu).unwrap();
+    RelativeBias::new(values.as_tensor()).unwrap()
+}
+
+/// Outputs and all three gradients, and that of the bias if it is trained.
+fn compare(plan: AttnPlan, rows: usize, keys: usize) {
+    let (plan, dev) = (Arc::new(plan), Device::Cpu);
+    let q = Var::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+    let k = Var::randn(0f32, 1.0, (keys, 24), &dev).unwrap();
+    let v = Var::randn(0f32, 1.0, (keys, 24), &dev).unwrap();
+    let w = Tensor::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+    let fast = attention(&q, &k, &v, &plan).unwrap();
+    let slow = reference(&q, &k, &v, &plan).unwrap();
+    assert!(diff(&fast, &slow) < 1e-5);
+    if attends_own_rows(&plan) {
+        joined_agrees(&plan, [&q, &k, &v], &w);
+    }
+    let g1 = (fast * &w).unwrap().sum_all().unwrap().backward().unwrap();
+    let g2 = (slow * &w).unwrap().sum_all().unwrap().backward().unwrap();
+    let trained = plan.bias.as_ref().and_then(|b| b.trained.as_ref());
+    for t in [&*q, &*k, &*v].into_iter().chain(trained) {
+        assert!(diff(g1.get(t).unwrap(), g2.get(t).unwrap()) < 3e-5);
+    }
+}
+
+/// The same of query, key and value side by side.
+fn joined_agrees(plan: &Arc<AttnPlan>, qkv: [&Var; 3], w: &Tensor) {
+    let joined = Tensor::cat(&qkv.map(|v| v.as_tensor()), 1).unwrap();
+    let joined = Var::from_tensor(&joined.detach()).unwrap();
+    let widths = [48, 24, 24];
+    let mut at = 0;
+    let parts = widths.map(|width| {
+        at += width;
+        joined.narrow(1, at - width, width).unwrap()
+    });
+    let fast = attention_of_joined(&joined, plan).unwrap();
+    let slow = reference(&parts[0], &parts[1], &parts[2], plan).unwrap();
+    assert!(diff(&fast, &slow) < 1e-5);
+    let grad = |y: Tensor| {
+        let store = (y * w).unwrap().sum_all().unwrap().backward().unwrap();
+        store.get(&joined).unwrap().clone()
+    };
+    assert!(diff(&grad(fast), &grad(slow)) < 3e-5);
+}
+
+/// Runs of several blocks of queries, runs of less than a block's worth beside them, a last block that is not whole.
+#[test]
+fn runs_in_blocks_agree_forward_and_backward() {
+    for (causal, window, cap, reach) in [
+        (false, None, None, None),
+        (true, None, None, None),
+        (true, Some(9), Some(1.5), None),
+        (true, None, Some(2.0), Some(4)),
+        (false, None, None, Some(5)),
+    ] {
+        for trained in [false, true] {
+            let (plan, rows) = selves(&[70, 8, 33, 5, 64], AttnMask { causal, window });
+            let bias = reach.map(|reach| if trained { trained_bias(reach) } else { bias(reach) });
+            compare(AttnPlan { cap, bias, ..plan }, rows, rows);
+        }
+    }
+    // queries behind a context, keys in slots
+    let keys = KeyRows::Slots((0..60u32).rev().collect());
+    let span = AttnSpan { q_start: 0, q_len: 41, context_len: 19, position: 19, pinned: 0, keys, keys_len: 60 };
+    let mask = AttnMask { causal: true, window: None };
+    compare(AttnPlan { bias: Some(bias(3)), ..plan(vec![span], mask) }, 41, 60);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn fast_and_reference_agree_forward_and_backward(
+        lens in proptest::collection::vec(1usize..14, 1..5), causal: bool, window in proptest::option::of(1usize..6),
+        cap in proptest::option::of(0.5f32..4.0), reach in proptest::option::of(1usize..6), trained: bool,
+    ) {
+        let window = if causal { window } else { None };
+        let (plan, rows) = selves(&lens, AttnMask { causal, window });
+        let bias = reach.map(|reach| if trained { trained_bias(reach) } else { bias(reach) });
+        compare(AttnPlan { cap, bias, ..plan }, rows, rows);
+    }
+
+    #[test]
+    fn cross_attention_agrees_forward_and_backward(
+        lens in proptest::collection::vec((1usize..6, 1usize..9), 1..5), cap in proptest::option::of(0.5f32..4.0),
+    ) {
+        let (mut spans, mut rows, mut keys) = (Vec::new(), 0, 0);
+        for (q_len, keys_len) in lens {
+            let from = KeyRows::From(keys);
+            let (q_start, context_len, position, pinned) = (rows, 0, 0, 0);
+            spans.push(AttnSpan { q_start, q_len, context_len, position, pinned, keys: from, keys_len });
+            (rows, keys) = (rows + q_len, keys + keys_len);
+        }
+        compare(AttnPlan { cap, ..plan(spans, AttnMask { causal: false, window: None }) }, rows, keys);
+    }
+
+    /// Prefix rows lie behind the step's own, and spans share them; gradients of shared rows add up.
+    #[test]
+    fn shared_and_pinned_keys_agree_forward_and_backward(
+        lens in proptest::collection::vec((1usize..9, 0usize..3), 1..6), prefix in proptest::collection::vec(1usize..6, 2),
+        causal: bool, window in proptest::option::of(1usize..6), pinned: bool,
+        cap in proptest::option::of(0.5f32..4.0), reach in proptest::option::of(1usize..6),
+    ) {
+        let window = if causal { window } else { None };
+        let rows: usize = lens.iter().map(|l| l.0).sum();
+        let total = rows + prefix.iter().sum::<usize>();
+        let mut spans = Vec::new();
+        let mut at = 0;
+        for &(len, which) in &lens {
+            let own = (at..at + len).map(|r| r as u32);
+            let from = rows + prefix.iter().take(which).sum::<usize>();
+            let n = prefix.get(which).copied().unwrap_or(0);
+            let keys: Vec<u32> = (from..from + n).map(|r| r as u32).chain(own).collect();
+            let pinned = if pinned { n } else { 0 };
+            let (keys, keys_len) = (KeyRows::Slots(keys.into()), n + len);
+            let position = n - pinned;
+            spans.push(AttnSpan { q_start: at, q_len: len, context_len: n, position, pinned, keys, keys_len });
+            at += len;
+        }
+        let plan = plan(spans, AttnMask { causal, window });
+        compare(AttnPlan { cap, bias: reach.map(bias), ..plan }, rows, total);
+    }
+
+    /// Seen keys are in order, without gaps but for the one behind the pinned ones, and each is seen for a reason.
+    #[test]
+    fn seen_keys_are_the_pinned_and_the_window(
+        keys in 1usize..20, at in 0usize..20, pinned in 0usize..6, causal: bool, window in proptest::option::of(1usize..8)
+    ) {
+        let (at, pinned) = (at % keys, pinned.min(at % keys));
+        let seen = AttnMask { causal, window }.seen(at, keys, pinned);
+        let got: Vec<usize> = (0..seen.len()).map(|i| seen.at(i)).collect();
+        let wanted: Vec<usize> = (0..keys)
+            .filter(|&j| j < pinned || ((!causal || j <= at) && window.is_none_or(|w| j + w > at)))
+            .collect();
+        prop_assert_eq!(got, wanted);
+    }
+
+    #[test]
+    fn cached_keys_in_any_slots_equal_keys_in_order(len in 1usize..9, context in 0usize..20, seed: u64) {
+        let dev = Device::Cpu;
+        let n = context + len;
+        let total = n + 7;
+        // a permutation of slots, by a small generator
+        let mut slots: Vec<u32> = (0..total as u32).collect();
+        let mut s = seed | 1;
+        for i in (1..slots.len()).rev() {
+            s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            slots.swap(i, (s >> 33) as usize % (i + 1));
+        }
+        slots.truncate(n);
+        let q = Tensor::randn(0f32, 1.0, (len, 48), &dev).unwrap();
+        let k = Tensor::randn(0f32, 1.0, (total, 24), &dev).unwrap();
+        let v = Tensor::randn(0f32, 1.0, (total, 24), &dev).unwrap();
+        let mask = AttnMask { causal: true, window: None };
+        let bias = bias(3);
+        let make = |keys| {
+            let (context_len, position) = (context, context);
+            let span = AttnSpan { q_start: 0, q_len: len, context_len, position, pinned: 0, keys, keys_len: n };
+            Arc::new(AttnPlan { bias: Some(bias.clone()), ..plan(vec![span], mask) })
+        };
+        let idx = Tensor::new(&slots[..], &dev).unwrap();
+        let (ko, vo) = (k.index_select(&idx, 0).unwrap(), v.index_select(&idx, 0).unwrap());
+        let ordered = attention(&q, &ko, &vo, &make(KeyRows::From(0))).unwrap();
+        let by_slot = attention(&q, &k, &v, &make(KeyRows::Slots(slots.into()))).unwrap();
+        prop_assert_eq!(diff(&ordered, &by_slot), 0.0);
+    }
+}
