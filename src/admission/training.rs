@@ -239,12 +239,12 @@ impl Service {
         Reload::new(move || {
             let (registry, merging, kept) = (registry.clone(), Arc::clone(&merging), Arc::clone(&kept));
             async move {
-                let mut waits = RELOAD_WAITS.iter();
+                let mut waits = RELOAD_WAITS.into_iter().map(Duration::from_secs);
                 loop {
                     match lease_all(&registry, &merging, &kept).await {
                         // room comes back when others are done; meanwhile nothing is held
                         Err(RegistryError::BudgetFull { .. } | RegistryError::LoadTimeout(_)) if waits.len() > 0 => {
-                            tokio::time::sleep(waits.next().copied().unwrap_or_default()).await;
+                            tokio::time::sleep(waits.next().unwrap_or_default()).await;
                         }
                         found => return found.map_err(|e| e.to_string()),
                     }
@@ -324,8 +324,8 @@ impl Service {
     }
 }
 
-/// Pauses between the tries to load the deltas of a mix while there is no room for them.
-const RELOAD_WAITS: [Duration; 5] = [1, 2, 4, 8, 16].map(Duration::from_secs);
+/// Seconds between the tries to load the deltas of a mix while there is no room for them.
+const RELOAD_WAITS: [u64; 5] = [1, 2, 4, 8, 16];
 
 /// Leases all of the versions or none, in turn with merges: several that each hold a part could wait for each other.
 async fn lease_all(

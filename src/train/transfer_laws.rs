@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use super::{
     batches::{Stream, rng},
+    beginning::Beginning,
     encode::{Encoded, Target, tests::byte_codec},
     ewc::Fisher,
     laws::{examples, hyper, input, positions, shape, tiny},
@@ -226,7 +227,7 @@ fn ewc_holds_a_head_in_either_order_of_its_labels() {
         assert!(held > 0.0, "the head is held");
         seen.push((f64::from(before), held));
         // it trains to its end
-        let run = RunInput { start: Some(start), ..RunInput::from(&planned) };
+        let run = RunInput { start: Some(Beginning::from(&start)), ..RunInput::from(&planned) };
         finish(Run::new(Arc::clone(&base), None, run).unwrap());
     }
     let [(a, held_a), (b, held_b)] = seen[..] else { panic!("two orders") };

@@ -17,6 +17,7 @@ use crate::{
     admission::params::{FinishReason, Sampling, Timings},
     delta::{Delta, DeltaSpec, Head, LowRank, Patch, Task},
     ids::DeltaId,
+    kv::pages_for,
     model::testing::{Rng, random_base, tiny_llama},
 };
 
