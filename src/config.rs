@@ -9,8 +9,8 @@ use crate::{grpc::GrpcConfig, telemetry::LogFormat};
 /// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
-    /// The base: a folder with config.json, *.safetensors and tokenizer.json, a GGUF file or a folder with one (beside its
-    /// tokenizer.json), or a hub id (org/name).
+    /// The base: a folder with config.json, *.safetensors and tokenizer.json, a GGUF file or a folder with one (a
+    /// tokenizer.json beside it stands for the file's own), or a hub id (org/name).
     #[arg(long, env = "DELTASERVE_BASE", value_name = "DIR_OR_HUB_ID")]
     pub base: String,
     /// Where deltas, datasets and jobs are kept; made if missing.

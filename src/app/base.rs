@@ -9,7 +9,7 @@ use crate::{
     admission::{BasePooling, params::Pooling},
     config::{BaseConfig, DeviceChoice, DtypeChoice, QuantizeChoice},
     hub,
-    model::{Base, LoadOptions, Quantize},
+    model::{self, Base, LoadOptions, Quantize},
     text::{self, ChatTemplate, TextModel},
     train::encode::{ChatCodec, TextCodec},
 };
@@ -48,15 +48,7 @@ fn load_now(config: &BaseConfig) -> anyhow::Result<BaseParts> {
     let options = LoadOptions { device, dtype, quantize };
     let base = Base::load(&path, &options).with_context(|| format!("load {}", path.display()))?;
     let dir = base.dir.clone();
-    if let Some(file) = base.gguf.as_ref().filter(|_| !dir.join("tokenizer.json").is_file()) {
-        anyhow::bail!(
-            "{} has no tokenizer.json beside it: the tokenizer within a GGUF file is not read; put that of the model which \
-             the file was made of into {}",
-            file.display(),
-            dir.display()
-        );
-    }
-    let text = Arc::new(TextModel::open(&dir)?);
+    let text = Arc::new(text_model(&base)?);
     anyhow::ensure!(
         base.arch.vocab >= text.vocab_size() || text.vocab_size() - base.arch.vocab < 1024,
         "the tokenizer has {} tokens, the base's vocabulary {}: they do not belong together",
@@ -64,7 +56,7 @@ fn load_now(config: &BaseConfig) -> anyhow::Result<BaseParts> {
         base.arch.vocab
     );
     let chat = ChatTemplate::open(&dir, &text)?.map(Arc::new);
-    let codec = codec(&dir, &base, &text, chat.as_ref())?;
+    let codec = codec(&base, &text, chat.as_ref())?;
     let name = Path::new(&config.source)
         .file_name()
         .filter(|_| Path::new(&config.source).exists())
@@ -106,17 +98,24 @@ fn cuda(index: usize) -> anyhow::Result<Device> {
     Device::new_cuda_with_stream(index).with_context(|| format!("--device cuda:{index}"))
 }
 
-/// What training needs: the tokenizer without padding, the chat template, the tokens that end a text.
-fn codec(
-    dir: &Path,
-    base: &Base,
-    text: &Arc<TextModel>,
-    chat: Option<&Arc<ChatTemplate>>,
-) -> anyhow::Result<TextCodec> {
-    let refused = |e: tokenizers::Error| anyhow::anyhow!("tokenizer.json: {e}");
-    let mut tokenizer = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).map_err(refused)?;
-    tokenizer.with_truncation(None).map_err(refused)?;
-    tokenizer.with_padding(None);
+/// The tokenizer beside the weights, or that of a GGUF file without one.
+fn text_model(base: &Base) -> anyhow::Result<TextModel> {
+    let Some(file) = base.gguf.as_ref().filter(|_| !base.dir.join("tokenizer.json").is_file()) else {
+        return Ok(TextModel::open(&base.dir)?);
+    };
+    let metadata = model::tokenizer_metadata(file)?;
+    TextModel::from_gguf(&metadata).with_context(|| {
+        format!(
+            "{} has no tokenizer that is read, and no tokenizer.json beside it; that of the model which the file was made of \
+             may be put into {}",
+            file.display(),
+            base.dir.display()
+        )
+    })
+}
+
+/// What training needs: the tokenizer, the chat template, the tokens that end a text.
+fn codec(base: &Base, text: &Arc<TextModel>, chat: Option<&Arc<ChatTemplate>>) -> anyhow::Result<TextCodec> {
     let chat = chat.map(|chat| {
         let (chat, guards, encodes) = (Arc::clone(chat), Arc::clone(text), Arc::clone(text));
         ChatCodec {
@@ -129,8 +128,8 @@ fn codec(
     });
     let mut eos = base.arch.eos.clone();
     eos.extend(text.special().eos.filter(|id| !eos.contains(id)));
-    let codec = TextCodec::from_tokenizer(tokenizer, chat, eos);
-    let codec = codec.map_err(|e| anyhow::anyhow!("tokenizer.json: {e}"))?;
+    let codec = TextCodec::from_tokenizer(text.tokenizer().clone(), chat, eos);
+    let codec = codec.map_err(|e| anyhow::anyhow!("the tokenizer: {e}"))?;
     Ok(codec.with_decoder_start(base.arch.decoder_start))
 }
 

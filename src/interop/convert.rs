@@ -13,6 +13,7 @@ const RENAMES: &[(&str, &str)] = &[
     ("pytorch_adapter.bin", "adapter.safetensors"),
     ("pytorch_model_head.bin", "model_head.safetensors"),
 ];
+
 /// Reads a folder of PEFT or AdapterHub, or a combination of them; tensors in pickles come out as safetensors files, under
 /// the names that `decode` and the libraries know.
 ///
@@ -55,3 +56,6 @@ fn tensors(name: &str, path: &Path) -> Result<Vec<u8>, InteropError> {
     }
     serialize(&map, &[])
 }
+
+#[cfg(test)]
+mod tests;

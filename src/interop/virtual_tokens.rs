@@ -310,7 +310,9 @@ fn hub_prefix(
             Some(_) => true,
         };
         if set {
-            return Err(at.bad(format!("{key} is set, which this server does not apply to prefixes")));
+            return Err(at.bad(format!(
+                "config.{key} is set, which this server does not apply to prefixes; false, null or an empty list is accepted"
+            )));
         }
     }
     let groups = Group::ALL.iter().filter(|g| g.is_of(at.base));
@@ -453,8 +455,8 @@ fn hub_prompt(
             at.base.arch.kind()
         )));
     }
-    if let Some(combine) = config.get("combine").and_then(Value::as_str).filter(|c| *c != "prefix") {
-        return Err(at.bad(format!("combine {combine:?} is not supported; supported is \"prefix\"")));
+    if let Some(combine) = config.get("combine").filter(|c| !c.is_null() && **c != "prefix") {
+        return Err(at.bad(format!("config.combine {combine} is not supported; supported is \"prefix\"")));
     }
     const ROWS: &str = "prompt_embedding.weight";
     let found = by_suffix(at, tensors, "prompt_tunings.", &[ROWS])?;

@@ -104,7 +104,7 @@ impl Loader<'_> {
 
     /// The matrix of modules that share an input, side by side.
     fn weight(&self, modules: &[(String, usize)], in_dim: usize) -> Loaded<Weight> {
-        let conv1d = self.arch.conv1d;
+        let conv1d = self.arch.conv1d && !self.ckpt.is_converted();
         if let Some(weight) = quantize::weight(self.ckpt, self.options.quantize, modules, (in_dim, conv1d))? {
             return Ok(weight);
         }
@@ -119,8 +119,9 @@ impl Loader<'_> {
     fn norm_at(&self, module: &str, width: usize) -> Loaded<ops::Norm> {
         let center = self.arch.norm == NormKind::LayerNorm;
         let gain = self.ckpt.get(module, "weight", &[width])?;
+        let offset = if self.ckpt.is_converted() { 0.0 } else { self.arch.norm_offset };
         Ok(ops::Norm {
-            gain: if self.arch.norm_offset == 0.0 { gain } else { (gain + self.arch.norm_offset)? },
+            gain: if offset == 0.0 { gain } else { (gain + offset)? },
             bias: if center { Some(self.ckpt.get(module, "bias", &[width])?) } else { None },
             center,
             eps: self.arch.norm_eps,
@@ -164,7 +165,7 @@ impl Loader<'_> {
     /// A config's frequencies, divided as a file says that has divisors in place of the config's figures.
     fn rotary(&self, shape: RotaryShape) -> Loaded<Rotary> {
         let rotary = Rotary::new(self.arch.heads.head_dim, shape.dim, shape.theta, shape.scaling);
-        if !self.ckpt.may_be_quantized() {
+        if !self.ckpt.is_converted() {
             return Ok(rotary);
         }
         let Some(factors) = self.ckpt.find(gguf::FACTORS, "weight", &[shape.dim / 2])? else { return Ok(rotary) };

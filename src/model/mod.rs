@@ -27,6 +27,7 @@ pub use arch::{
 pub use base::{Base, Held, LoadOptions};
 pub use copy::PrivateCopy;
 pub use export::{ModelFolder, folder_fingerprint, write_folder};
+pub use gguf::tokenizer_metadata;
 pub use heads::HeadLogits;
 pub use quantize::Quantize;
 pub use source::Source;

@@ -41,7 +41,7 @@ pub(super) fn weight(
     (in_dim, conv1d): (usize, bool),
 ) -> Result<Option<Weight>, ModelError> {
     let wanted = quantize.and_then(|q| q.kind(in_dim));
-    if wanted.is_none() && !ckpt.may_be_quantized() {
+    if wanted.is_none() && !ckpt.is_converted() {
         return Ok(None);
     }
     let mut rows: Vec<(Rows, usize)> = Vec::new();

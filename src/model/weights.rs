@@ -203,8 +203,9 @@ impl Checkpoint {
         Ok(t.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
-    /// Whether matrices may be in blocks.
-    pub(super) fn may_be_quantized(&self) -> bool {
+    /// Whether this is what llama.cpp's converter made of a checkpoint: matrices may be in blocks and are `[out, in]` in every
+    /// family, gains are those that are multiplied with, rotary frequencies may come with divisors.
+    pub(super) fn is_converted(&self) -> bool {
         matches!(self.tensors, Tensors::Gguf(_))
     }
 

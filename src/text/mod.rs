@@ -5,6 +5,7 @@
 
 mod chat;
 mod decode_stream;
+mod gguf;
 mod stop;
 mod strftime;
 mod tokenizer;

@@ -1,6 +1,6 @@
 //! The base's tokenizer: text to ids with offsets, ids to text, and which ids are special.
 //!
-//! Wraps `tokenizers`. Truncation and padding of `tokenizer.json` are taken out: a text is refused when it is too long,
+//! Wraps `tokenizers`. It comes from `tokenizer.json`, or from a GGUF file ([`gguf`]). Truncation and padding of `tokenizer.json` are taken out: a text is refused when it is too long,
 //! never cut. A second copy reads special tokens as plain text, for text that comes from users.
 
 use std::{
@@ -11,6 +11,8 @@ use std::{
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use tokenizers::{Encoding, Tokenizer};
+
+use super::gguf;
 
 /// Longest accepted text in bytes, unless [`TextModel::with_max_bytes`] sets another limit.
 pub const MAX_TEXT_BYTES: usize = 4 << 20;
@@ -116,8 +118,28 @@ impl TextModel {
     /// # Errors
     /// Bytes that are not a tokenizer.
     pub fn from_json(bytes: &[u8], config: Option<&Value>, map: Option<&Value>) -> Result<Self, TextError> {
-        let invalid = |e: &dyn std::fmt::Display| TextError::Invalid { file: "tokenizer.json", reason: e.to_string() };
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| invalid(&e))?;
+        let file = "tokenizer.json";
+        let tokenizer = Tokenizer::from_bytes(bytes);
+        let tokenizer = tokenizer.map_err(|e| TextError::Invalid { file, reason: e.to_string() })?;
+        Self::new(tokenizer, config, map, file)
+    }
+
+    /// Builds from the metadata of a GGUF file, under its own keys (`tokenizer.ggml.tokens`, ...).
+    ///
+    /// # Errors
+    /// A kind of tokenizer that is not read; arrays that are missing or do not fit each other; ids out of range.
+    pub fn from_gguf(metadata: &serde_json::Map<String, Value>) -> Result<Self, TextError> {
+        let (tokenizer, config) = gguf::build(metadata)?;
+        Self::new(tokenizer, Some(&config), None, gguf::SOURCE)
+    }
+
+    fn new(
+        mut tokenizer: Tokenizer,
+        config: Option<&Value>,
+        map: Option<&Value>,
+        file: &'static str,
+    ) -> Result<Self, TextError> {
+        let invalid = |e: &dyn std::fmt::Display| TextError::Invalid { file, reason: e.to_string() };
         tokenizer.with_truncation(None).map_err(|e| invalid(&e))?;
         tokenizer.with_padding(None);
         let mut plain = tokenizer.clone();
@@ -161,6 +183,11 @@ impl TextModel {
     /// The special ids.
     pub fn special(&self) -> SpecialIds {
         self.special
+    }
+
+    /// The library's own, in which text that looks like a special token becomes one.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
     }
 
     /// `tokenizer_config.json`, or null.

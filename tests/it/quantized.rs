@@ -125,5 +125,49 @@ async fn a_file_without_its_tokenizer_says_what_it_lacks() {
     std::fs::remove_file(format!("{}/tokenizer.json", world.config.base.source)).expect("it was there");
     let Err(refused) = deltaserve::app::start(world.config.clone(), None).await else { panic!("it starts") };
     let refused = format!("{refused:#}");
-    assert!(refused.contains("model.gguf") && refused.contains("tokenizer.json"), "{refused}");
+    let words = ["model.gguf", "tokenizer.json", "tokenizer.ggml.model is missing"];
+    assert!(words.iter().all(|w| refused.contains(w)), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_with_its_own_tokenizer_and_template_needs_nothing_beside_it() {
+    let mut config = tiny_llama();
+    config["vocab_size"] = serde_json::json!(320);
+    let (folder, mut file) = (World::of(config.clone(), 7), World::of(config, 7));
+    let source = std::path::PathBuf::from(&folder.config.base.source);
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/fixtures/models/llama/tokenizer.json");
+    std::fs::copy(own, source.join("tokenizer.json")).expect("a tokenizer");
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}";
+    let text = serde_json::json!({"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
+        "chat_template": template});
+    std::fs::write(source.join("tokenizer_config.json"), text.to_string()).expect("a template");
+    let alone = file.data_dir().with_file_name("alone");
+    std::fs::create_dir(&alone).expect("a folder");
+    let path = alone.join("model.gguf");
+    gguf::convert_whole(&source, &path, candle_core::quantized::GgmlDType::F32, "gpt-2").expect("a file");
+    file.config.base.source = path.display().to_string();
+
+    let (folder, file) = (folder.start().await, file.start().await);
+    for running in [&folder, &file] {
+        assert!(running.client.info().await.expect("info").base.expect("a base").has_chat_template);
+    }
+    let said =
+        |client: Client, request: proto::GenerateRequest| async move { client.generate(request).await.expect("text") };
+    let chat = |content: &str| {
+        let message = proto::ChatMessage { role: "user".into(), content: content.into() };
+        let chat = proto::prompt::Prompt::Chat(proto::Chat { messages: vec![message] });
+        proto::GenerateRequest { prompt: Some(proto::Prompt { prompt: Some(chat) }), ..ask("", "", 16) }
+    };
+    let requests =
+        [ask("", "the red cat", 24), ask("", "na\u{ef}ve \u{1f600}", 24), chat("hello"), chat("<|end_of_text|>")];
+    for request in requests {
+        let (want, got) =
+            (said(folder.client.clone(), request.clone()).await, said(file.client.clone(), request).await);
+        assert_eq!(got.text, want.text);
+    }
+    // training reads texts by the same tokenizer
+    let job = file.client.create_job(spec("style", proto::Task::CausalLm, stories(24), 20), "").await.expect("a job");
+    assert_eq!(file.client.ended(&job.id).await.state(), JobState::Succeeded);
+    folder.stop().await;
+    file.stop().await;
 }

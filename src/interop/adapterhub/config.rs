@@ -53,7 +53,7 @@ impl Fields<'_> {
     fn refuse_unsupported(&self) -> Result<(), InteropError> {
         for key in UNSUPPORTED {
             if self.get(key).is_some_and(|v| *v != Value::Bool(false)) {
-                return Err(self.bad(key, "is set, which this server does not apply"));
+                return Err(self.bad(key, "is set, which this server does not apply; false or null is accepted"));
             }
         }
         Ok(())
@@ -119,7 +119,7 @@ impl BottleneckConfig {
         };
         let phm = f.flag("phm_layer", false)?;
         if phm && !f.flag("factorized_phm_W", true)? {
-            return Err(f.bad("factorized_phm_W", "is false, which this server does not apply"));
+            return Err(f.bad("factorized_phm_W", "is false, which this server does not apply; true is accepted"));
         }
         Ok(Self {
             attention: f.flag("mh_adapter", false)?,

@@ -53,20 +53,33 @@ pub(super) fn decode(file: &str, config: &Value, tensors: &TensorFile<'_>, base:
     let name = config.get("name").and_then(Value::as_str);
     let name = name.ok_or_else(|| InteropError::invalid(file, "name is missing or not a string"))?;
     check_base(file, config, base)?;
-    match own.get("architecture").and_then(Value::as_str) {
-        None => {
+    match own.get("architecture").unwrap_or(&Value::Null) {
+        Value::Null => {
             let old = config.get("version").is_none();
             bottleneck::decode(&config::BottleneckConfig::read(file, own, old, base)?, name, tensors, base)
         }
-        Some("prefix_tuning" | "prompt_tuning") => virtual_tokens::adapterhub(file, own, tensors, base),
-        Some("lora") => lora::decode(&config::LoraConfig::read(file, own)?, name, tensors, base),
-        Some(other) => Err(InteropError::invalid(
+        Value::String(a) if a == "prefix_tuning" || a == "prompt_tuning" => {
+            virtual_tokens::adapterhub(file, own, tensors, base)
+        }
+        Value::String(a) if a == "lora" => lora::decode(&config::LoraConfig::read(file, own)?, name, tensors, base),
+        other => Err(InteropError::invalid(
             file,
             format!(
-                "config.architecture {other:?} is not supported; supported are null (bottleneck adapters), \"lora\", \
-                 \"prefix_tuning\", \"prompt_tuning\""
+                "config.architecture {other} is not supported; supported are null (bottleneck adapters), \"lora\" (also \
+                 (IA)3), \"prefix_tuning\", \"prompt_tuning\"{}",
+                why(other)
             ),
         )),
+    }
+}
+
+/// What a known architecture that is refused is, or what to do about it.
+fn why(architecture: &Value) -> &'static str {
+    match architecture.as_str() {
+        Some("union") => " (upload the parts of a ConfigUnion as a combination, with a delta.json)",
+        Some("reft") => " (interventions on hidden states have no place in this server's forward)",
+        Some("mtl_lora") => " (MTL-LoRA's tasks share matrices; LoRA has them of its own)",
+        _ => "",
     }
 }
 

@@ -6,9 +6,11 @@ use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
 use crate::{
-    delta::{Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Problem, Stack, Task},
+    delta::{
+        Act, AdapterInput, AdapterResidual, Delta, DeltaFiles, HeadPool, Patch, Problem, PromptStage, Stack, Task,
+    },
     interop::{
-        InteropError, decode,
+        EncodeMeta, InteropError, decode, encode,
         testing::{folder, random, reread},
     },
     model::{
@@ -135,7 +137,19 @@ fn folders_that_would_be_applied_wrongly_are_refused_by_name() {
     refuse(json!({"mh_adapter": true}), &good, "encoder.layer.0.attention.output.adapters");
     refuse(json!({"leave_out": [1]}), &good, "puts no adapter at encoder.layer.1.output.adapters");
     refuse(json!({"residual_before_ln": "post_add"}), &good, "residual_before_ln");
-    refuse(json!({"architecture": "reft"}), &good, "\"reft\"");
+    for architecture in [json!("reft"), json!("union"), json!("mtl_lora"), json!("vera"), json!(3)] {
+        refuse(
+            json!({"architecture": architecture}),
+            &good,
+            &format!("config.architecture {architecture} is not supported"),
+        );
+    }
+    refuse(json!({"architecture": "union"}), &good, "delta.json");
+    refuse(
+        json!({"use_gating": true}),
+        &good,
+        "config.use_gating is set, which this server does not apply; false or null",
+    );
     let mut odd = good.clone();
     odd.insert(format!("{}.gate.weight", places(&base, 0)[1]), rand(&[1, 32]));
     refuse(json!({}), &odd, "gate.weight");
@@ -228,6 +242,68 @@ fn prefixes_of_an_encoder_decoder_that_lack_a_part_are_refused_by_name() {
     let (own, tensors) = prefixes(&bert, &[("self", 4), ("cross", 4)]);
     let e = decode(&pack(&config(&bert, own), &tensors), &bert).unwrap_err();
     assert!(e.to_string().contains("cross_prefix"), "{e}");
+}
+
+#[test]
+fn prompts_are_loaded_and_written() {
+    for (config, stage) in
+        [(tiny_bert(), PromptStage::Hidden), (tiny_gpt2(), PromptStage::Hidden), (tiny_llama(), PromptStage::Tokens)]
+    {
+        let base = random_base(&config, 1).unwrap();
+        let key = format!("{}prompt_tuning.prompt_tunings.my-name.prompt_embedding.weight", base.arch.names.prefix);
+        let rows = rand(&[5, base.arch.hidden]);
+        let own = json!({"architecture": "prompt_tuning", "combine": "prefix", "init_weights_seed": null,
+            "prompt_init": "random_uniform", "prompt_init_text": null, "prompt_length": 5});
+        let files =
+            |own: &Value| pack(&self::config(&base, own.clone()), &HashMap::from([(key.clone(), rows.clone())]));
+        let delta = decode(&files(&own), &base).unwrap();
+        assert_eq!(
+            (delta.spec.methods.as_slice(), delta.spec.num_virtual_tokens),
+            (["prompt".to_owned()].as_slice(), 5)
+        );
+        // one that joins the embeddings of tokens is written in PEFT's form, which says the same
+        let again = decode(&encode(&delta, &base, &EncodeMeta::default()).unwrap(), &base).unwrap();
+        for delta in [&delta, &again] {
+            let Patch::Prompt(p) = &delta.patches()[0].1 else { panic!("{:?}", delta.patches()) };
+            assert_eq!((p.stage, p.rows.to_vec2::<f32>().unwrap()), (stage, rows.to_vec2::<f32>().unwrap()));
+        }
+        for (change, needle) in [
+            (json!({"combine": "prefix_after_bos"}), "config.combine \"prefix_after_bos\" is not supported"),
+            (json!({"combine": 1}), "config.combine 1 is not supported"),
+            (json!({"prompt_length": 6}), "prompt_length is 6, the tensors have 5"),
+        ] {
+            let mut own = own.clone();
+            own.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+            let e = decode(&files(&own), &base).unwrap_err().to_string();
+            assert!(e.contains(needle), "{e} lacks {needle:?}");
+        }
+    }
+}
+
+#[test]
+fn what_a_lora_of_adapterhub_may_not_have_is_named() {
+    let base = random_base(&tiny_bert(), 1).unwrap();
+    let at = "bert.encoder.layer.0.attention.self.query.loras.my-name";
+    let tensors = HashMap::from([(format!("{at}.lora_A"), rand(&[4, 32])), (format!("{at}.lora_B"), rand(&[32, 4]))]);
+    let own = json!({"architecture": "lora", "r": 4, "alpha": 8, "composition_mode": "add", "use_gating": false,
+        "use_dora": false, "vera_b": null, "vera_d": null});
+    let said = |change: Value| {
+        let mut own = own.clone();
+        own.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        decode(&pack(&config(&base, own), &tensors), &base).map(|d| d.patches().len()).map_err(|e| e.to_string())
+    };
+    assert_eq!(said(json!({})), Ok(1));
+    for (change, needle) in [
+        (json!({"use_gating": true}), "config.use_gating is set"),
+        (json!({"use_dora": true}), "config.use_dora is set"),
+        (json!({"vera_d": 0.1}), "config.vera_d is set"),
+        (json!({"composition_mode": "mul"}), "config.composition_mode is \"mul\"; accepted are add, scale"),
+        (json!({"r": 0}), "config.r is not a whole number from 1"),
+        (json!({"attn_matrices": ["o"]}), "config.attn_matrices has \"o\"; accepted are q, k, v"),
+    ] {
+        let e = said(change).unwrap_err();
+        assert!(e.contains(needle), "{e} lacks {needle:?}");
+    }
 }
 
 #[test]

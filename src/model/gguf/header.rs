@@ -6,6 +6,8 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
+use serde_json::{Map, Value as Json};
+
 use crate::ops::QuantKind;
 
 type Read<T> = Result<T, String>;
@@ -16,6 +18,11 @@ const MAX_DIMS: usize = 4;
 const MAX_DEPTH: usize = 8;
 /// Largest alignment of tensors.
 const MAX_ALIGNMENT: u64 = 1 << 20;
+/// Arrays of a tokenizer that are read.
+const ARRAYS: &[&str] =
+    &["tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"];
+/// Most elements of one of them. The largest vocabularies have 2^18 tokens, and 2^19 merges.
+const MAX_ELEMENTS: u64 = 1 << 22;
 /// Types of tensors that are read, as the errors list them.
 const ACCEPTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K";
 
@@ -92,7 +99,8 @@ pub(super) struct Info {
     pub(super) bytes: Range<usize>,
 }
 
-/// A value of the metadata. Arrays are walked over: no field that is read is one, but for those of a tokenizer.
+/// A value of the metadata. Arrays are walked over, and read where they are asked for ([`Header::tokenizer`]): a vocabulary
+/// is no part of what a base is loaded by.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     Unsigned(u64),
@@ -100,7 +108,17 @@ pub(super) enum Value {
     Float(f64),
     Bool(bool),
     Text(String),
-    Array,
+    Array(Elements),
+}
+
+/// Where an array's elements are.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Elements {
+    /// ggml's number of their type.
+    kind: u32,
+    count: u64,
+    /// The first one's place in the file.
+    start: usize,
 }
 
 /// All of a header.
@@ -164,6 +182,54 @@ impl Header {
             }
         }
         Ok(Self { metadata, tensors })
+    }
+
+    /// What the metadata says of the tokenizer, under its own keys: numbers, texts, and the arrays of a vocabulary. `file` is
+    /// the file that the header was read of.
+    ///
+    /// # Errors
+    /// An array that is too long or nested.
+    pub(super) fn tokenizer(&self, file: &[u8]) -> Read<Map<String, Json>> {
+        let mut out = Map::new();
+        for (key, value) in self.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer.")) {
+            let value = match value {
+                Value::Array(elements) if ARRAYS.contains(&key.as_str()) => elements.read(file, key)?,
+                Value::Array(_) => continue,
+                other => json(other),
+            };
+            out.insert(key.clone(), value);
+        }
+        Ok(out)
+    }
+}
+
+impl Elements {
+    fn read(&self, file: &[u8], key: &str) -> Read<Json> {
+        if self.count > MAX_ELEMENTS {
+            return Err(format!("{key} has {} elements; at most {MAX_ELEMENTS} are accepted", self.count));
+        }
+        let mut r = Reader { file, at: self.start };
+        let mut out = Vec::new();
+        for _ in 0..self.count {
+            out.push(match self.kind {
+                8 => Json::String(r.text(key)?),
+                9 => return Err(format!("{key} is an array of arrays")),
+                kind => json(&r.value(kind, key, 1)?),
+            });
+        }
+        Ok(Json::Array(out))
+    }
+}
+
+/// A number that JSON has none for (NaN, infinity) is null. Arrays are read by [`Elements::read`].
+fn json(value: &Value) -> Json {
+    match value {
+        Value::Unsigned(n) => (*n).into(),
+        Value::Signed(n) => (*n).into(),
+        Value::Float(n) => (*n).into(),
+        Value::Bool(b) => (*b).into(),
+        Value::Text(text) => text.as_str().into(),
+        Value::Array(_) => Json::Null,
     }
 }
 
@@ -233,11 +299,12 @@ impl<'a> Reader<'a> {
             8 => {
                 let n = usize::try_from(self.u64(key)?).unwrap_or(usize::MAX);
                 self.take(n, key)?;
-                Value::Array
+                Value::Text(String::new()) // of an array: it is walked over
             }
             9 if depth < MAX_DEPTH => {
                 let kind = self.u32(key)?;
                 let n = self.u64(key)?;
+                let elements = Elements { kind, count: n, start: self.at };
                 match width(kind) {
                     // at once: an array may have as many elements as the file has bytes
                     Some(width) => {
@@ -250,7 +317,7 @@ impl<'a> Reader<'a> {
                         }
                     }
                 }
-                Value::Array
+                Value::Array(elements)
             }
             9 => return Err(format!("{key} nests arrays deeper than {MAX_DEPTH}")),
             10 => Value::Unsigned(self.u64(key)?),

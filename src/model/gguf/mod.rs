@@ -1,11 +1,15 @@
-//! A GGUF file as a checkpoint of the Llama family: its metadata as the `config.json` that it was made of, its tensors under
-//! their Hugging Face names and in their order of rows.
+//! A GGUF file as a checkpoint: its metadata as the `config.json` that it was made of ([`config`]), its tensors under their
+//! Hugging Face names ([`names`]) and in their order of rows; and what it says of its tokenizer, which others build.
 //!
-//! llama.cpp turns neighbouring numbers of a head, transformers the two halves, so its converter permutes the rows of
-//! queries and keys of the architecture `llama` (not of Qwen's). Quantised blocks lie within rows: here the rows are put
-//! back as they are, without quantising anything anew.
+//! llama.cpp's converter changes some tensors. It turns neighbouring numbers of a head where transformers turns the two
+//! halves, so it permutes the rows of queries and keys of the architecture `llama` (not of the others). Quantised blocks lie
+//! within rows: here the rows are put back as they are, without quantising anything anew. Gemma's gains are stored whole,
+//! not less one, and GPT-2's matrices `[out, in]`: the loader takes both as they are
+//! ([`Checkpoint`](super::weights::Checkpoint)).
 
+mod config;
 mod header;
+mod names;
 
 use std::{
     borrow::Cow,
@@ -14,36 +18,15 @@ use std::{
 };
 
 use candle_core::{Device, Tensor};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
-use self::header::{Header, Info, Kind, Value};
+pub(super) use self::names::{FACTORS, Layout};
+use self::{
+    header::{Header, Info, Kind},
+    names::Placed,
+};
 use super::ModelError;
 use crate::ops::{QuantKind, Quantized, Weight};
-
-/// Values of `general.architecture` that are read.
-const ARCHITECTURES: &[&str] = &["llama", "qwen2", "qwen3"];
-
-/// A layer's tensors: in the file, and by their Hugging Face names.
-const LAYER: &[(&str, &str)] = &[
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-    ("attn_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
-];
-
-/// The others.
-const GLOBAL: &[(&str, &str)] =
-    &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head"), (FACTORS, FACTORS)];
-
-/// Divisors of the rotary frequencies (Llama 3.1), which the file has in place of the config's figures.
-pub(super) const FACTORS: &str = "rope_freqs";
 
 /// A tensor under its Hugging Face name.
 struct Entry {
@@ -97,18 +80,14 @@ pub(super) fn find(path: &Path) -> Result<Option<PathBuf>, ModelError> {
 
 impl GgufFile {
     pub(super) fn open(path: &Path) -> Result<Self, ModelError> {
-        let io = |source| ModelError::Io { path: path.to_path_buf(), source };
-        let file = std::fs::File::open(path).map_err(io)?;
-        // SAFETY: as at the checkpoint's: the operator's own file, mapped read-only while it is loaded
-        #[allow(unsafe_code)]
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        let map = map(path)?;
         let bad = |e: String| ModelError::Checkpoint(format!("{}: {e}", path.display()));
         let header = Header::read(&map).map_err(bad)?;
-        let config = config(&header).map_err(|e| match e {
+        let (layout, config) = config::read(&header).map_err(|e| match e {
             ModelError::Checkpoint(e) => bad(e),
             other => other,
         })?;
-        let entries = entries(header, &config).map_err(bad)?;
+        let entries = entries(header, layout, &config).map_err(bad)?;
         Ok(Self { map, entries, config })
     }
 
@@ -187,132 +166,49 @@ fn unpermuted(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     (0..rows).flat_map(|row| &bytes[source(row) * width..(source(row) + 1) * width]).copied().collect()
 }
 
-/// The name in a file of a tensor by its Hugging Face name.
-pub(super) fn stored_name(name: &str) -> Option<String> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    let known = |list: &[(&'static str, &str)], part: &str| list.iter().find(|(_, hf)| *hf == part).map(|(n, _)| *n);
-    match module.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
-        Some((n, part)) => Some(format!("blk.{n}.{}.{suffix}", known(LAYER, part)?)),
-        None => Some(format!("{}.{suffix}", known(GLOBAL, module)?)),
-    }
-}
-
 /// Tensors under their Hugging Face names.
-fn entries(header: Header, config: &Json) -> Result<BTreeMap<String, Entry>, String> {
+fn entries(header: Header, layout: &Layout, config: &Json) -> Result<BTreeMap<String, Entry>, String> {
     let number = |key: &str| config.get(key).and_then(Json::as_u64).and_then(|n| usize::try_from(n).ok());
-    let permutes = config.get("model_type").and_then(Json::as_str) == Some("llama");
     let mut out = BTreeMap::new();
     for (stored, info) in header.tensors {
-        let (module, suffix) = stored.rsplit_once('.').unwrap_or((&stored, ""));
-        let layer = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-        let layer = layer.and_then(|(n, part)| Some((n.parse::<usize>().ok()?, part)));
-        let known =
-            |list: &[(&str, &'static str)], part: &str| list.iter().find(|(n, _)| *n == part).map(|(_, hf)| *hf);
-        let name = match layer {
-            Some((n, part)) => known(LAYER, part).map(|hf| format!("model.layers.{n}.{hf}")),
-            None => known(GLOBAL, module).map(str::to_owned),
+        let Some(Placed { name, part }) = layout.place(&stored) else {
+            return Err(format!("the tensor {stored} is none of a model of the architecture {}", layout.arch));
         };
-        let Some(name) = name.filter(|_| matches!(suffix, "weight" | "bias")) else {
-            return Err(format!("the tensor {stored} is none of a model of these: {}", ARCHITECTURES.join(", ")));
-        };
-        let heads = match layer {
-            Some((_, "attn_q")) => number("num_attention_heads"),
-            Some((_, "attn_k")) => number("num_key_value_heads"),
+        let heads = match part {
+            Some("attn_q") => number("num_attention_heads"),
+            Some("attn_k") => number("num_key_value_heads"),
             _ => None,
         };
-        let permuted = heads.filter(|_| permutes);
+        let permuted = heads.filter(|_| layout.permutes);
         let rows = info.shape.first().copied().unwrap_or(0);
         if let Some(heads) = permuted.filter(|heads| *heads == 0 || !rows.is_multiple_of(2 * heads)) {
             return Err(format!("{stored} has {rows} rows, which are no pairs of {heads} heads"));
         }
-        out.insert(format!("{name}.{suffix}"), Entry { stored, info, permuted });
+        out.insert(name, Entry { stored, info, permuted });
     }
     Ok(out)
 }
 
-/// The `config.json` that the metadata was made of.
-fn config(header: &Header) -> Result<Json, ModelError> {
-    let get = |key: &str| header.metadata.get(key);
-    let Some(Value::Text(arch)) = get("general.architecture") else {
-        return Err(ModelError::Checkpoint("general.architecture is missing or not a text".into()));
-    };
-    if !ARCHITECTURES.contains(&arch.as_str()) {
-        return Err(ModelError::Unsupported(format!(
-            "general.architecture {arch:?} is not supported; supported are {} (files of Mistral say llama)",
-            ARCHITECTURES.join(", ")
-        )));
-    }
-    let own = |key: &str| format!("{arch}.{key}");
-    let need = |key: &str| match get(&own(key)) {
-        Some(Value::Unsigned(n)) => Ok(*n),
-        Some(Value::Signed(n)) if *n >= 0 => Ok(n.unsigned_abs()),
-        Some(other) => Err(ModelError::Checkpoint(format!("{} is {other:?}; a number is accepted", own(key)))),
-        None => Err(ModelError::Checkpoint(format!("{} is missing", own(key)))),
-    };
-    let maybe = |key: &str| get(&own(key)).map(|_| need(key)).transpose();
-    let real = |key: &str| match get(&own(key)) {
-        Some(Value::Float(n)) if n.is_finite() => Ok(Some(*n)),
-        Some(other) => Err(ModelError::Checkpoint(format!("{} is {other:?}; a finite float is accepted", own(key)))),
-        None => Ok(None),
-    };
-    let (hidden, heads) = (need("embedding_length")?, need("attention.head_count")?);
-    let head_dim = maybe("attention.key_length")?.unwrap_or(hidden / heads.max(1));
-    for (key, want) in [("attention.value_length", head_dim), ("rope.dimension_count", head_dim), ("expert_count", 0)] {
-        if let Some(found) = maybe(key)?.filter(|found| *found != want) {
-            return Err(ModelError::Unsupported(format!("{} is {found}; {want} is supported", own(key))));
-        }
-    }
-    let rows = header.tensors.get("token_embd.weight").and_then(|t| t.shape.first().copied());
-    let rows = rows.ok_or_else(|| ModelError::Checkpoint("no tensor token_embd.weight".into()))?;
-    let eps = real("attention.layer_norm_rms_epsilon")?;
-    let eps =
-        eps.ok_or_else(|| ModelError::Checkpoint(format!("{} is missing", own("attention.layer_norm_rms_epsilon"))))?;
-    let mut config = json!({
-        "model_type": arch,
-        "hidden_size": hidden,
-        "num_hidden_layers": need("block_count")?,
-        "num_attention_heads": heads,
-        "num_key_value_heads": maybe("attention.head_count_kv")?.unwrap_or(heads),
-        "head_dim": head_dim,
-        "intermediate_size": need("feed_forward_length")?,
-        "vocab_size": rows,
-        "max_position_embeddings": need("context_length")?,
-        "rms_norm_eps": eps,
-        "rope_theta": real("rope.freq_base")?.unwrap_or(10_000.0),
-        "tie_word_embeddings": !header.tensors.contains_key("output.weight"),
-    });
-    let scaling = match get(&own("rope.scaling.type")) {
-        None => None,
-        Some(Value::Text(kind)) if kind == "none" => None,
-        Some(Value::Text(kind)) => Some(json!({"rope_type": kind, "factor": real("rope.scaling.factor")?})),
-        Some(other) => return Err(ModelError::Checkpoint(format!("{} is {other:?}", own("rope.scaling.type")))),
-    };
-    if let Some(map) = config.as_object_mut() {
-        map.extend(scaling.map(|s| ("rope_scaling".to_owned(), s)));
-        map.extend(special(header)?);
-    }
-    Ok(config)
+/// Maps a file.
+fn map(path: &Path) -> Result<memmap2::Mmap, ModelError> {
+    let io = |source| ModelError::Io { path: path.to_path_buf(), source };
+    let file = std::fs::File::open(path).map_err(io)?;
+    // SAFETY: as at the checkpoint's: the operator's own file, mapped read-only while it is loaded
+    #[allow(unsafe_code)]
+    unsafe { memmap2::Mmap::map(&file) }.map_err(io)
 }
 
-/// The tokens that the metadata names.
-fn special(header: &Header) -> Result<Map<String, Json>, ModelError> {
-    let id = |name: &str| match header.metadata.get(&format!("tokenizer.ggml.{name}_token_id")) {
-        None => Ok(None),
-        Some(Value::Unsigned(n)) if u32::try_from(*n).is_ok() => Ok(Some(*n)),
-        Some(other) => Err(ModelError::Checkpoint(format!("tokenizer.ggml.{name}_token_id is {other:?}"))),
-    };
-    let mut out = Map::new();
-    let mut ends = Vec::new();
-    for name in ["eos", "eot", "eom"] {
-        ends.extend(id(name)?);
-    }
-    ends.dedup();
-    out.insert("eos_token_id".into(), json!(ends));
-    for (key, name) in [("bos_token_id", "bos"), ("pad_token_id", "padding")] {
-        out.extend(id(name)?.map(|n| (key.to_owned(), json!(n))));
-    }
-    Ok(out)
+/// What a file's metadata says of its tokenizer, under the file's own keys (`tokenizer.ggml.tokens`, ...).
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn tokenizer_metadata(path: &Path) -> Result<Map<String, Json>, ModelError> {
+    let file = map(path)?;
+    let found = Header::read(&file).and_then(|header| header.tokenizer(&file));
+    found.map_err(|e| ModelError::Checkpoint(format!("{}: {e}", path.display())))
 }
 
+#[cfg(test)]
+mod family_tests;
 #[cfg(test)]
 mod tests;
