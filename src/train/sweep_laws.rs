@@ -187,9 +187,15 @@ fn gradients_of_every_method_on_every_family_are_those_of_each_delta_alone() {
                 .collect();
             let examples: Vec<&Encoded> = made[0].0.train.iter().take(5).collect();
             let deltas: Vec<_> = made.iter().map(|(_, t)| t.delta(&mut rng(5, Stream::Dropout)).unwrap()).collect();
-            let members: Vec<together::Member<'_>> =
-                deltas.iter().zip(&made).map(|(d, (_, t))| (Arc::clone(d), t.vars())).collect();
-            let found = together::gradients(&base, &members, &examples, (0.1, 5.0), None).unwrap();
+            let member = |(delta, (_, t)): (&Arc<Delta>, &'_ (RunInput, Trainable))| together::Member {
+                delta: Arc::clone(delta),
+                vars: t.vars(),
+                examples: &examples,
+                smoothing: 0.1,
+                weight: 5.0,
+            };
+            let members: Vec<together::Member<'_>> = deltas.iter().zip(&made).map(member).collect();
+            let found = together::gradients(&base, &members, None).unwrap();
             for (i, ((loss, grads), (delta, (_, t)))) in found.iter().zip(deltas.iter().zip(&made)).enumerate() {
                 let what = format!("{family} {task:?} {name}, candidate {i}");
                 let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();

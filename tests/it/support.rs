@@ -106,7 +106,7 @@ impl World {
             http: None,
             grpc: GrpcConfig { max_message_bytes: 4 << 20, max_upload_bytes: 16 << 20, max_calls: 512 },
             engine: EngineLimits { max_batch_tokens: 256, max_sequences: 16, kv_positions: None, max_queue: 64 },
-            train: TrainLimits { max_jobs: 8, max_paused: 8, max_yield: Duration::from_millis(20), max_bytes: None },
+            train: TrainLimits { max_jobs: 8, max_paused: 8, max_yield: Duration::from_millis(20), max_bytes: None, share: 1 },
             max_resident_bytes: 64 << 20,
             drain: Duration::from_secs(20),
             log_format: LogFormat::Text,
