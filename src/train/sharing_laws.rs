@@ -72,7 +72,7 @@ impl Asks {
         match self {
             Self::Next | Self::Translation => Target::Tokens((0..tokens.len()).map(|t| t > 0).collect()),
             Self::Label(n) => Target::Label(tokens[0] % n),
-            Self::Labels(n) => Target::Labels((0..n).filter(|l| (tokens[0] + l) % 2 == 0).collect()),
+            Self::Labels(n) => Target::Labels((0..n).filter(|l| (tokens[0] + l).is_multiple_of(2)).collect()),
             Self::Number => Target::Value((tokens[0] as f32 / 50.0).to_bits()),
             Self::Tags(n) => Target::Tags(tokens.iter().zip(0..).skip(1).map(|(id, t)| (t, id % n)).collect()),
         }
@@ -256,7 +256,8 @@ fn kinds(events: &[JobEventBody]) -> Vec<String> {
 fn jobs_of_all_kinds_come_together_to_what_they_come_to_alone() {
     for family in ["llama", "bert", "t5"] {
         let base = tiny(family);
-        let mut jobs = jobs_of(&base, family, &smooth(busy(8)));
+        // a bias of keys shifts all scores of a query alike: its gradient is rounding, which must not become steps
+        let mut jobs = jobs_of(&base, family, &ResolvedTraining { eps: 1e-4, ..busy(8) });
         for (i, job) in jobs.iter_mut().enumerate() {
             // one ends before the others, one has longer steps, some are evaluated at other times
             job.resolved.total_steps -= i as u32 % 3;
@@ -358,7 +359,7 @@ fn whose_forward_or_backward_pass_is_another_one_shares_none() {
         None,
         RunInput {
             validation: texts(Asks::Next, 9, 4),
-            ..job(&base, (Asks::Next, 2), &plain_lora(), ResolvedTraining { eval_every: 1, ..hyper(1) })
+            ..job(&base, (Asks::Next, 2), &plain_lora(), ResolvedTraining { eval_every: 1, ..hyper(3) })
         },
     )
     .unwrap();
