@@ -1,11 +1,15 @@
 //! One LoRA training step with the base frozen: forward and backward time, and memory that the step adds.
 //!
-//! `cargo bench --bench train_step -- [--base DIR] [--rows 8] [--len 128] [--repeat 5]`
+//! `cargo bench --bench train_step -- [--base DIR] [--rows 8] [--len 128] [--repeat 5] [--sweep K | --jobs K]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M). Memory is the peak resident set (`VmHWM`) less
 //! the resident set before the first step; gradients of the frozen weights would add the size of the base.
 //!
 //! With `--sweep K` it compares a sweep of K learning rates, whose steps are done together, with the same K jobs one after the
 //! other: seconds per step of all K, and their ratio (`--rows` examples of `--len` tokens per candidate and step, `--rank 8`).
+//!
+//! With `--jobs K` it compares K independent jobs with data of their own that share each pass with the same jobs in turn:
+//! seconds per round (a step of each), and their ratio (`--rows` examples of `--len` tokens per job and step, `--rank 8`). A
+//! server shares passes of few rows only; here they are shared whatever their length, to see where that pays.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a benchmark stops at the first surprise")]
 
@@ -24,7 +28,7 @@ use deltaserve::{
         BaseInfo, Inputs,
         encode::TextCodec,
         prepare,
-        run::{Advance, RunInput, Work},
+        run::{Advance, Run, RunInput, Work, shared_pass},
         spec::BaseShape,
     },
 };
@@ -68,9 +72,11 @@ fn median(mut v: Vec<f64>) -> f64 {
     v.get(v.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// A job on texts of so many tokens, one per byte.
+/// A job on texts of so many tokens, one per byte; `wanted.from` is the number of the first text.
 fn input(base: &Base, (rows, len, steps): (usize, usize, usize), wanted: serde_json::Value) -> RunInput {
+    let from = wanted["from"].as_u64().unwrap_or(0) as usize;
     let text = |i: usize| -> String {
+        let i = from + i;
         (0..len - 1).map(|j| char::from(b'!' + ((i * 31 + j * j * 7 + j) % 90) as u8)).collect()
     };
     let lines = |n: usize| -> String { (0..n).map(|i| json!({"text": text(i)}).to_string() + "\n").collect() };
@@ -143,6 +149,46 @@ fn sweep(base: &Arc<Base>, candidates: usize, (rows, len, steps): (usize, usize,
     );
 }
 
+/// Seconds per round of these jobs, after the first: in one pass, or in turn.
+fn seconds_per_round(base: &Arc<Base>, inputs: &[RunInput], steps: usize, share: bool) -> f64 {
+    let mut runs: Vec<Run> =
+        inputs.iter().map(|input| Run::new(Arc::clone(base), None, input.clone()).expect("a job")).collect();
+    let (mut begun, mut took) = (Instant::now(), Duration::ZERO);
+    while (runs[0].step() as usize) < steps {
+        let before = runs[0].step();
+        assert!(runs.iter_mut().all(|run| run.shared_rows().is_some()), "all train");
+        let goes_on = |came: Advance| assert!(matches!(came, Advance::More(_)), "it goes on");
+        if share {
+            let shares = shared_pass(&runs.iter().collect::<Vec<_>>()).expect("a pass");
+            runs.iter_mut().zip(shares).for_each(|(run, share)| goes_on(run.take(share)));
+        } else {
+            runs.iter_mut().for_each(|run| goes_on(run.advance()));
+        }
+        match (before, runs[0].step()) {
+            (0, 1) => begun = Instant::now(),
+            (a, b) if a != b => took = begun.elapsed(),
+            _ => {}
+        }
+    }
+    took.as_secs_f64() / (steps - 1) as f64
+}
+
+/// Jobs that share passes against the same jobs in turn.
+fn jobs(base: &Arc<Base>, jobs: usize, (rows, len, steps): (usize, usize, usize)) {
+    // a step more than is timed, so that none ends within the measured steps
+    let job = |i: usize| input(base, (rows, len, steps + 1), json!({"from": i * rows * 4, "hyper": {"seed": i}}));
+    let inputs: Vec<RunInput> = (1..=jobs).map(job).collect();
+    let in_turn = seconds_per_round(base, &inputs, steps, false);
+    let shared = seconds_per_round(base, &inputs, steps, true);
+    println!(
+        "{}",
+        json!({
+            "jobs": jobs, "tokens_per_job": rows * len, "shared_s": shared, "in_turn_s": in_turn,
+            "shared_over_in_turn": shared / in_turn, "peak_mib": status_mib("VmHWM"),
+        })
+    );
+}
+
 fn main() {
     let (rows, len, repeat) = (number("--rows", 8), number("--len", 128), number("--repeat", 5));
     let args: Vec<String> = std::env::args().collect();
@@ -161,6 +207,10 @@ fn main() {
     let candidates = number("--sweep", 0);
     if candidates > 0 {
         return sweep(&Arc::new(base), candidates, (rows, len, repeat + 1));
+    }
+    let together = number("--jobs", 0);
+    if together > 0 {
+        return jobs(&Arc::new(base), together, (rows, len, repeat + 1));
     }
     let (delta, vars) = trainable(&base, 8);
     let layout = RowLayout::packed(&vec![len; rows]);

@@ -67,6 +67,10 @@ pub struct ServeArgs {
     /// Longest wait of training at one of its yield points while serving is busy, in milliseconds.
     #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
     pub train_max_yield_ms: u64,
+    /// Jobs whose small training steps may share one pass on the base, up to 8. 1 = each by itself; with more, what a job
+    /// comes to in company is what it comes to alone up to rounding, not bit for bit.
+    #[arg(long, env = "DELTASERVE_TRAIN_SHARE", value_name = "N", default_value_t = 1)]
+    pub train_share: usize,
     /// After SIGTERM, running calls get this long to finish.
     #[arg(long, env = "DELTASERVE_DRAIN_SECONDS", value_name = "S", default_value_t = 30)]
     pub drain_seconds: u64,
@@ -163,6 +167,8 @@ pub struct TrainLimits {
     pub max_yield: Duration,
     /// Bytes that a job of full fine-tuning may take; `None` = what the machine has free.
     pub max_bytes: Option<u64>,
+    /// Jobs that may share a pass.
+    pub share: usize,
 }
 
 /// Checked configuration of `serve`. Safe to log.
@@ -261,6 +267,7 @@ impl TryFrom<ServeArgs> for Config {
                 max_paused: args.max_paused_jobs,
                 max_yield: Duration::from_millis(args.train_max_yield_ms),
                 max_bytes: args.max_train_mb.map(|n| n * MIB),
+                share: args.train_share,
             },
             max_resident_bytes: args.max_resident_mb * MIB,
             drain: Duration::from_secs(args.drain_seconds),
@@ -285,6 +292,7 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         ("--max-paused-jobs", Some(args.max_paused_jobs as u64), 0, 1 << 20),
         ("--max-train-mb", args.max_train_mb, 1, 1 << 24),
         ("--train-max-yield-ms", Some(args.train_max_yield_ms), 0, 60_000),
+        ("--train-share", Some(args.train_share as u64), 1, 8),
         ("--drain-seconds", Some(args.drain_seconds), 0, 86_400),
     ];
     for (flag, value, low, high) in numbers {
@@ -344,6 +352,7 @@ mod tests {
         assert_eq!(config.base.device, DeviceChoice::Cpu);
         assert_eq!(config.grpc.max_message_bytes, 16 << 20);
         assert!(config.http.is_some());
+        assert_eq!(config.train.share, 1, "a job's bits do not depend on its company unless that is asked for");
         Ok(())
     }
 
@@ -361,6 +370,7 @@ mod tests {
             "--max-message-mb=4096",
             "--log=a=b=c",
             "--max-queue=0",
+            "--train-share=9",
         ];
         let ConfigError(problems) = config(&flags).expect_err("nearly everything is wrong");
         let expected = [
@@ -374,6 +384,7 @@ mod tests {
             "--max-message-mb",
             "--log",
             "--max-queue",
+            "--train-share",
         ];
         for flag in expected {
             assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");

@@ -42,6 +42,7 @@ enum Kind {
 
 const BATCH_ROWS: &str = "deltaserve_batch_rows";
 const DISTINCT_DELTAS: &str = "deltaserve_step_distinct_deltas";
+const TRAIN_SHARED_JOBS: &str = "deltaserve_train_shared_pass_jobs";
 const TRAIN_YIELDED: &str = "deltaserve_train_yielded_seconds_total";
 
 /// Every metric: name, kind, meaning. `engine` and `train` make theirs in their own `metrics.rs`.
@@ -69,6 +70,12 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("deltaserve_train_loss", Kind::Gauge, "Loss of the last optimizer step, by slot (0 to 7) of the running job."),
     ("deltaserve_train_tokens_total", Kind::Counter, "Tokens trained on."),
     (TRAIN_YIELDED, Kind::Gauge, "Seconds that training gave to serving; only grows."),
+    (
+        "deltaserve_train_shared_passes_total",
+        Kind::Counter,
+        "Training passes that several jobs shared, by outcome: done, apart (it failed, and was done job by job).",
+    ),
+    (TRAIN_SHARED_JOBS, Kind::Histogram, "Jobs of a shared training pass."),
     ("deltaserve_train_jobs", Kind::Gauge, "Jobs that have not ended, by state."),
     ("deltaserve_train_jobs_ended_total", Kind::Counter, "Jobs that ended, by terminal state."),
     (names::BUILD_INFO, Kind::Gauge, "Always 1; the label version tells."),
@@ -120,7 +127,8 @@ fn builder() -> Result<PrometheusBuilder, BuildError> {
     PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?
         .set_buckets_for_metric(Matcher::Full(BATCH_ROWS.into()), COUNTS)?
-        .set_buckets_for_metric(Matcher::Full(DISTINCT_DELTAS.into()), COUNTS)
+        .set_buckets_for_metric(Matcher::Full(DISTINCT_DELTAS.into()), COUNTS)?
+        .set_buckets_for_metric(Matcher::Full(TRAIN_SHARED_JOBS.into()), COUNTS)
 }
 
 fn describe() {

@@ -135,10 +135,14 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         base: Arc::clone(&base),
         pacer,
     };
+    let defaults = TrainerConfig::default();
     let trainer_config = TrainerConfig {
         max_jobs: config.train.max_jobs.max(1),
         max_paused_per_tenant: config.train.max_paused,
-        ..TrainerConfig::default()
+        // as many as may share a pass must be able to run
+        max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),
+        share: config.train.share,
+        ..defaults
     };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
     let service = Service::new(ServiceParts {

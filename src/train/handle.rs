@@ -23,6 +23,7 @@ use crate::{
     train::{
         joblog::{JobLog, LogError, NewJob, StoredJob},
         left::{Left, take_over},
+        limits::TrainerConfig,
         memory::{MemoryProbe, Shortage},
         plan::Prepared,
         run::RunInput,
@@ -31,25 +32,6 @@ use crate::{
         worker,
     },
 };
-
-/// Limits of the trainer.
-#[derive(Debug, Clone, Copy)]
-pub struct TrainerConfig {
-    /// Jobs that train at the same time, taking turns.
-    pub max_concurrent_jobs: usize,
-    /// Jobs that may wait or run, those included that are being published.
-    pub max_jobs: usize,
-    /// Waiting and running jobs of one tenant.
-    pub max_jobs_per_tenant: usize,
-    /// Paused jobs of one tenant.
-    pub max_paused_per_tenant: usize,
-}
-
-impl Default for TrainerConfig {
-    fn default() -> Self {
-        Self { max_concurrent_jobs: 4, max_jobs: 64, max_jobs_per_tenant: 16, max_paused_per_tenant: 64 }
-    }
-}
 
 /// Why the trainer refused.
 #[derive(Debug, thiserror::Error)]
@@ -265,7 +247,7 @@ impl TrainerHandle {
         let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
         let (report, reports) = mpsc::channel(256);
         let (commands, commanded) = mpsc::channel(64);
-        let thread = worker::spawn(base, pacer, starting, report)?;
+        let thread = worker::spawn((base, pacer), config.share, starting, report)?;
         let supervisor = Supervisor::new(Parts {
             shared: Arc::clone(&shared),
             publisher,

@@ -15,6 +15,11 @@ pub fn describe() {
     describe_gauge!("deltaserve_train_loss", "loss of the last step, by slot of the running job (0 to 7)");
     describe_counter!("deltaserve_train_tokens_total", "tokens trained on");
     describe_gauge!("deltaserve_train_yielded_seconds_total", Unit::Seconds, "time given to serving, only growing");
+    describe_counter!(
+        "deltaserve_train_shared_passes_total",
+        "passes shared by the pieces of several jobs, by outcome: done, apart (failed, and done job by job)"
+    );
+    describe_histogram!("deltaserve_train_shared_pass_jobs", "jobs of a shared pass");
     describe_gauge!("deltaserve_train_jobs", "jobs that have not ended, by state");
     describe_counter!("deltaserve_train_jobs_ended_total", "jobs that have ended, by state");
 }
@@ -53,6 +58,31 @@ impl TrainMetrics {
         if let Some(loss) = &self.loss {
             loss.set(event.loss);
         }
+    }
+}
+
+/// Passes that several jobs share.
+pub(crate) struct SharedPasses {
+    done: Counter,
+    apart: Counter,
+    jobs: Histogram,
+}
+
+impl SharedPasses {
+    pub(crate) fn new() -> Self {
+        let of = |outcome: &'static str| counter!("deltaserve_train_shared_passes_total", "outcome" => outcome);
+        Self { done: of("done"), apart: of("apart"), jobs: histogram!("deltaserve_train_shared_pass_jobs") }
+    }
+
+    /// One was done, of so many jobs.
+    pub(crate) fn done(&self, jobs: usize) {
+        self.done.increment(1);
+        self.jobs.record(jobs as f64);
+    }
+
+    /// One failed.
+    pub(crate) fn apart(&self) {
+        self.apart.increment(1);
     }
 }
 

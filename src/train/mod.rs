@@ -36,6 +36,7 @@ mod kl_laws;
 #[cfg(test)]
 mod laws;
 mod left;
+mod limits;
 pub mod memory;
 #[cfg(test)]
 mod method_laws;
@@ -61,6 +62,8 @@ mod resume_laws;
 mod resume_tests;
 mod resuming;
 pub mod run;
+#[cfg(test)]
+mod sharing_laws;
 pub mod spec;
 mod start;
 mod supervisor;
@@ -83,8 +86,9 @@ mod watch;
 mod worker;
 pub mod worst;
 
-pub use handle::{Kept, SpawnError, TrainError, TrainerConfig, TrainerHandle, TrainerParts};
+pub use handle::{Kept, SpawnError, TrainError, TrainerHandle, TrainerParts};
 pub use joblog::KeptJob;
+pub use limits::TrainerConfig;
 pub use plan::{BaseInfo, Inputs, Prepared, prepare};
 pub use resuming::Place;
 pub use supervisor::{PublishFailure, PublishInfo, PublishJob, Published, Publisher, Refusal, publish_info};

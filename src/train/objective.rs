@@ -10,7 +10,7 @@ use crate::{
     nn::Cx,
     ops,
     pacing::Pacer,
-    rows::RowLayout,
+    rows::{RowLayout, Span},
     train::{
         encode::{Encoded, Target},
         preference::Rewards,
@@ -109,14 +109,15 @@ pub(super) fn losses_of(
             Ok(Losses::of(next_token(base, hidden, sequences, smoothing, cx)?.0))
         }
         Some(_) => {
-            of_logits(only_group(head_logits(base, hidden, examples, cx)?, examples.len())?, examples, smoothing, cx)
+            let logits = only_group(head_logits(base, hidden, examples, cx)?, examples.len())?;
+            of_logits(logits, examples, smoothing, cx.rows.spans())
         }
         None => candle_core::bail!("an empty micro-batch"),
     }
 }
 
 /// The logits that examples with labels want, by head.
-pub(super) fn head_logits(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Vec<HeadLogits>> {
+fn head_logits(base: &Base, hidden: &Tensor, examples: &[&Encoded], cx: &Cx<'_>) -> Result<Vec<HeadLogits>> {
     match examples.first().map(|e| &e.target) {
         Some(Target::Tags(_)) => base.transformer.token_head_logits(hidden, cx),
         Some(Target::Label(_) | Target::Labels(_) | Target::Value(_)) => base.transformer.head_logits(hidden, cx),
@@ -125,13 +126,13 @@ pub(super) fn head_logits(base: &Base, hidden: &Tensor, examples: &[&Encoded], c
     }
 }
 
-/// The losses of examples with labels, whose logits of one head these are; `cx` is that of a forward which they begin.
-pub(super) fn of_logits(logits: Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
+/// The losses of examples with labels, whose logits of one head these are, and whose spans.
+pub(super) fn of_logits(logits: Tensor, examples: &[&Encoded], smoothing: f64, spans: &[Span]) -> Result<Losses> {
     match examples.first().map(|e| &e.target) {
         Some(Target::Label(_)) => text_label(logits, examples, smoothing),
         Some(Target::Labels(_)) => text_targets(&logits, examples, several),
         Some(Target::Value(_)) => text_targets(&logits, examples, squared),
-        Some(Target::Tags(_)) => word_labels(&logits, examples, smoothing, cx),
+        Some(Target::Tags(_)) => word_labels(&logits, examples, smoothing, spans),
         _ => candle_core::bail!("no example has a label"),
     }
 }
@@ -319,9 +320,9 @@ fn squared(outputs: &Tensor, wanted: &Tensor) -> Result<Tensor> {
     (outputs - wanted)?.sqr()
 }
 
-fn word_labels(logits: &Tensor, examples: &[&Encoded], smoothing: f64, cx: &Cx<'_>) -> Result<Losses> {
+fn word_labels(logits: &Tensor, examples: &[&Encoded], smoothing: f64, spans: &[Span]) -> Result<Losses> {
     let (mut pick, mut gold, mut words, mut start) = (Vec::new(), Vec::new(), Vec::new(), 0);
-    for (example, span) in examples.iter().zip(cx.rows.spans()) {
+    for (example, span) in examples.iter().zip(spans) {
         let Target::Tags(tags) = &example.target else { candle_core::bail!("mixed targets in a micro-batch") };
         pick.extend(tags.iter().map(|(at, _)| start + at));
         start += span.token_rows().len() as u32;

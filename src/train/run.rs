@@ -13,6 +13,7 @@ mod outcome;
 mod preference;
 mod replay;
 mod resume;
+mod shared;
 mod sweep;
 mod telling;
 mod work;
@@ -32,6 +33,7 @@ pub use best::Runner;
 pub use input::RunInput;
 pub use outcome::{Advance, Failed, Outcome, RunEvents, Saved, Trained};
 pub use resume::ResumeError;
+pub use shared::{Share, shared_pass};
 pub use sweep::Sweep;
 pub use work::Work;
 
@@ -254,19 +256,8 @@ impl Run {
     /// Does one micro-step.
     pub fn advance(&mut self) -> Advance {
         let mut events = Vec::new();
-        match self.try_advance(&mut events) {
-            Ok(None) => Advance::More(events),
-            Ok(Some(mut outcome)) => {
-                if let Outcome::Trained(trained) = &mut outcome {
-                    events.extend(trained.mix.take().map(JobEventBody::Mix));
-                }
-                Advance::Done(events, Box::new(outcome))
-            }
-            Err(e) => {
-                let failed = self.fail(code_of(&e), format!("step {}: {e}", self.step + 1));
-                Advance::Done(events, Box::new(failed))
-            }
-        }
+        let came = self.try_advance(&mut events);
+        self.came_to(came, events)
     }
 
     fn try_advance(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {

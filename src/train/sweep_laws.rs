@@ -11,7 +11,7 @@ use super::{
     batches::{Stream, rng},
     encode::{Encoded, Target},
     eval::better,
-    gradients::{self, Micro},
+    gradients::{self, Gradients, Micro},
     laws::{examples, finish, flat, hyper, input, positions, tiny},
     method_laws::{BASES, all},
     objective::{Sequence, losses_of},
@@ -68,16 +68,16 @@ pub(super) fn sweep_of(
 }
 
 /// By step, the loss and all variables after it.
-type History = BTreeMap<u32, (f64, Vec<f32>)>;
+pub(super) type History = BTreeMap<u32, (f64, Vec<f32>)>;
 
-fn note(history: &mut History, run: &Run) {
+pub(super) fn note(history: &mut History, run: &Run) {
     let values = || run.trainable().vars().iter().flat_map(|v| flat(v.var.as_tensor())).collect();
     if run.step() > 0 {
         history.entry(run.step()).or_insert_with(|| (run.last_loss(), values()));
     }
 }
 
-fn alone(base: &Arc<Base>, input: &RunInput) -> (History, Vec<JobEventBody>, Outcome) {
+pub(super) fn alone(base: &Arc<Base>, input: &RunInput) -> (History, Vec<JobEventBody>, Outcome) {
     let mut run = Run::new(Arc::clone(base), None, input.clone()).unwrap();
     let (mut history, mut all) = (History::new(), Vec::new());
     loop {
@@ -112,12 +112,12 @@ fn together_of(base: &Arc<Base>, input: &RunInput) -> (Vec<History>, Vec<JobEven
     }
 }
 
-fn near(a: f64, b: f64) -> bool {
+pub(super) fn near(a: f64, b: f64) -> bool {
     (a - b).abs() <= 1e-4 * b.abs().max(1.0)
 }
 
 #[track_caller]
-fn assert_same(what: &str, got: &History, want: &History) {
+pub(super) fn assert_same(what: &str, got: &History, want: &History) {
     assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{what}: steps");
     for ((step, (loss, weights)), (wanted, values)) in got.iter().zip(want.values()) {
         assert!(near(*loss, *wanted), "{what} step {step}: loss {loss}, alone {wanted}");
@@ -151,7 +151,7 @@ pub(super) fn trained(outcome: Outcome) -> Trained {
     }
 }
 
-fn failed(outcome: Outcome) -> Failed {
+pub(super) fn failed(outcome: Outcome) -> Failed {
     match outcome {
         Outcome::Failed(f) => f,
         Outcome::Trained(_) => panic!("it is trained"),
@@ -159,12 +159,25 @@ fn failed(outcome: Outcome) -> Failed {
 }
 
 /// Away from the start, where many gradients are zero.
-fn shake(vars: &[NamedVar], seed: u64) {
+pub(super) fn shake(vars: &[NamedVar], seed: u64) {
     let mut draw = crate::model::testing::Rng(seed);
     for v in vars {
         let noise: Vec<f32> = (0..v.var.elem_count()).map(|_| 0.2 * draw.uniform() - 0.1).collect();
         let noise = Tensor::from_vec(noise, v.var.shape(), v.var.device()).unwrap();
         v.var.set(&(v.var.as_detached_tensor() + noise).unwrap()).unwrap();
+    }
+}
+
+#[track_caller]
+pub(super) fn assert_same_gradients(what: &str, vars: &[NamedVar], got: &Gradients, want: &Gradients) {
+    for ((v, a), b) in vars.iter().zip(got).zip(want) {
+        let (Some(a), Some(b)) = (a, b) else {
+            let norm = global_norm(a.iter().chain(b)).unwrap();
+            assert_eq!(norm, 0.0, "{what} {}: only one has a gradient", v.name);
+            continue;
+        };
+        let (norm, apart) = (global_norm([b]).unwrap(), global_norm([&(a - b).unwrap()]).unwrap());
+        assert!(apart <= 1e-4 * norm + 1e-5, "{what} {}: {apart} of {norm}", v.name);
     }
 }
 
@@ -187,9 +200,14 @@ fn gradients_of_every_method_on_every_family_are_those_of_each_delta_alone() {
                 .collect();
             let examples: Vec<&Encoded> = made[0].0.train.iter().take(5).collect();
             let deltas: Vec<_> = made.iter().map(|(_, t)| t.delta(&mut rng(5, Stream::Dropout)).unwrap()).collect();
-            let members: Vec<together::Member<'_>> =
-                deltas.iter().zip(&made).map(|(d, (_, t))| (Arc::clone(d), t.vars())).collect();
-            let found = together::gradients(&base, &members, &examples, (0.1, 5.0), None).unwrap();
+            let of = deltas.iter().zip(&made);
+            let members: Vec<together::Member<'_>> = of
+                .map(|(delta, (_, t))| {
+                    let (delta, vars, examples) = (Arc::clone(delta), t.vars(), examples.as_slice());
+                    together::Member { delta, vars, examples, smoothing: 0.1, weight: 5.0 }
+                })
+                .collect();
+            let found = together::gradients(&base, &members, None).unwrap();
             for (i, ((loss, grads), (delta, (_, t)))) in found.iter().zip(deltas.iter().zip(&made)).enumerate() {
                 let what = format!("{family} {task:?} {name}, candidate {i}");
                 let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
@@ -199,15 +217,7 @@ fn gradients_of_every_method_on_every_family_are_those_of_each_delta_alone() {
                 let micro = Micro { base: &base, delta, sequences: &sequences, losses, weight: 5.0, pacer };
                 let (alone, wanted) = gradients::whole(&micro, t.vars()).unwrap();
                 assert!(near(*loss, alone), "{what}: {loss}, alone {alone}");
-                for ((v, a), b) in t.vars().iter().zip(grads).zip(&wanted) {
-                    let (Some(a), Some(b)) = (a, b) else {
-                        let norm = global_norm(a.iter().chain(b)).unwrap();
-                        assert_eq!(norm, 0.0, "{what} {}: only one has a gradient", v.name);
-                        continue;
-                    };
-                    let (norm, apart) = (global_norm([b]).unwrap(), global_norm([&(a - b).unwrap()]).unwrap());
-                    assert!(apart <= 1e-4 * norm + 1e-5, "{what} {}: {apart} of {norm}", v.name);
-                }
+                assert_same_gradients(&what, t.vars(), grads, &wanted);
             }
         }
     }

@@ -226,6 +226,11 @@ impl Trainable {
         self.parts.iter().any(|(_, p)| matches!(p, Part::LowRank { dropout, .. } if *dropout > 0.0))
     }
 
+    /// Whether nothing but a head is trained: no gradient goes into the base's layers.
+    pub fn is_head_alone(&self) -> bool {
+        self.parts.is_empty() && !self.is_full()
+    }
+
     /// The delta for a training forward: gradients reach the variables.
     ///
     /// LoRA's dropout is drawn per input column and micro-batch (one mask for all rows), as a factor on A: its columns

@@ -1,7 +1,12 @@
-//! The trainer thread: owns all training compute, interleaves its jobs fairly, one micro-step each in turn.
+//! The trainer thread: owns all training compute, interleaves its jobs fairly: in each round, one micro-step of each. Jobs may
+//! do theirs in one pass (`shared`).
 //!
 //! It takes work and gives reports, nothing else: queueing, storing and publishing are the supervisor's. A panic in a job
 //! ends that job only.
+
+mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::{
     io,
@@ -23,7 +28,8 @@ use crate::{
     pacing::Pacer,
     train::{
         control::{Ask, Control},
-        run::{Advance, Failed, Outcome, RunInput, Saved, Trained, Work},
+        metrics::SharedPasses,
+        run::{Advance, Failed, Outcome, Run, RunInput, Saved, Trained, Work},
     },
 };
 
@@ -66,17 +72,18 @@ pub(crate) enum End {
     Paused(Option<Saved>),
 }
 
-/// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more.
+/// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more. At most
+/// `share` jobs are in one pass.
 ///
 /// # Errors
 /// The operating system's, if it gives no thread.
 pub(crate) fn spawn(
-    base: Arc<Base>,
-    pacer: Arc<Pacer>,
+    (base, pacer): (Arc<Base>, Arc<Pacer>),
+    share: usize,
     starts: Receiver<Start>,
     reports: Sender<Report>,
 ) -> io::Result<JoinHandle<()>> {
-    let worker = Worker { base, pacer, starts, reports, active: Vec::new() };
+    let worker = Worker::new((base, pacer), share, starts, reports);
     std::thread::Builder::new().name("trainer".into()).stack_size(STACK).spawn(move || worker.run())
 }
 
@@ -84,6 +91,20 @@ struct Active {
     id: String,
     control: Arc<Control>,
     stage: Stage,
+    /// Whether it had its turn in this round.
+    had: bool,
+    /// Whether it shares no passes any more.
+    apart: bool,
+}
+
+impl Active {
+    fn run(&self) -> Option<&Run> {
+        if let Stage::Run(work) = &self.stage { work.run() } else { None }
+    }
+
+    fn run_mut(&mut self) -> Option<&mut Run> {
+        if let Stage::Run(work) = &mut self.stage { work.run_mut() } else { None }
+    }
 }
 
 enum Stage {
@@ -102,9 +123,21 @@ struct Worker {
     // blocking sends cannot deadlock: the supervisor never waits for this thread
     reports: Sender<Report>,
     active: Vec<Active>,
+    /// Most jobs of a pass.
+    share: usize,
+    passes: SharedPasses,
 }
 
 impl Worker {
+    fn new(
+        (base, pacer): (Arc<Base>, Arc<Pacer>),
+        share: usize,
+        starts: Receiver<Start>,
+        reports: Sender<Report>,
+    ) -> Self {
+        Self { base, pacer, starts, reports, active: Vec::new(), share, passes: SharedPasses::new() }
+    }
+
     fn run(mut self) {
         loop {
             if self.active.is_empty() {
@@ -117,24 +150,37 @@ impl Worker {
             while let Ok(start) = self.starts.try_recv() {
                 self.begin(start);
             }
-            let mut at = 0;
-            while at < self.active.len() {
-                match self.turn(at) {
-                    Turn::Again => at += 1,
-                    Turn::Over(end) => {
-                        // its memory is free before anyone hears of its end and starts another
-                        let id = self.active.remove(at).id;
-                        if !self.end(id, end) {
-                            return;
-                        }
-                    }
-                    Turn::Deaf => return,
-                }
+            if !self.round() {
+                return;
             }
             if !self.active.is_empty() && self.active.iter().all(|a| matches!(a.stage, Stage::Setup(_))) {
                 std::thread::sleep(REST);
             }
         }
+    }
+
+    /// A micro-step of every job; false if nobody listens.
+    fn round(&mut self) -> bool {
+        self.active.iter_mut().for_each(|job| job.had = false);
+        while let Some(at) = self.active.iter().position(|job| !job.had) {
+            let jobs = self.company(at);
+            let turns = if jobs.len() > 1 { self.turn_together(&jobs) } else { vec![self.turn(at)] };
+            // from the last, so that places stay right
+            for (at, turn) in jobs.into_iter().zip(turns).rev() {
+                match turn {
+                    Turn::Again => self.active[at].had = true,
+                    Turn::Over(end) => {
+                        // its memory is free before anyone hears of its end and starts another
+                        let id = self.active.remove(at).id;
+                        if !self.end(id, end) {
+                            return false;
+                        }
+                    }
+                    Turn::Deaf => return false,
+                }
+            }
+        }
+        true
     }
 
     fn begin(&mut self, start: Start) {
@@ -145,7 +191,7 @@ impl Worker {
         let new = move || set_up(base, pacer, (input, from), slot);
         let stage = if apart { set_up_apart(new) } else { new().map(Stage::Run) };
         match stage {
-            Ok(stage) => self.active.push(Active { id, control, stage }),
+            Ok(stage) => self.active.push(Active { id, control, stage, had: false, apart: false }),
             Err(message) => {
                 self.end(id, End::Failed(internal(message)));
             }
@@ -154,7 +200,7 @@ impl Worker {
 
     /// One micro-step of one job.
     fn turn(&mut self, at: usize) -> Turn {
-        let Active { id, control, stage } = &mut self.active[at];
+        let Active { id, control, stage, .. } = &mut self.active[at];
         let run = match stage {
             Stage::Run(run) => run,
             // also if it is cancelled: the thread ends by itself, and until then has the run's memory
@@ -182,14 +228,16 @@ impl Worker {
             }
         }
         self.pacer.yield_now();
-        let step = run.step() + 1;
-        let (events, outcome) = match catch_unwind(AssertUnwindSafe(|| run.advance())) {
-            Ok(Advance::More(events)) => (events, None),
-            Ok(Advance::Done(events, outcome)) => (events, Some(*outcome)),
-            Err(panic) => {
-                let failed = internal(format!("step {step}: {}", panic_text(panic.as_ref())));
-                (Vec::new(), Some(Outcome::Failed(failed)))
-            }
+        let came = guarded(run.step() + 1, || run.advance());
+        self.told(at, came)
+    }
+
+    /// Tells what a micro-step of a job came to, and keeps a checkpoint where one is due.
+    fn told(&mut self, at: usize, came: Advance) -> Turn {
+        let Active { id, control, stage: Stage::Run(run), .. } = &mut self.active[at] else { return Turn::Again };
+        let (events, outcome) = match came {
+            Advance::More(events) => (events, None),
+            Advance::Done(events, outcome) => (events, Some(*outcome)),
         };
         for event in events {
             if self.reports.blocking_send(Report::Event(id.clone(), Box::new(event))).is_err() {
@@ -202,9 +250,9 @@ impl Worker {
                 Ok(None) => None,
                 Ok(Some(saved)) => {
                     control.set_saving(true);
-                    Some(Report::Saved(id, Box::new(saved)))
+                    Some(Report::Saved(id.clone(), Box::new(saved)))
                 }
-                Err(e) => Some(Report::Event(id, Box::new(lost(run.step(), &e)))),
+                Err(e) => Some(Report::Event(id.clone(), Box::new(lost(run.step(), &e)))),
             };
             if report.is_some_and(|report| self.reports.blocking_send(report).is_err()) {
                 return Turn::Deaf;
@@ -266,6 +314,14 @@ fn leave(run: &Work) -> (End, Option<JobEventBody>) {
 fn lost(step: u32, why: &str) -> JobEventBody {
     let message = format!("no checkpoint after step {step}: {why}");
     JobEventBody::Warning(NoteEvent { code: "CHECKPOINT_LOST".into(), message })
+}
+
+/// A micro-step, whose panic is the failure of the job.
+fn guarded(step: u32, advance: impl FnOnce() -> Advance) -> Advance {
+    catch_unwind(AssertUnwindSafe(advance)).unwrap_or_else(|panic| {
+        let failed = internal(format!("step {step}: {}", panic_text(panic.as_ref())));
+        Advance::Done(Vec::new(), Box::new(Outcome::Failed(failed)))
+    })
 }
 
 enum Turn {

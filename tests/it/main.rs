@@ -27,6 +27,7 @@ mod preference;
 mod quantized;
 mod restart;
 mod seq2seq;
+mod sharing;
 mod study;
 mod support;
 mod sweep;

@@ -1,6 +1,8 @@
 //! How a run goes on and how it ends.
 
-use super::Runner;
+use candle_core::Result;
+
+use super::{Run, Runner, code_of};
 use crate::{
     admission::train_params::{EvalEvent, JobEventBody, MixEvent},
     delta::Delta,
@@ -66,4 +68,23 @@ pub struct Failed {
     pub message: String,
     /// The last good checkpoint of a delta: its step and safetensors bytes.
     pub checkpoint: Option<(u32, Vec<u8>)>,
+}
+
+impl Run {
+    /// What a micro-step that came to this is to whoever advances the run.
+    pub(super) fn came_to(&self, came: Result<Option<Outcome>>, mut events: RunEvents) -> Advance {
+        match came {
+            Ok(None) => Advance::More(events),
+            Ok(Some(mut outcome)) => {
+                if let Outcome::Trained(trained) = &mut outcome {
+                    events.extend(trained.mix.take().map(JobEventBody::Mix));
+                }
+                Advance::Done(events, Box::new(outcome))
+            }
+            Err(e) => {
+                let failed = self.fail(code_of(&e), format!("step {}: {e}", self.step + 1));
+                Advance::Done(events, Box::new(failed))
+            }
+        }
+    }
 }

@@ -105,7 +105,7 @@ impl Run {
     }
 
     /// Whether it has done its last step.
-    fn is_through(&self) -> bool {
+    pub(super) fn is_through(&self) -> bool {
         self.stopped || self.step >= self.input.resolved.total_steps
     }
 }

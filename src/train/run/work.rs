@@ -77,6 +77,16 @@ impl Work {
         }
     }
 
+    /// The run, if it is one.
+    pub(in crate::train) fn run(&self) -> Option<&Run> {
+        if let Self::One(run) = self { Some(run) } else { None }
+    }
+
+    /// As [`Self::run`].
+    pub(in crate::train) fn run_mut(&mut self) -> Option<&mut Run> {
+        if let Self::One(run) = self { Some(run) } else { None }
+    }
+
     /// Whether every weight of a private copy is trained.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::One(run) if run.trainable().is_full())

@@ -1,7 +1,7 @@
 //! A sweep as bytes: a frame around the bytes of every candidate's run.
 //!
-//! `deltaserve.sweep`, the length of the header (8 bytes, little-endian), the header in JSON, and the candidates' bytes one after
-//! the other: of one that trains, [`Run::to_bytes`]; of one that dropped out, the weights that it kept, if any.
+//! `deltaserve.sweep`, the length of the header (8 bytes, little-endian), the header in JSON (spaces may follow it: its place is
+//! kept before all lengths in it are known), and the candidates' bytes one after the other: of one that trains, [`Run::to_bytes`]; of one that dropped out, the weights that it kept, if any.
 
 use std::sync::Arc;
 
@@ -122,29 +122,56 @@ impl Sweep {
     /// # Errors
     /// As [`Run::to_bytes`].
     pub fn to_bytes(&self) -> Result<Option<Vec<u8>>> {
-        let (mut candidates, mut frames) = (Vec::new(), Vec::new());
-        for member in &self.members {
-            let (state, bytes) = match &member.state {
-                State::Live(run) => match run.to_bytes()? {
-                    Some(bytes) => (Kept::Live, bytes),
-                    None => return Ok(None),
-                },
-                State::Lost => (Kept::Lost, Vec::new()),
-                State::Out(out) => {
-                    let Failed { code, message, checkpoint } = &out.failed;
-                    let kept = Kept::Out {
-                        code: (*code).to_owned(),
-                        message: message.clone(),
-                        step: out.step,
-                        best: out.best.clone().map(Box::new),
-                        checkpoint: checkpoint.as_ref().map(|(step, _)| *step),
-                    };
-                    (kept, checkpoint.as_ref().map(|(_, bytes)| bytes.clone()).unwrap_or_default())
+        let mut header = self.header()?;
+        let room = serde_json::to_vec(&header).map_err(Error::wrap)?.len();
+        let mut out = Vec::with_capacity(MAGIC.len() + 8 + room);
+        out.extend_from_slice(MAGIC);
+        out.extend_from_slice(&(room as u64).to_le_bytes());
+        let at = out.len()..out.len() + room;
+        out.resize(at.end, b' ');
+        // one candidate's bytes at a time are there beside the whole
+        let left = (1..=self.members.len()).rev();
+        for ((member, frame), left) in self.members.iter().zip(&mut header.candidates).zip(left) {
+            let before = out.len();
+            match &member.state {
+                State::Live(run) => {
+                    let Some(bytes) = run.to_bytes()? else { return Ok(None) };
+                    // those that follow are of like size
+                    out.reserve(bytes.len() * left);
+                    out.extend_from_slice(&bytes);
                 }
-            };
-            candidates.push(Frame { bytes: bytes.len() as u64, state, worst: member.worst.clone() });
-            frames.push(bytes);
+                State::Lost => {}
+                State::Out(out_of_it) => {
+                    out_of_it.failed.checkpoint.iter().for_each(|(_, bytes)| out.extend_from_slice(bytes));
+                }
+            }
+            frame.bytes = (out.len() - before) as u64;
         }
+        let header = serde_json::to_vec(&header).map_err(Error::wrap)?;
+        match out.get_mut(at).and_then(|place| place.get_mut(..header.len())) {
+            Some(place) => place.copy_from_slice(&header),
+            None => candle_core::bail!("a header of {} bytes in the place of {room}", header.len()),
+        }
+        Ok(Some(out))
+    }
+
+    /// What is said of the candidates; their lengths, which are not known yet, are the largest.
+    fn header(&self) -> Result<Header> {
+        let candidates = self.members.iter().map(|member| {
+            let state = match &member.state {
+                State::Live(_) => Kept::Live,
+                State::Lost => Kept::Lost,
+                State::Out(out) => Kept::Out {
+                    code: out.failed.code.to_owned(),
+                    message: out.failed.message.clone(),
+                    step: out.step,
+                    best: out.best.clone().map(Box::new),
+                    checkpoint: out.failed.checkpoint.as_ref().map(|(step, _)| *step),
+                },
+            };
+            Frame { bytes: u64::MAX, state, worst: member.worst.clone() }
+        });
+        let candidates = candidates.collect();
         let of = match self.identity.get() {
             Some(identity) => identity.clone(),
             None => {
@@ -152,14 +179,7 @@ impl Sweep {
                 self.identity.get_or_init(|| identity).clone()
             }
         };
-        let header = Header { form: FORM, of, step: self.step, winner: self.winner, candidates };
-        let header = serde_json::to_vec(&header).map_err(Error::wrap)?;
-        let mut out = Vec::with_capacity(MAGIC.len() + 8 + header.len() + frames.iter().map(Vec::len).sum::<usize>());
-        out.extend_from_slice(MAGIC);
-        out.extend_from_slice(&(header.len() as u64).to_le_bytes());
-        out.extend_from_slice(&header);
-        frames.iter().for_each(|bytes| out.extend_from_slice(bytes));
-        Ok(Some(out))
+        Ok(Header { form: FORM, of, step: self.step, winner: self.winner, candidates })
     }
 
     /// Goes on from [`Self::to_bytes`], given the same input on the same base.

@@ -1,10 +1,6 @@
 //! A training micro-step of all candidates in one forward and one backward pass.
 
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use candle_core::{Error, Result};
 
@@ -14,10 +10,14 @@ use crate::{
     train::{
         batches::micro_batches,
         encode::Encoded,
-        gradients::{self, Gradients},
+        gradients::Gradients,
         plan::MICRO_TOKENS_OF_DELTA,
-        run::{Outcome, Phase, telling::METRICS_EVERY},
-        together,
+        run::{
+            Outcome, Phase,
+            shared::{Clock, Took},
+            telling::METRICS_EVERY,
+        },
+        together::{self, Member},
     },
 };
 
@@ -37,13 +37,6 @@ struct Group {
     deltas: Vec<(usize, Arc<Delta>)>,
     /// Pieces of the micro-batch that are to go, small enough for all of them together.
     todo: VecDeque<Vec<usize>>,
-}
-
-/// What a piece took of each candidate.
-#[derive(Clone, Copy)]
-struct Took {
-    busy: Duration,
-    yielded: Duration,
 }
 
 impl Sweep {
@@ -74,21 +67,24 @@ impl Sweep {
         Ok(())
     }
 
-    /// Loss and gradients of a piece for each of these candidates, and the time that it took of each.
+    /// Loss and gradients of a piece for each of these candidates, and what it took of each.
     fn share(&self, deltas: &[(usize, Arc<Delta>)], piece: &[usize]) -> Result<(Vec<(f64, Gradients)>, Took)> {
-        let (start, before) = (Instant::now(), self.pacer.as_ref().map(|p| p.yielded()));
+        let clock = Clock::start(self.pacer.as_ref());
         let examples: Vec<&Encoded> = piece.iter().map(|i| &self.input.train[*i]).collect();
-        let runs: Vec<(&Arc<Delta>, &Run)> =
-            deltas.iter().filter_map(|(i, delta)| Some((delta, self.members[*i].run()?))).collect();
-        let together: Vec<together::Member<'_>> =
-            runs.iter().map(|(delta, run)| (Arc::clone(delta), run.trainable.vars())).collect();
-        let weight = runs.first().map_or(1.0, |(_, run)| run.step_weight());
-        let smoothing = self.input.resolved.label_smoothing;
-        let found = together::gradients(&self.base, &together, &examples, (smoothing, weight), self.pacer.as_ref())?;
-        let each = u32::try_from(found.len().max(1)).unwrap_or(u32::MAX);
-        let yielded = self.pacer.as_ref().zip(before).map(|(p, before)| p.yielded().saturating_sub(before));
-        let took = Took { busy: start.elapsed() / each, yielded: yielded.unwrap_or_default() / each };
-        Ok((found, took))
+        let member = |(i, delta): &(usize, Arc<Delta>)| {
+            let run = self.members[*i].run()?;
+            Some(Member {
+                delta: Arc::clone(delta),
+                vars: run.trainable.vars(),
+                examples: &examples,
+                smoothing: run.input.resolved.label_smoothing,
+                weight: run.step_weight(),
+            })
+        };
+        let members: Vec<Member<'_>> = deltas.iter().filter_map(member).collect();
+        let found = together::gradients(&self.base, &members, self.pacer.as_ref())?;
+        let each = 1.0 / found.len().max(1) as f64;
+        Ok((found, clock.took(each)))
     }
 
     /// The end of a micro-batch, with the optimizers' steps if it was the step's last.
@@ -157,38 +153,6 @@ impl Run {
         };
         let batch = batch.ok_or_else(|| Error::msg("no examples to train on"))?;
         Ok((batch, self.trainable.delta(&mut self.dropout)?))
-    }
-
-    /// What divides the losses of its step.
-    fn step_weight(&self) -> f64 {
-        if let Phase::Train(step) = &self.phase { step.weight } else { 1.0 }
-    }
-
-    /// Adds a piece's share of the loss and the gradients, as [`Run::forward_backward`] does.
-    fn take_share(&mut self, (loss, found): (f64, Gradients), took: Took) -> Result<Option<Outcome>> {
-        let Phase::Train(step) = &mut self.phase else { return Ok(None) };
-        step.loss += loss;
-        step.busy += took.busy;
-        step.yielded += took.yielded;
-        if !loss.is_finite() {
-            let message = format!("the loss of step {} is {loss}", self.step + 1);
-            return Ok(Some(self.fail("NON_FINITE_LOSS", message)));
-        }
-        for (sum, grad) in step.grads.iter_mut().zip(found) {
-            gradients::add(sum, grad)?;
-        }
-        Ok(None)
-    }
-
-    /// The optimizer's step, if that was the step's last micro-batch.
-    fn end_micro(&mut self, events: &mut RunEvents) -> Result<Option<Outcome>> {
-        match &mut self.phase {
-            Phase::Train(step) if step.todo.is_empty() => {
-                let step = std::mem::take(step);
-                self.finish_step(step, events)
-            }
-            _ => Ok(None),
-        }
     }
 }
 

@@ -1,0 +1,23 @@
+//! Limits of the trainer.
+
+/// How many jobs there may be, and how they train beside each other.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainerConfig {
+    /// Jobs that train at the same time, taking turns.
+    pub max_concurrent_jobs: usize,
+    /// Jobs that may wait or run, those included that are being published.
+    pub max_jobs: usize,
+    /// Waiting and running jobs of one tenant.
+    pub max_jobs_per_tenant: usize,
+    /// Paused jobs of one tenant.
+    pub max_paused_per_tenant: usize,
+    /// Jobs whose small pieces may be trained in one pass on the base; 1 = each by itself, and so the same bits in any
+    /// company.
+    pub share: usize,
+}
+
+impl Default for TrainerConfig {
+    fn default() -> Self {
+        Self { max_concurrent_jobs: 4, max_jobs: 64, max_jobs_per_tenant: 16, max_paused_per_tenant: 64, share: 1 }
+    }
+}
