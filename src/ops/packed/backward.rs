@@ -153,7 +153,7 @@ impl<W: Panels> Backward<'_, W> {
             for (turned, sums) in turned.chunks_exact(PANEL * step).zip(sums.chunks_exact_mut(DEPTH * step)) {
                 for at in (0..step).step_by(part) {
                     let mut blocks = w.chunks_exact(R * PANEL);
-                    let mut outs = sums.chunks_exact_mut(R * step);
+                    let mut outs = sums[..depth * step].chunks_exact_mut(R * step);
                     for (block, out) in (&mut blocks).zip(&mut outs) {
                         if let Some(ahead) = ahead {
                             for l in line..line + lines {

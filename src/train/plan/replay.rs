@@ -94,8 +94,12 @@ mod tests {
         let wanted = holds(Task::CausalLm, Some(0.5));
         let alone = plan(&wanted, TEXTS, None).unwrap();
         assert!(alone.replay.is_empty() && alone.reply.resolved.replay_examples == 0);
-        let long = format!("{TEXTS}{{\"text\": \"{}\"}}\n", "long ".repeat(60));
-        let with = plan(&wanted, TEXTS, Some(&long)).unwrap();
+        // plain texts go in pieces, as the job's own do
+        let long = "long ".repeat(60);
+        let pieces = plan(&wanted, TEXTS, Some(&format!("{TEXTS}{{\"text\": \"{long}\"}}\n"))).unwrap();
+        assert!(pieces.replay.len() > 3 && pieces.reply.resolved.replay_examples as usize == pieces.replay.len());
+        let row = |text: &str| format!("{{\"prompt\": \"p\", \"completion\": \" {text}\"}}\n");
+        let with = plan(&wanted, TEXTS, Some(&(row("short") + &row("words") + &row(&long)))).unwrap();
         assert_eq!((with.replay.len(), with.reply.resolved.replay_examples), (3, 3));
         assert!((40..=64).contains(&with.replay[2].tokens.len()), "{:?}", with.replay[2]);
         let told = |w: &Violation| w.field.starts_with("replay line 3") && w.code == "TOO_LONG";
