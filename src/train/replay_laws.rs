@@ -105,16 +105,17 @@ fn a_step_s_loss_is_that_of_its_examples_and_the_mean_divergence_on_its_texts() 
                 assert!(matches!(run.advance(), Advance::More(_)));
             }
             let delta = Arc::new(run.trainable().detached().unwrap());
+            // now, since the delta shares the variables, which the second step changes
+            let texts: Vec<&Encoded> = replay.iter().collect();
+            let apart = mean(plain(&base, &delta, &sequences(&texts)).into_iter());
+            let own: Vec<&Encoded> = train.iter().collect();
+            let own = mean(flat(&losses(&base, delta, &own, None).unwrap().each).into_iter().map(f64::from));
             let mut told = None;
             while run.step() < 2 {
                 let Advance::More(events) = run.advance() else { panic!("it ends early") };
                 let kl = |e: &JobEventBody| if let JobEventBody::Metrics(m) = e { m.kl } else { None };
                 told = events.iter().find_map(kl).or(told);
             }
-            let texts: Vec<&Encoded> = replay.iter().collect();
-            let apart = mean(plain(&base, &delta, &sequences(&texts)).into_iter());
-            let own: Vec<&Encoded> = train.iter().collect();
-            let own = mean(flat(&losses(&base, delta, &own, None).unwrap().each).into_iter().map(f64::from));
             let told = told.expect("the divergence is told");
             assert!(apart > 1e-2 && (KL * told - apart).abs() < 1e-3 * (1.0 + apart), "{family}: {told} {apart}");
             let loss = run.last_loss();

@@ -110,11 +110,11 @@ fn tile<S: Simd, const R: usize, const V: usize>(
             }
         }
     }
-    for r in 0..R {
+    for (r, acc) in acc.iter().enumerate() {
         let from = (row + r) * w + column;
         let (c, _) = S::as_mut_simd_f32s(&mut c[from..from + V * S::F32_LANES]);
-        for v in 0..V {
-            c[v] = if grows { simd.add_f32s(c[v], acc[r][v]) } else { acc[r][v] };
+        for (c, sum) in c.iter_mut().zip(acc) {
+            *c = if grows { simd.add_f32s(*c, *sum) } else { *sum };
         }
     }
 }

@@ -217,8 +217,8 @@ impl OuterSums<'_> {
             for row in 0..self.x.len() {
                 let low = &self.low[row * self.stride + self.ranks.start + rank..];
                 for (i, x) in self.x.row(row)[column..].iter().enumerate() {
-                    for c in 0..C {
-                        self.out[(rank + c) * n + column + i] += low[c] * x;
+                    for (c, low) in low.iter().enumerate().take(C) {
+                        self.out[(rank + c) * n + column + i] += low * x;
                     }
                 }
             }
