@@ -48,11 +48,22 @@ impl HeadNll {
         let mut at = 0;
         while at < rows {
             let n = per.min(rows - at);
+            if let Some(targets) = self.targets.as_ref().filter(|_| self.is_plain(h)) {
+                let (loss, grad) = self.plain_chunk(h, (at, n), &targets[at..at + n])?;
+                nll.extend(loss);
+                grads.extend(grad);
+                at += n;
+                continue;
+            }
             let logits = self.weight.product(&h.narrow(0, at, n)?)?; // [n, vocab]
             let (logits, slope) = capped(logits, self.cap)?;
             let (mut loss, mut probs) = match self.targets.as_ref().map(|targets| &targets[at..at + n]) {
                 None => (vec![0.0; n], None),
-                Some(targets) if is_cpu_f32(&logits) => chunk_cpu(&logits, targets, self.smoothing, self.tracked)?,
+                Some(targets) if is_cpu_f32(&logits) => {
+                    let data = super::with_f32(&logits, |l| Ok(l.to_vec()))?;
+                    let (nll, probs) = chunk_cpu(data, vocab, targets, self.smoothing, self.tracked);
+                    (nll, probs.map(|p| Tensor::from_vec(p, (n, vocab), &Device::Cpu)).transpose()?)
+                }
                 Some(targets) => chunk_reference(&logits, targets, self.smoothing, self.tracked)?,
             };
             if let Some((reference, weight)) = &self.against {
@@ -87,6 +98,22 @@ impl HeadNll {
     }
 }
 
+impl HeadNll {
+    /// Whether nothing but the softmax stands between the head's kernels.
+    fn is_plain(&self, h: &Tensor) -> bool {
+        self.cap.is_none() && self.against.is_none() && self.weight.has_kernels() && is_cpu_f32(h)
+    }
+
+    /// Losses of some rows of `h` `[rows, hidden]` and, if wanted, `(softmax - onehot) W`: the logits are never copied.
+    fn plain_chunk(&self, h: &Tensor, (at, n): (usize, usize), targets: &[u32]) -> Result<(Vec<f32>, Option<Tensor>)> {
+        let (hidden, vocab) = (self.weight.in_dim(), self.weight.out_dim());
+        let logits = super::with_f32(h, |h| self.weight.kernel_product(&h[at * hidden..(at + n) * hidden], None, n))?;
+        let (loss, probs) = chunk_cpu(logits, vocab, targets, self.smoothing, self.tracked);
+        let grad = probs.map(|p| self.weight.kernel_product_t(&p, n)).transpose()?;
+        Ok((loss, grad.map(|g| Tensor::from_vec(g, (n, hidden), &Device::Cpu)).transpose()?))
+    }
+}
+
 /// Squeezed logits and the squeeze's derivative.
 pub(super) fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option<Tensor>)> {
     let Some(cap) = cap.map(f64::from) else { return Ok((logits, None)) };
@@ -95,10 +122,15 @@ pub(super) fn capped(logits: Tensor, cap: Option<f32>) -> Result<(Tensor, Option
     Ok(((t * cap)?, Some(slope)))
 }
 
-/// Losses of a chunk, and `softmax - (1 - s) onehot - s / vocab` in the logits' place if wanted.
-fn chunk_cpu(logits: &Tensor, targets: &[u32], smoothing: f32, grad: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
-    let (rows, vocab) = logits.dims2()?;
-    let mut data = super::with_f32(logits, |l| Ok(l.to_vec()))?;
+/// Losses of a chunk of logits `[rows, vocab]`, and `softmax - (1 - s) onehot - s / vocab` in their place if wanted.
+fn chunk_cpu(
+    mut data: Vec<f32>,
+    vocab: usize,
+    targets: &[u32],
+    smoothing: f32,
+    grad: bool,
+) -> (Vec<f32>, Option<Vec<f32>>) {
+    let rows = data.len() / vocab.max(1);
     let (sharp, shared_out) = (1.0 - smoothing, smoothing / vocab as f32);
     let mut nll = vec![0f32; rows];
     let parts = data.chunks_mut(vocab).zip(targets).zip(&mut nll).collect();
@@ -132,8 +164,7 @@ fn chunk_cpu(logits: &Tensor, targets: &[u32], smoothing: f32, grad: bool) -> Re
             },
         );
     });
-    let probs = if grad { Some(Tensor::from_vec(data, (rows, vocab), &Device::Cpu)?) } else { None };
-    Ok((nll, probs))
+    (nll, grad.then_some(data))
 }
 
 fn mean(row: &[f32]) -> f32 {
@@ -317,9 +348,11 @@ mod tests {
             assert!(diff(&smoothed_nll(&logp, &idx, smoothing).unwrap(), &slow) < 1e-5);
             let values = logits.detach();
             let (losses, grads) = chunk_reference(&values, &targets, smoothing as f32, true).unwrap();
-            let (kernel, kernel_grads) = chunk_cpu(&values, &targets, smoothing as f32, true).unwrap();
+            let data = values.flatten_all().unwrap().to_vec1().unwrap();
+            let (kernel, kernel_grads) = chunk_cpu(data, 37, &targets, smoothing as f32, true);
             assert!(losses.iter().zip(&kernel).all(|(a, b)| (a - b).abs() < 1e-5));
-            assert!(diff(&grads.unwrap(), &kernel_grads.unwrap()) < 1e-5);
+            let kernel_grads = Tensor::from_vec(kernel_grads.unwrap(), (9, 37), &dev).unwrap();
+            assert!(diff(&grads.unwrap(), &kernel_grads) < 1e-5);
             let grad = |y: Tensor| {
                 let store = (y * &scale).unwrap().sum_all().unwrap().backward().unwrap();
                 store.get(&h).unwrap().clone()

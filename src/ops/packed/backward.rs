@@ -1,6 +1,6 @@
 //! The gradient of the product's input.
 
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, ops::Range};
 
 use pulp::{Arch, Simd, WithSimd};
 
@@ -13,6 +13,8 @@ use crate::ops::{
 
 /// Rows whose sums over a block of the weight's rows are kept at a time: with the block they stay in the second level.
 const ROWS: usize = 5 * PANEL;
+/// Panels whose columns of the gradient are turned at a time: with all rows they stay in the third level.
+const AT_ONCE: usize = 64;
 
 /// `g [m, n] W^T` -> `[m, k]`: the gradient of the input of [`super::product`].
 #[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
@@ -21,21 +23,29 @@ pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, u
     let mut data = Vec::with_capacity(m * k);
     let all = &mut data.spare_capacity_mut()[..m * k];
     let parallel = threads() > 1 && m * k * n >= WORTH_A_THREAD;
-    let size = m.div_ceil(m.div_ceil(ROWS).max(1)).next_multiple_of(LINE);
+    // whole strips, but for the last
+    let size = m.div_ceil(m.div_ceil(ROWS).max(1));
+    let size = size.next_multiple_of(if size > PANEL { PANEL } else { LINE });
     for (g, out) in g.chunks((size * n).max(1)).zip(all.chunks_mut((size * k).max(1))) {
         let rows = out.len() / k;
-        let turned = Turned::of(g, rows, n, parallel);
+        let step = rows.next_multiple_of(LINE).min(PANEL);
         // a block of the weight's rows is one of the output's columns
-        let mut parts: Vec<Vec<&mut [MaybeUninit<f32>]>> =
-            (0..k.div_ceil(DEPTH)).map(|_| Vec::with_capacity(rows)).collect();
+        let part = |_| Part { out: Vec::with_capacity(rows), sums: vec![0f32; rows.div_ceil(step) * DEPTH * step] };
+        let mut parts: Vec<Part<'_>> = (0..k.div_ceil(DEPTH)).map(part).collect();
         for row in out.chunks_exact_mut(k) {
-            parts.iter_mut().zip(row.chunks_mut(DEPTH)).for_each(|(part, columns)| part.push(columns));
+            parts.iter_mut().zip(row.chunks_mut(DEPTH)).for_each(|(part, columns)| part.out.push(columns));
         }
-        let run = |(block, out)| Arch::new().dispatch(Backward { turned: &turned, w, k, block, out });
-        if parallel {
-            each(parts.into_iter().enumerate().collect(), run);
-        } else {
-            parts.into_iter().enumerate().for_each(run);
+        let panels = n.div_ceil(PANEL);
+        for first in (0..panels).step_by(AT_ONCE) {
+            let own = first..panels.min(first + AT_ONCE);
+            let last = own.end == panels;
+            let turned = Turned::of(g, (rows, n), step, own, parallel);
+            let run = |(block, part)| Arch::new().dispatch(Backward { turned: &turned, w, k, block, part, last });
+            if parallel {
+                each(parts.iter_mut().enumerate().collect(), run);
+            } else {
+                parts.iter_mut().enumerate().for_each(run);
+            }
         }
     }
     // SAFETY: blocks cover all columns, and `Backward` writes its own of every row
@@ -43,21 +53,30 @@ pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, u
     data
 }
 
-/// Rows of a gradient, turned: `[panels, strips, PANEL columns, rows of a strip]`, padded with zeros.
+/// Some columns of the output.
+struct Part<'a> {
+    /// Of each row.
+    out: Vec<&'a mut [MaybeUninit<f32>]>,
+    /// `[strips, DEPTH, rows of a strip]`.
+    sums: Vec<f32>,
+}
+
+/// Rows of a gradient in the columns of some panels, turned: `[panels, strips, PANEL columns, rows of a strip]`, padded with
+/// zeros.
 struct Turned {
     data: Vec<f32>,
     /// Rows of a strip: one, two or three vectors of 512 bits.
     step: usize,
     strips: usize,
-    panels: usize,
+    panels: Range<usize>,
 }
 
 impl Turned {
-    fn of(g: &[f32], rows: usize, n: usize, parallel: bool) -> Self {
-        let step = rows.next_multiple_of(LINE).min(PANEL);
-        let (strips, panels) = (rows.div_ceil(step), n.div_ceil(PANEL));
-        let mut data = vec![0f32; panels * strips * PANEL * step];
-        let run = |(panel, out): (usize, &mut [f32])| {
+    fn of(g: &[f32], (rows, n): (usize, usize), step: usize, panels: Range<usize>, parallel: bool) -> Self {
+        let strips = rows.div_ceil(step);
+        let mut data = vec![0f32; panels.len() * strips * PANEL * step];
+        let run = |(i, out): (usize, &mut [f32])| {
+            let panel = panels.start + i;
             vectorized(
                 #[inline(always)]
                 || {
@@ -106,17 +125,18 @@ fn turn(g: &[f32], n: usize, (rows, columns): (usize, usize), out: &mut [f32], s
     }
 }
 
-/// A block of the weight's rows, `[DEPTH, n]`, with all rows of the gradient.
-struct Backward<'a, W> {
+/// A block of the weight's rows in some panels, with all rows of the gradient.
+struct Backward<'a, 'p, W> {
     turned: &'a Turned,
     w: W,
     k: usize,
     block: usize,
-    /// The block's columns of each row; all of them are written.
-    out: Vec<&'a mut [MaybeUninit<f32>]>,
+    part: &'a mut Part<'p>,
+    /// Whether no panels come behind these, so that the output is written: all of the part's.
+    last: bool,
 }
 
-impl<W: Panels> WithSimd for Backward<'_, W> {
+impl<W: Panels> WithSimd for Backward<'_, '_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -131,22 +151,22 @@ impl<W: Panels> WithSimd for Backward<'_, W> {
     }
 }
 
-impl<W: Panels> Backward<'_, W> {
+impl<W: Panels> Backward<'_, '_, W> {
     /// Panel by panel, `sums [DEPTH, rows]` grow by the block times its columns of the gradient: the weight is read once,
     /// and no vector is summed up across.
     #[inline(always)]
-    fn run<S: Simd, const R: usize, const V: usize>(mut self, simd: S) {
+    fn run<S: Simd, const R: usize, const V: usize>(self, simd: S) {
         let Turned { data, step, strips, panels } = self.turned;
         let (step, strips) = (*step, *strips);
+        let Part { out, sums } = self.part;
         let from = self.block * DEPTH;
         let depth = DEPTH.min(self.k - from);
-        let mut sums = vec![0f32; strips * DEPTH * step]; // [strips, DEPTH, step]
         let mut scratch = scratch::<W>();
         let part = V * S::F32_LANES; // rows of a tile, some or all of a strip's
-        for panel in 0..*panels {
+        for (i, panel) in panels.clone().enumerate() {
             let (w, _) = self.w.block(self.k, panel, from..from + depth, &mut scratch);
             let ahead = W::AS_THEY_LIE.then(|| self.k * PANEL); // to the next panel's block
-            let turned = &data[panel * strips * PANEL * step..(panel + 1) * strips * PANEL * step];
+            let turned = &data[i * strips * PANEL * step..(i + 1) * strips * PANEL * step];
             // the next panel's block is asked for evenly
             let mut line = 0;
             let lines = (depth * PANEL / LINE).div_ceil(strips * (step / part) * (depth / R).max(1));
@@ -170,9 +190,12 @@ impl<W: Panels> Backward<'_, W> {
                 }
             }
         }
-        let rows = self.out.len();
+        if !self.last {
+            return;
+        }
+        let rows = out.len();
         for (strip, sums) in sums.chunks_exact(DEPTH * step).enumerate() {
-            let outs = &mut self.out[strip * step..rows.min((strip + 1) * step)];
+            let outs = &mut out[strip * step..rows.min((strip + 1) * step)];
             for first in (0..depth).step_by(LINE) {
                 let columns = first..depth.min(first + LINE);
                 for (r, out) in outs.iter_mut().enumerate() {
