@@ -46,9 +46,13 @@ fn load_now(config: &BaseConfig) -> anyhow::Result<BaseParts> {
         QuantizeChoice::Q4K => Quantize::Q4K,
     });
     let options = LoadOptions { device, dtype, quantize };
-    let base = Base::load(&path, &options).with_context(|| format!("load {}", path.display()))?;
+    let mut base = Base::load(&path, &options).with_context(|| format!("load {}", path.display()))?;
     let dir = base.dir.clone();
     let text = Arc::new(text_model(&base)?);
+    if base.gguf.is_some() {
+        let more: Vec<u32> = text.usual_ends().into_iter().filter(|id| !base.arch.eos.contains(id)).collect();
+        base.arch.eos.extend(more);
+    }
     anyhow::ensure!(
         base.arch.vocab >= text.vocab_size() || text.vocab_size() - base.arch.vocab < 1024,
         "the tokenizer has {} tokens, the base's vocabulary {}: they do not belong together",

@@ -3,12 +3,12 @@
 
 mod blocks;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::attention::{AttnPlan, AttnSpan, RelativeBias, Seen};
-use super::{cpu_result, each, f32_slice, math, par_rows, vectorized, with_f32};
+use super::{cpu_result, each, f32_slice, math, par_rows, team, vectorized, with_f32};
 
 struct Attention(Arc<AttnPlan>);
 
@@ -292,19 +292,31 @@ fn forward(plan: &AttnPlan, qkv: Qkv<'_>, rows: usize) -> Vec<f32> {
 /// Runs of queries, `[rows, heads * head_dim]` each: head by head, then put side by side.
 fn in_blocks(plan: &AttnPlan, qkv: Qkv<'_>, runs: Vec<(&AttnSpan, &mut [f32])>) {
     let (width, kv_heads) = (plan.heads * plan.head_dim, plan.kv_heads);
-    let jobs = runs.iter().flat_map(|(span, _)| (0..kv_heads).map(|h| (*span, h)));
-    let mut parts: Vec<Vec<f32>> = vec![Vec::new(); runs.len() * kv_heads];
-    each(jobs.zip(&mut parts).collect(), |((span, h), part)| *part = blocks::forward(plan, span, h, qkv));
+    // where there are fewer heads than threads, their queries are shared out, too
+    let pieces = team::threads().div_ceil((runs.len() * kv_heads).max(1));
+    let mut jobs: Vec<(&AttnSpan, usize, Range<usize>, Vec<f32>)> = Vec::new();
+    for (span, _) in &runs {
+        let size = blocks::share(span, pieces);
+        for first in (0..span.q_len).step_by(size) {
+            jobs.extend((0..kv_heads).map(|h| (*span, h, first..span.q_len.min(first + size), Vec::new())));
+        }
+    }
+    each(jobs.iter_mut().collect(), |(span, h, queries, out): &mut _| {
+        *out = blocks::forward(plan, span, *h, qkv, queries.clone());
+    });
     let own = width / kv_heads;
-    for ((span, out), parts) in runs.into_iter().zip(parts.chunks_exact(kv_heads)) {
-        par_rows(out, width, width, |first, out| {
-            for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                debug_assert!(first + i < span.q_len);
-                for (out, part) in out.chunks_exact_mut(own).zip(parts) {
-                    out.copy_from_slice(&part[(first + i) * own..(first + i + 1) * own]);
+    let mut jobs = jobs.chunks_exact(kv_heads);
+    for (span, out) in runs {
+        let size = blocks::share(span, pieces);
+        for (out, parts) in out.chunks_mut(size * width).zip(&mut jobs) {
+            par_rows(out, width, width, |first, out| {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    for (out, (_, _, _, part)) in out.chunks_exact_mut(own).zip(parts) {
+                        out.copy_from_slice(&part[(first + i) * own..(first + i + 1) * own]);
+                    }
                 }
-            }
-        });
+            });
+        }
     }
 }
 

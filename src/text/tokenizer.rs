@@ -133,6 +133,12 @@ impl TextModel {
         Self::new(tokenizer, Some(&config), None, gguf::SOURCE)
     }
 
+    /// Special tokens that end a turn or a text by the names that they usually have (`<|im_end|>`, `<end_of_turn>`, ...): a GGUF file
+    /// often names only one of its model's.
+    pub fn usual_ends(&self) -> Vec<u32> {
+        gguf::ends(&self.tokenizer)
+    }
+
     fn new(
         mut tokenizer: Tokenizer,
         config: Option<&Value>,

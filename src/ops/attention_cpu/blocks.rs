@@ -3,6 +3,8 @@
 //! Row by row, every score is a sum across a vector and every gradient of a key is read and written once per query; in
 //! blocks of [`QUERIES`] rows, neither is.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::{HeadGrads, Heads, Qkv, Shaping, normalise};
@@ -21,22 +23,36 @@ pub(super) fn takes(span: &AttnSpan) -> bool {
     span.q_len >= WORTH_A_BLOCK && span.pinned == 0
 }
 
-/// What the queries of a key head give: `[q_len, group * head_dim]`.
-pub(super) fn forward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkv: Qkv<'_>) -> Vec<f32> {
-    Arch::new().dispatch(Forward(Head { plan, span, kv_head, qkv }))
+/// What these of a span's queries give with a key head: `[queries, group * head_dim]`.
+pub(super) fn forward(
+    plan: &AttnPlan,
+    span: &AttnSpan,
+    kv_head: usize,
+    qkv: Qkv<'_>,
+    queries: Range<usize>,
+) -> Vec<f32> {
+    Arch::new().dispatch(Forward(Head::new(plan, span, kv_head, qkv, queries)))
+}
+
+/// So many queries of a span to a part, so that `parts` parts have about as much to do.
+pub(super) fn share(span: &AttnSpan, parts: usize) -> usize {
+    span.q_len.div_ceil(parts.max(1)).next_multiple_of(QUERIES)
 }
 
 /// Gradients of a span and key head, as [`super::head_backward`] has them.
 pub(super) fn backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkv: Qkv<'_>, grad: Heads<'_>) -> HeadGrads {
-    Arch::new().dispatch(Backward(Head { plan, span, kv_head, qkv }, grad))
+    Arch::new().dispatch(Backward(Head::new(plan, span, kv_head, qkv, 0..span.q_len), grad))
 }
 
-#[derive(Clone, Copy)]
 struct Head<'a> {
     plan: &'a AttnPlan,
     span: &'a AttnSpan,
     kv_head: usize,
     qkv: Qkv<'a>,
+    /// Those of the span that are computed.
+    queries: Range<usize>,
+    /// Keys that any of them sees; the first is a multiple of [`LINE`].
+    keys: Range<usize>,
 }
 
 struct Forward<'a>(Head<'a>);
@@ -51,13 +67,34 @@ struct Strided<'a> {
     column: usize,
 }
 
-/// `c [m, w] = a [m, k] b [k, w]`, or grows by it; `w` is a multiple of [`LINE`].
+/// Which part of a product is computed: columns of `b` `[k, width]` and `c` `[m, width]`, multiples of [`LINE`].
+#[derive(Clone)]
+struct Columns {
+    range: Range<usize>,
+    width: usize,
+}
+
+impl Columns {
+    fn all(width: usize) -> Self {
+        Self { range: 0..width, width }
+    }
+}
+
+/// `c [m, width] = a [m, k] b [k, width]`, or grows by it, in these columns.
 #[inline(always)]
-fn product<S: Simd>(simd: S, (m, w, k): (usize, usize, usize), a: Strided<'_>, b: &[f32], c: &mut [f32], grows: bool) {
-    let mut column = 0;
-    while column < w {
-        let left = (w - column) / S::F32_LANES;
-        let at = (column, w, k, grows);
+fn product<S: Simd>(
+    simd: S,
+    (m, columns, k): (usize, Columns, usize),
+    a: Strided<'_>,
+    b: &[f32],
+    c: &mut [f32],
+    grows: bool,
+) {
+    let Columns { range, width } = columns;
+    let mut column = range.start;
+    while column < range.end {
+        let left = (range.end - column) / S::F32_LANES;
+        let at = (column, width, k, grows);
         column += S::F32_LANES
             * match left {
                 4.. => strip::<S, 4>(simd, m, at, a, b, c),
@@ -93,14 +130,14 @@ fn strip<S: Simd, const V: usize>(
 fn tile<S: Simd, const R: usize, const V: usize>(
     simd: S,
     row: usize,
-    (column, w, k, grows): (usize, usize, usize, bool),
+    (column, width, k, grows): (usize, usize, usize, bool),
     a: Strided<'_>,
     b: &[f32],
     c: &mut [f32],
 ) {
     let mut acc = [[simd.splat_f32s(0.0); V]; R];
     let rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[(row + r) * a.row..]);
-    for (i, b) in b.chunks_exact(w).enumerate().take(k) {
+    for (i, b) in b.chunks_exact(width).enumerate().take(k) {
         let (b, _) = S::as_simd_f32s(&b[column..column + V * S::F32_LANES]);
         let b: [S::f32s; V] = std::array::from_fn(|v| b[v]);
         for r in 0..R {
@@ -111,7 +148,7 @@ fn tile<S: Simd, const R: usize, const V: usize>(
         }
     }
     for (r, acc) in acc.iter().enumerate() {
-        let from = (row + r) * w + column;
+        let from = (row + r) * width + column;
         let (c, _) = S::as_mut_simd_f32s(&mut c[from..from + V * S::F32_LANES]);
         for (c, sum) in c.iter_mut().zip(acc) {
             *c = if grows { simd.add_f32s(*c, *sum) } else { *sum };
@@ -141,6 +178,12 @@ fn turned(rows: &[f32], width: usize, to: usize) -> Vec<f32> {
 }
 
 impl<'a> Head<'a> {
+    fn new(plan: &'a AttnPlan, span: &'a AttnSpan, kv_head: usize, qkv: Qkv<'a>, queries: Range<usize>) -> Self {
+        let mut head = Self { plan, span, kv_head, qkv, queries, keys: 0..0 };
+        head.keys = head.seen_by(&head.queries);
+        head
+    }
+
     fn dim(&self) -> usize {
         self.plan.head_dim
     }
@@ -154,58 +197,72 @@ impl<'a> Head<'a> {
         self.dim().next_multiple_of(LINE)
     }
 
-    fn keys(&self) -> Vec<f32> {
-        let (_, k, _) = self.qkv;
-        let column = self.kv_head * self.dim();
-        padded(self.span.keys_len, self.width(), |j| k.at(self.span.key_row(j), column, self.dim()))
+    /// Width of a row of scores, padded.
+    fn stride(&self) -> usize {
+        self.keys.len().next_multiple_of(LINE)
     }
 
-    fn values(&self) -> Vec<f32> {
-        let (_, _, v) = self.qkv;
+    /// Rows of the keys' matrix or of the values'.
+    fn key_rows(&self, of: Heads<'a>) -> Vec<f32> {
         let column = self.kv_head * self.dim();
-        padded(self.span.keys_len, self.width(), |j| v.at(self.span.key_row(j), column, self.dim()))
+        let row = |j: usize| of.at(self.span.key_row(self.keys.start + j), column, self.dim());
+        padded(self.keys.len(), self.width(), row)
     }
 
     /// Rows of the step's queries, or of what is laid out like them, for query head `g` of the group.
-    fn rows(&self, of: Heads<'a>, (first, count): (usize, usize), g: usize) -> Vec<f32> {
+    fn rows(&self, of: Heads<'a>, queries: &Range<usize>, g: usize) -> Vec<f32> {
         let column = (self.kv_head * self.group() + g) * self.dim();
-        padded(count, self.width(), |i| of.at(self.span.q_start + first + i, column, self.dim()))
+        let row = |i: usize| of.at(self.span.q_start + queries.start + i, column, self.dim());
+        padded(queries.len(), self.width(), row)
     }
 
     fn seen(&self, i: usize) -> Seen {
         self.plan.mask.seen(self.span.context_len + i, self.span.keys_len, 0)
     }
 
-    /// Blocks of queries.
-    fn blocks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let len = self.span.q_len;
-        (0..len).step_by(QUERIES).map(move |first| (first, QUERIES.min(len - first)))
+    /// Keys that any of these queries sees, from a multiple of [`LINE`] on: a mask moves only forward.
+    fn seen_by(&self, queries: &Range<usize>) -> Range<usize> {
+        let (first, last) = (self.seen(queries.start), self.seen(queries.end.saturating_sub(1)));
+        first.range().start / LINE * LINE..last.range().end
     }
 
-    /// Probabilities of a block's queries, `[count, stride]`, zeros where nothing is seen; `slope` as
+    /// Blocks of queries.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let Range { start, end } = self.queries;
+        (start..end).step_by(QUERIES).map(move |first| first..end.min(first + QUERIES))
+    }
+
+    /// The keys of a block among [`Self::keys`], and as columns of a row of scores.
+    fn block_keys(&self, queries: &Range<usize>) -> (Range<usize>, Columns) {
+        let seen = self.seen_by(queries);
+        let own = seen.start - self.keys.start..seen.end - self.keys.start;
+        let range = own.start..own.end.next_multiple_of(LINE);
+        (own, Columns { range, width: self.stride() })
+    }
+
+    /// Probabilities of a block's queries, `[queries, stride]` in the block's columns, zeros where nothing is seen; `slope` as
     /// [`Shaping::apply`] leaves it.
     #[inline(always)]
     fn probabilities<S: Simd>(
         &self,
         simd: S,
-        (first, count): (usize, usize),
+        (queries, columns): (&Range<usize>, &Columns),
         g: usize,
         (q, turned_keys): (&[f32], &[f32]),
         (probs, slope): (&mut [f32], &mut [f32]),
     ) {
-        let (plan, span) = (self.plan, self.span);
-        let stride = span.keys_len.next_multiple_of(LINE);
+        let (plan, span, stride) = (self.plan, self.span, self.stride());
         let a = Strided { data: q, row: self.width(), column: 1 };
-        product(simd, (count, stride, self.dim()), a, turned_keys, probs, false);
-        for i in 0..count {
+        product(simd, (queries.len(), columns.clone(), self.dim()), a, turned_keys, probs, false);
+        for (i, query) in queries.clone().enumerate() {
             let row = &mut probs[i * stride..(i + 1) * stride];
-            let seen = self.seen(first + i);
-            let range = seen.range();
-            row[..range.start].fill(0.0);
-            row[range.end..].fill(0.0);
+            let seen = self.seen(query);
+            let range = seen.range().start - self.keys.start..seen.range().end - self.keys.start;
+            row[columns.range.start..range.start].fill(0.0);
+            row[range.end..columns.range.end].fill(0.0);
             let own = &mut row[range.clone()];
             own.iter_mut().for_each(|s| *s *= plan.scale);
-            let shaping = Shaping::of(plan, self.kv_head * self.group() + g, span.position + first + i);
+            let shaping = Shaping::of(plan, self.kv_head * self.group() + g, span.position + query);
             let slope = if slope.is_empty() { &mut [][..] } else { &mut slope[i * stride..][range] };
             normalise(own, shaping, seen, slope);
         }
@@ -218,20 +275,21 @@ impl WithSimd for Forward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
         let head = self.0;
-        let (d, width, group, n) = (head.dim(), head.width(), head.group(), head.span.keys_len);
-        let stride = n.next_multiple_of(LINE);
-        let values = head.values();
-        let turned_keys = turned(&head.keys(), width, stride);
-        let mut out = vec![0f32; head.span.q_len * group * d];
+        let (d, width, group, stride) = (head.dim(), head.width(), head.group(), head.stride());
+        let values = head.key_rows(head.qkv.2);
+        let turned_keys = turned(&head.key_rows(head.qkv.1), width, stride);
+        let mut out = vec![0f32; head.queries.len() * group * d];
         let (mut probs, mut sums) = (vec![0f32; QUERIES * stride], vec![0f32; QUERIES * width]);
-        for (first, count) in head.blocks() {
+        for queries in head.blocks() {
+            let (own, columns) = head.block_keys(&queries);
             for g in 0..group {
-                let q = head.rows(head.qkv.0, (first, count), g);
-                head.probabilities(simd, (first, count), g, (&q, &turned_keys), (&mut probs, &mut []));
-                let a = Strided { data: &probs, row: stride, column: 1 };
-                product(simd, (count, width, n), a, &values, &mut sums, false);
-                for (i, sums) in sums.chunks_exact(width).enumerate().take(count) {
-                    let at = ((first + i) * group + g) * d;
+                let q = head.rows(head.qkv.0, &queries, g);
+                head.probabilities(simd, (&queries, &columns), g, (&q, &turned_keys), (&mut probs, &mut []));
+                let a = Strided { data: &probs[own.start..], row: stride, column: 1 };
+                let shape = (queries.len(), Columns::all(width), own.len());
+                product(simd, shape, a, &values[own.start * width..], &mut sums, false);
+                for (query, sums) in queries.clone().zip(sums.chunks_exact(width)) {
+                    let at = ((query - head.queries.start) * group + g) * d;
                     out[at..at + d].copy_from_slice(&sums[..d]);
                 }
             }
@@ -247,30 +305,32 @@ impl WithSimd for Backward<'_> {
     fn with_simd<S: Simd>(self, simd: S) -> HeadGrads {
         let Self(head, grad) = self;
         let (plan, span) = (head.plan, head.span);
-        let (d, width, group, n) = (head.dim(), head.width(), head.group(), span.keys_len);
-        let stride = n.next_multiple_of(LINE);
-        let (keys, values) = (head.keys(), head.values());
+        let (d, width, group, stride) = (head.dim(), head.width(), head.group(), head.stride());
+        let (keys, values) = (head.key_rows(head.qkv.1), head.key_rows(head.qkv.2));
         let (turned_keys, turned_values) = (turned(&keys, width, stride), turned(&values, width, stride));
         let trained = plan.trained_bias();
         let biases = trained.map_or(0, |b| 2 * b.reach + 1);
-        let mut out = HeadGrads {
-            dq: vec![0f32; span.q_len * group * d],
-            dk: vec![0f32; n * d],
-            dv: vec![0f32; n * d],
-            dbias: vec![0f32; group * biases],
-        };
         let zeros = |rows: usize, width: usize| vec![0f32; rows * width];
+        let mut out = HeadGrads {
+            dq: zeros(span.q_len * group, d),
+            dk: zeros(span.keys_len, d),
+            dv: zeros(span.keys_len, d),
+            dbias: zeros(group, biases),
+        };
         let (mut probs, mut dprobs) = (zeros(QUERIES, stride), zeros(QUERIES, stride));
         let mut slope = vec![1f32; QUERIES * stride]; // of the cap; 1 without one
+        let n = head.keys.len();
         let (mut dq, mut dk, mut dv) = (zeros(QUERIES, width), zeros(n, width), zeros(n, width));
-        for (first, count) in head.blocks() {
+        for queries in head.blocks() {
+            let (own, columns) = head.block_keys(&queries);
+            let count = queries.len();
             for g in 0..group {
-                let (q, grad) = (head.rows(head.qkv.0, (first, count), g), head.rows(grad, (first, count), g));
-                head.probabilities(simd, (first, count), g, (&q, &turned_keys), (&mut probs, &mut slope));
+                let (q, grad) = (head.rows(head.qkv.0, &queries, g), head.rows(grad, &queries, g));
+                head.probabilities(simd, (&queries, &columns), g, (&q, &turned_keys), (&mut probs, &mut slope));
                 let a = Strided { data: &grad, row: width, column: 1 };
-                product(simd, (count, stride, d), a, &turned_values, &mut dprobs, false);
-                for i in 0..count {
-                    let row = i * stride..(i + 1) * stride;
+                product(simd, (count, columns.clone(), d), a, &turned_values, &mut dprobs, false);
+                for (i, query) in queries.clone().enumerate() {
+                    let row = i * stride + columns.range.start..i * stride + columns.range.end;
                     let (probs, dprobs, slope) = (&probs[row.clone()], &mut dprobs[row.clone()], &slope[row]);
                     let mut delta = 0.0;
                     for (p, dp) in probs.iter().zip(dprobs.iter()) {
@@ -280,27 +340,31 @@ impl WithSimd for Backward<'_> {
                         *dp = p * (*dp - delta);
                     }
                     if let Some(bias) = trained {
-                        for j in head.seen(first + i).range() {
-                            out.dbias[g * biases + bias.place(span.position + first + i, j)] += dprobs[j];
+                        for j in head.seen(query).range() {
+                            let score = dprobs[j - head.keys.start - columns.range.start];
+                            out.dbias[g * biases + bias.place(span.position + query, j)] += score;
                         }
                     }
                     for (dp, slope) in dprobs.iter_mut().zip(slope) {
                         *dp *= slope * plan.scale;
                     }
                 }
+                let all = || Columns::all(width);
+                let at = own.start * width..own.end * width;
                 let across = |data| Strided { data, row: stride, column: 1 };
                 let down = |data| Strided { data, row: 1, column: stride };
-                product(simd, (count, width, n), across(&dprobs), &keys, &mut dq, false);
-                product(simd, (n, width, count), down(&dprobs), &q, &mut dk, true);
-                product(simd, (n, width, count), down(&probs), &grad, &mut dv, true);
-                for (i, dq) in dq.chunks_exact(width).enumerate().take(count) {
-                    let at = ((first + i) * group + g) * d;
+                let (ds, ps) = (&dprobs[own.start..], &probs[own.start..]);
+                product(simd, (count, all(), own.len()), across(ds), &keys[at.clone()], &mut dq, false);
+                product(simd, (own.len(), all(), count), down(ds), &q, &mut dk[at.clone()], true);
+                product(simd, (own.len(), all(), count), down(ps), &grad, &mut dv[at], true);
+                for (query, dq) in queries.clone().zip(dq.chunks_exact(width)) {
+                    let at = (query * group + g) * d;
                     out.dq[at..at + d].copy_from_slice(&dq[..d]);
                 }
             }
         }
         for (to, from) in [(&mut out.dk, &dk), (&mut out.dv, &dv)] {
-            let rows = to.chunks_exact_mut(d).zip(from.chunks_exact(width));
+            let rows = to[head.keys.start * d..].chunks_exact_mut(d).zip(from.chunks_exact(width));
             rows.for_each(|(to, from)| to.copy_from_slice(&from[..d]));
         }
         out

@@ -20,6 +20,9 @@ const AT_ONCE: usize = 64;
 #[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
 pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     assert_eq!(g.len(), m * n, "rows of a gradient"); // what is not computed would not be written
+    if n == 0 {
+        return vec![0f32; m * k];
+    }
     let mut data = Vec::with_capacity(m * k);
     let all = &mut data.spare_capacity_mut()[..m * k];
     let parallel = threads() > 1 && m * k * n >= WORTH_A_THREAD;
@@ -48,7 +51,7 @@ pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, u
             }
         }
     }
-    // SAFETY: blocks cover all columns, and `Backward` writes its own of every row
+    // SAFETY: chunks cover all rows and blocks all columns, the last panels are gone through, and `Backward` writes its own of every row
     unsafe { data.set_len(m * k) };
     data
 }

@@ -34,6 +34,22 @@ pub(super) const SOURCE: &str = "the GGUF file's tokenizer";
 const MAX_TOKENS: usize = 1 << 20;
 /// Longest token, in bytes: a piece is looked at by all its parts.
 const MAX_TOKEN_BYTES: usize = 1024;
+/// Tokens that end a turn or a text, by what models call them: llama.cpp finds them by their texts, too, since many files name
+/// only one of them.
+const ENDS: &[&str] =
+    &["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>"];
+/// Tokens that open a turn: nobody may write one into a message, whatever kind a file says they are.
+const OPENINGS: &[&str] = &[
+    "<|im_start|>",
+    "<start_of_turn>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+];
+/// Most bytes of pieces times their lengths: each is looked at by all its parts.
+const MAX_WORK: usize = 1 << 30;
 /// Most merges.
 const MAX_MERGES: usize = 1 << 22;
 
@@ -179,6 +195,9 @@ impl<'a> Tokens<'a> {
         let all = self.texts.iter().zip(&self.kinds).filter(|(text, _)| !text.is_empty());
         all.filter_map(|(text, kind)| match kind {
             Kind::Control | Kind::Unknown => Some(AddedToken::from(*text, true)),
+            Kind::UserDefined if ENDS.contains(text) || OPENINGS.contains(text) => {
+                Some(AddedToken::from(*text, true).normalized(false))
+            }
             Kind::UserDefined => Some(AddedToken::from(*text, false).normalized(false)),
             Kind::Normal | Kind::Unused | Kind::Byte => None,
         })
@@ -252,6 +271,13 @@ pub(super) fn build(metadata: &Map<String, Value>) -> Read<(Tokenizer, Value)> {
     }
     tokenizer.add_tokens(tokens.added()).map_err(|e| refused(&e))?;
     Ok((tokenizer, Value::Object(config)))
+}
+
+/// Ids of the tokens that end a turn or a text by the names that they usually have, where the tokenizer knows them whole.
+pub(super) fn ends(tokenizer: &Tokenizer) -> Vec<u32> {
+    let added = tokenizer.get_added_tokens_decoder();
+    let special = |id: &u32| added.get(id).is_some_and(|token| token.special);
+    ENDS.iter().filter_map(|text| tokenizer.token_to_id(text)).filter(special).collect()
 }
 
 /// The token at an end of every text, if `add_{name}_token` says that there is one.
@@ -354,6 +380,10 @@ fn merges(tokens: &Tokens<'_>, scores: &[f32]) -> Read<Merges> {
         let id = *tokens.ids.get(text)?;
         tokens.kinds.get(id as usize).filter(|kind| kind.joins()).map(|_| id)
     };
+    let work = tokens.texts.iter().fold(0usize, |sum, text| sum.saturating_add(text.len().pow(2)));
+    if work > MAX_WORK {
+        return Err(bad("its pieces are too long and too many to be taken apart"));
+    }
     let mut found: Vec<(f32, u32, u32)> = Vec::new();
     for ((text, kind), score) in tokens.texts.iter().zip(&tokens.kinds).zip(scores) {
         if !kind.joins() {

@@ -324,6 +324,20 @@ fn special_tokens_are_special_and_user_defined_ones_are_found_whole() {
 }
 
 #[test]
+fn tokens_that_end_or_open_a_turn_are_special_and_end_it_whatever_the_file_says() {
+    let marks = [("<end_of_turn>", 4), ("<start_of_turn>", 4), ("<|im_end|>", 3), ("<|end|>", 1), ("<tool>", 4)];
+    let model = built(&bytes("gpt-2", &marks, &[]));
+    for (id, text) in [(256, "<end_of_turn>"), (257, "<start_of_turn>"), (258, "<|im_end|>")] {
+        assert_eq!(model.encode(text, false).unwrap(), [id]);
+        assert!(!model.encode_user(text, false).unwrap().contains(&id) && model.is_silent(id), "{text}");
+    }
+    assert!(!model.is_silent(260));
+    let mut ends = model.usual_ends();
+    ends.sort_unstable();
+    assert_eq!(ends, [256, 258], "one that is no special token ends nothing");
+}
+
+#[test]
 fn the_chat_template_is_the_file_s() {
     let source = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
     let model = built(&with(pieces(&[]), "tokenizer.chat_template", json!(source)));

@@ -6,8 +6,8 @@ use futures::FutureExt as _;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    Command, Control, JobEventBody, JobFailure, JobState, Pending, Phase, Running, Start, Supervisor, publish_info,
-    state,
+    Command, Control, JobEventBody, JobFailure, JobState, Pending, Phase, Refusal, Running, Start, Supervisor,
+    publish_info, state,
 };
 use crate::{
     admission::train_params::ResumedEvent,
@@ -117,7 +117,8 @@ impl Supervisor {
         }
     }
 
-    /// Loads what a job had let go of, on a task of its own: a slow disk delays no other job.
+    /// Loads what a job had let go of, on a task of its own: a slow disk delays no job that runs. The job takes a place among
+    /// those meanwhile, and loads in turn with merges.
     fn load(&self, id: &str, shelved: Shelved) -> AbortOnDropHandle<()> {
         let (id, done) = (id.to_owned(), self.to_self.clone());
         AbortOnDropHandle::new(tokio::spawn(async move {
@@ -141,8 +142,12 @@ impl Supervisor {
                 self.begin(*start, step).await;
             }
             Err(why) => {
-                self.running.remove(id);
                 let message = format!("what the job starts from could not be loaded when its turn came: {why}");
+                // one with a checkpoint has something to lose: it waits to be resumed
+                if matches!(job.phase, Phase::Loading { step: Some(_), .. }) {
+                    return self.refuse(id, Refusal::Pauses(message)).await;
+                }
+                self.running.remove(id);
                 let failure = JobFailure { code: "CANNOT_START".into(), message };
                 self.terminal(id, JobState::Failed, None, Some(failure)).await;
             }
