@@ -74,6 +74,14 @@ fn joined_agrees(plan: &Arc<AttnPlan>, qkv: [&Var; 3], w: &Tensor) {
     assert!(diff(&grad(fast), &grad(slow)) < 3e-5);
 }
 
+/// All query heads with one key head.
+fn one_key_head(own: AttnPlan, rows: usize) {
+    let plan = Arc::new(AttnPlan { kv_heads: 1, ..own });
+    let random = |width| Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu).unwrap();
+    let (q, k, v) = (random(48), random(12), random(12));
+    assert!(diff(&attention(&q, &k, &v, &plan).unwrap(), &reference(&q, &k, &v, &plan).unwrap()) < 1e-5);
+}
+
 /// Runs of several blocks of queries, runs of less than a block's worth beside them, a last block that is not whole.
 #[test]
 fn runs_in_blocks_agree_forward_and_backward() {
@@ -89,6 +97,12 @@ fn runs_in_blocks_agree_forward_and_backward() {
             let bias = reach.map(|reach| if trained { trained_bias(reach) } else { bias(reach) });
             compare(AttnPlan { cap, bias, ..plan }, rows, rows);
         }
+    }
+    // fewer heads than threads: the queries of one are shared out, the last part not whole
+    for causal in [false, true] {
+        let (own, rows) = selves(&[150], AttnMask { causal, window: None });
+        compare(own.clone(), rows, rows);
+        one_key_head(own, rows);
     }
     // queries behind a context, keys in slots
     let keys = KeyRows::Slots((0..60u32).rev().collect());

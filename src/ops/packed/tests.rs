@@ -45,3 +45,20 @@ proptest! {
         }
     }
 }
+
+/// More rows than are summed at a time, more columns than are turned at a time.
+#[test]
+fn gradients_of_many_rows_and_columns_equal_plain_sums() {
+    for (m, k, n) in [(500, 100, 60), (17, 100, 3_500), (300, 9, 3_100)] {
+        let (w, g) = (numbers(k * n, 3), numbers(m * n, 4));
+        let packed = pack(k, n, |r, c| w[r * n + c]);
+        let d = product_t(&g, &packed[..], (m, k, n));
+        for i in (0..m).step_by(7) {
+            for p in 0..k {
+                let sum: f64 = (0..n).map(|j| f64::from(g[i * n + j]) * f64::from(w[p * n + j])).sum();
+                let apart = (f64::from(d[i * k + p]) - sum).abs();
+                assert!(apart < 1e-5 * (n as f64).sqrt(), "{m} x {k} x {n}: {apart} at {i}, {p}");
+            }
+        }
+    }
+}
