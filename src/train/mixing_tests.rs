@@ -14,11 +14,12 @@ use super::{
     laws::{hyper, input, lora, shape, tiny, train},
     mixing::Mix,
     plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
+    resume_tests::resume,
     supervisor_tests::{PATIENCE, accept, all, log, reaches, request, states, tenant, trainer},
     transfer::{Continue, StartingDelta},
 };
 use crate::{
-    admission::train_params::{JobState, MixParams, ResolvedTraining, TrainParams},
+    admission::train_params::{JobEventBody, JobState, MixParams, ResolvedTraining, TrainParams},
     delta::{Delta, Task},
     ids::DeltaId,
 };
@@ -69,6 +70,10 @@ impl Deltas {
 
     /// A job of three steps that mixes them.
     fn job(&self, ends: Loads) -> (TrainParams, Prepared) {
+        self.job_of(ends, 3)
+    }
+
+    fn job_of(&self, ends: Loads, max_steps: u32) -> (TrainParams, Prepared) {
         let base = tiny("llama");
         let (all, lease, loads) = (self.all.clone(), Arc::downgrade(&self.lease), Arc::clone(&self.loads));
         let reload = Reload::new(move || {
@@ -86,7 +91,7 @@ impl Deltas {
         let from = Mix::start(leased(&self.all, &self.lease), false, &base.sites).unwrap().reloaded_by(reload);
         let mut p = params(Task::CausalLm, vec![]);
         p.mix = Some(MixParams { deltas: vec!["d1".into(), "d2".into()], per_layer: false });
-        p.hyper.max_steps = Some(3);
+        p.hyper.max_steps = Some(max_steps);
         let data = "{\"text\": \"  \\\"!  \"}\n{\"text\": \" ! \\\" #\"}\n";
         let start = Some(Continue { from: &from, old: None });
         let inputs =
@@ -156,4 +161,41 @@ async fn while_its_deltas_are_loaded_a_job_can_be_paused_cancelled_and_left_to_t
     assert_eq!(trainer.get(&a, &left).await.unwrap().state, JobState::Queued);
     let open: Vec<String> = log.unfinished().await.unwrap().into_iter().map(|job| job.info.id).collect();
     assert_eq!(open.len(), 2, "{open:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mix_with_a_checkpoint_whose_deltas_cannot_be_loaded_pauses_and_loses_nothing() {
+    let (_dir, log) = log().await;
+    let trainer = trainer(&log, accept(&Arc::default()), TrainerConfig::default()).await;
+    let (a, deltas) = (tenant("a"), Deltas::new());
+    let (p, prepared) = deltas.job_of(Loads::Well, 1_000_000);
+    let id = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap().id;
+    drop(prepared);
+    let mut watch = trainer.watch(&a, &id, 0).await.unwrap();
+    let mut seen = reaches(&mut watch, 3).await;
+    trainer.pause(&a, &id).await.unwrap();
+    let kept = log.checkpoint(&id).await.unwrap().unwrap();
+    // its turn comes again, and one of its deltas has no room
+    resume(&trainer, &id, &deltas.job_of(Loads::Badly, 1_000_000).1).await.unwrap();
+    deltas.until_loading(2).await;
+    let wait = async {
+        while trainer.get(&a, &id).await.unwrap().state != JobState::Paused {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.expect("it pauses");
+    assert_eq!(log.checkpoint(&id).await.unwrap().unwrap().step, kept.step);
+    // and once more, with room
+    resume(&trainer, &id, &deltas.job_of(Loads::Well, 1_000_000).1).await.unwrap();
+    seen.extend(reaches(&mut watch, kept.step as u32 + 2).await);
+    use JobState::{Paused, Queued, Running};
+    assert_eq!(states(&seen), [Queued, Running, Paused, Queued, Paused, Queued, Running]);
+    let warned = |e: &&crate::admission::train_params::JobEventInfo| matches!(&e.body, JobEventBody::Warning(n) if n.code == "CANNOT_RESUME" && n.message.contains("no room for d2@1"));
+    assert_eq!(seen.iter().filter(warned).count(), 1);
+    let resumed: Vec<u32> =
+        seen.iter().filter_map(|e| if let JobEventBody::Resumed(r) = &e.body { Some(r.step) } else { None }).collect();
+    assert_eq!(resumed, [kept.step as u32], "only the one that was loaded went on");
+    trainer.cancel(&a, &id).await.unwrap();
+    all(watch).await;
+    assert_eq!((deltas.held(), deltas.loads()), (0, 3));
 }

@@ -26,7 +26,7 @@ async fn soon(what: impl Fn() -> bool) {
 }
 
 /// Lets a paused job go on, as the service does.
-async fn resume(trainer: &TrainerHandle, id: &str, prepared: &Prepared) -> Result<JobInfo, TrainError> {
+pub(super) async fn resume(trainer: &TrainerHandle, id: &str, prepared: &Prepared) -> Result<JobInfo, TrainError> {
     let a = tenant("a");
     let kept = trainer.kept(&a, id).await?;
     let place = trainer.place(&a, &kept.info)?;
