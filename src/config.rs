@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 
-use crate::{grpc::GrpcConfig, telemetry::LogFormat};
+use crate::{grpc::GrpcConfig, ops::Priority, telemetry::LogFormat};
 
 /// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
 #[derive(Debug, Clone, Args)]
@@ -67,6 +67,14 @@ pub struct ServeArgs {
     /// Longest wait of training at one of its yield points while serving is busy, in milliseconds.
     #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
     pub train_max_yield_ms: u64,
+    /// Share of the time in percent that training has at least while serving is always busy: for one layer at a time, serving
+    /// then waits. 0 = only what serving leaves.
+    #[arg(long, env = "DELTASERVE_TRAIN_FLOOR", value_name = "PERCENT", default_value_t = 3)]
+    pub train_floor: u32,
+    /// Niceness of training's threads beside those of serving, 0 to 19, or `idle`: only where no other thread of the machine
+    /// wants the core.
+    #[arg(long, env = "DELTASERVE_TRAIN_NICE", value_name = "N|idle", default_value = "idle")]
+    pub train_nice: String,
     /// Jobs whose small training steps may share one pass on the base, up to 8. 1 = each by itself; with more, what a job
     /// comes to in company is what it comes to alone up to rounding, not bit for bit.
     #[arg(long, env = "DELTASERVE_TRAIN_SHARE", value_name = "N", default_value_t = 1)]
@@ -169,6 +177,10 @@ pub struct TrainLimits {
     pub max_bytes: Option<u64>,
     /// Jobs that may share a pass.
     pub share: usize,
+    /// How training's threads are treated beside those of serving.
+    pub priority: Priority,
+    /// The share of the time that training has at least, in percent.
+    pub floor_percent: u32,
 }
 
 /// Checked configuration of `serve`. Safe to log.
@@ -235,6 +247,10 @@ impl TryFrom<ServeArgs> for Config {
         if http.is_some_and(|h| h == listen && h.port() != 0) {
             problems.push(format!("--http: is the same address as --listen ({listen})"));
         }
+        let priority = args.train_nice.parse::<Priority>().unwrap_or_else(|error| {
+            problems.push(format!("--train-nice: {error}"));
+            Priority::default()
+        });
         let device = device(&args.device, &mut problems);
         if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
             problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
@@ -268,6 +284,8 @@ impl TryFrom<ServeArgs> for Config {
                 max_yield: Duration::from_millis(args.train_max_yield_ms),
                 max_bytes: args.max_train_mb.map(|n| n * MIB),
                 share: args.train_share,
+                priority,
+                floor_percent: args.train_floor,
             },
             max_resident_bytes: args.max_resident_mb * MIB,
             drain: Duration::from_secs(args.drain_seconds),
@@ -293,6 +311,7 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         ("--max-train-mb", args.max_train_mb, 1, 1 << 24),
         ("--train-max-yield-ms", Some(args.train_max_yield_ms), 0, 60_000),
         ("--train-share", Some(args.train_share as u64), 1, 8),
+        ("--train-floor", Some(u64::from(args.train_floor)), 0, 50),
         ("--drain-seconds", Some(args.drain_seconds), 0, 86_400),
     ];
     for (flag, value, low, high) in numbers {
@@ -371,6 +390,8 @@ mod tests {
             "--log=a=b=c",
             "--max-queue=0",
             "--train-share=9",
+            "--train-floor=80",
+            "--train-nice=20",
         ];
         let ConfigError(problems) = config(&flags).expect_err("nearly everything is wrong");
         let expected = [
@@ -385,6 +406,8 @@ mod tests {
             "--log",
             "--max-queue",
             "--train-share",
+            "--train-floor",
+            "--train-nice",
         ];
         for flag in expected {
             assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");

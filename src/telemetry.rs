@@ -70,6 +70,7 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("deltaserve_train_loss", Kind::Gauge, "Loss of the last optimizer step, by slot (0 to 7) of the running job."),
     ("deltaserve_train_tokens_total", Kind::Counter, "Tokens trained on."),
     (TRAIN_YIELDED, Kind::Gauge, "Seconds that training gave to serving; only grows."),
+    ("deltaserve_train_floor_seconds", Kind::Gauge, "Seconds that serving waited for training's floor; only grows."),
     (
         "deltaserve_train_shared_passes_total",
         Kind::Counter,

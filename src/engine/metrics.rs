@@ -3,6 +3,7 @@
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::scheduler::Scheduler;
+use crate::pacing::Pacer;
 
 /// Handles of all engine metrics; names are described in telemetry.
 pub(super) struct Metrics {
@@ -26,6 +27,7 @@ pub(super) struct Metrics {
     running: Gauge,
     pages_used: Gauge,
     pages_free: Gauge,
+    floor: Gauge,
 }
 
 impl Metrics {
@@ -43,14 +45,16 @@ impl Metrics {
             running: gauge!("deltaserve_running_sequences"),
             pages_used: gauge!("deltaserve_kv_pages", "state" => "used"),
             pages_free: gauge!("deltaserve_kv_pages", "state" => "free"),
+            floor: gauge!("deltaserve_train_floor_seconds"),
         }
     }
 
     /// Sets the gauges.
-    pub(super) fn observe(&self, scheduler: &Scheduler) {
+    pub(super) fn observe(&self, scheduler: &Scheduler, pacer: &Pacer) {
         self.queue_depth.set(scheduler.waiting() as f64);
         self.running.set(scheduler.running() as f64);
         self.pages_used.set(scheduler.pool().used() as f64);
         self.pages_free.set(scheduler.pool().free() as f64);
+        self.floor.set(pacer.given().as_secs_f64());
     }
 }

@@ -58,6 +58,7 @@ impl Worker {
         }
         self.sweep(Instant::now());
         if !self.scheduler.is_idle() {
+            self.pacer.leave_floor();
             self.step();
         }
         let overdue = self.shared.drain_deadline.lock().is_some_and(|deadline| Instant::now() >= deadline);
@@ -248,7 +249,7 @@ impl Worker {
     }
 
     fn observe(&self) {
-        self.metrics.observe(&self.scheduler);
+        self.metrics.observe(&self.scheduler, &self.pacer);
         let shared = &self.shared;
         shared.running.store(self.scheduler.running(), Ordering::Relaxed);
         shared.waiting.store(self.scheduler.waiting(), Ordering::Relaxed);

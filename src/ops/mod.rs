@@ -11,6 +11,7 @@ mod activation;
 mod adapter;
 mod attention;
 mod attention_cpu;
+mod background;
 mod columns;
 mod jacobi;
 mod kl;
@@ -32,6 +33,7 @@ pub use adapter::{AdapterRows, RowScale, adapt_in_place};
 pub use attention::{
     AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attends_own_rows, attention, attention_of_joined,
 };
+pub use background::{Background, Priority};
 pub use columns::{add_bias, scale_columns};
 pub(crate) use jacobi::{dot, rotate};
 pub use kl::{Reference, kl_rows};

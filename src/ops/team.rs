@@ -5,12 +5,13 @@
 //! cost as much as the op itself. So helpers here spin for [`SPIN`] after their last part before they sleep, and the
 //! caller never waits for one that has not begun: it closes the op when no part is left and waits for those inside.
 //!
-//! There is one team, as there is one machine. A caller that finds it at work (a trainer beside serving, an op inside an
-//! op) takes rayon's pool instead, whose queue both can share.
+//! There is one team, as there is one machine, and another for the background ([`super::background`]), whose threads the
+//! others go before. A caller that finds its team at work (another caller, an op inside an op) takes rayon's pool instead,
+//! whose queue both can share.
 
 use std::{
     any::Any,
-    cell::UnsafeCell,
+    cell::{RefCell, UnsafeCell},
     hint::spin_loop,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
@@ -24,12 +25,24 @@ use std::{
 use parking_lot::Mutex;
 use rayon::prelude::*;
 
+use super::background::Priority;
+
 /// How long a helper looks for more before it sleeps: longer than what lies between two ops of a step.
 const SPIN: Duration = Duration::from_micros(200);
 /// Looks between two looks at the clock, or, by the caller, between two offers of its core to others.
 const LOOKS: u32 = 64;
 
-static TEAM: LazyLock<Team> = LazyLock::new(|| Team::start(threads() - 1));
+static TEAM: LazyLock<Team> = LazyLock::new(|| Team::start(threads() - 1, "ops", Priority::Normal));
+
+thread_local! {
+    /// The team of this thread's ops; `None`: the one that is shared.
+    static OWN: RefCell<Option<Arc<Team>>> = const { RefCell::new(None) };
+}
+
+/// Makes a team that of the calling thread, from now on.
+pub(super) fn join(team: Arc<Team>) {
+    OWN.with(|own| own.replace(Some(team)));
+}
 
 /// Threads that work on an op, the caller among them.
 pub(crate) fn threads() -> usize {
@@ -41,8 +54,10 @@ pub(crate) fn each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync) {
     if items.len() < 2 || threads() == 1 {
         return items.into_iter().for_each(f);
     }
-    match TEAM.free.try_lock() {
-        Some(_) => TEAM.run(items, &f),
+    let own = OWN.with(|own| own.borrow().clone());
+    let team = own.as_deref().unwrap_or_else(|| LazyLock::force(&TEAM));
+    match team.free.try_lock() {
+        Some(_) => team.run(items, &f),
         None => items.into_par_iter().for_each(&f),
     }
 }
@@ -75,6 +90,8 @@ struct Desk {
     op: UnsafeCell<Option<Op>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     asleep: Vec<Apart<AtomicBool>>,
+    /// No op will come any more.
+    over: AtomicBool,
 }
 
 #[allow(unsafe_code, reason = "`op` is an UnsafeCell")]
@@ -82,27 +99,46 @@ struct Desk {
 // release that coming in acquires
 unsafe impl Sync for Desk {}
 
-struct Team {
+pub(super) struct Team {
     desk: Arc<Desk>,
     helpers: Vec<Thread>,
     /// Held by the caller whose op is at work.
     free: Mutex<()>,
 }
 
+impl std::fmt::Debug for Team {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Team").field("helpers", &self.helpers.len()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.desk.over.store(true, Ordering::SeqCst);
+        self.helpers.iter().for_each(Thread::unpark);
+    }
+}
+
 impl Team {
-    fn start(wanted: usize) -> Self {
+    /// A team of `wanted` helpers, with this name and priority.
+    pub(super) fn start(wanted: usize, name: &'static str, priority: Priority) -> Self {
         let desk = Arc::new(Desk {
             state: Apart::default(),
             next: Apart::default(),
             op: UnsafeCell::new(None),
             panic: Mutex::new(None),
             asleep: (0..wanted.min(INSIDE as usize)).map(|_| Apart::default()).collect(),
+            over: AtomicBool::new(false),
         });
         let start = |i: usize| {
             let desk = Arc::clone(&desk);
-            let name = format!("ops-{i}");
+            let name = format!("{name}-{i}");
+            let helper = move || {
+                priority.take();
+                desk.help(i);
+            };
             // without a helper the others do its share
-            thread::Builder::new().name(name).spawn(move || desk.help(i)).ok().map(|h| h.thread().clone())
+            thread::Builder::new().name(name).spawn(helper).ok().map(|h| h.thread().clone())
         };
         let helpers: Vec<Thread> = (0..desk.asleep.len()).map_while(start).collect();
         if helpers.len() < wanted {
@@ -191,8 +227,7 @@ impl Desk {
     /// A helper's life.
     fn help(&self, me: usize) {
         let mut last = 0;
-        loop {
-            let state = self.wait(me, last);
+        while let Some(state) = self.wait(me, last) {
             last = state / TURN;
             // lost against another helper or the caller: look again, unless the op is over
             let mut now = state;
@@ -221,8 +256,8 @@ impl Desk {
         }
     }
 
-    /// The state of an open op that is not the `last` one.
-    fn wait(&self, me: usize, last: u64) -> u64 {
+    /// The state of an open op that is not the `last` one; none when the team is over.
+    fn wait(&self, me: usize, last: u64) -> Option<u64> {
         let new = |order| {
             let state = self.state.0.load(order);
             (state & OPEN != 0 && state / TURN != last).then_some(state)
@@ -231,17 +266,20 @@ impl Desk {
         let mut looks = 0u32;
         loop {
             if let Some(state) = new(Ordering::Acquire) {
-                return state;
+                return Some(state);
             }
             spin_loop();
             looks = looks.wrapping_add(1);
             if looks.is_multiple_of(LOOKS) && since.elapsed() > SPIN {
                 // either the caller sees this, or this thread sees its op
                 self.asleep[me].0.store(true, Ordering::SeqCst);
-                if new(Ordering::SeqCst).is_none() {
+                if new(Ordering::SeqCst).is_none() && !self.over.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 self.asleep[me].0.store(false, Ordering::SeqCst);
+                if self.over.load(Ordering::SeqCst) {
+                    return None;
+                }
                 since = Instant::now();
             }
         }
@@ -264,7 +302,7 @@ mod tests {
 
     #[test]
     fn every_part_is_done_once_by_helpers_awake_or_asleep() {
-        let team = Team::start(3);
+        let team = Team::start(3, "ops", Priority::Normal);
         for round in 0..2_000 {
             let n = round % 40 + 1;
             assert_eq!(sum(&team, n), n * (n + 1) / 2, "round {round}");
@@ -276,7 +314,7 @@ mod tests {
 
     #[test]
     fn helpers_do_take_part() {
-        let team = Team::start(1);
+        let team = Team::start(1, "ops", Priority::Normal);
         let names = Mutex::new(std::collections::HashSet::new());
         let _free = team.free.lock();
         let begun = Instant::now();
@@ -292,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_the_callers_and_the_team_goes_on() {
-        let team = Team::start(2);
+        let team = Team::start(2, "ops", Priority::Normal);
         for bad in [0, 5, 19] {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 let _free = team.free.lock();
@@ -309,7 +347,7 @@ mod tests {
 
     #[test]
     fn what_was_not_taken_is_dropped_once() {
-        let team = Team::start(1);
+        let team = Team::start(1, "ops", Priority::Normal);
         let counted = Arc::new(());
         let items = vec![Arc::clone(&counted); 50];
         let outcome = catch_unwind(AssertUnwindSafe(|| {

@@ -57,7 +57,7 @@ fn keep(models: &Models, job: &str) -> crate::admission::train_params::ModelResu
 }
 
 async fn trainer(base: &Arc<Base>, log: &JobLog, publisher: Publisher, memory: MemoryProbe) -> TrainerHandle {
-    let pacer = Arc::new(Pacer::new(Duration::from_millis(5)));
+    let pacer = Arc::new(Pacer::new(Duration::from_millis(5), 0.0));
     let parts = TrainerParts { base: Arc::clone(base), pacer, log: log.clone(), publisher, memory };
     TrainerHandle::spawn(parts, TrainerConfig::default()).await.unwrap().0
 }

@@ -33,7 +33,7 @@ use crate::{
 
 /// Greedy answers of the engine, all at once.
 fn served(base: &Arc<Base>, delta: Option<&Arc<Delta>>, quiz: &Quiz) -> Vec<Vec<u32>> {
-    let pacer = Arc::new(Pacer::new(Duration::from_millis(1)));
+    let pacer = Arc::new(Pacer::new(Duration::from_millis(1), 0.0));
     let (engine, thread) = spawn(Arc::clone(base), EngineConfig::default(), pacer).unwrap();
     let ask = |q: &Question| {
         let work = Work::Generate(Generate {

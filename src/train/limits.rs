@@ -1,5 +1,7 @@
 //! Limits of the trainer.
 
+use crate::ops::Priority;
+
 /// How many jobs there may be, and how they train beside each other.
 #[derive(Debug, Clone, Copy)]
 pub struct TrainerConfig {
@@ -14,10 +16,19 @@ pub struct TrainerConfig {
     /// Jobs whose small pieces may be trained in one pass on the base; 1 = each by itself, and so the same bits in any
     /// company.
     pub share: usize,
+    /// How its threads are treated beside those of serving.
+    pub priority: Priority,
 }
 
 impl Default for TrainerConfig {
     fn default() -> Self {
-        Self { max_concurrent_jobs: 4, max_jobs: 64, max_jobs_per_tenant: 16, max_paused_per_tenant: 64, share: 1 }
+        Self {
+            max_concurrent_jobs: 4,
+            max_jobs: 64,
+            max_jobs_per_tenant: 16,
+            max_paused_per_tenant: 64,
+            share: 1,
+            priority: Priority::Normal,
+        }
     }
 }

@@ -68,7 +68,7 @@ pub(super) fn accept(count: &Arc<AtomicUsize>) -> Publisher {
 }
 
 pub(super) async fn trainer(log: &JobLog, publisher: Publisher, config: TrainerConfig) -> TrainerHandle {
-    let pacer = Arc::new(Pacer::new(Duration::from_millis(5)));
+    let pacer = Arc::new(Pacer::new(Duration::from_millis(5), 0.0));
     let memory = MemoryProbe::of_machine(None, false);
     let parts = TrainerParts { base: tiny("llama"), pacer, log: log.clone(), publisher, memory };
     TrainerHandle::spawn(parts, config).await.unwrap().0

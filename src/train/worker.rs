@@ -25,6 +25,7 @@ use tokio::sync::mpsc::Sender;
 use crate::{
     admission::train_params::{JobEventBody, NoteEvent},
     model::Base,
+    ops::{Background, Priority},
     pacing::Pacer,
     train::{
         control::{Ask, Control},
@@ -73,18 +74,20 @@ pub(crate) enum End {
 }
 
 /// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more. At most
-/// `share` jobs are in one pass.
+/// `share` jobs are in one pass. What it computes is on threads of its own, with this priority.
 ///
 /// # Errors
 /// The operating system's, if it gives no thread.
 pub(crate) fn spawn(
     (base, pacer): (Arc<Base>, Arc<Pacer>),
-    share: usize,
+    (share, priority): (usize, Priority),
     starts: Receiver<Start>,
     reports: Sender<Report>,
 ) -> io::Result<JoinHandle<()>> {
+    let background = Arc::new(Background::new(priority, STACK)?);
     let worker = Worker::new((base, pacer), share, starts, reports);
-    std::thread::Builder::new().name("trainer".into()).stack_size(STACK).spawn(move || worker.run())
+    let worker = Worker { background: Some(Arc::clone(&background)), ..worker };
+    std::thread::Builder::new().name("trainer".into()).spawn(move || background.run(|| worker.run()))
 }
 
 struct Active {
@@ -126,6 +129,8 @@ struct Worker {
     /// Most jobs of a pass.
     share: usize,
     passes: SharedPasses,
+    /// The threads that it is on, for those that it starts; `None`: it is on no special ones.
+    background: Option<Arc<Background>>,
 }
 
 impl Worker {
@@ -135,11 +140,18 @@ impl Worker {
         starts: Receiver<Start>,
         reports: Sender<Report>,
     ) -> Self {
-        Self { base, pacer, starts, reports, active: Vec::new(), share, passes: SharedPasses::new() }
+        Self { base, pacer, starts, reports, active: Vec::new(), share, passes: SharedPasses::new(), background: None }
     }
 
     fn run(mut self) {
+        self.work();
+        self.pacer.set_training(false);
+    }
+
+    fn work(&mut self) {
         loop {
+            // one that is being set up passes no yield points
+            self.pacer.set_training(self.active.iter().any(|job| matches!(job.stage, Stage::Run(_))));
             if self.active.is_empty() {
                 match self.starts.recv() {
                     Ok(start) => self.begin(start),
@@ -189,7 +201,8 @@ impl Worker {
         let apart = input.spec.full.is_some() || !input.candidates.is_empty();
         let (base, pacer) = (Arc::clone(&self.base), Arc::clone(&self.pacer));
         let new = move || set_up(base, pacer, (input, from), slot);
-        let stage = if apart { set_up_apart(new) } else { new().map(Stage::Run) };
+        let entry = self.background.as_deref().map(Background::entry);
+        let stage = if apart { set_up_apart(new, entry) } else { new().map(Stage::Run) };
         match stage {
             Ok(stage) => self.active.push(Active { id, control, stage, had: false, apart: false }),
             Err(message) => {
@@ -293,9 +306,15 @@ fn set_up(
 }
 
 /// The same on a thread of its own.
-fn set_up_apart(new: impl FnOnce() -> Result<Work, String> + Send + 'static) -> Result<Stage, String> {
+fn set_up_apart(
+    new: impl FnOnce() -> Result<Work, String> + Send + 'static,
+    entry: Option<impl FnOnce() + Send + 'static>,
+) -> Result<Stage, String> {
     let (send, made) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("trainer-setup".into()).spawn(move || {
+        if let Some(entry) = entry {
+            entry();
+        }
         // nobody takes it if the trainer thread has ended
         let _ = send.send(new());
     });

@@ -40,7 +40,7 @@ pub(crate) fn check(
     let logits = want.get("logits").ok_or_else(|| fail("no logits"))?;
     // steps are small, so that sequences begin in different ones and prompts come in chunks
     let config = EngineConfig { max_batch_tokens: 24, prefill_chunk: 5, kv_pages: 64, ..EngineConfig::default() };
-    let pacer = Arc::new(Pacer::new(Duration::from_millis(1)));
+    let pacer = Arc::new(Pacer::new(Duration::from_millis(1), 0.0));
     let (engine, thread) = spawn(Arc::clone(base), config, pacer).map_err(fail)?;
     let submit = |i: usize, delta: &Option<Arc<Delta>>| -> Step<mpsc::Receiver<Event>> {
         let (events, receiver) = mpsc::channel(2);

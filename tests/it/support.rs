@@ -21,6 +21,7 @@ use deltaserve::{
         Base, LoadOptions,
         testing::{Rng, tiny_bert, tiny_llama, write_random},
     },
+    ops::Priority,
     telemetry::LogFormat,
 };
 use futures::StreamExt as _;
@@ -112,6 +113,8 @@ impl World {
                 max_yield: Duration::from_millis(20),
                 max_bytes: None,
                 share: 1,
+                priority: Priority::Normal,
+                floor_percent: 0,
             },
             max_resident_bytes: 64 << 20,
             drain: Duration::from_secs(20),
@@ -135,7 +138,7 @@ impl World {
     /// The real binary on this world, once it serves.
     pub(crate) async fn spawn(&self) -> Spawned {
         let mut child = Command::new(env!("CARGO_BIN_EXE_deltaserve"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1"])
+            .args(["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1", "--train-nice", "0"])
             .args(["--log", "warn,deltaserve::app=info", "--log-format", "json"])
             .args(["--drain-seconds", &self.config.drain.as_secs().to_string()])
             .arg("--base")

@@ -71,7 +71,7 @@ class Server:
         self.binary, self.address = binary, f"127.0.0.1:{free_port()}"
         self.log = open(folder / "log", "w")
         command = [binary, "serve", "--base", base, "--data-dir", folder / "data", "--listen", self.address]
-        command += ["--http", "off", "--adapters-dir", folder]
+        command += ["--http", "off", "--adapters-dir", folder, "--train-nice", "0"]
         self.process = subprocess.Popen([str(c) for c in command], stdout=self.log, stderr=self.log)
         for _ in range(240):
             if self.process.poll() is not None:

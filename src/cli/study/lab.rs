@@ -58,6 +58,8 @@ impl Lab {
         let mut serve = ServeArgs::for_base(base);
         serve.data_dir = data_dir.to_path_buf();
         (serve.listen, serve.http) = ("127.0.0.1:0".into(), "off".into());
+        // nothing is served beside the jobs
+        serve.train_nice = "0".into();
         let server = app::start(Config::try_from(serve)?, None).await?;
         let common =
             Common { server: format!("http://{}", server.grpc), tenant: TENANT.into(), timeout: None, json: true };

@@ -54,7 +54,7 @@ struct Engine {
 
 impl Engine {
     fn new(base: &Arc<Base>, config: EngineConfig) -> Self {
-        let pacer = Arc::new(Pacer::new(Duration::from_millis(1)));
+        let pacer = Arc::new(Pacer::new(Duration::from_millis(1), 0.0));
         let (handle, thread) = spawn(Arc::clone(base), config, Arc::clone(&pacer)).expect("starts");
         Self { handle, thread: Some(thread), pacer }
     }

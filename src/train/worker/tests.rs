@@ -34,7 +34,7 @@ impl Rounds {
     fn of(base: &Arc<Base>, share: usize, inputs: &[RunInput]) -> Self {
         let (_, starts) = sync_channel(1);
         let (send, reports) = channel(4096);
-        let pacer = Arc::new(Pacer::new(Duration::from_millis(1)));
+        let pacer = Arc::new(Pacer::new(Duration::from_millis(1), 0.0));
         let mut worker = Worker::new((Arc::clone(base), pacer), share, starts, send);
         let mut controls = Vec::new();
         for (i, input) in inputs.iter().enumerate() {
