@@ -12,10 +12,11 @@ mod blocks;
 mod embedding;
 mod input;
 mod sublayer;
+mod updates;
 
 use super::{Delta, Head, Patch, Prefix, Prompt, SiteId, Stack};
 use crate::{
-    ops::{self, PatchRows, SitePatches, Update},
+    ops::{self, PatchRows, SitePatches},
     rows::RowLayout,
 };
 
@@ -230,30 +231,6 @@ impl DeltaBatch {
             self.patch_fast(*site, columns, &x, &out)?;
         }
         Ok(out)
-    }
-
-    /// What a linear of these parts is trained to add, where that is all: one tracked delta for all `rows` with low-rank
-    /// updates and biases only.
-    pub(crate) fn updates(&self, parts: &[Part], rows: usize) -> Option<Vec<Update<'_>>> {
-        let [slot] = self.slots.as_slice() else { return None };
-        if !self.tracked || !slot.covers(rows) || self.rows != rows {
-            return None;
-        }
-        let mut updates = Vec::with_capacity(parts.len());
-        for (site, columns) in parts {
-            let mut update = Update { columns: columns.clone(), low: Vec::new(), bias: Vec::new() };
-            for (_, patch) in self.at(*site).flat_map(|(_, patches)| patches) {
-                match patch {
-                    Patch::LowRank(l) => update.low.push((&l.a, &l.b, l.scale)),
-                    Patch::Bias(b) => update.bias.push(b),
-                    _ => return None,
-                }
-            }
-            if !update.low.is_empty() || !update.bias.is_empty() {
-                updates.push(update);
-            }
-        }
-        (!updates.is_empty()).then_some(updates)
     }
 
     /// Whether rows may be changed in place: f32 on the CPU, no gradient wanted.

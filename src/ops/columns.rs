@@ -3,6 +3,8 @@
 //! candle's backward of a broadcast sums over rows with one index computation per element, which on a CPU costs more than
 //! the matrix products around it.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::{cpu_result, each, f32_slice, is_cpu_f32, par_rows, team, vectorized, with_f32};
@@ -47,33 +49,45 @@ pub(super) fn column_sums(g: &Tensor) -> Result<Tensor> {
     if !is_cpu_f32(&g) {
         return g.sum(0);
     }
-    let sums = with_f32(&g.contiguous()?, |g| Ok(column_sums_of(g, n)))?;
+    let sums = with_f32(&g.contiguous()?, |g| Ok(sums(g, None, n)))?;
     Tensor::from_vec(sums, n, &candle_core::Device::Cpu)
 }
 
-/// The same of a plain matrix `[rows, n]`.
-pub(super) fn column_sums_of(g: &[f32], n: usize) -> Vec<f32> {
-    sums(g, None, n)
+/// Sums over the rows of `g`, or of `g * x`.
+fn sums(g: &[f32], x: Option<&[f32]>, n: usize) -> Vec<f32> {
+    let all = 0..g.len() / n.max(1);
+    sums_of_groups(g, x, n, &[vec![all]])
 }
 
-/// Sums over rows of `g`, or of `g * x`. Rows are summed in runs, whose sums are added in order: the same on any number of
-/// threads, and closer than one long sum.
-fn sums(g: &[f32], x: Option<&[f32]>, n: usize) -> Vec<f32> {
+/// Sums over the rows of each group, which are ranges of the rows of a plain matrix `[rows, n]`: `[groups, n]`.
+pub(super) fn column_sums_of(g: &[f32], n: usize, groups: &[Vec<Range<usize>>]) -> Vec<f32> {
+    sums_of_groups(g, None, n, groups)
+}
+
+/// Rows are summed in runs, whose sums are added in order: the same on any number of threads and beside any other groups, and
+/// closer than one long sum.
+fn sums_of_groups(g: &[f32], x: Option<&[f32]>, n: usize, groups: &[Vec<Range<usize>>]) -> Vec<f32> {
     const RUN: usize = 64;
-    let mut out = vec![0f32; n];
+    let mut out = vec![0f32; groups.len() * n];
     if n == 0 {
         return out;
     }
-    let size = RUN * n;
-    let mut parts = vec![0f32; g.len().div_ceil(size) * n];
-    let one = |(i, part): (usize, &mut [f32])| {
-        let from = i * size;
-        let g = &g[from..(from + size).min(g.len())];
+    let mut runs: Vec<(usize, Range<usize>)> = Vec::new(); // of which group, and its rows
+    for (i, ranges) in groups.iter().enumerate() {
+        for rows in ranges {
+            runs.extend(rows.clone().step_by(RUN).map(|from| (i, from..(from + RUN).min(rows.end))));
+        }
+    }
+    let numbers = n * runs.iter().map(|(_, rows)| rows.len()).sum::<usize>();
+    let mut parts = vec![0f32; runs.len() * n];
+    let one = |((_, rows), part): (&(usize, Range<usize>), &mut [f32])| {
+        let all = rows.start * n..rows.end * n;
+        let g = &g[all.clone()];
         vectorized(
             #[inline(always)]
             || match x {
                 Some(x) => {
-                    for (g, x) in g.chunks_exact(n).zip(x[from..].chunks_exact(n)) {
+                    for (g, x) in g.chunks_exact(n).zip(x[all].chunks_exact(n)) {
                         for ((p, g), x) in part.iter_mut().zip(g).zip(x) {
                             *p = g.mul_add(*x, *p);
                         }
@@ -89,13 +103,14 @@ fn sums(g: &[f32], x: Option<&[f32]>, n: usize) -> Vec<f32> {
             },
         );
     };
-    if g.len() < 64 * 1024 || team::threads() < 2 {
-        parts.chunks_mut(n).enumerate().for_each(one);
+    let items = runs.iter().zip(parts.chunks_mut(n));
+    if numbers < 64 * 1024 || team::threads() < 2 {
+        items.for_each(one);
     } else {
-        each(parts.chunks_mut(n).enumerate().collect(), one);
+        each(items.collect(), one);
     }
-    for part in parts.chunks_exact(n) {
-        out.iter_mut().zip(part).for_each(|(o, p)| *o += p);
+    for ((group, _), part) in runs.iter().zip(parts.chunks_exact(n)) {
+        out[group * n..(group + 1) * n].iter_mut().zip(part).for_each(|(o, p)| *o += p);
     }
     out
 }
@@ -188,5 +203,25 @@ mod tests {
         let (x, b) =
             (Tensor::zeros((2, 3), candle_core::DType::F32, &dev), Tensor::zeros(4, candle_core::DType::F32, &dev));
         assert!(add_bias(&x.unwrap(), &b.unwrap()).is_err());
+    }
+
+    /// Whatever lies beside a group, its sums are those of its rows alone, bit for bit.
+    #[test]
+    #[allow(clippy::single_range_in_vec_init, reason = "a group of one range is meant")]
+    fn groups_of_rows_are_summed_apart() {
+        let n = 300;
+        let g = Tensor::randn(0f32, 1.0, (500, n), &Device::Cpu).unwrap();
+        let numbers = g.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let groups = [vec![0..130], vec![140..141, 300..500], vec![], vec![130..140, 141..300]];
+        let got = column_sums_of(&numbers, n, &groups);
+        for (group, got) in groups.iter().zip(got.chunks_exact(n)) {
+            let pieces = group.iter().map(|rows| g.narrow(0, rows.start, rows.len()).unwrap().sum(0).unwrap());
+            let zeros = Tensor::zeros(n, candle_core::DType::F32, &Device::Cpu).unwrap();
+            let want = pieces.fold(zeros, |all, piece| (all + piece).unwrap());
+            assert!(diff(&Tensor::new(got, &Device::Cpu).unwrap(), &want) < 1e-3);
+        }
+        let alone = g.narrow(0, 0, 130).unwrap();
+        assert_eq!(column_sums(&alone).unwrap().to_vec1::<f32>().unwrap(), got[..n]);
+        assert_eq!(got[2 * n..3 * n], vec![0.0; n]);
     }
 }

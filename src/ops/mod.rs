@@ -47,7 +47,7 @@ pub use quantized::{QuantKind, Quantized, quantize};
 pub use rope::{RopeTable, rope, rope_leading};
 pub use scatter::write_rows;
 pub(crate) use team::each;
-pub use updated::{Ending, Update, takes_updates, updated_linear};
+pub use updated::{Ending, RowUpdates, Update, takes_updates, updated_linear};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -79,10 +79,12 @@ fn cpu_result(data: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Sh
     Ok((CpuStorage::F32(data), shape.into()))
 }
 
+/// Numbers multiplied and added that are worth a thread: handing over costs some microseconds.
+const WORTH_A_THREAD: usize = 16 * 1024;
+
 /// Splits rows of `width` elements over the threads; `f(first_row, rows)` gets whole rows. Small work stays on this
-/// thread, since handing over costs some microseconds.
+/// thread.
 fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-    const WORTH_A_THREAD: usize = 16 * 1024;
     if width == 0 || out.is_empty() {
         return;
     }
@@ -93,6 +95,23 @@ fn par_rows(out: &mut [f32], width: usize, cost_per_row: usize, f: impl Fn(usize
     } else {
         each(out.chunks_mut(per * width).enumerate().collect(), |(i, chunk): (usize, &mut [f32])| f(i * per, chunk));
     }
+}
+
+/// How much of so much work a part should have, for several parts per thread.
+fn part_of(work: usize) -> usize {
+    work.div_ceil(team::threads() * 8).max(WORTH_A_THREAD)
+}
+
+/// Runs `f` on every item, on several threads if the `work` on all of them together is worth it.
+fn share_out<T: Send>(items: Vec<T>, work: usize, f: impl Fn(T) + Sync) {
+    if work > WORTH_A_THREAD { each(items, f) } else { items.into_iter().for_each(f) }
+}
+
+/// Cuts the first `len` elements off what is left.
+fn cut<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    let (own, more) = std::mem::take(rest).split_at_mut(len);
+    *rest = more;
+    own
 }
 
 /// Asks memory for the line that holds an element to be read soon, or, into the second level, later; the place may lie beyond the slice's end.

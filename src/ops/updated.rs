@@ -1,21 +1,42 @@
-//! A frozen linear, what is trained on it (low-rank updates and biases), and what follows it (an activation, a residual
-//! sum), as one op with a backward of its own.
+//! A frozen linear, what is trained on it (low-rank updates and biases of one delta or of several, each on its own rows), and what
+//! follows it (an activation, a residual sum), as one op with a backward of its own.
 //!
 //! As separate ops of a graph, every update keeps its product, its scaled product and a sum, each as wide as the output,
 //! until the backward; a linear's own output is kept, too, though nobody reads it again. In the backward candle adds each
 //! gradient to zeros, so that every op costs two more passes over memory for each of its arguments. Here one output is made.
+//! An op has three arguments at most, so the factors and biases of all deltas are one vector, whose parts `Tensor::cat` gives
+//! their gradients.
 
 mod low_rank;
+mod shares;
 
 use std::{ops::Range, sync::OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use self::low_rank::{Rows, add_product, outer_sums, project};
-use super::{
-    Act, Weight, activate, activation::mul_grad, columns::column_sums_of, cpu_result, f32_slice, is_cpu_f32, par_rows,
-    vectorized, with_f32,
+use self::{
+    low_rank::{OuterSum, Rows, add_product, outer_sums, project},
+    shares::{Piece, Share, Shares},
 };
+use super::{
+    Act, Weight, activate, activation::mul_grad, columns::column_sums_of, cpu_result, cut, f32_slice, is_cpu_f32,
+    par_rows, share_out, vectorized, with_f32,
+};
+
+/// What one delta adds to a frozen linear's output, and to which rows.
+#[derive(Debug, Clone)]
+pub struct RowUpdates<'a> {
+    /// Its rows, apart from those of every other delta.
+    pub rows: &'a [Range<usize>],
+    /// What it adds to them.
+    pub updates: Vec<Update<'a>>,
+}
+
+impl RowUpdates<'_> {
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.updates.iter().flat_map(Update::tensors)
+    }
+}
 
 /// What is added to columns of a frozen linear's output.
 #[derive(Debug, Clone)]
@@ -57,39 +78,13 @@ impl Ending<'_> {
     }
 }
 
-/// One low-rank update's place: its columns, its ranks within all ranks, and where its factors begin in the vector.
-#[derive(Debug, Clone)]
-struct Place {
-    columns: Range<usize>,
-    ranks: Range<usize>,
-    scale: f32,
-    /// Of `A`, behind which `B` lies.
-    at: usize,
-}
-
-impl Place {
-    fn a(&self, in_dim: usize) -> Range<usize> {
-        self.at..self.at + self.ranks.len() * in_dim
-    }
-
-    fn b(&self, in_dim: usize) -> Range<usize> {
-        let from = self.a(in_dim).end;
-        from..from + self.ranks.len() * self.columns.len()
-    }
-}
-
-/// Arguments: `x` `[rows, in]`; where something is trained, one vector of all factors, `A` before `B`, and behind them a
-/// bias `[out]` if there is one; and the residual `[rows, out]`, if any.
+/// Arguments: `x` `[rows, in]`; where something is trained, the one vector of it ([`Shares::of`]); and the residual
+/// `[rows, out]`, if any.
 struct UpdatedLinear {
     weight: Weight,
     /// The base's own.
     bias: Option<Tensor>,
-    places: Vec<Place>,
-    ranks: usize,
-    /// Numbers of the vector.
-    numbers: usize,
-    /// Where the trained bias begins in the vector.
-    trained_bias: Option<usize>,
+    shares: Shares,
     act: Option<Act>,
     /// What the forward leaves for the backward.
     kept: OnceLock<Kept>,
@@ -97,7 +92,7 @@ struct UpdatedLinear {
 
 #[derive(Default)]
 struct Kept {
-    /// All `scale * x A^T` side by side, `[rows, ranks]`.
+    /// `scale * x A^T` of each row with all pairs of its delta: [`Shares::lows`] numbers.
     low: Vec<f32>,
     /// What the activation was given, `[rows, out]`; empty without one.
     before: Vec<f32>,
@@ -108,26 +103,27 @@ pub fn takes_updates(
     x: &Tensor,
     weight: &Weight,
     bias: Option<&Tensor>,
-    updates: &[Update<'_>],
+    updates: &[RowUpdates<'_>],
     ending: Ending<'_>,
 ) -> bool {
     weight.has_kernels()
         && is_cpu_f32(x)
         && bias.is_none_or(|b| is_cpu_f32(b) && !b.track_op())
-        && updates.iter().flat_map(Update::tensors).all(is_cpu_f32)
+        && updates.iter().flat_map(RowUpdates::tensors).all(is_cpu_f32)
         && ending.residual.is_none_or(is_cpu_f32)
 }
 
-/// `act(x W + b + updates) + residual`: `[rows, in]` -> `[rows, out]`. Gradients go to `x`, to the updates' tensors and to the
-/// residual.
+/// `act(x W + b + updates) + residual`: `[rows, in]` -> `[rows, out]`; rows that are no delta's are the linear's own.
+/// Gradients go to `x`, to the updates' tensors and to the residual. What a delta's rows add to the gradients of its tensors
+/// does not depend on the other deltas.
 ///
 /// # Errors
-/// Shapes that do not fit; what [`takes_updates`] does not take.
+/// Shapes that do not fit, rows that two deltas have, or that are not there; what [`takes_updates`] does not take.
 pub fn updated_linear(
     x: &Tensor,
     weight: &Weight,
     bias: Option<&Tensor>,
-    updates: &[Update<'_>],
+    updates: &[RowUpdates<'_>],
     ending: Ending<'_>,
 ) -> Result<Tensor> {
     let (in_dim, out_dim) = (weight.in_dim(), weight.out_dim());
@@ -145,36 +141,9 @@ pub fn updated_linear(
         bail!("linear: a residual {:?} for {rows} rows of {out_dim}", residual.shape());
     }
     let x = x.contiguous()?;
-    let (mut vector, mut places) = (Vec::new(), Vec::new());
-    let (mut ranks, mut at) = (0, 0);
-    for update in updates {
-        for (a, b, scale) in &update.low {
-            let (rank, n) = b.dims2()?;
-            if a.dims2()? != (rank, in_dim) || n != update.columns.len() || update.columns.end > out_dim {
-                bail!("linear: factors {:?} and {:?} do not fit {in_dim} -> {n}", a.shape(), b.shape());
-            }
-            vector.extend([a.flatten_all()?, b.flatten_all()?]);
-            let (columns, scale) = (update.columns.clone(), *scale as f32);
-            let place = Place { columns, ranks: ranks..ranks + rank, scale, at };
-            (ranks, at) = (ranks + rank, place.b(in_dim).end);
-            places.push(place);
-        }
-    }
-    let trained_bias = joined_bias(updates, out_dim)?;
-    let begin = trained_bias.is_some().then_some(at);
-    at += trained_bias.as_ref().map_or(0, Tensor::elem_count);
-    vector.extend(trained_bias);
+    let (shares, mut vector) = Shares::of(updates, (rows, in_dim, out_dim))?;
     let bias = bias.map(Tensor::contiguous).transpose()?;
-    let op = UpdatedLinear {
-        weight: weight.clone(),
-        bias,
-        places,
-        ranks,
-        numbers: at,
-        trained_bias: begin,
-        act: ending.act,
-        kept: OnceLock::new(),
-    };
+    let op = UpdatedLinear { weight: weight.clone(), bias, shares, act: ending.act, kept: OnceLock::new() };
     let vector = if vector.len() > 1 { Some(Tensor::cat(&vector, 0)?) } else { vector.pop() };
     let residual = ending.residual.map(Tensor::contiguous).transpose()?;
     match (vector, residual) {
@@ -184,39 +153,13 @@ pub fn updated_linear(
     }
 }
 
-/// The updates' biases over all columns, `[out]`.
-fn joined_bias(updates: &[Update<'_>], out_dim: usize) -> Result<Option<Tensor>> {
-    let mut pieces: Vec<Tensor> = Vec::new();
-    let mut end = 0;
-    for update in updates.iter().filter(|u| !u.bias.is_empty()) {
-        let [first, more @ ..] = update.bias.as_slice() else { continue };
-        let mut sum = (*first).clone();
-        for b in more {
-            sum = (sum + *b)?;
-        }
-        if sum.dims1()? != update.columns.len() || update.columns.start < end {
-            bail!("linear: a bias {:?} for columns {:?}", sum.shape(), update.columns);
-        }
-        if update.columns.start > end {
-            pieces.push(Tensor::zeros(update.columns.start - end, sum.dtype(), sum.device())?);
-        }
-        end = update.columns.end;
-        pieces.push(sum);
-    }
-    let Some(first) = pieces.first() else { return Ok(None) };
-    if end < out_dim {
-        pieces.push(Tensor::zeros(out_dim - end, first.dtype(), first.device())?);
-    }
-    if pieces.len() == 1 { Ok(pieces.pop()) } else { Tensor::cat(&pieces, 0).map(Some) }
-}
-
 /// Gradients of `x`, of the vector and of the residual.
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 impl UpdatedLinear {
     /// Whether the second of two arguments is the vector.
     fn has_vector(&self) -> bool {
-        self.numbers > 0
+        self.shares.numbers > 0
     }
 
     fn forward(
@@ -228,9 +171,10 @@ impl UpdatedLinear {
         let (rows, k) = x.1.shape().dims2()?;
         let n = self.weight.out_dim();
         let x = f32_slice(x.0, x.1)?;
-        let trained = self.trained_bias.map(|at| &vector[at..at + n]);
         let own = self.bias.as_ref().map(|own| with_f32(own, |own| Ok(own.to_vec()))).transpose()?;
-        let bias = match (own, trained) {
+        // a bias of all rows is added with the base's
+        let of_all = self.shares.whole().and_then(|share| share.bias).map(|at| &vector[at..at + n]);
+        let bias = match (own, of_all) {
             (Some(mut own), Some(more)) => {
                 own.iter_mut().zip(more).for_each(|(a, b)| *a += b);
                 Some(own)
@@ -238,35 +182,8 @@ impl UpdatedLinear {
             (own, more) => own.or(more.map(<[f32]>::to_vec)),
         };
         let mut out = self.weight.kernel_product(x, bias.as_deref(), rows)?;
-        let mut kept = Kept::default();
-        if self.ranks > 0 {
-            kept.low = vec![0f32; rows * self.ranks];
-            for p in &self.places {
-                project(Rows::of(x, k), &vector[p.a(k)], p.scale, (&mut kept.low, self.ranks, p.ranks.clone()));
-            }
-        }
-        let fused_residual = residual.filter(|_| self.act.is_none());
-        if self.ranks > 0 || fused_residual.is_some() {
-            let cost = n + self.places.iter().map(|p| p.b(k).len()).sum::<usize>();
-            let low = &kept.low;
-            par_rows(&mut out, n, cost, |first, out| {
-                for (i, out) in out.chunks_exact_mut(n).enumerate() {
-                    let row = first + i;
-                    let low = &low[row * self.ranks..(row + 1) * self.ranks];
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            for p in &self.places {
-                                add_product(&low[p.ranks.clone()], &vector[p.b(k)], &mut out[p.columns.clone()]);
-                            }
-                            if let Some(residual) = fused_residual {
-                                out.iter_mut().zip(&residual[row * n..(row + 1) * n]).for_each(|(o, r)| *o += r);
-                            }
-                        },
-                    );
-                }
-            });
-        }
+        let low = self.add_updates((x, k), vector, residual.filter(|_| self.act.is_none()), &mut out);
+        let mut kept = Kept { low, before: Vec::new() };
         if let Some(act) = self.act {
             let mut after = vec![0f32; out.len()];
             par_rows(&mut after, 1, 8, |at, after| {
@@ -282,6 +199,66 @@ impl UpdatedLinear {
         cpu_result(out, (rows, n))
     }
 
+    /// Adds to `out` `[rows, out]` what each delta adds to its rows, and the residual, if any. Returns the small sides:
+    /// [`Kept::low`].
+    fn add_updates(
+        &self,
+        (x, k): (&[f32], usize),
+        vector: &[f32],
+        residual: Option<&[f32]>,
+        out: &mut [f32],
+    ) -> Vec<f32> {
+        let n = self.weight.out_dim();
+        let by_row = self.shares.whole().is_none();
+        let bias_of = |share: &Share| share.bias.filter(|_| by_row).map(|at| &vector[at..at + n]);
+        let pieces = self.shares.pieces(|share| {
+            let updates = share.map_or(0, |s| s.ranks * k + s.b_numbers() + bias_of(s).map_or(0, <[f32]>::len));
+            let residual = residual.map_or(0, |_| n);
+            updates + residual
+        });
+        let mut low = vec![0f32; self.shares.lows];
+        let (mut lows, mut outs) = (low.as_mut_slice(), out);
+        let mut parts = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let (rows, ranks) = (piece.rows.len(), piece.share.map_or(0, |s| s.ranks));
+            let part = (cut(&mut lows, rows * ranks), cut(&mut outs, rows * n));
+            if piece.work > 0 {
+                parts.push((piece, part));
+            }
+        }
+        let work = parts.iter().map(|(piece, _)| piece.work).sum();
+        share_out(parts, work, |(Piece { rows, share, .. }, (low, out)): (Piece<'_>, (&mut [f32], &mut [f32]))| {
+            let (places, ranks) = share.map_or((&[][..], 0), |s| (&s.places[..], s.ranks));
+            for p in places {
+                let x = (Rows::of(x, k), rows.start);
+                project(x, &vector[p.a(k)], p.scale, (&mut *low, ranks, p.ranks.clone()));
+            }
+            let bias = share.and_then(bias_of);
+            for (i, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
+                let (row, low) = (rows.start + i, &low[i * ranks..(i + 1) * ranks]);
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        if let Some(bias) = bias {
+                            for (o, b) in out.iter_mut().zip(bias) {
+                                *o += b;
+                            }
+                        }
+                        for p in places {
+                            add_product(&low[p.ranks.clone()], &vector[p.b(k)], &mut out[p.columns.clone()]);
+                        }
+                        if let Some(residual) = residual {
+                            for (o, r) in out.iter_mut().zip(&residual[row * n..(row + 1) * n]) {
+                                *o += r;
+                            }
+                        }
+                    },
+                );
+            }
+        });
+        low
+    }
+
     /// Gradients of `x`, if one is wanted, and of the vector.
     fn backward(&self, x: &Tensor, vector: Option<&Tensor>, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Some(kept) = self.kept.get() else { bail!("linear: a backward without its forward") };
@@ -293,12 +270,12 @@ impl UpdatedLinear {
             let mut gx = if x.track_op() { Some(self.weight.kernel_product_t(grad, rows)?) } else { None };
             let gvector = match vector {
                 Some(vector) => Some(with_f32(vector, |vector| {
-                    with_f32(x, |x| self.factors_backward((x, k), vector, (grad, &kept.low), gx.as_mut()))
+                    with_f32(x, |x| Ok(self.factors_backward((x, k), vector, (grad, &kept.low), gx.as_mut())))
                 })?),
                 None => None,
             };
             let gx = gx.map(|gx| Tensor::from_vec(gx, (rows, k), device)).transpose()?;
-            let gvector = gvector.map(|g| Tensor::from_vec(g, self.numbers, device)).transpose()?;
+            let gvector = gvector.map(|g| Tensor::from_vec(g, self.shares.numbers, device)).transpose()?;
             Ok((gx, gvector))
         })
     }
@@ -310,37 +287,69 @@ impl UpdatedLinear {
         vector: &[f32],
         (grad, low): (&[f32], &[f32]),
         gx: Option<&mut Vec<f32>>,
-    ) -> Result<Vec<f32>> {
+    ) -> Vec<f32> {
         let n = self.weight.out_dim();
-        let rows = grad.len() / n.max(1);
-        let mut out = vec![0f32; self.numbers];
-        // scale * g B^T, [rows, ranks]
-        let mut glow = vec![0f32; rows * self.ranks];
-        for p in &self.places {
-            let g = Rows::of(grad, n).narrowed(p.columns.clone());
-            project(g.clone(), &vector[p.b(k)], p.scale, (&mut glow, self.ranks, p.ranks.clone()));
-            outer_sums((&glow, self.ranks, p.ranks.clone()), Rows::of(x, k), &mut out[p.a(k)]);
-            outer_sums((low, self.ranks, p.ranks.clone()), g, &mut out[p.b(k)]);
+        let glow = self.low_backward(grad, vector, k, gx.map(Vec::as_mut_slice));
+        let mut sums = Vec::new();
+        for Share { places, ranks, runs, .. } in &self.shares.all {
+            for p in places {
+                let g = Rows::of(grad, n).narrowed(p.columns.clone());
+                let a = OuterSum {
+                    runs,
+                    low: &glow,
+                    stride: *ranks,
+                    ranks: p.ranks.clone(),
+                    x: Rows::of(x, k),
+                    out: p.a(k),
+                };
+                sums.extend([OuterSum { low, x: g, out: p.b(k), ..a.clone() }, a]);
+            }
         }
-        if let Some(gx) = gx.filter(|_| self.ranks > 0) {
-            par_rows(gx, k, self.ranks * k, |first, out| {
-                for (i, out) in out.chunks_exact_mut(k).enumerate() {
-                    let glow = &glow[(first + i) * self.ranks..(first + i + 1) * self.ranks];
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            for p in &self.places {
-                                add_product(&glow[p.ranks.clone()], &vector[p.a(k)], out);
-                            }
-                        },
-                    );
-                }
-            });
+        let mut out = vec![0f32; self.shares.numbers];
+        outer_sums(&sums, &mut out);
+        let (at, rows): (Vec<usize>, Vec<_>) =
+            self.shares.all.iter().filter_map(|share| Some((share.bias?, share.rows()))).unzip();
+        let sums = column_sums_of(grad, n, &rows);
+        at.into_iter().zip(sums.chunks_exact(n.max(1))).for_each(|(at, sums)| out[at..at + n].copy_from_slice(sums));
+        out
+    }
+
+    /// The gradients of the small sides, `scale * g B^T`; what they give to that of `x` `[rows, in]` is added to it.
+    fn low_backward(&self, grad: &[f32], vector: &[f32], k: usize, mut gx: Option<&mut [f32]>) -> Vec<f32> {
+        let n = self.weight.out_dim();
+        let wanted = usize::from(gx.is_some());
+        let pieces = self.shares.pieces(|share| share.map_or(0, |s| s.b_numbers() + wanted * s.ranks * k));
+        let mut glow = vec![0f32; self.shares.lows];
+        let mut glows = glow.as_mut_slice();
+        let mut parts = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let (rows, ranks) = (piece.rows.len(), piece.share.map_or(0, |s| s.ranks));
+            let part = (cut(&mut glows, rows * ranks), gx.as_mut().map(|gx| cut(gx, rows * k)));
+            if ranks > 0 {
+                parts.push((piece, part));
+            }
         }
-        if let Some(at) = self.trained_bias {
-            out[at..at + n].copy_from_slice(&column_sums_of(grad, n));
-        }
-        Ok(out)
+        let work = parts.iter().map(|(piece, _)| piece.work).sum();
+        type Part<'a> = (Piece<'a>, (&'a mut [f32], Option<&'a mut [f32]>));
+        share_out(parts, work, |(Piece { rows, share, .. }, (glow, gx)): Part<'_>| {
+            let Some(Share { places, ranks, .. }) = share else { return };
+            for p in places {
+                let g = (Rows::of(grad, n).narrowed(p.columns.clone()), rows.start);
+                project(g, &vector[p.b(k)], p.scale, (&mut *glow, *ranks, p.ranks.clone()));
+            }
+            let gx = gx.into_iter().flat_map(|gx| gx.chunks_exact_mut(k.max(1)));
+            for (out, glow) in gx.zip(glow.chunks_exact(*ranks)) {
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for p in places {
+                            add_product(&glow[p.ranks.clone()], &vector[p.a(k)], out);
+                        }
+                    },
+                );
+            }
+        });
+        glow
     }
 
     fn gradients(
@@ -418,5 +427,7 @@ impl CustomOp3 for UpdatedLinear {
     }
 }
 
+#[cfg(test)]
+mod range_tests;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,8 @@
 //! Rows of a training step that several deltas have in blocks, one after the other: each is patched as a piece, and the pieces
 //! are put together, so that nothing as wide as the whole step is made once per delta.
+//!
+//! This is for what linears do not take into their own op (`ops::updated_linear`): patches that are no low-rank updates and
+//! biases, patches of norms, and, with pairs side by side, every device but the CPU.
 
 use std::ops::Range;
 

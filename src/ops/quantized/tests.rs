@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Var, quantized::QStorage};
 
 use super::*;
-use crate::ops::{Ending, Update, Weight, linear, packed, takes_updates, updated_linear};
+use crate::ops::{Ending, RowUpdates, Update, Weight, linear, packed, takes_updates, updated_linear};
 
 fn random(shape: impl Into<candle_core::Shape>) -> Tensor {
     Tensor::randn(0f32, 0.7, shape, &Device::Cpu).unwrap()
@@ -168,8 +168,10 @@ fn gradients_are_central_differences_in_f64() {
         let var = |shape: (usize, usize)| Var::from_tensor(&(random(shape) * 0.3).unwrap()).unwrap();
         let (x, a, b) = (var((3, k)), var((2, k)), var((2, 40)));
         let update = Update { columns: 30..70, low: vec![(a.as_tensor(), b.as_tensor(), 0.5)], bias: vec![] };
-        assert!(takes_updates(&x, &weight, Some(&bias), std::slice::from_ref(&update), Ending::default()));
-        let fused = updated_linear(&x, &weight, Some(&bias), &[update], Ending::default()).unwrap();
+        let rows = 0..3;
+        let updates = [RowUpdates { rows: std::slice::from_ref(&rows), updates: vec![update] }];
+        assert!(takes_updates(&x, &weight, Some(&bias), &updates, Ending::default()));
+        let fused = updated_linear(&x, &weight, Some(&bias), &updates, Ending::default()).unwrap();
         let apart = linear(&x, &weight, Some(&bias)).unwrap();
         let low = (x.matmul(&a.t().unwrap()).unwrap().matmul(&b).unwrap() * 0.5).unwrap();
         let sides = [apart.narrow(1, 0, 30), apart.narrow(1, 30, 40).and_then(|y| y + low), apart.narrow(1, 70, 50)];

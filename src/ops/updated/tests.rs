@@ -7,6 +7,11 @@ fn diff(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
+/// Updates of all rows.
+fn of_all<'a>(rows: &'a Range<usize>, updates: Vec<Update<'a>>) -> [RowUpdates<'a>; 1] {
+    [RowUpdates { rows: std::slice::from_ref(rows), updates }]
+}
+
 fn var(shape: impl Into<Shape>) -> Var {
     Var::randn(0f32, 0.5, shape, &Device::Cpu).unwrap()
 }
@@ -25,12 +30,14 @@ fn outputs_and_all_gradients_equal_those_of_separate_ops() {
         let (first, second) = (0..widths[0], widths[0]..widths[0] + widths[1]);
         let third = second.end..n;
         let low = |i: usize, scale: f64| (lows[i].0.as_tensor(), lows[i].1.as_tensor(), scale);
-        let updates = [
+        let updates = vec![
             Update { columns: first, low: vec![low(0, 2.0), low(1, 0.5)], bias: vec![b0.as_tensor(), b0.as_tensor()] },
             Update { columns: second, low: vec![], bias: vec![b1.as_tensor()] },
             Update { columns: third, low: vec![low(2, -1.5)], bias: vec![] },
         ];
-        assert!(takes_updates(&x, &weight, Some(&own), &updates, Ending::default()));
+        let all_rows = 0..rows;
+        let all_updates = of_all(&all_rows, updates.clone());
+        assert!(takes_updates(&x, &weight, Some(&own), &all_updates, Ending::default()));
         let all: Vec<&Var> = lows.iter().flat_map(|(a, b)| [a, b]).chain([&x, &b0, &b1]).collect();
         let residual = var((rows, n));
         let endings =
@@ -54,7 +61,7 @@ fn outputs_and_all_gradients_equal_those_of_separate_ops() {
             };
             let g = Tensor::randn(0f32, 1.0, (rows, n), &dev).unwrap();
             let (want, got) =
-                (ending.apply(separate(&x)).unwrap(), updated_linear(&x, &weight, own, &updates, ending).unwrap());
+                (ending.apply(separate(&x)).unwrap(), updated_linear(&x, &weight, own, &all_updates, ending).unwrap());
             assert!(diff(&want, &got) < 1e-4);
             let grads = |y: &Tensor| (y * &g).unwrap().sum_all().unwrap().backward().unwrap();
             let (want, got) = (grads(&want), grads(&got));
@@ -63,7 +70,7 @@ fn outputs_and_all_gradients_equal_those_of_separate_ops() {
                 assert!(diff(want, got) < 1e-3, "{:?}: {}", v.shape(), diff(want, got));
             }
             // an input that wants no gradient gets none, and costs none
-            let plain = updated_linear(&x.as_detached_tensor(), &weight, own, &updates, ending).unwrap();
+            let plain = updated_linear(&x.as_detached_tensor(), &weight, own, &all_updates, ending).unwrap();
             let got = grads(&plain);
             assert!(got.get(&x).is_none() && diff(got.get(&b1).unwrap(), want.get(&b1).unwrap()) < 1e-3);
         }
@@ -76,7 +83,7 @@ fn a_bias_alone_and_nothing_at_all() {
     let weight = Weight::from_out_in(&Tensor::randn(0f32, 0.5, (12, 8), &dev).unwrap()).unwrap();
     let (x, bias) = (var((4, 8)), var(4));
     let update = Update { columns: 4..8, low: vec![], bias: vec![bias.as_tensor()] };
-    let y = updated_linear(&x, &weight, None, &[update], Ending::default()).unwrap();
+    let y = updated_linear(&x, &weight, None, &of_all(&(0..4), vec![update]), Ending::default()).unwrap();
     let plain = super::super::linear(&x, &weight, None).unwrap();
     let grads = y.sum_all().unwrap().backward().unwrap();
     assert_eq!(grads.get(&bias).unwrap().to_vec1::<f32>().unwrap(), [4.0; 4]);
@@ -95,12 +102,14 @@ fn what_does_not_fit_is_an_error() {
     let weight = Weight::from_out_in(&Tensor::randn(0f32, 0.5, (12, 8), &dev).unwrap()).unwrap();
     let (x, a, b, bias) = (var((4, 8)), var((2, 8)), var((2, 12)), var(5));
     let of = |columns: Range<usize>, low, bias| {
-        updated_linear(&x, &weight, None, &[Update { columns, low, bias }], Ending::default()).unwrap_err().to_string()
+        let (rows, update) = (0..4, Update { columns, low, bias });
+        updated_linear(&x, &weight, None, &of_all(&rows, vec![update]), Ending::default()).unwrap_err().to_string()
     };
     assert!(of(0..11, vec![(a.as_tensor(), b.as_tensor(), 1.0)], vec![]).contains("do not fit"));
     assert!(of(4..16, vec![(a.as_tensor(), b.as_tensor(), 1.0)], vec![]).contains("do not fit"));
     assert!(of(0..12, vec![(b.as_tensor(), b.as_tensor(), 1.0)], vec![]).contains("do not fit"));
     assert!(of(0..4, vec![], vec![bias.as_tensor()]).contains("a bias"));
+    assert!(of(8..13, vec![], vec![bias.as_tensor()]).contains("a bias"), "columns that are not there");
     assert!(
         updated_linear(&var((4, 7)), &weight, None, &[], Ending::default())
             .unwrap_err()
