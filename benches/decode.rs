@@ -14,7 +14,7 @@ use deltaserve::{
     interop,
     kv::KvCache,
     model::{Base, Input, LoadOptions, Quantize, testing},
-    nn::Cx,
+    nn::{Cx, Wanted},
     rows::RowLayout,
 };
 use rayon::prelude::*;
@@ -155,7 +155,8 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
             }
         }
         let plan = DeltaBatch::new(&rows, deltas, base.sites.len());
-        let cx = Cx { kv: Some(&cache), ..Cx::new(&rows, &plan) };
+        let wanted = Wanted::of(&rows, &plan, rows.last_rows());
+        let cx = Cx { kv: Some(&cache), wanted: wanted.as_ref(), ..Cx::new(&rows, &plan) };
         let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
         let logits = base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits");
         last = greedy(&logits);

@@ -22,7 +22,7 @@ use candle_core::{Device, Tensor, Var};
 use deltaserve::{
     delta::{Delta, DeltaBatch, DeltaSpec, LowRank, Patch, Task},
     model::{Base, Input, LoadOptions, testing},
-    nn::Cx,
+    nn::{Cx, Wanted},
     rows::RowLayout,
     train::{
         BaseInfo, Inputs,
@@ -215,7 +215,6 @@ fn main() {
     let (delta, vars) = trainable(&base, 8);
     let layout = RowLayout::packed(&vec![len; rows]);
     let batch = DeltaBatch::single(delta, &layout, base.sites.len());
-    let cx = Cx::new(&layout, &batch);
     let tokens: Vec<u32> = (0..rows * len).map(|i| ((i * 104_729) % base.arch.vocab) as u32).collect();
     let (mut pick, mut targets) = (Vec::new(), Vec::new());
     for span in layout.spans() {
@@ -224,6 +223,8 @@ fn main() {
             targets.push(tokens[row + 1]);
         }
     }
+    let wanted = Wanted::of(&layout, &batch, pick.iter().copied());
+    let cx = Cx { wanted: wanted.as_ref(), ..Cx::new(&layout, &batch) };
     // peak counters are reset here, so that making the base does not count
     std::fs::write("/proc/self/clear_refs", "5").ok();
     let before = status_mib("VmRSS");

@@ -8,6 +8,10 @@
 //! the *key index* (keys without rows, then rows: what caches and masks count), and the *position id* (what position
 //! tables and rotations are asked for).
 
+mod runs;
+
+pub use runs::{Run, Runs};
+
 use std::{ops::Range, sync::Arc};
 
 /// What a delta puts ahead of the tokens of each of its sequences. Nothing by default.

@@ -55,8 +55,8 @@ impl Slot {
 #[derive(Debug, Clone, Default)]
 pub struct DeltaBatch {
     slots: Vec<Slot>,
-    /// By site.
-    plan: Vec<Vec<Entry>>,
+    /// By site; the same for all rows that a batch may be made for.
+    plan: Arc<Vec<Vec<Entry>>>,
     rows: usize,
     spans: usize,
     tracked: bool,
@@ -116,7 +116,7 @@ impl DeltaBatch {
         }
         let any = |f: fn(&Patch) -> bool| slots.iter().any(|s| s.delta.patches().iter().any(|(_, p)| f(p)));
         let (tracked, scales_inputs) = (any(Patch::tracked), any(|p| matches!(p, Patch::InScale(_))));
-        Self { slots, plan, rows, spans, tracked, scales_inputs }
+        Self { slots, plan: Arc::new(plan), rows, spans, tracked, scales_inputs }
     }
 
     /// An entry's slot and patches.
@@ -130,16 +130,6 @@ impl DeltaBatch {
         self.plan.get(site).into_iter().flatten().map(|entry| self.entry(entry))
     }
 
-    /// The same deltas for a matrix with one row per span (pooled rows).
-    pub(crate) fn per_span(&self) -> Self {
-        let mut out = self.clone();
-        for slot in &mut out.slots {
-            slot.rows = slot.spans.iter().map(|&s| s..s + 1).collect();
-        }
-        out.rows = self.spans;
-        out
-    }
-
     /// The same deltas for a matrix with `times` rows in place of each (the heads of a row).
     pub(crate) fn repeated(&self, times: usize) -> Self {
         let mut out = self.clone();
@@ -150,12 +140,19 @@ impl DeltaBatch {
         out
     }
 
-    /// The same deltas for the picked rows only, in the given order.
+    /// The same deltas for the picked rows only, in the given order; the spans are still those of the step.
     pub(crate) fn picked(&self, pick: &[u32]) -> Self {
         let mut out = self.clone();
         for slot in &mut out.slots {
             let inside = |r: u32| slot.rows.iter().any(|range| range.contains(&(r as usize)));
-            slot.rows = pick.iter().enumerate().filter(|(_, r)| inside(**r)).map(|(i, _)| i..i + 1).collect();
+            let mut rows: Vec<Range<usize>> = Vec::new();
+            for (i, _) in pick.iter().enumerate().filter(|(_, r)| inside(**r)) {
+                match rows.last_mut() {
+                    Some(last) if last.end == i => last.end += 1,
+                    _ => rows.push(i..i + 1),
+                }
+            }
+            slot.rows = rows;
         }
         out.rows = pick.len();
         out

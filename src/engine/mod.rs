@@ -13,6 +13,7 @@ mod scheduler;
 mod sequence;
 mod source;
 mod step;
+mod wanted;
 mod worker;
 
 pub use request::{

@@ -1,6 +1,6 @@
 //! One step: shares of sequences to packed rows, one forward, and what each sequence gets out of it.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{D, DType, Result, Storage, Tensor};
 
@@ -9,7 +9,7 @@ use super::{
     sampler,
     scheduler::Share,
     sequence::Sequence,
-    source,
+    source, wanted,
 };
 use crate::{
     admission::params::Pooling,
@@ -17,7 +17,7 @@ use crate::{
     ids::DeltaId,
     kv::KvCache,
     model::{Base, Input, Source},
-    nn::{Cx, Memory},
+    nn::{Cx, Memory, Wanted},
     ops::each,
     rows::{RowLayout, Span},
 };
@@ -102,9 +102,11 @@ impl Stepper {
         let memory_slots: Vec<Arc<[u32]>> = tasks.iter().map(|t| Arc::clone(&t.memory)).collect();
         let encoded = source.as_ref().map(Source::encoded);
         let memory = base.arch.is_encoder_decoder().then_some(Memory { encoded, slots: &memory_slots });
-        let cx = Cx { rows: &rows, deltas, kv: self.kv.as_ref(), pacer: None, memory: memory.as_ref() };
+        let cx = Cx { kv: self.kv.as_ref(), memory: memory.as_ref(), ..Cx::new(&rows, deltas) };
+        let wanted = Wanted::of(&rows, deltas, wanted::rows(&base, tasks, source.is_some(), &cx));
+        let cx = Cx { wanted: wanted.as_ref(), ..cx };
         let input = Input { tokens: &tokens, token_types: typed.then_some(&types[..]) };
-        let hidden = base.transformer.forward(&input, &cx)?; // [rows, hidden]
+        let hidden = base.transformer.forward(&input, &cx)?; // [wanted rows, hidden]
         let mut got = vec![Got::Nothing; tasks.len()];
         let reader = Reader { base: &base, tasks, rows: &rows, hidden: &hidden, cx: &cx };
         reader.tokens(&mut got)?;
@@ -153,6 +155,7 @@ struct Reader<'a> {
     base: &'a Base,
     tasks: &'a [Task<'a>],
     rows: &'a RowLayout,
+    /// `[wanted rows, hidden]`.
     hidden: &'a Tensor,
     cx: &'a Cx<'a>,
 }
@@ -186,12 +189,9 @@ impl Reader<'_> {
         for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
             let Work::Score { from } = task.sequence.request.work else { continue };
             let before = pick.len();
-            for (row, token) in span.token_rows().zip(span.tokens()) {
-                let target = token + 1;
-                if let Some(&token) = task.sequence.tokens(0).get(target).filter(|_| target >= from) {
-                    pick.push(row as u32);
-                    targets.push(token);
-                }
+            for (row, token) in wanted::scored(task, span, from) {
+                pick.push(row);
+                targets.push(token);
             }
             counts.push((i, pick.len() - before));
         }
@@ -239,13 +239,16 @@ impl Reader<'_> {
     fn embeddings(&self, got: &mut [Got]) -> Result<()> {
         for (i, (task, span)) in self.tasks.iter().zip(self.rows.spans()).enumerate() {
             let Work::Embed { pooling, .. } = task.sequence.request.work else { continue };
-            let row = |at: usize| self.hidden.narrow(0, at, 1)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
+            let states = |rows: Range<usize>| {
+                let rows: Vec<u32> = rows.map(|row| row as u32).collect();
+                self.cx.states(self.hidden, &rows)?.to_dtype(DType::F32)
+            };
+            let row = |at: usize| states(at..at + 1)?.flatten_all()?.to_vec1::<f32>();
             match pooling {
                 Pooling::Mean | Pooling::Default => {
                     let own = span.token_rows();
                     if !own.is_empty() {
-                        let rows = self.hidden.narrow(0, own.start, own.len())?.to_dtype(DType::F32)?;
-                        got[i] = Got::Sum(rows.sum(0)?.to_vec1()?);
+                        got[i] = Got::Sum(states(own)?.sum(0)?.to_vec1()?);
                     }
                 }
                 Pooling::Cls => {

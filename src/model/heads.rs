@@ -7,6 +7,7 @@ use crate::{
     delta::{Head, HeadPool, Task},
     nn::Cx,
     ops::{self, Act},
+    rows::Span,
 };
 
 /// Logits of the spans that share a head.
@@ -19,81 +20,95 @@ pub struct HeadLogits {
 }
 
 impl Transformer {
-    /// One row per span: the pooled first row of an encoder (a virtual one where a delta has a prompt: PEFT reads what
-    /// comes first), the last row of a decoder. `[spans, hidden]`.
+    /// The row of a span that a head reads: the first of an encoder (a virtual one where a delta has a prompt: PEFT reads what
+    /// comes first), the last of a decoder.
+    fn pooled_row(&self, pool: HeadPool, span: &Span) -> usize {
+        match pool {
+            HeadPool::Base if self.arch.is_causal() => span.start + span.len - 1,
+            HeadPool::Base | HeadPool::First => span.start,
+        }
+    }
+
+    /// By span, the row that sequence classification reads: as its head says, or the base's way.
+    pub fn head_rows(&self, cx: &Cx<'_>) -> Vec<u32> {
+        let spans = cx.rows.spans();
+        let mut rows: Vec<u32> = spans.iter().map(|s| self.pooled_row(HeadPool::Base, s) as u32).collect();
+        for (own, head) in self.heads(Task::SeqCls, cx).0 {
+            own.into_iter().for_each(|s| rows[s] = self.pooled_row(head.pool, &spans[s]) as u32);
+        }
+        rows
+    }
+
+    /// One row per span, pooled the base's way; `[spans, hidden]`. Spans whose row is not wanted are absent.
     ///
     /// # Errors
     /// Those of candle.
     pub fn pooled(&self, hidden: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
-        let pick: Vec<u32> = if self.arch.is_causal() {
-            cx.rows.last_rows()
-        } else {
-            cx.rows.spans().iter().map(|s| s.start as u32).collect()
-        };
-        let x = hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)?; // [spans, hidden]
-        match &self.pooler {
-            Some(pooler) => {
-                let deltas = cx.deltas.per_span();
-                ops::activate(&pooler.forward(&x, &Cx { deltas: &deltas, ..*cx })?, Act::Tanh)
+        Ok(self.pool(HeadPool::Base, hidden, cx)?.rows)
+    }
+
+    fn pool(&self, pool: HeadPool, hidden: &Tensor, cx: &Cx<'_>) -> Result<Pooled> {
+        let rows = cx.rows.spans().iter().map(|s| self.pooled_row(pool, s)).enumerate();
+        let (spans, pick): (Vec<usize>, Vec<u32>) =
+            rows.filter(|(_, row)| cx.computes(*row)).map(|(span, row)| (span, row as u32)).unzip();
+        let x = cx.states(hidden, &pick)?; // [spans, hidden]
+        let rows = match &self.pooler {
+            Some(pooler) if pool == HeadPool::Base => {
+                let deltas = cx.deltas.picked(&pick);
+                ops::activate(&pooler.forward(&x, &Cx { deltas: &deltas, ..*cx })?, Act::Tanh)?
             }
-            None => Ok(x),
-        }
+            _ => x,
+        };
+        Ok(Pooled { spans, rows })
     }
 
-    /// The first row of every span, as it is. `[spans, hidden]`.
-    fn firsts(&self, hidden: &Tensor, cx: &Cx<'_>) -> Result<Tensor> {
-        let pick: Vec<u32> = cx.rows.spans().iter().map(|s| s.start as u32).collect();
-        hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)
-    }
-
-    /// Sequence classification, grouped by head; spans without any head are absent. Differentiable.
+    /// Sequence classification, grouped by head; spans without any head, or whose row is not wanted, are absent.
+    /// Differentiable.
     ///
     /// # Errors
     /// Those of candle.
     pub fn head_logits(&self, hidden: &Tensor, cx: &Cx<'_>) -> Result<Vec<HeadLogits>> {
-        let (groups, rest) = self.heads(Task::SeqCls, cx);
-        if groups.is_empty() {
-            return Ok(vec![]);
-        }
-        let all = cx.rows.spans().len() - rest.len();
         let (mut pooled, mut firsts) = (None, None); // each made when the first head asks
-        let mut out = Vec::with_capacity(groups.len());
-        for (spans, head) in groups {
-            let rows = match head.pool {
-                HeadPool::Base => kept(&mut pooled, || self.pooled(hidden, cx))?,
-                HeadPool::First => kept(&mut firsts, || self.firsts(hidden, cx))?,
-            }; // [spans, hidden]
-            let x = if spans.len() == all && rest.is_empty() && spans.windows(2).all(|w| w[0] < w[1]) {
-                rows
-            } else {
-                let idx: Vec<u32> = spans.iter().map(|&s| s as u32).collect();
-                rows.index_select(&Tensor::new(idx, &self.device)?, 0)?
+        let mut out = Vec::new();
+        for (mut spans, head) in self.heads(Task::SeqCls, cx).0 {
+            spans.retain(|s| cx.computes(self.pooled_row(head.pool, &cx.rows.spans()[*s])));
+            if spans.is_empty() {
+                continue;
+            }
+            let place = match head.pool {
+                HeadPool::Base => &mut pooled,
+                HeadPool::First => &mut firsts,
             };
-            out.push(HeadLogits { logits: head.logits(&x)?, spans });
+            let all = match place {
+                Some(all) => all,
+                None => place.insert(self.pool(head.pool, hidden, cx)?),
+            };
+            out.push(HeadLogits { logits: head.logits(&all.of(&spans)?)?, spans });
         }
         Ok(out)
     }
 
     /// Token classification, grouped by head; token rows of each span in order (virtual rows have no label); spans
-    /// without token rows in this step may be absent. Differentiable.
+    /// without token rows in this step may be absent, and those are whose rows are not wanted. Differentiable.
     ///
     /// # Errors
     /// Those of candle.
     pub fn token_head_logits(&self, hidden: &Tensor, cx: &Cx<'_>) -> Result<Vec<HeadLogits>> {
         let (groups, _) = self.heads(Task::TokenCls, cx);
         let mut out = Vec::with_capacity(groups.len());
-        for (spans, head) in groups {
-            let idx: Vec<u32> = spans.iter().flat_map(|&s| cx.rows.spans()[s].token_rows().map(|r| r as u32)).collect();
-            if idx.is_empty() {
-                continue;
+        for (mut spans, head) in groups {
+            let rows = |s: usize| cx.rows.spans()[s].token_rows();
+            spans.retain(|s| rows(*s).all(|row| cx.computes(row)));
+            let pick: Vec<u32> = spans.iter().flat_map(|s| rows(*s)).map(|row| row as u32).collect();
+            if !pick.is_empty() {
+                out.push(HeadLogits { logits: head.logits(&cx.states(hidden, &pick)?)?, spans });
             }
-            let x = hidden.contiguous()?.index_select(&Tensor::new(idx, &self.device)?, 0)?;
-            out.push(HeadLogits { logits: head.logits(&x)?, spans });
         }
         Ok(out)
     }
 
-    /// Sequence classification logits, one `[labels]` per span; `None` where neither delta nor base has a head.
+    /// Sequence classification logits, one `[labels]` per span; `None` where neither delta nor base has a head, or where the
+    /// row is not wanted.
     ///
     /// # Errors
     /// Those of candle.
@@ -107,8 +122,8 @@ impl Transformer {
         Ok(out)
     }
 
-    /// Token classification logits, one `[tokens, labels]` per span; `None` where neither delta nor base has a head, or
-    /// where no row of the span is a token.
+    /// Token classification logits, one `[tokens, labels]` per span; `None` where neither delta nor base has a head, where
+    /// no row of the span is a token, or where its rows are not wanted.
     ///
     /// # Errors
     /// Those of candle.
@@ -141,9 +156,21 @@ impl Transformer {
     }
 }
 
-fn kept(place: &mut Option<Tensor>, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-    match place {
-        Some(t) => Ok(t.clone()),
-        None => Ok(place.insert(make()?).clone()),
+/// One row for each of these spans.
+struct Pooled {
+    /// In order.
+    spans: Vec<usize>,
+    /// `[spans, hidden]`.
+    rows: Tensor,
+}
+
+impl Pooled {
+    /// The rows of some of the spans, in order.
+    fn of(&self, spans: &[usize]) -> Result<Tensor> {
+        if self.spans == spans {
+            return Ok(self.rows.clone());
+        }
+        let at: Vec<u32> = spans.iter().map(|s| self.spans.partition_point(|own| own < s) as u32).collect();
+        self.rows.index_select(&Tensor::new(at, self.rows.device())?, 0)
     }
 }

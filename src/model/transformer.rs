@@ -187,8 +187,8 @@ impl Transformer {
         if self.arch.embed_scale != 1.0 { rows * self.arch.embed_scale } else { Ok(rows) }
     }
 
-    /// Final hidden states of all rows, `[rows, hidden]`; of an encoder-decoder, the decoder's, which sees what
-    /// `cx.memory` holds of its encoder.
+    /// Final hidden states of the rows that are wanted (`cx.wanted`: all, as a rule), `[wanted rows, hidden]`; of an
+    /// encoder-decoder, the decoder's, which sees what `cx.memory` holds of its encoder.
     ///
     /// Positions come from `cx.rows`. Keys and values of spans with cache slots are written to the cache.
     ///
@@ -240,34 +240,52 @@ impl Transformer {
         cx.deltas.virtual_rows(stack, PromptStage::Hidden, cx.rows, x)
     }
 
+    /// A layer: `[rows, hidden]` -> `[rows that go on, hidden]`, all but in the last one.
     pub(super) fn block(&self, b: &Block, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let cx = &pass.cx;
+        if pass.ends_with_keys() {
+            return self.keys_of_block(b, &x, pass);
+        }
+        let (cx, after) = (&pass.cx, &pass.after);
+        let on = pass.going_on(&x)?; // [rows that go on, hidden]
         // a norm of a half's output stands between it and the residual sum
         let normed =
             |norm: &Option<Norm>, residual: Option<&Tensor>, half: &dyn Fn(Option<&Tensor>) -> Result<Tensor>| {
                 let Some(norm) = norm else { return half(residual) };
-                let y = norm.forward(&half(None)?, cx)?;
+                let y = norm.forward(&half(None)?, after)?;
                 residual.map_or(Ok(y.clone()), |residual| residual + y)
             };
         match self.arch.placement {
             Placement::Pre => {
-                let mut x = b.attn_end.run(&x, None, cx, |residual| {
+                let mut x = b.attn_end.run(&on, None, after, |residual| {
                     let h = b.norm_attn.forward(&x, cx)?;
                     normed(&b.norm_attn_out, residual, &|residual| b.attn.forward(&h, residual, pass))
                 })?;
                 if let Some(cross) = &b.cross {
-                    x = cross.attn.forward(&cross.norm.forward(&x, cx)?, &x, pass)?;
+                    x = cross.attn.forward(&cross.norm.forward(&x, after)?, &x, pass)?;
                 }
-                b.mlp_end.run(&x, None, cx, |residual| {
-                    let h = b.norm_mlp.forward(&x, cx)?;
-                    normed(&b.norm_mlp_out, residual, &|residual| b.mlp.forward(&h, residual, cx))
+                b.mlp_end.run(&x, None, after, |residual| {
+                    let h = b.norm_mlp.forward(&x, after)?;
+                    normed(&b.norm_mlp_out, residual, &|residual| b.mlp.forward(&h, residual, after))
                 })
             }
             Placement::Post => {
-                let x = b.attn_end.run(&x, Some(&b.norm_attn), cx, |residual| b.attn.forward(&x, residual, pass))?;
-                b.mlp_end.run(&x, Some(&b.norm_mlp), cx, |residual| b.mlp.forward(&x, residual, cx))
+                let attend = |residual: Option<&Tensor>| b.attn.forward(&x, residual, pass);
+                let x = b.attn_end.run(&on, Some(&b.norm_attn), after, attend)?;
+                b.mlp_end.run(&x, Some(&b.norm_mlp), after, |residual| b.mlp.forward(&x, residual, after))
             }
         }
+    }
+
+    /// A layer behind which no row goes on: its keys and values are for later steps. `[rows, hidden]` -> `[0, hidden]`.
+    fn keys_of_block(&self, b: &Block, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        match self.arch.placement {
+            Placement::Pre => b.attn.keep(&b.norm_attn.forward(x, &pass.cx)?, pass)?,
+            Placement::Post => b.attn.keep(x, pass)?,
+        }
+        if let Some(cross) = &b.cross {
+            cross.attn.keep(pass)?;
+        }
+        x.detach().narrow(0, 0, 0)
     }
 
     pub(super) fn check(&self, input: &Input<'_>, cx: &Cx<'_>) -> Result<()> {
@@ -285,21 +303,21 @@ impl Transformer {
     }
 
     /// The picked rows as the language-model head reads them.
-    fn before_head(&self, hidden: &Tensor, pick: &[u32]) -> Result<Tensor> {
-        let mut x = hidden.contiguous()?.index_select(&Tensor::new(pick, &self.device)?, 0)?; // [pick, hidden]
+    fn before_head(&self, hidden: &Tensor, pick: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
+        let mut x = cx.states(hidden, pick)?; // [pick, hidden]
         if let Some(t) = &self.lm_transform {
             x = ops::norm(&ops::activate(&ops::linear(&x, &t.weight, Some(&t.bias))?, t.act)?, &t.norm)?;
         }
         if self.arch.head_scale != 1.0 { x * self.arch.head_scale } else { Ok(x) }
     }
 
-    /// Logits of picked rows: `hidden` `[rows, hidden]` -> `[pick.len(), vocab]` f32.
+    /// Logits of picked rows, which are rows of the step: `hidden` `[wanted rows, hidden]` -> `[pick.len(), vocab]` f32.
     ///
     /// # Errors
-    /// A base without a language-model head.
+    /// A base without a language-model head; rows that are not wanted.
     pub fn logits(&self, hidden: &Tensor, pick: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
-        let x = self.before_head(hidden, pick)?;
+        let x = self.before_head(hidden, pick, cx)?;
         let logits = if head.parts.iter().any(|(site, _)| cx.deltas.touches(*site)) {
             let deltas = cx.deltas.picked(pick);
             head.forward(&x, &Cx { deltas: &deltas, ..*cx })?.to_dtype(DType::F32)?
@@ -316,7 +334,7 @@ impl Transformer {
     /// Never keeps `[rows, vocab]`.
     ///
     /// # Errors
-    /// A base without a language-model head, a target outside the vocabulary.
+    /// As [`Self::logits`]; a target outside the vocabulary.
     pub fn nll(&self, hidden: &Tensor, pick: &[u32], targets: &[u32], cx: &Cx<'_>) -> Result<Tensor> {
         self.smoothed_nll(hidden, (pick, targets), 0.0, cx)
     }
@@ -361,7 +379,7 @@ impl Transformer {
             let sum = kl.detach().sum_all()?.to_scalar::<f32>()?;
             return Ok(((each + (kl * weight)?)?, sum.into()));
         }
-        let x = self.before_head(hidden, pick)?;
+        let x = self.before_head(hidden, pick, cx)?;
         ops::head_nll_against(&x, &head.weight, (targets, smoothing), self.arch.logit_cap, against)
     }
 
@@ -384,7 +402,7 @@ impl Transformer {
             let sum = kl.detach().sum_all()?.to_scalar::<f32>()?;
             return Ok(((kl * weight)?, sum.into()));
         }
-        let x = self.before_head(hidden, pick)?;
+        let x = self.before_head(hidden, pick, cx)?;
         ops::head_kl(&x, &head.weight, self.arch.logit_cap, (reference, weight))
     }
 
@@ -392,9 +410,9 @@ impl Transformer {
     ///
     /// # Errors
     /// A base without a language-model head.
-    pub fn reference(&self, hidden: &Tensor, pick: &[u32]) -> Result<ops::Reference> {
+    pub fn reference(&self, hidden: &Tensor, pick: &[u32], cx: &Cx<'_>) -> Result<ops::Reference> {
         let Some(head) = &self.lm_head else { bail!("this base has no language-model head") };
-        let x = self.before_head(hidden, pick)?;
+        let x = self.before_head(hidden, pick, cx)?;
         ops::Reference::new(&x, &head.weight, head.bias.as_ref(), self.arch.logit_cap)
     }
 

@@ -3,10 +3,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{
-    Input, Transformer,
-    transformer::{Block, Stack},
-};
+use super::{Input, Transformer, transformer::Stack};
 use crate::{
     delta,
     nn::{Cx, Pass, yield_point},
@@ -19,6 +16,8 @@ pub struct Walk<'a> {
     which: delta::Stack,
     positions: Vec<u32>,
     pass: Pass<'a>,
+    /// The last layer's, where not all rows are wanted of it.
+    last: Option<Pass<'a>>,
 }
 
 impl Transformer {
@@ -39,7 +38,8 @@ impl Transformer {
     /// As [`Self::encode`].
     pub fn walk_encoder<'a>(&'a self, cx: Cx<'a>) -> Result<Walk<'a>> {
         let Some(encoder) = &self.encoder else { bail!("this base is no encoder-decoder") };
-        Walk::new(self, (encoder, delta::Stack::Encoder), Cx { kv: None, memory: None, ..cx })
+        // cross-attention reads all of it
+        Walk::new(self, (encoder, delta::Stack::Encoder), Cx { kv: None, memory: None, wanted: None, ..cx })
     }
 }
 
@@ -51,7 +51,8 @@ impl<'a> Walk<'a> {
         }
         let shape = (which, transformer.arch.heads);
         let pass = Pass::new(cx, shape, &stack.styles, &positions, &transformer.device)?;
-        Ok(Self { transformer, stack, which, positions, pass })
+        let last = pass.of_last()?;
+        Ok(Self { transformer, stack, which, positions, pass, last })
     }
 
     /// How many layers it has.
@@ -68,27 +69,29 @@ impl<'a> Walk<'a> {
         self.transformer.embeddings(self.which, input, &self.positions, &self.pass.cx)
     }
 
-    /// A layer: `[rows, hidden]` -> the same. It yields to serving first, where the step has a pacer.
+    /// A layer: `[rows, hidden]` -> the same, or in the last one `[wanted rows, hidden]`. It yields to serving first, where the
+    /// step has a pacer.
     ///
     /// # Errors
     /// No such layer; those of candle.
     pub fn layer(&self, i: usize, x: Tensor) -> Result<Tensor> {
         let Some(block) = self.stack.blocks.get(i) else { bail!("layer {i} of {}", self.layers()) };
-        self.block(block, yield_point(x, &self.pass.cx)?)
+        let pass = if i + 1 == self.layers() { self.last() } else { &self.pass };
+        self.transformer.block(block, yield_point(x, &pass.cx)?, pass)
     }
 
-    /// What leaves the last layer as the heads read it, `[rows, hidden]`.
+    /// What leaves the last layer as the heads read it, `[wanted rows, hidden]`.
     ///
     /// # Errors
     /// Those of candle.
     pub fn end(&self, x: Tensor) -> Result<Tensor> {
         match &self.stack.final_norm {
-            Some(norm) => norm.forward(&x, &self.pass.cx),
-            None => Ok(x),
+            Some(norm) if x.dim(0)? > 0 => norm.forward(&x, &self.last().after),
+            _ => Ok(x),
         }
     }
 
-    fn block(&self, block: &Block, x: Tensor) -> Result<Tensor> {
-        self.transformer.block(block, x, &self.pass)
+    fn last(&self) -> &Pass<'a> {
+        self.last.as_ref().unwrap_or(&self.pass)
     }
 }

@@ -30,14 +30,25 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// `[rows, hidden]` -> the same, added to the residual if one is given.
+    /// `[rows, hidden]` -> `[rows that go on, hidden]`, added to the residual if one is given.
     ///
     /// # Errors
     /// Those of candle.
     pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, pass: &Pass<'_>) -> Result<Tensor> {
         let qkv = self.qkv.forward(x, &pass.cx)?; // [rows, qw + 2 kw]
-        let y = if self.reads_joined(pass) { self.joined(&qkv, pass)? } else { self.apart(&qkv, pass)? }; // [rows, qw]
-        self.out.forward_to(&y, Ending { act: None, residual }, &pass.cx)
+        let y = if self.reads_joined(pass) { self.joined(&qkv, pass)? } else { self.apart(&qkv, pass)? }; // [.., qw]
+        self.out.forward_to(&y, Ending { act: None, residual }, &pass.after)
+    }
+
+    /// Puts the keys and values of `x` `[rows, hidden]` into the cache, if there is one, and does nothing else.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn keep(&self, x: &Tensor, pass: &Pass<'_>) -> Result<()> {
+        if pass.keys.is_cached() {
+            self.keys_and_values(&self.qkv.forward(x, &pass.cx)?, pass)?;
+        }
+        Ok(())
     }
 
     /// Whether nothing but rotation happens to queries, keys and values of this step before they meet.
@@ -58,24 +69,33 @@ impl Attention {
     fn apart(&self, qkv: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let style = &pass.styles[self.style];
         let plan = &style.plan;
-        let (qw, kw) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
-        let mut q = qkv.narrow(1, 0, qw)?;
-        let mut k = qkv.narrow(1, qw, kw)?;
-        let v = qkv.narrow(1, qw + kw, kw)?;
+        let mut q = qkv.narrow(1, 0, plan.heads * plan.head_dim)?;
         if let Some(norm) = &self.q_norm {
             q = norm.forward_heads(&q, plan.heads, &pass.cx)?;
         }
-        if let Some(norm) = &self.k_norm {
-            k = norm.forward_heads(&k, plan.kv_heads, &pass.cx)?;
-        }
         if let Some(rope) = &style.rope {
             q = ops::rope(&q, rope)?;
-            k = ops::rope(&k, rope)?;
         }
         if self.layer_scale != 1.0 {
             q = (q * f64::from(self.layer_scale))?;
         }
-        let (k, v) = pass.keys.all((self.layer, self.keys), (k, v), &pass.cx)?;
+        let (k, v) = self.keys_and_values(qkv, pass)?;
         ops::attention(&q, &k, &v, plan)
+    }
+
+    /// Everything that the step's queries may see; with a cache, the step's own is in it from here on.
+    fn keys_and_values(&self, qkv: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
+        let style = &pass.styles[self.style];
+        let plan = &style.plan;
+        let (qw, kw) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+        let mut k = qkv.narrow(1, qw, kw)?;
+        let v = qkv.narrow(1, qw + kw, kw)?;
+        if let Some(norm) = &self.k_norm {
+            k = norm.forward_heads(&k, plan.kv_heads, &pass.cx)?;
+        }
+        if let Some(rope) = &style.rope {
+            k = ops::rope(&k, rope)?;
+        }
+        pass.keys.all((self.layer, self.keys), (k, v), &pass.cx)
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{Cx, Linear, Pass};
+use super::{Cx, Linear, Pass, pass::Crossing};
 use crate::{
     delta::SiteId,
     ops::{self, Ending},
@@ -31,7 +31,25 @@ impl CrossAttention {
     /// A pass without the encoder's output; those of candle.
     pub fn forward(&self, x: &Tensor, residual: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let Some(crossing) = &pass.crossing else { bail!("a decoder without its encoder's output") };
-        let q = self.q.forward(x, &pass.cx)?; // [rows, qw]
+        let q = self.q.forward(x, &pass.after)?; // [rows, qw]
+        let (k, v) = self.keys_and_values(crossing, pass)?;
+        let y = ops::attention(&q, &k, &v, &crossing.plan)?;
+        self.out.forward_to(&y, Ending { act: None, residual: Some(residual) }, &pass.after) // [rows, hidden]
+    }
+
+    /// Puts keys and values of what is encoded in this step into the cache, if there is one, and does nothing else.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn keep(&self, pass: &Pass<'_>) -> Result<()> {
+        match pass.crossing.as_ref().filter(|crossing| crossing.keys.is_cached()) {
+            Some(crossing) => self.keys_and_values(crossing, pass).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything that the step's queries may see; with a cache, what is encoded in this step is in it from here on.
+    fn keys_and_values(&self, crossing: &Crossing<'_>, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
         let fresh = match &crossing.encoded {
             Some(encoded) => {
                 let own = Cx { rows: encoded.rows, deltas: encoded.deltas, kv: None, memory: None, ..pass.cx };
@@ -41,12 +59,10 @@ impl CrossAttention {
             }
             None => None,
         };
-        let (k, v) = match (fresh, pass.cx.kv) {
-            (Some(fresh), _) => crossing.keys.all((self.layer, self.keys), fresh, &pass.cx)?,
-            (None, Some(cache)) => cache.layer(self.layer),
+        match (fresh, pass.cx.kv) {
+            (Some(fresh), _) => crossing.keys.all((self.layer, self.keys), fresh, &pass.cx),
+            (None, Some(cache)) => Ok(cache.layer(self.layer)),
             (None, None) => bail!("a decoder without its encoder's output"),
-        };
-        let y = ops::attention(&q, &k, &v, &crossing.plan)?;
-        self.out.forward_to(&y, Ending { act: None, residual: Some(residual) }, &pass.cx) // [rows, hidden]
+        }
     }
 }

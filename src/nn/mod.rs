@@ -8,6 +8,7 @@ mod norm;
 mod pass;
 mod rotary;
 mod sublayer;
+mod wanted;
 
 pub use attention::Attention;
 pub use cross::CrossAttention;
@@ -17,6 +18,7 @@ pub use norm::Norm;
 pub use pass::{HeadShape, Pass, Style};
 pub use rotary::{RopeScaling, Rotary};
 pub use sublayer::Sublayer;
+pub use wanted::Wanted;
 
 use std::sync::Arc;
 
@@ -37,12 +39,14 @@ pub struct Cx<'a> {
     pub pacer: Option<&'a Arc<Pacer>>,
     /// What a decoder sees of its encoder; `None` for all other models.
     pub memory: Option<&'a Memory<'a>>,
+    /// The rows whose final hidden states are read: the last layer computes no others behind its keys and values. `None`: all.
+    pub wanted: Option<&'a Wanted>,
 }
 
 impl<'a> Cx<'a> {
-    /// A step without a cache and without pacing.
+    /// A step without a cache and without pacing, all of whose rows are read.
     pub fn new(rows: &'a RowLayout, deltas: &'a DeltaBatch) -> Self {
-        Self { rows, deltas, kv: None, pacer: None, memory: None }
+        Self { rows, deltas, kv: None, pacer: None, memory: None, wanted: None }
     }
 }
 

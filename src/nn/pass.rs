@@ -8,7 +8,7 @@ use super::{Cx, Encoded, Rotary};
 use crate::{
     delta::{Keys, Prefixes, SiteId, Stack, prefix_keys},
     ops::{AttnMask, AttnPlan, AttnSpan, RelativeBias, RopeTable},
-    rows::Span,
+    rows::{Runs, Span},
 };
 
 /// Heads of attention.
@@ -50,12 +50,14 @@ pub struct Style {
 }
 
 /// A [`Style`] on the rows of a step.
+#[derive(Clone)]
 pub(super) struct Applied {
     pub(super) plan: Arc<AttnPlan>,
     pub(super) rope: Option<RopeTable>,
 }
 
 /// What the keys of an attention come from beside those of the step, and where they are kept.
+#[derive(Clone)]
 pub(super) struct KeyStore {
     /// Cache slots of the step's keys; empty without a cache.
     slots: Vec<u32>,
@@ -99,6 +101,7 @@ impl KeyStore {
 }
 
 /// Cross-attention on the rows of a step.
+#[derive(Clone)]
 pub(super) struct Crossing<'a> {
     pub(super) plan: Arc<AttnPlan>,
     /// What is to be projected in this step.
@@ -106,10 +109,14 @@ pub(super) struct Crossing<'a> {
     pub(super) keys: KeyStore,
 }
 
-/// What all layers of one forward share, computed once.
+/// What all layers of one forward share, computed once; the last one has its own where not all rows are wanted.
 pub struct Pass<'a> {
     /// The step.
     pub cx: Cx<'a>,
+    /// The step behind self-attention, as linears and norms see it: in the last layer, that of the wanted rows.
+    pub after: Cx<'a>,
+    /// Which rows those are; `None`: all.
+    wanted: Option<Vec<u32>>,
     /// By kind of layer.
     pub(super) styles: Vec<Applied>,
     /// Of self-attention.
@@ -137,8 +144,62 @@ impl<'a> Pass<'a> {
         };
         let styles = styles.iter().map(applied).collect::<Result<_>>()?;
         let crossing = if cx.memory.is_some() { Some(crossing(&cx, heads)?) } else { None };
-        Ok(Self { cx, styles, keys, crossing })
+        Ok(Self { cx, after: cx, wanted: None, styles, keys, crossing })
     }
+
+    /// That of the last layer, where all rows have keys and only the wanted ones have queries; `None` where all are wanted.
+    ///
+    /// # Errors
+    /// Rows that are wanted of another step.
+    pub(crate) fn of_last(&self) -> Result<Option<Self>> {
+        let Some(wanted) = self.cx.wanted else { return Ok(None) };
+        let runs = &wanted.runs;
+        if !runs.are_of(self.cx.rows) {
+            bail!("{} rows are wanted of another step", runs.len());
+        }
+        let applied = |style: &Applied| Applied { plan: asking(&style.plan, runs, false), rope: style.rope.clone() };
+        let crossing = |c: &Crossing<'a>| Crossing { plan: asking(&c.plan, runs, true), ..c.clone() };
+        Ok(Some(Self {
+            cx: self.cx,
+            after: Cx { deltas: &wanted.deltas, ..self.cx },
+            wanted: Some(runs.rows().map(|row| row as u32).collect()),
+            styles: self.styles.iter().map(applied).collect(),
+            keys: self.keys.clone(),
+            crossing: self.crossing.as_ref().map(crossing),
+        }))
+    }
+
+    /// The rows of `x` `[rows, hidden]` that go on behind self-attention.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn going_on(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.wanted {
+            Some(rows) => x.contiguous()?.index_select(&Tensor::new(rows.as_slice(), x.device())?, 0),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// Whether no row goes on: only the layer's keys and values are of use.
+    pub fn ends_with_keys(&self) -> bool {
+        self.wanted.as_ref().is_some_and(Vec::is_empty)
+    }
+}
+
+/// The plan with these queries only. Where they are `picked`, the queries' matrix has no others; else it has all rows.
+fn asking(plan: &Arc<AttnPlan>, runs: &Runs, picked: bool) -> Arc<AttnPlan> {
+    let spans = runs.runs().iter().filter_map(|run| {
+        let span = plan.spans.get(run.span)?;
+        let before = run.rows.start - span.q_start;
+        Some(AttnSpan {
+            q_start: if picked { run.at } else { run.rows.start },
+            q_len: run.rows.len(),
+            context_len: span.context_len + before,
+            position: span.position + before,
+            ..span.clone()
+        })
+    });
+    Arc::new(AttnPlan { spans: spans.collect(), ..AttnPlan::clone(plan) })
 }
 
 /// Each sequence looks at itself (at rows of this step, or at its cache slots) and at its prefix.

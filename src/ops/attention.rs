@@ -70,7 +70,7 @@ pub enum KeyRows {
 /// One sequence.
 #[derive(Debug, Clone)]
 pub struct AttnSpan {
-    /// First query row.
+    /// First query row: of the queries' matrix. The output has the rows of the spans in order, and no others.
     pub q_start: usize,
     /// Query rows.
     pub q_len: usize,
@@ -83,7 +83,8 @@ pub struct AttnSpan {
     pub pinned: usize,
     /// Rows of keys and values. Spans may share rows.
     pub keys: KeyRows,
-    /// How many: `context_len + q_len` where a sequence looks at itself, another sequence's length in cross-attention.
+    /// How many: `context_len + q_len` where all of a sequence looks at itself, or more where only some of its rows do; another
+    /// sequence's length in cross-attention.
     pub keys_len: usize,
 }
 
@@ -144,7 +145,8 @@ impl RelativeBias {
 /// All sequences of a step, and the shape of the heads.
 #[derive(Debug, Clone)]
 pub struct AttnPlan {
-    /// The sequences; their query rows partition the step's rows. Shared by the plans of a model's kinds of layers.
+    /// The sequences; their query rows are in order, and rows that are in none are nobody's. Shared by the plans of a model's
+    /// kinds of layers.
     pub spans: Arc<[AttnSpan]>,
     /// Visibility.
     pub mask: AttnMask,
@@ -168,6 +170,11 @@ impl AttnPlan {
         self.bias.as_ref().filter(|b| b.trained.is_some())
     }
 
+    /// Queries in all: rows of the output.
+    pub(super) fn queries(&self) -> usize {
+        self.spans.iter().map(|s| s.q_len).sum()
+    }
+
     /// Checks the plan against the tensors, so that kernels may index without doubt.
     fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let (rows, qw) = q.dims2()?;
@@ -186,20 +193,20 @@ impl AttnPlan {
                     slots.len() == s.keys_len && slots.iter().all(|&slot| (slot as usize) < k_rows)
                 }
             };
-            if s.q_start != at || !fits || s.pinned > s.context_len {
-                bail!("attention: span at row {} (want {at}) has keys outside the {k_rows} rows", s.q_start);
+            if s.q_start < at || !fits || s.pinned > s.context_len {
+                bail!("attention: span at row {} (from {at} on) has keys outside the {k_rows} rows", s.q_start);
             }
-            at += s.q_len;
+            at = s.q_start + s.q_len;
         }
-        if at != rows {
-            bail!("attention: spans cover {at} of {rows} rows");
+        if at > rows {
+            bail!("attention: spans end at {at} of {rows} rows");
         }
         Ok(())
     }
 }
 
 /// `softmax(cap(scale * q k^T) + bias + mask) v`: `q [rows, heads * head_dim]`, `k` and `v` `[key_rows, kv_heads * head_dim]` ->
-/// `[rows, heads * head_dim]`.
+/// `[queries, heads * head_dim]`: the plan's queries, which are all rows as a rule.
 ///
 /// # Errors
 /// A plan that does not fit the tensors.
@@ -213,13 +220,21 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttnPlan>) -> Re
     }
 }
 
-/// Whether every span looks at its own rows and nothing else, so that [`attention_of_joined`] takes it.
+/// Whether every span looks at rows of its own and nothing else, a query's key being in the query's row, so that
+/// [`attention_of_joined`] takes it.
 pub fn attends_own_rows(plan: &AttnPlan) -> bool {
-    let own = |s: &AttnSpan| matches!(s.keys, KeyRows::From(from) if from == s.q_start) && s.keys_len == s.q_len;
+    let mut end = 0; // of the rows of the spans before
+    let own = |s: &AttnSpan| {
+        let KeyRows::From(from) = s.keys else { return false };
+        let fits = from >= end && from + s.context_len == s.q_start && s.context_len + s.q_len <= s.keys_len;
+        end = from + s.keys_len;
+        fits
+    };
     plan.trained_bias().is_none() && plan.spans.iter().all(own)
 }
 
-/// [`attention`] of query, key and value side by side, `qkv` `[rows, (heads + 2 kv_heads) * head_dim]`, as one op.
+/// [`attention`] of query, key and value side by side, `qkv` `[rows, (heads + 2 kv_heads) * head_dim]`, as one op: its plan's
+/// queries, `[queries, heads * head_dim]`.
 ///
 /// # Errors
 /// A plan that does not fit the tensor, or whose spans look elsewhere.

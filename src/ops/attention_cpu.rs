@@ -171,7 +171,7 @@ impl CustomOp3 for Attention {
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let qkv = (f32_slice(q, ql)?, f32_slice(k, kl)?, f32_slice(v, vl)?);
-        cpu_result(forward(&self.0, apart(&self.0, qkv), ql.shape().dims2()?.0), ql.shape())
+        output(&self.0, apart(&self.0, qkv))
     }
 
     fn bwd(
@@ -204,8 +204,7 @@ impl CustomOp3 for BiasTrained {
     ) -> Result<(CpuStorage, Shape)> {
         let kv = f32_slice(kv, kvl)?;
         let (k, v) = kv.split_at(kv.len() / 2);
-        let qkv = apart(&self.0, (f32_slice(q, ql)?, k, v));
-        cpu_result(forward(&self.0, qkv, ql.shape().dims2()?.0), ql.shape())
+        output(&self.0, apart(&self.0, (f32_slice(q, ql)?, k, v)))
     }
 
     fn bwd(
@@ -233,9 +232,7 @@ impl CustomOp1 for Joined {
     }
 
     fn cpu_fwd(&self, qkv: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let rows = l.shape().dims2()?.0;
-        let out = forward(&self.0, side_by_side(&self.0, f32_slice(qkv, l)?), rows);
-        cpu_result(out, (rows, self.0.heads * self.0.head_dim))
+        output(&self.0, side_by_side(&self.0, f32_slice(qkv, l)?))
     }
 
     fn bwd(&self, qkv: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -251,9 +248,13 @@ impl CustomOp1 for Joined {
     }
 }
 
-/// `[rows, heads * head_dim]`.
-fn forward(plan: &AttnPlan, qkv: Qkv<'_>, rows: usize) -> Vec<f32> {
-    let width = plan.heads * plan.head_dim;
+/// `[queries, heads * head_dim]`.
+fn output(plan: &AttnPlan, qkv: Qkv<'_>) -> Result<(CpuStorage, Shape)> {
+    cpu_result(forward(plan, qkv), (plan.queries(), plan.heads * plan.head_dim))
+}
+
+fn forward(plan: &AttnPlan, qkv: Qkv<'_>) -> Vec<f32> {
+    let (rows, width) = (plan.queries(), plan.heads * plan.head_dim);
     let mut out = vec![0f32; rows * width];
     let mut tasks: Vec<(&AttnSpan, usize, &mut [f32])> = Vec::with_capacity(rows);
     let mut runs: Vec<(&AttnSpan, &mut [f32])> = Vec::new();
@@ -357,32 +358,48 @@ fn jobs(plan: &AttnPlan) -> impl Iterator<Item = (&AttnSpan, usize)> {
     plan.spans.iter().flat_map(|s| (0..plan.kv_heads).map(move |h| (s, h)))
 }
 
-/// Gradients of each span and key head, in order.
+/// Gradients of each span and key head, in order; `grad` is that of the output, `[queries, heads * head_dim]`.
 fn head_gradients(plan: &AttnPlan, qkv: Qkv<'_>, grad: &[f32]) -> Vec<HeadGrads> {
+    let mut rest = grad;
+    let mut own = |span: &AttnSpan| {
+        let (own, others) = rest.split_at(span.q_len * plan.heads * plan.head_dim);
+        rest = others;
+        own
+    };
+    let grads: Vec<&[f32]> = plan.spans.iter().map(&mut own).collect();
     let mut parts: Vec<Option<HeadGrads>> = jobs(plan).map(|_| None).collect();
-    each(jobs(plan).zip(&mut parts).collect(), |((s, h), part)| {
-        *part = Some(head_backward(plan, s, h, qkv, grad));
+    each(jobs(plan).zip(&mut parts).enumerate().collect(), |(i, ((s, h), part))| {
+        *part = Some(head_backward(plan, s, h, qkv, grads[i / plan.kv_heads]));
     });
     parts.into_iter().flatten().collect()
 }
 
-/// Those of rows whose keys are the span's own, laid side by side as the rows are: `len` numbers.
+/// Those of rows whose keys are the span's own, laid side by side as the rows are: `len` numbers, zeros of rows that are in no
+/// span.
 fn rows_of_gradients(plan: &AttnPlan, parts: &[HeadGrads], len: usize) -> Vec<f32> {
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
     let (width, kv_width) = (plan.heads * d, plan.kv_heads * d);
-    let place = |(span, s): (usize, &AttnSpan)| (0..s.q_len).map(move |i| (span, i)).collect::<Vec<_>>();
-    let places: Vec<(usize, usize)> = plan.spans.iter().enumerate().flat_map(place).collect();
-    let mut out = vec![0f32; len];
     let row = width + 2 * kv_width;
+    // by row: which span's key it has, and which of its keys
+    let mut places: Vec<Option<(usize, usize)>> = vec![None; len / row];
+    for (i, span) in plan.spans.iter().enumerate() {
+        (0..span.keys_len).for_each(|j| places[span.key_row(j)] = Some((i, j)));
+    }
+    let mut out = vec![0f32; len];
     par_rows(&mut out, row, row, |first, out| {
-        for (out, &(span, i)) in out.chunks_exact_mut(row).zip(&places[first..]) {
+        for (out, place) in out.chunks_exact_mut(row).zip(&places[first..]) {
+            let Some((i, j)) = *place else { continue };
+            let span = &plan.spans[i];
+            let query = j.checked_sub(span.context_len).filter(|query| *query < span.q_len);
             let (q, kv) = out.split_at_mut(width);
             let (k, v) = kv.split_at_mut(kv_width);
             let heads = q.chunks_exact_mut(group * d).zip(k.chunks_exact_mut(d).zip(v.chunks_exact_mut(d)));
-            for ((q, (k, v)), part) in heads.zip(&parts[span * plan.kv_heads..]) {
-                q.copy_from_slice(&part.dq[i * group * d..(i + 1) * group * d]);
-                k.copy_from_slice(&part.dk[i * d..(i + 1) * d]);
-                v.copy_from_slice(&part.dv[i * d..(i + 1) * d]);
+            for ((q, (k, v)), part) in heads.zip(&parts[i * plan.kv_heads..]) {
+                if let Some(query) = query {
+                    q.copy_from_slice(&part.dq[query * group * d..(query + 1) * group * d]);
+                }
+                k.copy_from_slice(&part.dk[j * d..(j + 1) * d]);
+                v.copy_from_slice(&part.dv[j * d..(j + 1) * d]);
             }
         }
     });
@@ -425,6 +442,7 @@ struct HeadGrads {
     dbias: Vec<f32>,
 }
 
+/// `grad` is that of the span's rows of the output.
 fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, (q, k, v): Qkv<'_>, grad: &[f32]) -> HeadGrads {
     let (d, group) = (plan.head_dim, plan.heads / plan.kv_heads);
     let (grad, n) = (Heads::of(grad, plan.heads * d), span.keys_len);
@@ -447,8 +465,8 @@ fn head_backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, (q, k, v): Qk
             for i in 0..span.q_len {
                 let seen = plan.mask.seen(span.context_len + i, n, span.pinned);
                 for g in 0..group {
-                    let (row, column) = (span.q_start + i, (kv_head * group + g) * d);
-                    let (q, grad) = (q.at(row, column, d), grad.at(row, column, d));
+                    let column = (kv_head * group + g) * d;
+                    let (q, grad) = (q.at(span.q_start + i, column, d), grad.at(i, column, d));
                     let key = |j: usize| k.at(span.key_row(j), kv_head * d, d);
                     let shaping = Shaping::of(plan, kv_head * group + g, span.position + i);
                     probabilities(q, shaping, key, seen, (&mut probs, &mut slope));

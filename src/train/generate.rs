@@ -14,7 +14,7 @@ use crate::{
     kv::KvCache,
     measures::Texts,
     model::{Base, Input, Source},
-    nn::{Cx, Memory},
+    nn::{Cx, Memory, Wanted},
     pacing::Pacer,
     rows::RowLayout,
 };
@@ -222,9 +222,12 @@ impl Answering {
         let slots: Vec<Arc<[u32]>> = self.open.iter().map(|open| Arc::clone(&open.memory)).collect();
         let memory = encodes.then(|| Memory { encoded: source.as_ref().map(Source::encoded), slots: &slots });
         let deltas = DeltaBatch::single(Arc::clone(&self.delta), &rows, self.base.sites.len());
-        let cx = Cx { rows: &rows, deltas: &deltas, kv: Some(&self.cache), pacer, memory: memory.as_ref() };
-        let hidden = self.base.transformer.forward(&Input::tokens(&tokens), &cx)?; // [rows, hidden]
-        let logits = self.base.transformer.logits(&hidden, &rows.last_rows(), &cx)?; // [open, vocab]
+        let last = rows.last_rows();
+        let wanted = Wanted::of(&rows, &deltas, last.iter().copied());
+        let (kv, memory, wanted) = (Some(&self.cache), memory.as_ref(), wanted.as_ref());
+        let cx = Cx { rows: &rows, deltas: &deltas, kv, pacer, memory, wanted };
+        let hidden = self.base.transformer.forward(&Input::tokens(&tokens), &cx)?; // [open, hidden]
+        let logits = self.base.transformer.logits(&hidden, &last, &cx)?; // [open, vocab]
         Ok(logits.to_vec2::<f32>()?.iter().map(|row| likeliest(row)).collect())
     }
 

@@ -9,7 +9,7 @@ use super::{
     gradients::{self, Gradients, LossesOf, Micro},
     laws::{hyper, input, tiny},
     method_laws::{BASES, all},
-    objective::{Sequence, losses_of},
+    objective::{Reads, Sequence, losses_of},
     testing::{assert_near, shake},
     trainable::Trainable,
 };
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Methods of [`all`], and those that something is computed for before the forward: dropout, networks.
-fn methods(base: &Base) -> Vec<(&'static str, Vec<MethodPart>)> {
+pub(super) fn methods(base: &Base) -> Vec<(&'static str, Vec<MethodPart>)> {
     let mut methods = all();
     let dropout = LoraPart { rank: Some(3), dropout: Some(0.3), ..LoraPart::default() };
     methods.push(("lora with dropout", vec![MethodPart::Lora(dropout)]));
@@ -54,7 +54,8 @@ fn both(base: &Arc<Base>, t: &Trainable, input: &RunInput) -> [(f64, Gradients);
         let base = t.base(base).unwrap();
         let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
         let losses: LossesOf<'_> = &|hidden, cx| Ok(losses_of(&base, hidden, (&examples, &sequences), 0.1, cx)?.each);
-        let micro = Micro { base: &base, delta, sequences: &sequences, losses, weight: 6.0, pacer: None };
+        let reads = Reads::of(&examples);
+        let micro = Micro { base: &base, delta, sequences: &sequences, losses, reads, weight: 6.0, pacer: None };
         by(&micro, t.vars()).unwrap()
     })
 }

@@ -15,12 +15,12 @@ use crate::{
     nn::{Cx, Encoded, Memory},
     pacing::Pacer,
     train::{
-        objective::{Sequence, Texts, forward},
+        objective::{Reads, Sequence, Texts, forward},
         trainable::NamedVar,
     },
 };
 
-/// Losses, `[n]`, of the final hidden states of all rows, `[rows, hidden]`.
+/// Losses, `[n]`, of final hidden states, `[wanted rows, hidden]`.
 pub type LossesOf<'a> = &'a dyn Fn(&Tensor, &Cx<'_>) -> Result<Tensor>;
 
 /// What a micro-batch is computed with.
@@ -34,6 +34,8 @@ pub struct Micro<'a> {
     pub sequences: &'a [Sequence<'a>],
     /// What is minimised.
     pub losses: LossesOf<'a>,
+    /// What of the forward that is computed of.
+    pub reads: Reads,
     /// Divides the sum of the losses.
     pub weight: f64,
     /// Set by the trainer.
@@ -48,8 +50,8 @@ pub type Gradients = Vec<Option<Tensor>>;
 /// # Errors
 /// Those of the forward and of the losses.
 pub fn whole(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
-    let Micro { base, delta, sequences, losses, weight, pacer } = micro;
-    let each = forward(base, delta, sequences, *pacer, losses)?;
+    let Micro { base, delta, sequences, losses, reads, weight, pacer } = micro;
+    let each = forward(base, delta, (sequences, *reads), *pacer, losses)?;
     let share = (each.sum_all()? / *weight)?;
     let mut sums = Sums::of(vars, &[]);
     let loss = f64::from(share.to_scalar::<f32>()?);
@@ -64,13 +66,13 @@ pub fn whole(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
 /// # Errors
 /// As [`whole`].
 pub fn by_layer(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
-    let Micro { base, sequences, losses, weight, pacer, .. } = micro;
+    let Micro { base, sequences, losses, reads, weight, pacer, .. } = micro;
     let (delta, made) = with_leaves(&micro.delta)?;
     let delta = Arc::new(delta);
     let mut sums = Sums::of(vars, &made);
     let sources = Texts::sources(base, &delta, sequences);
     let encoder = match &sources {
-        Some(s) => Some(base.transformer.walk_encoder(Cx { pacer: *pacer, ..Cx::new(&s.rows, &s.deltas) })?),
+        Some(s) => Some(base.transformer.walk_encoder(s.cx(None, *pacer))?),
         None => None,
     };
     let source = sources.as_ref().map(|s| Input::tokens(&s.tokens));
@@ -85,8 +87,8 @@ pub fn by_layer(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)
     let encoded = states.as_ref().zip(sources.as_ref());
     let memory = encoded
         .map(|(states, s)| Memory { encoded: Some(Encoded { states, rows: &s.rows, deltas: &s.deltas }), slots: &[] });
-    let texts = Texts::of(base, &delta, sequences);
-    let cx = Cx { memory: memory.as_ref(), pacer: *pacer, ..Cx::new(&texts.rows, &texts.deltas) };
+    let texts = Texts::of(base, &delta, (sequences, *reads));
+    let cx = texts.cx(memory.as_ref(), *pacer);
     let (walk, input) = (base.transformer.walk(cx)?, Input::tokens(&texts.tokens));
     let kept = Kept::new(&walk, &input)?;
     let last = kept.leaf(kept.last.clone())?;

@@ -12,7 +12,7 @@ use super::{
     gradients::{self, LossesOf, Micro},
     laws::{examples, finish, flat, hyper, input, lora, positions, tiny},
     method_laws::all,
-    objective::{Sequence, bare, forward, losses, next_token_against, smoothed_losses},
+    objective::{Reads, Sequence, bare, forward, losses, next_token_against, smoothed_losses},
     optim::global_norm,
     run::{Advance, Outcome, Run, RunInput, Trained},
     testing::{Differences, assert_near, shake},
@@ -56,7 +56,7 @@ pub(super) fn sequences<'a>(examples: &[&'a Encoded]) -> Vec<Sequence<'a>> {
 /// The losses that are trained on, and the sum of the divergences; `trained` is the resident base, or a copy of it.
 fn held(resident: &Base, trained: &Base, delta: &Arc<Delta>, of: &[Sequence<'_>], kl: f64) -> (Tensor, f64) {
     let reference = bare(resident, delta, of, None).unwrap();
-    let each = forward(trained, delta, of, None, |hidden, cx| {
+    let each = forward(trained, delta, (of, Reads::Learned), None, |hidden, cx| {
         next_token_against(trained, hidden, of, SMOOTHING, (&reference, kl), cx)
     });
     each.unwrap()
@@ -81,7 +81,7 @@ pub(super) fn dense(
 ) -> (Tensor, f64) {
     let off = Arc::new(Delta::new(delta.spec.clone(), vec![], None));
     let logp = |base: &Base, delta: &Arc<Delta>| {
-        let found = forward(base, delta, of, None, |hidden, cx| {
+        let found = forward(base, delta, (of, Reads::All), None, |hidden, cx| {
             let (pick, targets) = picked(of, cx.rows);
             let logits = base.transformer.logits(hidden, &pick, cx)?.to_dtype(DType::F64)?;
             Ok((candle_nn::ops::log_softmax(&logits, 1)?, targets))
@@ -213,7 +213,8 @@ fn layer_by_layer_it_is_the_same() {
                 let reference = bare(&base, &delta, &of, None).unwrap();
                 let losses: LossesOf<'_> =
                     &|hidden, cx| Ok(next_token_against(&base, hidden, &of, SMOOTHING, (&reference, KL), cx)?.0);
-                let micro = Micro { base: &base, delta, sequences: &of, losses, weight: 6.0, pacer: None };
+                let reads = Reads::Learned;
+                let micro = Micro { base: &base, delta, sequences: &of, losses, reads, weight: 6.0, pacer: None };
                 by(&micro, t.vars()).unwrap()
             });
             assert!((whole.0 - by_layer.0).abs() < 1e-5, "{family} {name}: {} {}", whole.0, by_layer.0);

@@ -11,7 +11,7 @@ use super::{
     gradients,
     laws::{examples, finish, flat, hyper, input, lora, shape, tiny, train},
     mixing::Mix,
-    objective::{Sequence, losses, losses_of},
+    objective::{Reads, Sequence, losses, losses_of},
     plan::{BaseInfo, Inputs, Prepared, prepare, tests::params},
     run::{Outcome, Run, RunInput},
     spec::TrainSpec,
@@ -134,6 +134,7 @@ fn gradients_of_the_weights_match_central_differences_also_layer_by_layer() {
             delta: now(),
             sequences: &sequences,
             losses: &of,
+            reads: Reads::of(&all),
             weight: 1.0,
             pacer: None,
         };

@@ -82,6 +82,8 @@ pub mod transfer;
 #[cfg(test)]
 mod transfer_laws;
 pub mod validate;
+#[cfg(test)]
+mod wanted_laws;
 mod watch;
 mod worker;
 pub mod worst;

@@ -1,13 +1,13 @@
 //! The losses: next token, label of a text, labels of words. One forward, the same as serving's.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{D, DType, Result, Tensor};
 
 use crate::{
     delta::{Delta, DeltaBatch},
     model::{Base, HeadLogits, Input, Source},
-    nn::Cx,
+    nn::{Cx, Memory, Wanted},
     ops,
     pacing::Pacer,
     rows::{RowLayout, Span},
@@ -65,6 +65,38 @@ impl<'a> From<&'a Encoded> for Sequence<'a> {
     }
 }
 
+/// Which final hidden states losses are computed of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// Those that predict learned tokens.
+    Learned,
+    /// Of each text, the one that its head reads.
+    Heads,
+    /// All.
+    All,
+}
+
+impl Reads {
+    /// What the losses of examples, all of one kind, read.
+    pub fn of(examples: &[&Encoded]) -> Self {
+        match examples.first().map(|e| &e.target) {
+            Some(Target::Tokens(_) | Target::Preferred(..) | Target::Rated(..)) => Self::Learned,
+            Some(Target::Label(_) | Target::Labels(_) | Target::Value(_)) => Self::Heads,
+            Some(Target::Tags(_)) | None => Self::All,
+        }
+    }
+
+    /// These rows of sequences, or of some of a step's: `at` is where their spans are.
+    pub(super) fn rows(self, base: &Base, sequences: &[Sequence<'_>], at: Range<usize>, cx: &Cx<'_>) -> Vec<u32> {
+        let spans = &cx.rows.spans()[at.clone()];
+        match self {
+            Self::Learned => learned(sequences, spans).0,
+            Self::Heads => base.transformer.head_rows(cx)[at].to_vec(),
+            Self::All => spans.iter().flat_map(|s| s.rows()).map(|row| row as u32).collect(),
+        }
+    }
+}
+
 /// Runs examples (all of one kind) through the base with a delta.
 ///
 /// # Errors
@@ -85,12 +117,12 @@ pub fn smoothed_losses(
     pacer: Option<&Arc<Pacer>>,
 ) -> Result<Losses> {
     let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
-    forward(base, &delta, &sequences, pacer, |hidden, cx| {
+    forward(base, &delta, (&sequences, Reads::of(examples)), pacer, |hidden, cx| {
         losses_of(base, hidden, (examples, &sequences), smoothing, cx)
     })
 }
 
-/// The losses of examples, and of their own sequences, whose final hidden states these are, `[rows, hidden]`.
+/// The losses of examples, and of their own sequences, whose final hidden states these are, `[wanted rows, hidden]`.
 ///
 /// # Errors
 /// As [`losses`].
@@ -148,7 +180,9 @@ pub fn token_losses(
     smoothing: f64,
     pacer: Option<&Arc<Pacer>>,
 ) -> Result<(Tensor, Vec<usize>)> {
-    forward(base, delta, sequences, pacer, |hidden, cx| next_token(base, hidden, sequences, smoothing, cx))
+    forward(base, delta, (sequences, Reads::Learned), pacer, |hidden, cx| {
+        next_token(base, hidden, sequences, smoothing, cx)
+    })
 }
 
 /// Sequences of a micro-batch as the forward takes them.
@@ -156,15 +190,19 @@ pub(super) struct Texts {
     pub(super) rows: RowLayout,
     pub(super) tokens: Vec<u32>,
     pub(super) deltas: DeltaBatch,
+    /// The rows that are read of it.
+    wanted: Option<Wanted>,
 }
 
 impl Texts {
-    /// What the model (of an encoder-decoder, the decoder) reads.
-    pub(super) fn of(base: &Base, delta: &Arc<Delta>, sequences: &[Sequence<'_>]) -> Self {
+    /// What the model (of an encoder-decoder, the decoder) reads, and what is read of it.
+    pub(super) fn of(base: &Base, delta: &Arc<Delta>, (sequences, reads): (&[Sequence<'_>], Reads)) -> Self {
         let rows = RowLayout::packed_after(sequences.iter().map(|s| (s.tokens.len(), delta.ahead())));
         let tokens = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
         let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
-        Self { rows, tokens, deltas }
+        let pick = reads.rows(base, sequences, 0..sequences.len(), &Cx::new(&rows, &deltas));
+        let wanted = Wanted::of(&rows, &deltas, pick);
+        Self { rows, tokens, deltas, wanted }
     }
 
     /// What an encoder-decoder's encoder reads.
@@ -173,20 +211,25 @@ impl Texts {
             let rows = RowLayout::packed_after(sequences.iter().map(|s| (s.source.len(), delta.source_ahead())));
             let tokens = sequences.iter().flat_map(|s| s.source.iter().copied()).collect();
             let deltas = DeltaBatch::single(Arc::clone(delta), &rows, base.sites.len());
-            Self { rows, tokens, deltas }
+            Self { rows, tokens, deltas, wanted: None }
         })
+    }
+
+    /// A step without a cache.
+    pub(super) fn cx<'a>(&'a self, memory: Option<&'a Memory<'a>>, pacer: Option<&'a Arc<Pacer>>) -> Cx<'a> {
+        Cx { memory, pacer, wanted: self.wanted.as_ref(), ..Cx::new(&self.rows, &self.deltas) }
     }
 }
 
-/// Runs sequences through the base with a delta, and gives the hidden states of all rows to `then`.
+/// Runs sequences through the base with a delta, and gives the final hidden states to `then`, which reads these of them.
 pub(super) fn forward<R>(
     base: &Base,
     delta: &Arc<Delta>,
-    sequences: &[Sequence<'_>],
+    (sequences, reads): (&[Sequence<'_>], Reads),
     pacer: Option<&Arc<Pacer>>,
     then: impl FnOnce(&Tensor, &Cx<'_>) -> Result<R>,
 ) -> Result<R> {
-    let texts = Texts::of(base, delta, sequences);
+    let texts = Texts::of(base, delta, (sequences, reads));
     let source = match Texts::sources(base, delta, sequences) {
         Some(Texts { rows, tokens, .. }) => {
             let deltas = vec![Some(Arc::clone(delta)); sequences.len()];
@@ -195,7 +238,7 @@ pub(super) fn forward<R>(
         None => None,
     };
     let memory = source.as_ref().map(Source::memory);
-    let cx = Cx { memory: memory.as_ref(), pacer, ..Cx::new(&texts.rows, &texts.deltas) };
+    let cx = texts.cx(memory.as_ref(), pacer);
     then(&base.transformer.forward(&Input::tokens(&texts.tokens), &cx)?, &cx)
 }
 
@@ -210,7 +253,7 @@ pub(super) fn next_token(
     smoothing: f64,
     cx: &Cx<'_>,
 ) -> Result<(Tensor, Vec<usize>)> {
-    let (pick, targets, counts) = learned(sequences, cx.rows);
+    let (pick, targets, counts) = learned(sequences, cx.rows.spans());
     let each = base.transformer.smoothed_nll(hidden, (&pick, &targets), smoothing, cx)?; // [n]
     Ok((each, counts))
 }
@@ -228,7 +271,7 @@ pub(super) fn next_token_against(
     against: (&ops::Reference, f64),
     cx: &Cx<'_>,
 ) -> Result<(Tensor, f64)> {
-    let (pick, targets, _) = learned(sequences, cx.rows);
+    let (pick, targets, _) = learned(sequences, cx.rows.spans());
     base.transformer.nll_against(hidden, (&pick, &targets), smoothing, Some(against), cx)
 }
 
@@ -244,7 +287,7 @@ pub(super) fn divergence(
     against: (&ops::Reference, f64),
     cx: &Cx<'_>,
 ) -> Result<(Tensor, f64)> {
-    base.transformer.divergence(hidden, &learned(sequences, cx.rows).0, against, cx)
+    base.transformer.divergence(hidden, &learned(sequences, cx.rows.spans()).0, against, cx)
 }
 
 /// What the base gives at the learned tokens without a delta; no gradient goes through it.
@@ -258,15 +301,15 @@ pub(super) fn bare(
     pacer: Option<&Arc<Pacer>>,
 ) -> Result<ops::Reference> {
     let off = Arc::new(Delta::new(delta.spec.clone(), Vec::new(), None));
-    forward(base, &off, sequences, pacer, |hidden, cx| {
-        base.transformer.reference(hidden, &learned(sequences, cx.rows).0)
+    forward(base, &off, (sequences, Reads::Learned), pacer, |hidden, cx| {
+        base.transformer.reference(hidden, &learned(sequences, cx.rows.spans()).0, cx)
     })
 }
 
 /// The rows that predict a learned token, those tokens, and how many each sequence has.
-fn learned(sequences: &[Sequence<'_>], rows: &RowLayout) -> (Vec<u32>, Vec<u32>, Vec<usize>) {
+fn learned(sequences: &[Sequence<'_>], spans: &[Span]) -> (Vec<u32>, Vec<u32>, Vec<usize>) {
     let (mut pick, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::with_capacity(sequences.len()));
-    for (sequence, span) in sequences.iter().zip(rows.spans()) {
+    for (sequence, span) in sequences.iter().zip(spans) {
         let before = targets.len();
         for (t, _) in sequence.learn.iter().enumerate().skip(1).filter(|(_, learn)| **learn) {
             pick.push((span.token_rows().start + t - 1) as u32);

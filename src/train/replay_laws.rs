@@ -8,7 +8,7 @@ use super::{
     gradients::{self, LossesOf, Micro},
     kl_laws::{BASES, dense, sequences},
     laws::{examples, finish, flat, hyper, input, lora, positions, tiny},
-    objective::{Sequence, bare, divergence, forward, losses},
+    objective::{Reads, Sequence, bare, divergence, forward, losses},
     resume_laws::{assert_goes_on, busy},
     run::{Advance, Outcome, Run, RunInput},
     testing::{Differences, assert_near, shake},
@@ -55,7 +55,8 @@ fn the_value_is_the_dense_one_and_the_gradients_those_of_central_differences_als
         let reference = bare(&base, &now(), &of, None).unwrap();
         let found = || {
             let against = (&reference, KL);
-            forward(&base, &now(), &of, None, |hidden, cx| divergence(&base, hidden, &of, against, cx)).unwrap()
+            let reads = (&of[..], Reads::Learned);
+            forward(&base, &now(), reads, None, |hidden, cx| divergence(&base, hidden, &of, against, cx)).unwrap()
         };
         let ((each, sum), want) = (found(), plain(&base, &now(), &of));
         assert!(want.iter().sum::<f64>() > 1e-2, "{family}: it is nothing");
@@ -66,7 +67,8 @@ fn the_value_is_the_dense_one_and_the_gradients_those_of_central_differences_als
         assert!((KL * sum - want.iter().sum::<f64>()).abs() < 1e-3 * (1.0 + KL * sum), "{family}: {sum}");
         Differences::default().assert_all(family, t.vars(), || found().0.mean_all().unwrap());
         let of_hidden: LossesOf<'_> = &|hidden, cx| Ok(divergence(&base, hidden, &of, (&reference, KL), cx)?.0);
-        let micro = Micro { base: &base, delta: now(), sequences: &of, losses: of_hidden, weight: 5.0, pacer: None };
+        let (losses, reads) = (of_hidden, Reads::Learned);
+        let micro = Micro { base: &base, delta: now(), sequences: &of, losses, reads, weight: 5.0, pacer: None };
         let (whole, layers) =
             (gradients::whole(&micro, t.vars()).unwrap(), gradients::by_layer(&micro, t.vars()).unwrap());
         assert!(whole.1.iter().any(Option::is_some) && (whole.0 - layers.0).abs() < 1e-4, "{family}");

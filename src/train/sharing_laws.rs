@@ -12,7 +12,7 @@ use super::{
     gradients::{self, Micro},
     laws::{hyper, input, lora as plain_lora, positions, shape, tiny},
     method_laws::all,
-    objective::{Sequence, losses_of},
+    objective::{Reads, Sequence, losses_of},
     resume_laws::busy,
     run::{Advance, Outcome, Run, RunInput, shared_pass},
     spec::TrainSpec,
@@ -180,11 +180,11 @@ fn gradients_of_jobs_of_all_kinds_in_one_pass_are_those_of_each_alone() {
         for (i, ((loss, grads), member)) in found.iter().zip(&members).enumerate() {
             let what = format!("{family}, job {i}");
             let sequences: Vec<Sequence<'_>> = member.examples.iter().map(|e| Sequence::from(*e)).collect();
-            let own = (member.examples, &sequences[..]);
+            let (own, reads) = ((member.examples, &sequences[..]), Reads::of(member.examples));
             let losses: gradients::LossesOf<'_> =
                 &|hidden, cx| Ok(losses_of(&base, hidden, own, member.smoothing, cx)?.each);
             let (delta, pacer, weight) = (Arc::clone(&member.delta), None, member.weight);
-            let micro = Micro { base: &base, delta, sequences: &sequences, losses, weight, pacer };
+            let micro = Micro { base: &base, delta, sequences: &sequences, losses, reads, weight, pacer };
             let (alone, wanted) = gradients::whole(&micro, member.vars).unwrap();
             assert!(near(*loss, alone), "{what}: {loss}, alone {alone}");
             assert_same_gradients(&what, member.vars, grads, &wanted);

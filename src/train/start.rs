@@ -10,7 +10,7 @@ use crate::{
     delta::{DeltaBatch, Site, SiteId, Stack},
     kv::KvCache,
     model::{Base, Input},
-    nn::Cx,
+    nn::{Cx, Wanted},
     rows::RowLayout,
     train::{
         batches::{Stream, rng},
@@ -97,7 +97,9 @@ pub(super) fn context(base: &Base, tokens: &[u32]) -> Result<Vec<(SiteId, Tensor
     let slots: Arc<[u32]> = (0..n as u32).collect();
     rows.push(n, 0, slots);
     let deltas = DeltaBatch::none();
-    let cx = Cx { kv: Some(&cache), ..Cx::new(&rows, &deltas) };
+    // the cache is all that is read
+    let wanted = Wanted::of(&rows, &deltas, []);
+    let cx = Cx { kv: Some(&cache), wanted: wanted.as_ref(), ..Cx::new(&rows, &deltas) };
     base.transformer.forward(&Input::tokens(tokens), &cx)?;
     let of = |(site, layer): (SiteId, usize)| {
         let (k, v) = cache.layer(layer);

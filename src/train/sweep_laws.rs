@@ -14,7 +14,7 @@ use super::{
     gradients::{self, Gradients, Micro},
     laws::{examples, finish, flat, hyper, input, positions, tiny},
     method_laws::{BASES, all},
-    objective::{Sequence, losses_of},
+    objective::{Reads, Sequence, losses_of},
     optim::global_norm,
     plan::Candidate,
     resume_laws::busy,
@@ -213,8 +213,8 @@ fn gradients_of_every_method_on_every_family_are_those_of_each_delta_alone() {
                 let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
                 let losses: gradients::LossesOf<'_> =
                     &|hidden, cx| Ok(losses_of(&base, hidden, (&examples, &sequences), 0.1, cx)?.each);
-                let (delta, pacer) = (Arc::clone(delta), None);
-                let micro = Micro { base: &base, delta, sequences: &sequences, losses, weight: 5.0, pacer };
+                let (delta, pacer, reads) = (Arc::clone(delta), None, Reads::of(&examples));
+                let micro = Micro { base: &base, delta, sequences: &sequences, losses, reads, weight: 5.0, pacer };
                 let (alone, wanted) = gradients::whole(&micro, t.vars()).unwrap();
                 assert!(near(*loss, alone), "{what}: {loss}, alone {alone}");
                 assert_same_gradients(&what, t.vars(), grads, &wanted);

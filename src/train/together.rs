@@ -17,13 +17,13 @@ use candle_core::{Result, Tensor};
 use super::{
     encode::{Encoded, Target},
     gradients::{Gradients, Sums},
-    objective::{Sequence, next_token, of_logits},
+    objective::{Reads, Sequence, next_token, of_logits},
     trainable::NamedVar,
 };
 use crate::{
     delta::{Delta, DeltaBatch},
     model::{Base, HeadLogits, Input, Source},
-    nn::Cx,
+    nn::{Cx, Wanted},
     pacing::Pacer,
     rows::RowLayout,
 };
@@ -47,6 +47,16 @@ enum Kind {
     Tokens,
     Texts,
     Words,
+}
+
+impl Kind {
+    fn reads(self) -> Reads {
+        match self {
+            Self::Tokens => Reads::Learned,
+            Self::Texts => Reads::Heads,
+            Self::Words => Reads::All,
+        }
+    }
 }
 
 impl Member<'_> {
@@ -104,6 +114,7 @@ pub(super) fn gradients(
 
 /// The losses of each member's examples, `[n]` each.
 fn losses(base: &Base, members: &[Member<'_>], pacer: Option<&Arc<Pacer>>) -> Result<Vec<Tensor>> {
+    let kinds: Vec<Kind> = members.iter().map(Member::kind).collect::<Result<_>>()?;
     let sequences: Vec<Sequence<'_>> =
         members.iter().flat_map(|m| m.examples).map(|example| Sequence::from(*example)).collect();
     let of: Vec<&Arc<Delta>> = members.iter().flat_map(|m| repeat_n(&m.delta, m.examples.len())).collect();
@@ -121,21 +132,24 @@ fn losses(base: &Base, members: &[Member<'_>], pacer: Option<&Arc<Pacer>>) -> Re
     let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
     let deltas = DeltaBatch::new(&rows, &per_span, base.sites.len());
     let cx = Cx { memory: memory.as_ref(), pacer, ..Cx::new(&rows, &deltas) };
-    let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx)?; // [rows, hidden]
     let ends = members.iter().scan(0, |end, m| {
         *end += m.examples.len();
         Some(*end)
     });
     let ends: Vec<usize> = once(0).chain(ends).collect();
-    let spans = ends.windows(2).map(|w| w[0]..w[1]).collect();
-    let kinds = members.iter().map(Member::kind).collect::<Result<_>>()?;
+    let spans: Vec<Range<usize>> = ends.windows(2).map(|w| w[0]..w[1]).collect();
+    let read = kinds.iter().zip(&spans);
+    let read = read.flat_map(|(kind, own)| kind.reads().rows(base, &sequences[own.clone()], own.clone(), &cx));
+    let wanted = Wanted::of(&rows, &deltas, read);
+    let cx = Cx { wanted: wanted.as_ref(), ..cx };
+    let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx)?; // [wanted rows, hidden]
     Pass { base, hidden: &hidden, cx: &cx, members, sequences: &sequences, spans, kinds }.losses()
 }
 
 /// A forward whose losses are to be computed.
 struct Pass<'a> {
     base: &'a Base,
-    /// `[rows, hidden]`.
+    /// `[wanted rows, hidden]`.
     hidden: &'a Tensor,
     cx: &'a Cx<'a>,
     members: &'a [Member<'a>],

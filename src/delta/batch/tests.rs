@@ -103,6 +103,32 @@ proptest! {
         }
     }
 
+    /// Rows that are picked get what they get among all, by the kernels and by the reference.
+    #[test]
+    fn picked_rows_have_their_deltas(
+        spans in proptest::collection::vec((1usize..60, 0usize..4), 1..6), keep in proptest::collection::vec(any::<bool>(), 300),
+        kinds in proptest::collection::vec(proptest::collection::vec((0u8..6, 1usize..9), 1..4), 3),
+    ) {
+        let of = |kinds: &Vec<(u8, usize)>| delta(kinds.iter().map(|&(k, r)| (LINEAR, of_linear(k, r))).collect());
+        let deltas: Vec<_> = kinds.iter().map(of).collect();
+        let layout = RowLayout::packed(&spans.iter().map(|s| s.0).collect::<Vec<_>>());
+        let per_span: Vec<_> = spans.iter().map(|s| deltas.get(s.1).cloned()).collect();
+        let batch = DeltaBatch::new(&layout, &per_span, 2);
+        let pick: Vec<u32> = (0..layout.rows() as u32).filter(|row| keep[*row as usize]).collect();
+        prop_assume!(!pick.is_empty());
+        let idx = Tensor::new(&pick[..], &Device::Cpu).unwrap();
+        let own = |t: &Tensor| t.index_select(&idx, 0).unwrap();
+        let (x, out) = (rand(&[layout.rows(), IN]), rand(&[layout.rows(), OUT]));
+        let parts = [(LINEAR, 0..OUT)];
+        let scaled = batch.scaled_input(LINEAR, &x).unwrap();
+        let want = own(&batch.patch_reference(&parts, &scaled, &out).unwrap());
+        let picked = batch.picked(&pick);
+        let (x, out) = (own(&x), own(&out));
+        let scaled = picked.scaled_input(LINEAR, &x).unwrap();
+        prop_assert!(agree(&picked.patch_reference(&parts, &scaled, &out).unwrap(), &want));
+        prop_assert!(agree(&picked.patch(&parts, &scaled, out).unwrap(), &want));
+    }
+
     /// The same at a norm, whose gain and bias a delta may replace.
     #[test]
     fn kernel_and_reference_agree_at_norms(
@@ -125,6 +151,17 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn rows_that_are_picked_side_by_side_are_one_run() {
+    let layout = RowLayout::packed(&[3, 2, 3]);
+    let [a, b] = [0, 1].map(|kind| delta(vec![(LINEAR, of_linear(kind, 2))]));
+    let rows = |batch: &DeltaBatch| format!("{:?}", batch.slots.iter().map(|slot| &slot.rows).collect::<Vec<_>>());
+    let single = DeltaBatch::single(Arc::clone(&a), &layout, 2).picked(&[0, 3, 5, 7]);
+    assert_eq!((rows(&single).as_str(), single.rows), ("[[0..4]]", 4));
+    let mixed = DeltaBatch::new(&layout, &[Some(Arc::clone(&a)), Some(b), Some(a)], 2).picked(&[1, 2, 4, 6]);
+    assert_eq!(rows(&mixed), "[[0..2, 3..4], [2..3]]");
 }
 
 #[test]

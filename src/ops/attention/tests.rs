@@ -39,11 +39,11 @@ fn compare(plan: AttnPlan, rows: usize, keys: usize) {
     let q = Var::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
     let k = Var::randn(0f32, 1.0, (keys, 24), &dev).unwrap();
     let v = Var::randn(0f32, 1.0, (keys, 24), &dev).unwrap();
-    let w = Tensor::randn(0f32, 1.0, (rows, 48), &dev).unwrap();
+    let w = Tensor::randn(0f32, 1.0, (plan.queries(), 48), &dev).unwrap();
     let fast = attention(&q, &k, &v, &plan).unwrap();
     let slow = reference(&q, &k, &v, &plan).unwrap();
     assert!(diff(&fast, &slow) < 1e-5);
-    if attends_own_rows(&plan) {
+    if rows == keys && attends_own_rows(&plan) {
         joined_agrees(&plan, [&q, &k, &v], &w);
     }
     let g1 = (fast * &w).unwrap().sum_all().unwrap().backward().unwrap();
@@ -72,6 +72,67 @@ fn joined_agrees(plan: &Arc<AttnPlan>, qkv: [&Var; 3], w: &Tensor) {
         store.get(&joined).unwrap().clone()
     };
     assert!(diff(&grad(fast), &grad(slow)) < 3e-5);
+}
+
+/// The plan with some of each span's queries only, a run of them or none; and which rows these are.
+fn narrowed(plan: &AttnPlan, cuts: &[(usize, usize)]) -> (AttnPlan, Vec<u32>) {
+    let (mut spans, mut rows) = (Vec::new(), Vec::new());
+    for (span, (a, b)) in plan.spans.iter().zip(cuts) {
+        let (a, b) = (a % (span.q_len + 1), b % (span.q_len + 1));
+        let (from, to) = (a.min(b), a.max(b));
+        if from < to {
+            let (context_len, position) = (span.context_len + from, span.position + from);
+            rows.extend((span.q_start + from..span.q_start + to).map(|row| row as u32));
+            let (q_start, q_len) = (span.q_start + from, to - from);
+            spans.push(AttnSpan { q_start, q_len, context_len, position, ..span.clone() });
+        }
+    }
+    (AttnPlan { spans: spans.into(), ..plan.clone() }, rows)
+}
+
+/// Queries of these rows give what they give among all; the gradients are those of the whole where the others' output counts
+/// nothing.
+fn some_are_as_among_all((whole, part): (AttnPlan, AttnPlan), pick: &[u32], rows: usize) {
+    let (whole, part, dev) = (Arc::new(whole), Arc::new(part), Device::Cpu);
+    let qkv = Var::randn(0f32, 1.0, (rows, 96), &dev).unwrap();
+    let [q, k, v] = [(0, 48), (48, 24), (72, 24)].map(|(at, width)| qkv.narrow(1, at, width).unwrap());
+    let w = Tensor::randn(0f32, 1.0, (pick.len(), 48), &dev).unwrap();
+    let pick = Tensor::new(pick, &dev).unwrap();
+    let found = |y: Tensor| {
+        let grads = (&y * &w).unwrap().sum_all().unwrap().backward().unwrap();
+        (y, grads.get(&qkv).unwrap().clone())
+    };
+    let want = found(reference(&q, &k, &v, &whole).unwrap().index_select(&pick, 0).unwrap());
+    let mut ways = vec![attention(&q, &k, &v, &part).unwrap(), reference(&q, &k, &v, &part).unwrap()];
+    if part.trained_bias().is_none() {
+        assert!(attends_own_rows(&part));
+        ways.push(attention_of_joined(&qkv, &part).unwrap());
+    }
+    for got in ways.into_iter().map(found) {
+        assert!(diff(&got.0, &want.0) < 1e-5 && diff(&got.1, &want.1) < 3e-5);
+    }
+}
+
+#[test]
+fn plans_that_do_not_fit_are_refused() {
+    let mask = AttnMask { causal: true, window: None };
+    let (whole, rows) = selves(&[3, 4], mask);
+    let make = |rows: usize, width: usize| Tensor::zeros((rows, width), DType::F32, &Device::Cpu).unwrap();
+    let runs = |plan: AttnPlan, rows: usize| {
+        let (q, kv) = (make(rows, 48), make(rows, 24));
+        attention(&q, &kv, &kv, &Arc::new(plan)).is_ok()
+    };
+    assert!(runs(whole.clone(), rows) && !runs(whole.clone(), rows - 1), "keys and queries outside of the rows");
+    let [first, second] = [0, 1].map(|i| whole.spans[i].clone());
+    assert!(runs(plan(vec![second.clone()], mask), rows), "rows that are nobody's");
+    assert!(!runs(plan(vec![second.clone(), first.clone()], mask), rows), "not in order");
+    assert!(!runs(plan(vec![AttnSpan { q_len: 4, ..first.clone() }, second.clone()], mask), rows), "a row of two");
+    let elsewhere = AttnSpan { context_len: 1, ..second };
+    assert!(!attends_own_rows(&plan(vec![elsewhere], mask)), "a query whose key is in another row");
+    assert!(!attends_own_rows(&plan(
+        vec![first.clone(), AttnSpan { q_start: 3, q_len: 0, context_len: 3, ..first }],
+        mask
+    )));
 }
 
 /// All query heads with one key head.
@@ -122,6 +183,23 @@ proptest! {
         let (plan, rows) = selves(&lens, AttnMask { causal, window });
         let bias = reach.map(|reach| if trained { trained_bias(reach) } else { bias(reach) });
         compare(AttnPlan { cap, bias, ..plan }, rows, rows);
+    }
+
+    #[test]
+    fn some_queries_agree_forward_and_backward(
+        sequences in proptest::collection::vec((1usize..40, any::<(usize, usize)>()), 1..5), causal: bool,
+        window in proptest::option::of(1usize..6), cap in proptest::option::of(0.5f32..4.0),
+        reach in proptest::option::of(1usize..6), trained: bool,
+    ) {
+        let window = if causal { window } else { None };
+        let (lens, cuts): (Vec<usize>, Vec<(usize, usize)>) = sequences.into_iter().unzip();
+        let (own, rows) = selves(&lens, AttnMask { causal, window });
+        let bias = reach.map(|reach| if trained { trained_bias(reach) } else { bias(reach) });
+        let own = AttnPlan { cap, bias, ..own };
+        let (part, pick) = narrowed(&own, &cuts);
+        prop_assume!(!pick.is_empty());
+        compare(part.clone(), rows, rows);
+        some_are_as_among_all((own, part), &pick, rows);
     }
 
     #[test]

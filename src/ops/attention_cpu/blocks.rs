@@ -39,7 +39,7 @@ pub(super) fn share(span: &AttnSpan, parts: usize) -> usize {
     span.q_len.div_ceil(parts.max(1)).next_multiple_of(QUERIES)
 }
 
-/// Gradients of a span and key head, as [`super::head_backward`] has them.
+/// Gradients of a span and key head, as [`super::head_backward`] has them, from that of the span's rows of the output.
 pub(super) fn backward(plan: &AttnPlan, span: &AttnSpan, kv_head: usize, qkv: Qkv<'_>, grad: Heads<'_>) -> HeadGrads {
     Arch::new().dispatch(Backward(Head::new(plan, span, kv_head, qkv, 0..span.q_len), grad))
 }
@@ -209,10 +209,10 @@ impl<'a> Head<'a> {
         padded(self.keys.len(), self.width(), row)
     }
 
-    /// Rows of the step's queries, or of what is laid out like them, for query head `g` of the group.
-    fn rows(&self, of: Heads<'a>, queries: &Range<usize>, g: usize) -> Vec<f32> {
+    /// Rows of queries, or of what is laid out like them, for query head `g` of the group; the span's first is row `first`.
+    fn rows(&self, (of, first): (Heads<'a>, usize), queries: &Range<usize>, g: usize) -> Vec<f32> {
         let column = (self.kv_head * self.group() + g) * self.dim();
-        let row = |i: usize| of.at(self.span.q_start + queries.start + i, column, self.dim());
+        let row = |i: usize| of.at(first + queries.start + i, column, self.dim());
         padded(queries.len(), self.width(), row)
     }
 
@@ -283,7 +283,7 @@ impl WithSimd for Forward<'_> {
         for queries in head.blocks() {
             let (own, columns) = head.block_keys(&queries);
             for g in 0..group {
-                let q = head.rows(head.qkv.0, &queries, g);
+                let q = head.rows((head.qkv.0, head.span.q_start), &queries, g);
                 head.probabilities(simd, (&queries, &columns), g, (&q, &turned_keys), (&mut probs, &mut []));
                 let a = Strided { data: &probs[own.start..], row: stride, column: 1 };
                 let shape = (queries.len(), Columns::all(width), own.len());
@@ -325,7 +325,8 @@ impl WithSimd for Backward<'_> {
             let (own, columns) = head.block_keys(&queries);
             let count = queries.len();
             for g in 0..group {
-                let (q, grad) = (head.rows(head.qkv.0, &queries, g), head.rows(grad, &queries, g));
+                let q = head.rows((head.qkv.0, span.q_start), &queries, g);
+                let grad = head.rows((grad, 0), &queries, g);
                 head.probabilities(simd, (&queries, &columns), g, (&q, &turned_keys), (&mut probs, &mut slope));
                 let a = Strided { data: &grad, row: width, column: 1 };
                 product(simd, (count, columns.clone(), d), a, &turned_values, &mut dprobs, false);

@@ -16,7 +16,7 @@ use crate::{
     train::{
         encode::{Encoded, Target},
         gradients::{self, Gradients, LossesOf, Micro},
-        objective::{self, Losses, Sequence, losses, losses_of, next_token, next_token_against},
+        objective::{self, Losses, Reads, Sequence, losses, losses_of, next_token, next_token_against},
         preference::{Answered, Judged, judge, log_probs},
     },
 };
@@ -74,10 +74,10 @@ impl Run {
         let delta = self.trainable.delta(&mut self.dropout)?;
         let base = self.trainable.base(&self.base)?;
         let examples: Vec<&Encoded> = batch.iter().map(|i| &self.input.train[*i]).collect();
-        let resolved = &self.input.resolved;
+        let (reads, resolved) = (Reads::of(&examples), &self.input.resolved);
         let take = |sequences: &[Sequence<'_>], losses: LossesOf<'_>| {
             let (delta, pacer) = (Arc::clone(&delta), self.pacer.as_ref());
-            let micro = Micro { base: &base, delta, sequences, losses, weight, pacer };
+            let micro = Micro { base: &base, delta, sequences, losses, reads, weight, pacer };
             let gradients = if resolved.gradient_checkpointing { gradients::by_layer } else { gradients::whole };
             gradients(&micro, self.trainable.vars())
         };

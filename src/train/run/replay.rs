@@ -10,7 +10,7 @@ use crate::train::{
     batches::{Batches, micro_batches},
     encode::Encoded,
     gradients::{self, Micro},
-    objective::{self, Sequence, divergence},
+    objective::{self, Reads, Sequence, divergence},
     plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA},
 };
 
@@ -65,6 +65,7 @@ impl Run {
                 apart.set(sum);
                 Ok(each)
             },
+            reads: Reads::Learned,
             weight,
             pacer,
         };
