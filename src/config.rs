@@ -46,6 +46,9 @@ pub struct ServeArgs {
     /// Positions of the key-value cache over all sequences; default from the base's context length.
     #[arg(long, env = "DELTASERVE_KV_POSITIONS", value_name = "N")]
     pub kv_positions: Option<usize>,
+    /// Whether a prompt begins behind what is cached of it from earlier requests of the same tenant and delta version.
+    #[arg(long, env = "DELTASERVE_PREFIX_CACHE", value_name = "ON_OR_OFF", default_value = "on")]
+    pub prefix_cache: Switch,
     /// Requests that may wait for the engine; more are refused.
     #[arg(long, env = "DELTASERVE_MAX_QUEUE", value_name = "N", default_value_t = 256)]
     pub max_queue: usize,
@@ -118,6 +121,15 @@ pub enum DtypeChoice {
     F16,
 }
 
+/// Whether something is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
 /// Fewer bits for the frozen linears.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum QuantizeChoice {
@@ -160,6 +172,8 @@ pub struct EngineLimits {
     pub max_sequences: usize,
     /// Positions of the key-value cache; `None` = computed from the base.
     pub kv_positions: Option<usize>,
+    /// Whether prompts begin behind what is cached of them.
+    pub prefix_cache: bool,
     /// Requests that may wait.
     pub max_queue: usize,
 }
@@ -276,6 +290,7 @@ impl TryFrom<ServeArgs> for Config {
                 max_batch_tokens: args.max_batch_tokens,
                 max_sequences: args.max_sequences,
                 kv_positions: args.kv_positions,
+                prefix_cache: args.prefix_cache == Switch::On,
                 max_queue: args.max_queue,
             },
             train: TrainLimits {
@@ -371,6 +386,7 @@ mod tests {
         assert_eq!(config.base.device, DeviceChoice::Cpu);
         assert_eq!(config.grpc.max_message_bytes, 16 << 20);
         assert!(config.http.is_some());
+        assert!(config.engine.prefix_cache);
         assert_eq!(config.train.share, 1, "a job's bits do not depend on its company unless that is asked for");
         Ok(())
     }
@@ -423,6 +439,14 @@ mod tests {
         assert_eq!(quantize("q4k").ok(), Some(Some(QuantizeChoice::Q4K)));
         let refused = quantize("q2").err().map(|e| e.to_string()).unwrap_or_default();
         assert!(refused.contains("--quantize") && refused.contains("q8_0, q4k"), "{refused}");
+    }
+
+    #[test]
+    fn the_prefix_cache_is_on_or_off() {
+        let on = |value| config(&["--base=x", value]).map(|c| c.engine.prefix_cache);
+        assert_eq!(on("--prefix-cache=on"), Ok(true));
+        assert_eq!(on("--prefix-cache=off"), Ok(false));
+        assert!(Line::try_parse_from(["serve", "--base=x", "--prefix-cache=maybe"]).is_err());
     }
 
     #[test]

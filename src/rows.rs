@@ -61,6 +61,8 @@ pub struct Span {
     pub context_len: usize,
     /// What its delta puts ahead of its tokens.
     pub ahead: Ahead,
+    /// Whether keys without rows are to be put into their cache slots in this step; else they are there.
+    pub keys_due: bool,
     /// Cache slots of all its keys up to the last row, in order: keys without rows, then rows; empty when the step runs
     /// without a cache.
     pub slots: Arc<[u32]>,
@@ -136,8 +138,14 @@ impl RowLayout {
     /// Appends a sequence's rows: `len` of them (virtual rows count) after `context_len` earlier ones. `slots` holds the
     /// cache slot of every key up to the last row, or nothing.
     pub fn push_after(&mut self, ahead: Ahead, len: usize, context_len: usize, slots: Arc<[u32]>) {
+        self.push_shared(ahead, len, context_len, slots, context_len == 0);
+    }
+
+    /// As [`Self::push_after`], of a sequence whose first keys may be in the cache because others have put them there:
+    /// `keys_due` says whether its keys without rows are not.
+    pub fn push_shared(&mut self, ahead: Ahead, len: usize, context_len: usize, slots: Arc<[u32]>, keys_due: bool) {
         debug_assert!(len > 0 && (slots.is_empty() || slots.len() == ahead.keys + context_len + len));
-        self.spans.push(Span { start: self.rows, len, context_len, ahead, slots });
+        self.spans.push(Span { start: self.rows, len, context_len, ahead, keys_due, slots });
         self.rows += len;
     }
 

@@ -59,7 +59,22 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (DISTINCT_DELTAS, Kind::Histogram, "Distinct deltas of engine steps."),
     ("deltaserve_running_sequences", Kind::Gauge, "Sequences in the batch."),
     ("deltaserve_preemptions_total", Kind::Counter, "Sequences put back because the key-value cache was full."),
-    ("deltaserve_kv_pages", Kind::Gauge, "Pages of the key-value cache by state: used, free."),
+    (
+        "deltaserve_kv_pages",
+        Kind::Gauge,
+        "Pages of the key-value cache by state: used, cached (nobody holds them, they may be found again), free.",
+    ),
+    (
+        "deltaserve_prefix_cache_tokens_total",
+        Kind::Counter,
+        "Tokens of generating sequences that began, by outcome: hit (their keys and values were cached), miss.",
+    ),
+    ("deltaserve_prefix_cache_evictions_total", Kind::Counter, "Cached pages of the key-value cache that made room."),
+    (
+        "deltaserve_kv_integrity_failures_total",
+        Kind::Counter,
+        "Times that the idle engine found the key-value cache damaged, and emptied it.",
+    ),
     (names::CACHE_HITS, Kind::Counter, "Requests whose delta was there, by tier."),
     (names::CACHE_MISSES, Kind::Counter, "Requests whose delta was not there, by tier."),
     (names::CACHE_EVICTIONS, Kind::Counter, "Deltas evicted, by tier."),

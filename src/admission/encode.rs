@@ -158,7 +158,7 @@ impl Service {
         }
         let mut results = Results {
             outputs: Vec::with_capacity(all),
-            usage: Usage { prompt_tokens: u32::try_from(read).unwrap_or(u32::MAX), completion_tokens: 0 },
+            usage: Usage { prompt_tokens: u32::try_from(read).unwrap_or(u32::MAX), ..Usage::default() },
             timings: Timings::default(),
         };
         while let Some(mut events) = waiting.pop_front() {

@@ -151,7 +151,7 @@ impl Service {
                 logprobs: params.logprobs.is_some(),
                 text,
                 served_by: admitted.served_by(),
-                usage: Usage { prompt_tokens: len as u32, completion_tokens: 0 },
+                usage: Usage { prompt_tokens: len as u32, ..Usage::default() },
                 clock: Clock { arrived, queue: Duration::ZERO, first: None },
                 ready: VecDeque::new(),
                 over: false,
@@ -242,8 +242,9 @@ impl Continuation {
                 return None;
             }
             match self.events.recv().await {
-                Some(Event::Token(token, queue)) => {
-                    self.clock.queue = queue;
+                Some(Event::Token(token, began)) => {
+                    self.clock.queue = began.queue;
+                    self.usage.cached_tokens = began.cached;
                     self.token(&token);
                 }
                 Some(Event::Finished(end)) => self.finish(end.reason, end.usage, end.timings),

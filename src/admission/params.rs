@@ -131,6 +131,8 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
+    /// Tokens of the prompt whose keys and values were cached.
+    pub cached_tokens: u32,
 }
 
 /// Where a request's time went.

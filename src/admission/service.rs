@@ -122,6 +122,7 @@ impl Input {
 
 /// What a sequence of a call has in common with its siblings.
 pub(super) struct Admitted {
+    pub(super) tenant: TenantId,
     pub(super) lease: Option<Held>,
     pub(super) deadline: Option<Instant>,
     pub(super) arrived: Instant,
@@ -233,7 +234,7 @@ impl Service {
             },
             None => lease.await?,
         };
-        Ok(Admitted { lease, deadline, arrived })
+        Ok(Admitted { tenant: tenant.clone(), lease, deadline, arrived })
     }
 
     /// Hands one sequence to the engine.
@@ -248,6 +249,7 @@ impl Service {
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
         let request = Request {
             id: self.inner.next_id.fetch_add(1, Ordering::Relaxed),
+            tenant: Some(admitted.tenant.clone()),
             source: input.source,
             tokens: input.tokens,
             token_types: input.types,

@@ -257,6 +257,7 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
         max_sequences: sequences,
         kv_pages: positions.div_ceil(PAGE_SIZE),
         queue: config.engine.max_queue + config.engine.max_sequences,
+        prefix_cache: config.engine.prefix_cache,
         ..EngineConfig::default()
     }
 }

@@ -42,7 +42,7 @@ pub(super) struct BenchArgs {
     /// Tokens of the random prompts.
     #[arg(long, default_value_t = 32)]
     prompt_tokens: usize,
-    /// This text as prompt instead.
+    /// This text as prompt instead; it is the same each time, so that a server with a prefix cache reads it once.
     #[arg(long)]
     prompt: Option<String>,
     /// Tokens to generate per request (end-of-sequence tokens are passed over).

@@ -81,8 +81,9 @@ pub(super) fn summary(
     timings: Option<&proto::Timings>,
 ) -> String {
     let (u, t) = (usage.copied().unwrap_or_default(), timings.copied().unwrap_or_default());
+    let cached = if u.cached_tokens > 0 { format!(" ({} cached)", u.cached_tokens) } else { String::new() };
     format!(
-        "[{}; {} + {} tokens; queue {:.1} ms, prefill {:.1} ms, decode {:.1} ms]",
+        "[{}; {}{cached} + {} tokens; queue {:.1} ms, prefill {:.1} ms, decode {:.1} ms]",
         served_by(served),
         u.prompt_tokens,
         u.completion_tokens,

@@ -1,9 +1,10 @@
 //! Positions ahead of the tokens: what prompts and prefixes add to a step.
 //!
 //! Virtual rows are real rows of the step whose embedding is overwritten. Prefix keys and values have no rows: with a
-//! cache they are written to the first slots of a sequence when it begins, and are ordinary context afterwards; without
-//! one they lie behind the keys of the step's rows, once for all spans of a delta, and spans name them. The same holds of
-//! cross-attention, whose keys are the encoder's rows.
+//! cache they are written to the slots that sequences have for them in the step that says so (the engine's sequences of a
+//! delta share these slots, and the first of them says so), and are ordinary context afterwards; without one they lie
+//! behind the keys of the step's rows, once for all spans of a delta, and spans name them. The same holds of
+//! cross-attention, whose keys are the encoder's rows and whose prefix is written for each sequence.
 
 use std::{ops::Range, sync::Arc};
 
@@ -48,7 +49,7 @@ pub(crate) struct Keys<'a> {
     pub(crate) rows: Range<usize>,
     /// Cache slots of all its keys, a prefix's first; `None` without a cache.
     pub(crate) slots: Option<&'a Arc<[u32]>>,
-    /// Whether it begins: its keys of this step are its first.
+    /// Whether a prefix's keys are to be written to their slots: they are not there yet.
     pub(crate) begins: bool,
 }
 
@@ -62,9 +63,9 @@ pub(crate) struct Prefixes {
 struct Entry {
     /// Which of the batch's slots.
     slot: usize,
-    /// With a cache: where the keys of sequences that begin in this step go.
+    /// With a cache: where the keys go.
     begins: Vec<u32>,
-    /// How many sequences begin in this step.
+    /// How many times they are written: once for each sequence that does not find them.
     times: usize,
 }
 

@@ -159,6 +159,13 @@ impl Delta {
         self.ahead[stack as usize]
     }
 
+    /// Whether tokens have the keys and values of the bare base under it, in all layers: it acts behind the last of them
+    /// only (the last layer's output projection or MLP, the final norm, a head).
+    pub fn keeps_keys(&self, sites: &SiteTable) -> bool {
+        let last = sites.last_keys();
+        self.patches.iter().all(|(site, _)| last.is_some_and(|last| *site > last))
+    }
+
     /// The same delta with each tensor of its patches ([`Patch::tensors`]) and of its head put through `f`.
     ///
     /// # Errors

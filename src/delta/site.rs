@@ -213,6 +213,11 @@ impl SiteTable {
         self.iter().filter(|(_, e)| joins(e.site)).map(|(id, e)| (id, e.out_dim)).collect()
     }
 
+    /// The site behind which nothing changes keys or values of self-attention: those of its last layer. `None` without one.
+    pub fn last_keys(&self) -> Option<SiteId> {
+        self.prefix_sites(Stack::Main).last().map(|(id, _)| *id)
+    }
+
     /// Entries that are linears of blocks (what `all-linear` means).
     pub fn linears(&self) -> impl Iterator<Item = (SiteId, &SiteEntry)> {
         self.iter().filter(|(_, e)| matches!(e.site, Site::Linear { .. }))

@@ -97,8 +97,8 @@ impl Branches {
         self.parents = (0..self.filled).collect();
     }
 
-    /// The best outputs, best first.
-    pub(super) fn into_best(self, n: usize, stop_tokens: &[u32], prompt_tokens: u32) -> Vec<Hypothesis> {
+    /// The best outputs, best first; `usage` is that of the prompt.
+    pub(super) fn into_best(self, n: usize, stop_tokens: &[u32], usage: Usage) -> Vec<Hypothesis> {
         let finished = self.beams.into_finished().into_iter().take(n);
         let told = finished.map(|mut output| {
             let completion_tokens = output.tokens.len() as u32;
@@ -107,7 +107,7 @@ impl Branches {
                 output.tokens.pop();
             }
             let reason = if stops { FinishReason::StopToken } else { FinishReason::Length };
-            let usage = Usage { prompt_tokens, completion_tokens };
+            let usage = Usage { completion_tokens, ..usage };
             Hypothesis { tokens: output.tokens, score: output.score, reason, usage }
         });
         told.collect()

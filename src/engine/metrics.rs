@@ -19,6 +19,14 @@ pub(super) struct Metrics {
     pub(super) inter_token: Histogram,
     /// Sequences that lost their pages.
     pub(super) preemptions: Counter,
+    /// Tokens whose keys and values were there when their sequence began.
+    pub(super) cache_hits: Counter,
+    /// Tokens whose keys and values might have been there and were not.
+    pub(super) cache_misses: Counter,
+    /// Cached pages that made room.
+    pub(super) cache_evictions: Counter,
+    /// Times that the cache was found damaged and emptied.
+    pub(super) integrity_failures: Counter,
     /// Prompt tokens of sequences that started.
     pub(super) prompt_tokens: Counter,
     /// Tokens generated.
@@ -26,6 +34,7 @@ pub(super) struct Metrics {
     queue_depth: Gauge,
     running: Gauge,
     pages_used: Gauge,
+    pages_cached: Gauge,
     pages_free: Gauge,
     floor: Gauge,
 }
@@ -39,11 +48,16 @@ impl Metrics {
             time_to_first_token: histogram!("deltaserve_time_to_first_token_seconds"),
             inter_token: histogram!("deltaserve_inter_token_seconds"),
             preemptions: counter!("deltaserve_preemptions_total"),
+            cache_hits: counter!("deltaserve_prefix_cache_tokens_total", "outcome" => "hit"),
+            cache_misses: counter!("deltaserve_prefix_cache_tokens_total", "outcome" => "miss"),
+            cache_evictions: counter!("deltaserve_prefix_cache_evictions_total"),
+            integrity_failures: counter!("deltaserve_kv_integrity_failures_total"),
             prompt_tokens: counter!("deltaserve_tokens_total", "kind" => "prompt"),
             completion_tokens: counter!("deltaserve_tokens_total", "kind" => "completion"),
             queue_depth: gauge!("deltaserve_queue_depth", "queue" => "engine"),
             running: gauge!("deltaserve_running_sequences"),
             pages_used: gauge!("deltaserve_kv_pages", "state" => "used"),
+            pages_cached: gauge!("deltaserve_kv_pages", "state" => "cached"),
             pages_free: gauge!("deltaserve_kv_pages", "state" => "free"),
             floor: gauge!("deltaserve_train_floor_seconds"),
         }
@@ -54,6 +68,7 @@ impl Metrics {
         self.queue_depth.set(scheduler.waiting() as f64);
         self.running.set(scheduler.running() as f64);
         self.pages_used.set(scheduler.pool().used() as f64);
+        self.pages_cached.set(scheduler.pool().cached() as f64);
         self.pages_free.set(scheduler.pool().free() as f64);
         self.floor.set(pacer.given().as_secs_f64());
     }

@@ -17,7 +17,7 @@ mod wanted;
 mod worker;
 
 pub use request::{
-    Beams, EngineError, Event, Finished, Footprint, Generate, HeldDelta, Hypothesis, Output, Permit, Request,
+    Beams, Began, EngineError, Event, Finished, Footprint, Generate, HeldDelta, Hypothesis, Output, Permit, Request,
     SubmitError, TokenOut, Work,
 };
 
@@ -63,6 +63,8 @@ pub struct EngineConfig {
     pub kv_pages: usize,
     /// Requests that may wait to be taken by the engine thread. Admission's permits keep it from filling.
     pub queue: usize,
+    /// Whether prompts begin behind what is cached of them; what a delta puts ahead is shared in any case.
+    pub prefix_cache: bool,
 }
 
 impl Default for EngineConfig {
@@ -74,6 +76,7 @@ impl Default for EngineConfig {
             prefill_chunk: 256,
             kv_pages: 1024,
             queue: 1024,
+            prefix_cache: true,
         }
     }
 }
@@ -101,14 +104,24 @@ pub struct EngineStats {
     pub running: usize,
     /// Sequences that wait.
     pub waiting: usize,
-    /// Pages in use.
+    /// Pages that sequences hold.
     pub pages_used: usize,
+    /// Pages that nobody holds and that may be found again.
+    pub pages_cached: usize,
     /// All pages.
     pub pages_total: usize,
     /// Steps since the start.
     pub steps: u64,
     /// Sequences that lost their pages and started over, since the start.
     pub preemptions: u64,
+    /// Tokens of generating sequences that began whose keys and values were there, since the start.
+    pub cache_hits: u64,
+    /// Those that were not.
+    pub cache_misses: u64,
+    /// Cached pages that made room, since the start.
+    pub cache_evictions: u64,
+    /// Times that the cache was found damaged and emptied, since the start.
+    pub integrity_failures: u64,
 }
 
 enum Command {
@@ -118,6 +131,9 @@ enum Command {
     /// Read to its end before anything else: a test's requests are all there when the first is taken.
     #[cfg(test)]
     Hold(mpsc::Receiver<()>),
+    /// Breaks something.
+    #[cfg(test)]
+    Meddle(fn(&mut Scheduler, &mut Stepper)),
 }
 
 /// What handles and thread both see.
@@ -130,6 +146,11 @@ struct Shared {
     pages_used: AtomicUsize,
     steps: AtomicU64,
     preemptions: AtomicU64,
+    pages_cached: AtomicUsize,
+    cache_hits: AtomicU64,
+    cache_misses: AtomicU64,
+    evictions: AtomicU64,
+    integrity_failures: AtomicU64,
     stopped: AtomicBool,
 }
 
@@ -207,6 +228,7 @@ pub fn spawn(
         metrics: Metrics::new(),
         sequences: HashMap::new(),
         next: 0,
+        prefix_cache: config.prefix_cache,
     };
     let tombstone = Tombstone { shared: Arc::clone(&shared), pacer };
     let thread = std::thread::Builder::new().name("engine".into()).stack_size(64 << 20).spawn(move || {
@@ -256,7 +278,7 @@ impl EngineHandle {
 
     /// Longest sequence (prompt and output) behind what a delta puts ahead of it.
     pub fn max_tokens(&self, ahead: Ahead) -> usize {
-        ahead.room(self.checks.arch.max_positions, self.checks.slots)
+        self.checks.room(ahead)
     }
 
     /// Sequences that may run at a time; beams count.
@@ -274,11 +296,22 @@ impl EngineHandle {
             pages_total: self.checks.pages,
             steps: shared.steps.load(Ordering::Relaxed),
             preemptions: shared.preemptions.load(Ordering::Relaxed),
+            pages_cached: shared.pages_cached.load(Ordering::Relaxed),
+            cache_hits: shared.cache_hits.load(Ordering::Relaxed),
+            cache_misses: shared.cache_misses.load(Ordering::Relaxed),
+            cache_evictions: shared.evictions.load(Ordering::Relaxed),
+            integrity_failures: shared.integrity_failures.load(Ordering::Relaxed),
         }
     }
 }
 
 impl Checks {
+    /// Most tokens behind what a delta puts ahead of them; its keys without rows have pages of their own.
+    fn room(&self, ahead: Ahead) -> usize {
+        let unused = ahead.keys.next_multiple_of(PAGE_SIZE) - ahead.keys;
+        ahead.room(self.arch.max_positions, self.slots.saturating_sub(unused))
+    }
+
     fn check(&self, request: &mut Request) -> Result<(), String> {
         let arch = &self.arch;
         let len = request.tokens.len();
@@ -328,7 +361,7 @@ impl Checks {
             ));
         }
         let ahead = request.ahead();
-        if len.saturating_add(new) > ahead.room(arch.max_positions, self.slots) {
+        if len.saturating_add(new) > self.room(ahead) {
             return Err(format!(
                 "{} virtual positions, {len} prompt tokens and {new} new ones exceed the {} positions",
                 ahead.slots(),

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use crate::{
     admission::params::{BeamParams, FinishReason, Pooling, Sampling, Timings, Usage},
     delta::{Delta, Stack},
-    ids::DeltaId,
+    ids::{DeltaId, TenantId},
     kv::pages_for,
     rows::Ahead,
 };
@@ -67,6 +67,8 @@ impl std::fmt::Debug for Permit {
 pub struct Request {
     /// The caller's number, for logs only.
     pub id: u64,
+    /// Whose it is: keys and values are shared between requests of one tenant, and with `None` with nobody.
+    pub tenant: Option<TenantId>,
     /// What an encoder-decoder's encoder reads; empty for all other bases.
     pub source: Vec<u32>,
     /// The prompt; of an encoder-decoder, how the decoder's output starts.
@@ -134,7 +136,9 @@ fn source_positions(delta: Option<&Delta>, source: usize) -> (usize, usize) {
 pub struct Footprint {
     /// What cross-attention reads, which all branches share.
     pub memory: usize,
-    /// A branch's own, what a delta puts ahead of it included.
+    /// Keys that a delta puts ahead of all rows, which all branches share.
+    pub keys: usize,
+    /// A branch's own rows, those that a delta puts ahead of its tokens included.
     pub branch: usize,
 }
 
@@ -142,13 +146,14 @@ impl Footprint {
     /// Of a `source` of so many tokens (0 but for encoder-decoders), and of so many `tokens` given and to come.
     pub fn of(delta: Option<&Delta>, source: usize, tokens: usize) -> Self {
         let (rows, keys) = source_positions(delta, source);
-        let ahead = delta.map_or(0, |d| d.ahead().slots());
-        Self { memory: rows + keys, branch: ahead.saturating_add(tokens) }
+        let ahead = delta.map(|d| d.ahead()).unwrap_or_default();
+        Self { memory: rows + keys, keys: ahead.keys, branch: ahead.rows.saturating_add(tokens) }
     }
 
     /// Pages of so many branches.
     pub fn pages(self, branches: usize) -> usize {
-        pages_for(self.memory) + branches.saturating_mul(pages_for(self.branch))
+        let shared = pages_for(self.memory) + pages_for(self.keys);
+        branches.saturating_mul(pages_for(self.branch)).saturating_add(shared)
     }
 }
 
@@ -214,7 +219,7 @@ impl Work {
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A new token (never the stop token).
-    Token(TokenOut, Duration),
+    Token(TokenOut, Began),
     /// The continuation is complete.
     Finished(Finished),
     /// The best outputs of a beam search, best first.
@@ -223,6 +228,15 @@ pub enum Event {
     Output(Output, Timings),
     /// The request failed; its events before this one stay valid.
     Failed(EngineError),
+}
+
+/// How a request began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Began {
+    /// Its wait from arrival to its first step.
+    pub queue: Duration,
+    /// Tokens of its prompt whose keys and values were there.
+    pub cached: u32,
 }
 
 /// A generated token.
@@ -316,11 +330,12 @@ mod tests {
     use crate::kv::PAGE_SIZE;
 
     #[test]
-    fn branches_share_what_cross_attention_reads_and_nothing_else() {
+    fn branches_share_what_cross_attention_reads_and_a_prefix() {
         let whole = Footprint::of(None, PAGE_SIZE + 1, PAGE_SIZE);
-        assert_eq!((whole.memory, whole.branch), (PAGE_SIZE + 1, PAGE_SIZE));
+        assert_eq!((whole.memory, whole.keys, whole.branch), (PAGE_SIZE + 1, 0, PAGE_SIZE));
         assert_eq!([1, 4].map(|n| whole.pages(n)), [2 + 1, 2 + 4]);
         assert_eq!(Footprint::of(None, 0, PAGE_SIZE + 1).pages(3), 3 * 2, "without a source there is no memory");
-        assert_eq!(Footprint { memory: 0, branch: PAGE_SIZE }.pages(usize::MAX), usize::MAX);
+        let keys = Footprint { memory: 0, keys: PAGE_SIZE + 1, branch: PAGE_SIZE };
+        assert_eq!([keys.pages(1), keys.pages(4), keys.pages(usize::MAX)], [2 + 1, 2 + 4, usize::MAX]);
     }
 }

@@ -13,6 +13,9 @@
 //! pages of its own. All of its branches are in a step or none is; it has as many places as it may have branches, and where it
 //! loses its pages it starts over with one. What a source gives is read by all of them.
 //!
+//! Pages may be shared (`pages`): a sequence begins behind the whole pages that are there of its tokens already, and only
+//! counts as many pages as it takes from the pool. What is cached makes room before anybody waits or loses pages.
+//!
 //! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, so
 //! each is served within a bounded number of steps.
 
@@ -20,12 +23,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::{
     ids::DeltaId,
-    kv::{PAGE_SIZE, PagePool, PageTable, pages_for},
+    kv::{PAGE_SIZE, PagePool, PageTable},
 };
 
+mod pages;
 mod parts;
 
-pub(super) use parts::{Demand, NeverFits, Share, StepPlan};
+pub(super) use parts::{Demand, Names, NeverFits, Share, StepPlan};
 
 /// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
 pub(super) type SeqId = u64;
@@ -58,10 +62,17 @@ struct Entry {
     /// Positions that are known (virtual rows, prompt and output so far).
     total: usize,
     computed: usize,
-    /// Cache slots ahead of theirs.
+    /// Cache slots ahead of theirs, which are in pages of their own.
     reserved: usize,
+    /// Those pages.
+    prefix: PageTable,
+    /// Whether they are to be filled with its next share.
+    keys_due: bool,
     /// Pages of each branch. One table, but for a beam search.
     branches: Vec<PageTable>,
+    names: Names,
+    /// Whole pages, from the first on, that have got their names, or need none.
+    published: usize,
     /// Branches that it has now, or is to have with its next share.
     open: usize,
     /// Most of them.
@@ -82,11 +93,6 @@ struct Entry {
 }
 
 impl Entry {
-    /// Cache slots that all known positions need.
-    fn slots(&self) -> usize {
-        self.reserved + self.total
-    }
-
     /// Cache slots that its source needs.
     fn memory_slots(&self) -> usize {
         self.source_reserved + self.source
@@ -128,15 +134,15 @@ impl Scheduler {
     /// # Errors
     /// A sequence that the cache can never hold.
     pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
-        let Demand { total, most, reserved, source, source_reserved, width } = demand;
+        let Demand { total, most, reserved, source, source_reserved, width, names } = demand;
         debug_assert!(total > 0 && total <= most && width > 0);
         let limit = self.limits.max_positions();
         let memory = source.saturating_add(source_reserved).next_multiple_of(PAGE_SIZE);
-        let mut own = most.saturating_add(reserved);
+        let mut own = most;
         if width > 1 {
             own = own.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE).saturating_mul(width);
         }
-        let positions = own.saturating_add(memory);
+        let positions = own.saturating_add(reserved.next_multiple_of(PAGE_SIZE)).saturating_add(memory);
         if positions > limit {
             return Err(NeverFits::Positions { positions, limit });
         }
@@ -149,7 +155,11 @@ impl Scheduler {
             total,
             computed: 0,
             reserved,
+            prefix: PageTable::default(),
+            keys_due: false,
             branches,
+            names,
+            published: 0,
             open: 1,
             width,
             given: total,
@@ -183,18 +193,9 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// The pages.
+    /// All pages.
     pub(super) fn pool(&self) -> &PagePool {
         &self.pool
-    }
-
-    /// Cache slots of a running sequence's branch: the reserved ones, then those of its first positions; empty for a base
-    /// without a cache.
-    pub(super) fn slots(&self, id: SeqId, branch: usize, positions: usize) -> std::sync::Arc<[u32]> {
-        match self.running.get(&id).and_then(|e| e.branches.get(branch).map(|pages| (e, pages))) {
-            Some((entry, pages)) if self.limits.pages.is_some() => pages.slots(entry.reserved + positions),
-            _ => [].into(),
-        }
     }
 
     /// A beam search has so many open beams now: its next share has a row of each. Pages of those that are no more are
@@ -203,19 +204,6 @@ impl Scheduler {
         if let Some(entry) = self.running.get_mut(&id) {
             entry.open = open.clamp(1, entry.width);
         }
-    }
-
-    /// Takes the pages of branches that are no more.
-    pub(super) fn trim(&mut self, id: SeqId) {
-        let Some(entry) = self.running.get_mut(&id) else { return };
-        while entry.branches.len() > entry.open {
-            entry.branches.pop().into_iter().for_each(|mut pages| self.pool.release(&mut pages));
-        }
-    }
-
-    /// Cache slots of a running sequence's source: the reserved ones, then those of its positions.
-    pub(super) fn memory_slots(&self, id: SeqId) -> std::sync::Arc<[u32]> {
-        self.running.get(&id).map_or_else(|| [].into(), |entry| entry.memory.slots(entry.memory_slots()))
     }
 
     /// Chooses the next step's rows and takes the pages they need.
@@ -254,7 +242,7 @@ impl Scheduler {
     pub(super) fn remove(&mut self, id: SeqId) {
         let removed = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
         let Some(mut entry) = removed else { return };
-        release(&mut self.pool, &mut entry);
+        pages::release(&mut self.pool, &mut entry);
         if let Some(delta) = entry.delta {
             let mut all = self.running.values().chain(self.waiting.values());
             if !all.any(|e| e.delta == Some(delta)) {
@@ -263,23 +251,11 @@ impl Scheduler {
         }
     }
 
-    /// Free and held pages are all pages, and nobody who waits holds one.
-    ///
-    /// # Errors
-    /// Says what is wrong.
-    pub(super) fn check(&self) -> Result<(), String> {
-        let holds = |e: &Entry| e.branches.iter().any(|pages| !pages.is_empty()) || !e.memory.is_empty();
-        if let Some((id, _)) = self.waiting.iter().find(|(_, e)| holds(e)) {
-            return Err(format!("sequence {id} waits and holds pages"));
-        }
-        self.pool.check(self.running.values().flat_map(|e| e.branches.iter().chain([&e.memory])))
-    }
-
     /// Deltas of this step: all that want to run, or those that waited longest.
     fn allowed_deltas(&self) -> HashSet<DeltaId> {
-        let (mut places, mut free) = (self.places(), self.pool.free());
+        let (mut places, mut free) = (self.places(), self.pool.available());
         let admissible = self.waiting.iter().take_while(|(_, e)| {
-            let need = self.pages_of(e);
+            let need = self.need(e);
             let fits = need <= free && e.width <= places;
             (free, places) = (free.saturating_sub(need), places.saturating_sub(e.width));
             fits
@@ -299,15 +275,6 @@ impl Scheduler {
             order.truncate(self.limits.max_deltas);
         }
         order.into_iter().map(|(_, _, d)| d).collect()
-    }
-
-    /// Pages that a waiting sequence needs to begin.
-    fn pages_of(&self, e: &Entry) -> usize {
-        if self.limits.pages.is_none() {
-            return 0;
-        }
-        let own = if e.starts_over { e.width * pages_for(e.reserved + e.most) } else { pages_for(e.slots()) };
-        own + pages_for(e.memory_slots())
     }
 
     /// Sequences that miss one position, oldest first; each may need one more page.
@@ -361,7 +328,7 @@ impl Scheduler {
                 return;
             }
             places -= entry.width;
-            let pages = self.pages_of(entry);
+            let pages = self.need(entry);
             if !may_run(entry, allowed) {
                 kept += pages;
                 continue;
@@ -375,7 +342,7 @@ impl Scheduler {
                 return;
             }
             let Some(entry) = self.waiting.get_mut(&id) else { continue };
-            if split && (self.pool.free() < kept + pages || !cover_all(&mut self.pool, entry)) {
+            if split && (self.pool.available() < kept + pages || !pages::begin(&mut self.pool, entry)) {
                 return;
             }
             if let Some(entry) = self.waiting.remove(&id) {
@@ -386,8 +353,8 @@ impl Scheduler {
     }
 
     /// Gives a running sequence its rows of this step.
-    fn share(&self, id: SeqId, budget: &mut usize, plan: &mut StepPlan) {
-        let Some(entry) = self.running.get(&id) else { return };
+    fn share(&mut self, id: SeqId, budget: &mut usize, plan: &mut StepPlan) {
+        let Some(entry) = self.running.get_mut(&id) else { return };
         let missing = entry.total - entry.computed;
         let encode = if entry.computed == 0 { entry.source } else { 0 };
         *budget = budget.saturating_sub(encode);
@@ -396,33 +363,13 @@ impl Scheduler {
             None => missing,
         };
         *budget = budget.saturating_sub(len);
-        plan.shares.push(Share { id, branch: 0, context: entry.computed, len, encode, completes: len == missing });
-    }
-
-    /// Makes a sequence's pages cover its positions, at the cost of younger sequences. `false`: it has to wait, because
-    /// only older ones hold pages.
-    fn cover(&mut self, id: SeqId, plan: &mut StepPlan) -> bool {
-        loop {
-            let Some(entry) = self.running.get_mut(&id) else { return false };
-            let slots = entry.slots();
-            if entry.branches.len() < entry.open {
-                entry.branches.resize_with(entry.open, PageTable::default);
-            }
-            let mut open = entry.branches.iter_mut().take(entry.open);
-            if self.limits.pages.is_none() || open.all(|pages| self.pool.cover(pages, slots)) {
-                return true;
-            }
-            match self.running.last_key_value().map(|(youngest, _)| *youngest) {
-                Some(youngest) if youngest > id => self.preempt(youngest, plan),
-                _ => return false,
-            }
-        }
+        let (context, keys_due) = (entry.computed, std::mem::take(&mut entry.keys_due));
+        plan.shares.push(Share { id, branch: 0, context, len, encode, keys_due, completes: len == missing });
     }
 
     fn preempt(&mut self, id: SeqId, plan: &mut StepPlan) {
         let Some(mut entry) = self.running.remove(&id) else { return };
-        release(&mut self.pool, &mut entry);
-        entry.computed = 0;
+        pages::release(&mut self.pool, &mut entry);
         if entry.width > 1 {
             // nothing of a search was told yet: it starts over
             (entry.total, entry.open, entry.starts_over) = (entry.given, 1, true);
@@ -430,19 +377,6 @@ impl Scheduler {
         self.waiting.insert(id, entry);
         plan.preempted.push(id);
     }
-}
-
-/// Takes all pages of a sequence back.
-fn release(pool: &mut PagePool, entry: &mut Entry) {
-    entry.branches.iter_mut().for_each(|pages| pool.release(pages));
-    entry.branches.truncate(1);
-    pool.release(&mut entry.memory);
-}
-
-/// Takes the pages that a sequence begins with, which must be free.
-fn cover_all(pool: &mut PagePool, entry: &mut Entry) -> bool {
-    let (slots, memory) = (entry.slots(), entry.memory_slots());
-    pool.cover(&mut entry.memory, memory) && entry.branches.iter_mut().all(|pages| pool.cover(pages, slots))
 }
 
 fn may_run(entry: &Entry, allowed: &HashSet<DeltaId>) -> bool {

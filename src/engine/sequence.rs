@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use super::{
     branches::{Branches, Move},
-    request::{EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
+    request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
-    scheduler::Demand,
+    scheduler::{Demand, Names},
     step::Got,
 };
 use crate::{
     admission::params::{FinishReason, Pooling, Timings, Usage},
+    delta::SiteTable,
     ids::DeltaId,
+    kv::{PageKey, PageKeys},
     rows::Ahead,
 };
 
@@ -32,6 +34,19 @@ pub(super) enum Fate {
     Ends,
 }
 
+/// Tokens of a sequence that begins, or begins anew because it lost its pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Begin {
+    /// Whether it never began before.
+    pub(super) first: bool,
+    /// Whether it may find keys and values of others.
+    pub(super) shares: bool,
+    /// Tokens whose keys and values were there.
+    pub(super) found: usize,
+    /// Tokens that are to be computed.
+    pub(super) missing: usize,
+}
+
 /// Times of the tokens, for metrics.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Tick {
@@ -46,6 +61,14 @@ pub(super) enum Tick {
 pub(super) struct Sequence {
     pub(super) request: Request,
     prompt: usize,
+    /// Names its pages; `None`: they are its own alone.
+    keys: Option<PageKeys>,
+    /// Whether rows are shared, and not only what its delta puts ahead of them.
+    shares: bool,
+    /// Whether it has begun since it got its pages.
+    begun: bool,
+    /// Tokens of its prompt whose keys and values were there when it first began.
+    cached: u32,
     started: Option<Instant>,
     first: Option<Instant>,
     last: Option<Instant>,
@@ -56,14 +79,37 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request) -> Self {
+    /// `shares`: whether this engine shares rows of prompts at all.
+    pub(super) fn new(request: Request, sites: &SiteTable, shares: bool) -> Self {
         let prompt = request.tokens.len();
+        let keys = request.tenant.as_ref().map(|tenant| {
+            // a delta that acts behind all keys shares those of the bare base
+            let delta = request.delta.as_ref().filter(|held| !held.delta().keeps_keys(sites));
+            PageKeys::new(tenant, delta.map(super::HeldDelta::id), request.ahead())
+        });
+        // who wants numbers of all rows has to compute them; what a decoder has read with an encoder is not in its tokens
+        let plain = request.source.is_empty() && request.token_types.is_none();
+        let shares = shares && keys.is_some() && plain && matches!(request.work, Work::Generate(_));
         let search = match &request.work {
             Work::Generate(how) => how.beams.map(|beams| Branches::new(&request.tokens, how, &beams.search)),
             _ => None,
         };
         let (numbers, token_logits) = (vec![], vec![]);
-        Self { request, prompt, started: None, first: None, last: None, numbers, token_logits, search }
+        let (begun, cached) = (false, 0);
+        Self {
+            request,
+            prompt,
+            keys,
+            shares,
+            begun,
+            cached,
+            started: None,
+            first: None,
+            last: None,
+            numbers,
+            token_logits,
+            search,
+        }
     }
 
     /// What its delta puts ahead of its tokens.
@@ -73,7 +119,7 @@ impl Sequence {
 
     /// What it asks of the scheduler. The last token of a text that is only scored predicts nothing, and the last
     /// generated one is never computed.
-    pub(super) fn demand(&self) -> Demand {
+    pub(super) fn demand(&mut self) -> Demand {
         let ahead = self.ahead();
         let known = match self.request.work {
             Work::Score { .. } => (self.prompt - 1).max(1),
@@ -83,7 +129,12 @@ impl Sequence {
             Work::Generate(g) => self.prompt + g.max_new_tokens - 1,
             _ => known,
         };
+        let names = Names {
+            ahead: self.keys.as_ref().map(PageKeys::ahead).unwrap_or_default(),
+            rows: self.next_keys(ahead.rows + known),
+        };
         Demand {
+            names,
             total: ahead.rows + known,
             most: ahead.rows + most,
             reserved: ahead.keys,
@@ -93,6 +144,15 @@ impl Sequence {
                 Work::Generate(Generate { beams: Some(beams), .. }) => beams.search.beams.max(1) as usize,
                 _ => 1,
             },
+        }
+    }
+
+    /// Names of whole pages within its first `rows` rows that were not named before; of a search, whose beams part ways
+    /// there, within its prompt.
+    pub(super) fn next_keys(&mut self, rows: usize) -> Vec<PageKey> {
+        match self.keys.as_mut().filter(|_| self.shares) {
+            Some(keys) => keys.next(&self.request.tokens, rows),
+            None => vec![],
         }
     }
 
@@ -127,11 +187,19 @@ impl Sequence {
         self.search.as_mut().into_iter().for_each(Branches::moved);
     }
 
-    /// Its first rows are about to be computed. Returns whether this is the first time.
-    pub(super) fn start(&mut self, now: Instant) -> bool {
+    /// Rows behind `context` ones are about to be computed. Says how it begins, if it does.
+    pub(super) fn begin(&mut self, context: usize, now: Instant) -> Option<Begin> {
+        if std::mem::replace(&mut self.begun, true) {
+            return None;
+        }
         let first = self.started.is_none();
         self.started.get_or_insert(now);
-        first
+        let found = context.saturating_sub(self.ahead().rows);
+        if first {
+            self.cached = u32::try_from(found.min(self.prompt)).unwrap_or(u32::MAX);
+        }
+        let missing = self.tokens(0).len().saturating_sub(found);
+        Some(Begin { first, shares: self.shares, found, missing })
     }
 
     /// Tokens that it was given: the source's, where it has one.
@@ -141,6 +209,7 @@ impl Sequence {
 
     /// Its pages were taken: everything is computed again, what was generated stays.
     pub(super) fn restart(&mut self) {
+        self.begun = false;
         self.numbers.clear();
         self.token_logits.clear();
         self.search.as_mut().into_iter().for_each(Branches::restart);
@@ -217,9 +286,9 @@ impl Sequence {
         if !over {
             return Ok((Fate::Branches(self.search.as_ref().map_or(1, Branches::open)), Some(tick)));
         }
-        let (prompt, timings) = (self.prompt_tokens() as u32, self.timings());
+        let (usage, timings) = (Usage { completion_tokens: 0, ..self.usage() }, self.timings());
         if let Some(search) = self.search.take() {
-            let best = search.into_best(beams.told, stop_tokens, prompt);
+            let best = search.into_best(beams.told, stop_tokens, usage);
             let _ = self.request.events.try_send(Event::Hypotheses(best, timings));
         }
         Ok((Fate::Ends, Some(tick)))
@@ -234,7 +303,8 @@ impl Sequence {
         self.request.tokens.push(token.id);
         let full = self.request.tokens.len() - self.prompt >= *max_new_tokens;
         // fails only if the receiver is gone: the channel holds all events of the request
-        let mut heard = stops || self.request.events.try_send(Event::Token(token, self.timings().queue)).is_ok();
+        let began = Began { queue: self.timings().queue, cached: self.cached };
+        let mut heard = stops || self.request.events.try_send(Event::Token(token, began)).is_ok();
         if stops || full {
             let reason = if stops { FinishReason::StopToken } else { FinishReason::Length };
             let end = Finished { reason, usage: self.usage(), timings: self.timings() };
@@ -266,7 +336,8 @@ impl Sequence {
 
     fn usage(&self) -> Usage {
         let completion = self.request.tokens.len() - self.prompt;
-        Usage { prompt_tokens: self.prompt_tokens() as u32, completion_tokens: completion as u32 }
+        let (prompt_tokens, completion_tokens) = (self.prompt_tokens() as u32, completion as u32);
+        Usage { prompt_tokens, completion_tokens, cached_tokens: self.cached }
     }
 
     fn timings(&self) -> Timings {

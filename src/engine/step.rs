@@ -78,6 +78,11 @@ impl Stepper {
         self.kv.as_ref().map_or(Ok(()), |kv| kv.copy(from, to))
     }
 
+    /// A checksum of what all layers have in a page, where it is cheap to have.
+    pub(super) fn checksum(&self, page: u32) -> Option<u64> {
+        self.kv.as_ref().and_then(|kv| kv.checksum(page))
+    }
+
     /// Computes all tasks in one forward; one result per task, and the number of distinct deltas.
     pub(super) fn run(&mut self, tasks: &[Task<'_>]) -> Result<(Vec<Got>, usize)> {
         let mut rows = RowLayout::default();
@@ -85,7 +90,7 @@ impl Stepper {
         let mut types = Vec::new();
         let typed = tasks.iter().any(|t| t.sequence.request.token_types.is_some());
         for Task { share, sequence, slots, .. } in tasks {
-            rows.push_after(sequence.ahead(), share.len, share.context, Arc::clone(slots));
+            rows.push_shared(sequence.ahead(), share.len, share.context, Arc::clone(slots), share.keys_due);
             let range = rows.spans().last().map(Span::tokens).unwrap_or_default();
             tokens.extend_from_slice(&sequence.tokens(share.branch)[range.clone()]);
             if typed {

@@ -12,10 +12,13 @@ use super::{
     metrics::Metrics,
     request::{EngineError, Request},
     scheduler::{Scheduler, SeqId, Share, StepPlan},
-    sequence::{Fate, Sequence, Tick},
+    sequence::{Begin, Fate, Sequence, Tick},
     step::{Got, Stepper, Task},
 };
 use crate::{model::Base, pacing::Pacer};
+
+/// Shared pages whose checksums are compared whenever the engine becomes idle: few, since the next request waits for them.
+const AUDITED: usize = 2;
 
 /// Everything that the engine thread owns.
 pub(super) struct Worker {
@@ -28,6 +31,8 @@ pub(super) struct Worker {
     pub(super) metrics: Metrics,
     pub(super) sequences: HashMap<SeqId, Sequence>,
     pub(super) next: SeqId,
+    /// Whether prompts begin behind what is cached of them.
+    pub(super) prefix_cache: bool,
 }
 
 impl Worker {
@@ -68,14 +73,27 @@ impl Worker {
     /// Idle: lets everything go and checks the books.
     fn rest(&mut self) {
         self.stepper.forget();
+        self.audit();
         // who sees that nothing runs finds figures that say so
         self.observe();
         self.pacer.set_busy(false);
-        if let Err(problem) = self.scheduler.check() {
-            // a lost page would shrink the cache for ever: better to be restarted
-            tracing::error!(problem, "the page books do not add up");
-            debug_assert!(false, "{problem}");
+    }
+
+    /// Nobody holds a page now: all must be there, and shared ones must hold what they held when they were first shared. If
+    /// not, nothing that is cached can be trusted, and a lost page would shrink the cache for ever: all are freed.
+    fn audit(&mut self) {
+        let mut problem = self.scheduler.check().err();
+        if problem.is_none() {
+            let changed =
+                |(page, sum): (u32, u64)| self.stepper.checksum(page).is_some_and(|now| now != sum).then_some(page);
+            let changed = self.scheduler.sealed(AUDITED).into_iter().find_map(changed);
+            problem = changed.map(|page| format!("page {page} was written after it had been shared"));
         }
+        let Some(problem) = problem else { return };
+        tracing::error!(problem, "the key-value cache is not as it must be; it is emptied");
+        self.metrics.integrity_failures.increment(1);
+        self.shared.integrity_failures.fetch_add(1, Ordering::Relaxed);
+        self.scheduler.reset_pages();
     }
 
     fn obey(&mut self, command: Command) {
@@ -84,13 +102,15 @@ impl Worker {
             Command::Wake => {}
             #[cfg(test)]
             Command::Hold(gate) => gate.into_iter().for_each(drop),
+            #[cfg(test)]
+            Command::Meddle(meddle) => meddle(&mut self.scheduler, &mut self.stepper),
         }
     }
 
     fn take(&mut self, request: Request) {
         let id = self.next;
         self.next += 1;
-        let sequence = Sequence::new(request);
+        let mut sequence = Sequence::new(request, &self.base.sites, self.prefix_cache);
         match self.scheduler.submit(id, sequence.delta_id(), sequence.demand()) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
             Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
@@ -149,9 +169,16 @@ impl Worker {
         self.group_by_delta(&mut plan);
         for share in &plan.shares {
             if let Some(sequence) = self.sequences.get_mut(&share.id)
-                && sequence.start(start)
+                && let Some(Begin { first, shares, found, missing }) = sequence.begin(share.context, start)
             {
-                self.metrics.prompt_tokens.increment(sequence.prompt_tokens() as u64);
+                let prompt = if first { sequence.prompt_tokens() } else { 0 };
+                self.metrics.prompt_tokens.increment(prompt as u64);
+                if shares {
+                    self.metrics.cache_hits.increment(found as u64);
+                    self.metrics.cache_misses.increment(missing as u64);
+                    self.shared.cache_hits.fetch_add(found as u64, Ordering::Relaxed);
+                    self.shared.cache_misses.fetch_add(missing as u64, Ordering::Relaxed);
+                }
             }
         }
         match self.compute(&plan.shares) {
@@ -162,6 +189,7 @@ impl Worker {
             Err(reason) => {
                 tracing::error!(reason, sequences = plan.shares.len(), "a step failed");
                 self.stepper.forget();
+                plan.shares.iter().for_each(|share| self.scheduler.spoil(share));
                 for share in &plan.shares {
                     self.fail(share.id, EngineError::Internal(reason.clone()));
                 }
@@ -206,9 +234,10 @@ impl Worker {
                 continue;
             };
             let (moves, own) = sequence.moves();
+            let common = self.scheduler.common(share.id);
             for each in moves {
                 let slots = |branch| self.scheduler.slots(share.id, branch, share.context);
-                let skipped = if each.whole { 0 } else { own };
+                let skipped = if each.whole { common } else { own };
                 from.extend(slots(each.from).iter().skip(skipped));
                 to.extend(slots(each.to).iter().skip(skipped));
             }
@@ -227,6 +256,13 @@ impl Worker {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
             match sequence.take(got, share.completes, now) {
                 Ok((fate, tick)) => {
+                    if share.branch == 0 {
+                        let more = sequence.next_keys(share.context + share.len);
+                        for page in self.scheduler.publish(share, more) {
+                            let sum = self.stepper.checksum(page);
+                            sum.into_iter().for_each(|sum| self.scheduler.seal(page, sum));
+                        }
+                    }
                     match tick {
                         Some(Tick::First(seconds)) => self.metrics.time_to_first_token.record(seconds),
                         Some(Tick::Next(seconds)) => self.metrics.inter_token.record(seconds),
@@ -253,7 +289,11 @@ impl Worker {
         let shared = &self.shared;
         shared.running.store(self.scheduler.running(), Ordering::Relaxed);
         shared.waiting.store(self.scheduler.waiting(), Ordering::Relaxed);
-        shared.pages_used.store(self.scheduler.pool().used(), Ordering::Relaxed);
+        let pool = self.scheduler.pool();
+        shared.pages_used.store(pool.used(), Ordering::Relaxed);
+        shared.pages_cached.store(pool.cached(), Ordering::Relaxed);
+        let before = shared.evictions.swap(pool.evictions(), Ordering::Relaxed);
+        self.metrics.cache_evictions.increment(pool.evictions().saturating_sub(before));
     }
 }
 

@@ -143,8 +143,9 @@ fn batch_response(parts: Vec<Vec<proto::Generation>>) -> proto::GenerateBatchRes
     let mut timings = proto::Timings::default();
     let total = |t: &proto::Timings| t.queue_ms + t.prefill_ms + t.decode_ms;
     for part in &parts {
-        let prompt = part.iter().filter_map(|g| g.usage).map(|u| u.prompt_tokens).next().unwrap_or(0);
-        usage.prompt_tokens = usage.prompt_tokens.saturating_add(prompt);
+        let first = part.iter().find_map(|g| g.usage).unwrap_or_default();
+        usage.prompt_tokens = usage.prompt_tokens.saturating_add(first.prompt_tokens);
+        usage.cached_tokens = usage.cached_tokens.saturating_add(first.cached_tokens);
         for generation in part {
             let completion = generation.usage.map_or(0, |u| u.completion_tokens);
             usage.completion_tokens = usage.completion_tokens.saturating_add(completion);
@@ -169,7 +170,7 @@ mod tests {
         Ok(GenerateChunk::Finished {
             index,
             reason: FinishReason::Length,
-            usage: Usage { prompt_tokens: 5, completion_tokens: 2 },
+            usage: Usage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 4 },
             timings: Timings { decode: Duration::from_millis(ms), ..Timings::default() },
             served_by: ServedBy { name: String::new(), number: 0, id: None, parts: vec![] },
             seed: 1,
@@ -188,7 +189,7 @@ mod tests {
         let texts: Vec<_> = part.iter().map(|g| g.text.as_str()).collect();
         assert_eq!(texts, ["ac", "bd"]);
         let reply = batch_response(vec![part.clone(), part]);
-        assert_eq!(reply.usage, Some(proto::Usage { prompt_tokens: 10, completion_tokens: 8 }));
+        assert_eq!(reply.usage, Some(proto::Usage { prompt_tokens: 10, completion_tokens: 8, cached_tokens: 8 }));
         assert!(reply.timings.is_some_and(|t| (t.decode_ms - 9.0).abs() < 1e-9));
         Ok(())
     }

@@ -1,8 +1,17 @@
 //! Keys and values of all layers, by slot. Which slot belongs to whom is the page pool's business.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 
+use super::PAGE_SIZE;
 use crate::ops;
+
+/// Sums of a checksum that do not wait for each other.
+const LANES: usize = 8;
+
+/// A step of a checksum: any one number that changes, changes it.
+fn mix(sum: u64, x: u64) -> u64 {
+    (sum.rotate_left(5) ^ x).wrapping_mul(0x517c_c1b7_2722_0a95)
+}
 
 /// Keys and values, `[slots, kv_heads * head_dim]` per layer.
 #[derive(Debug)]
@@ -54,6 +63,25 @@ impl KvCache {
         Ok(())
     }
 
+    /// A checksum of what all layers have in a page; `None` where the numbers are not f32 in host memory, and reading them
+    /// would cost a copy.
+    pub(crate) fn checksum(&self, page: u32) -> Option<u64> {
+        let mut lanes = [0u64; LANES];
+        for cached in self.layers.iter().flat_map(|(k, v)| [k, v]) {
+            let (storage, layout) = cached.storage_and_layout();
+            let Storage::Cpu(CpuStorage::F32(numbers)) = &*storage else { return None };
+            let (from, to) = layout.contiguous_offsets()?;
+            let size = PAGE_SIZE * layout.dims().get(1)?;
+            let own = numbers.get(from..to)?.get(page as usize * size..(page as usize + 1) * size)?;
+            let mut chunks = own.chunks_exact(LANES);
+            for chunk in &mut chunks {
+                lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = mix(*lane, u64::from(x.to_bits())));
+            }
+            chunks.remainder().iter().for_each(|x| lanes[0] = mix(lanes[0], u64::from(x.to_bits())));
+        }
+        Some(lanes.into_iter().fold(0, mix))
+    }
+
     /// Writes the step's new keys and values of a layer: row `i` goes to `slots[i]`.
     ///
     /// # Errors
@@ -63,5 +91,47 @@ impl KvCache {
         ops::write_rows(ck, slots, k)?;
         ops::write_rows(cv, slots, v)?;
         Ok((ck.clone(), cv.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checksum_tells_every_number_of_its_page_and_no_other() -> Result<()> {
+        let (layers, width, pages) = (2, 12, 3);
+        let cache = KvCache::new(layers, pages * PAGE_SIZE, width, DType::F32, &Device::Cpu)?;
+        let slots: Vec<u32> = (0..(pages * PAGE_SIZE) as u32).collect();
+        let numbers = |seed: usize| -> Result<Tensor> {
+            let all = (0..slots.len() * width).map(|i| ((i * 7 + seed * 13) % 101) as f32 - 50.0).collect();
+            Tensor::from_vec(all, (slots.len(), width), &Device::Cpu)
+        };
+        for layer in 0..layers {
+            cache.write(layer, &slots, &numbers(layer)?, &numbers(layer + 5)?)?;
+        }
+        let before: Vec<Option<u64>> = (0..pages as u32).map(|page| cache.checksum(page)).collect();
+        assert!(before.iter().all(Option::is_some) && before[0] != before[1]);
+        assert_eq!(cache.checksum(pages as u32), None, "there is no such page");
+        // one number of one layer, of keys or of values, at the page's first, middle and last place
+        for (layer, of_values) in [(0, false), (1, true)] {
+            for slot in [PAGE_SIZE as u32, PAGE_SIZE as u32 + 7, 2 * PAGE_SIZE as u32 - 1] {
+                for column in [0, 5, width - 1] {
+                    let (k, v) = cache.layer(layer);
+                    let cached = if of_values { v } else { k };
+                    let row = cached.get(slot as usize)?.to_vec1::<f32>()?;
+                    let mut other = row.clone();
+                    other[column] += 1.0;
+                    ops::write_rows(&cached, &[slot], &Tensor::from_vec(other, (1, width), &Device::Cpu)?)?;
+                    assert_ne!(cache.checksum(1), before[1], "layer {layer}, slot {slot}, column {column}");
+                    assert_eq!([cache.checksum(0), cache.checksum(2)], [before[0], before[2]]);
+                    ops::write_rows(&cached, &[slot], &Tensor::from_vec(row, (1, width), &Device::Cpu)?)?;
+                    assert_eq!(cache.checksum(1), before[1]);
+                }
+            }
+        }
+        let half = KvCache::new(1, PAGE_SIZE, 4, DType::BF16, &Device::Cpu)?;
+        assert_eq!(half.checksum(0), None);
+        Ok(())
     }
 }

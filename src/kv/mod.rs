@@ -1,7 +1,9 @@
 //! The key-value cache: bookkeeping of pages (no tensors) and the tensors they index.
 
 mod cache;
+mod keys;
 mod pool;
 
 pub use cache::KvCache;
-pub use pool::{PAGE_SIZE, PagePool, PageTable, pages_for};
+pub use keys::{PageKey, PageKeys};
+pub use pool::{Found, PAGE_SIZE, PagePool, PageTable, pages_for};

@@ -206,7 +206,7 @@ fn asking(plan: &Arc<AttnPlan>, runs: &Runs, picked: bool) -> Arc<AttnPlan> {
 fn spans(cx: &Cx<'_>, stack: Stack) -> Result<(Arc<[AttnSpan]>, KeyStore)> {
     let cached = cx.kv.is_some() && cx.rows.spans().iter().all(|s| !s.slots.is_empty());
     let own = cx.rows.spans().iter();
-    let own = own.map(|s| Keys { rows: s.rows(), slots: cached.then_some(&s.slots), begins: s.context_len == 0 });
+    let own = own.map(|s| Keys { rows: s.rows(), slots: cached.then_some(&s.slots), begins: s.keys_due });
     let sequences: Vec<Keys<'_>> = own.collect();
     let (keys, prefixes) = prefix_keys(&sequences, cx.rows.rows(), cx.deltas, stack)?;
     let (mut slots, mut spans) = (Vec::new(), Vec::with_capacity(keys.len()));

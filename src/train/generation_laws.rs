@@ -45,6 +45,7 @@ fn served(base: &Arc<Base>, delta: Option<&Arc<Delta>>, quiz: &Quiz) -> Vec<Vec<
         });
         let (events, receiver) = mpsc::channel(work.events());
         let request = Request {
+            tenant: None,
             id: 0,
             source: q.source.clone(),
             tokens: q.prompt.clone(),

@@ -47,6 +47,7 @@ pub(crate) fn check(
         let source = if base.arch.is_encoder_decoder() { inputs.tokens[i].clone() } else { vec![] };
         let held = delta.as_ref().map(|d| HeldDelta::new(DeltaId::from_bytes([7; 32]), Arc::clone(d), ()));
         let request = Request {
+            tenant: None,
             id: i as u64,
             source,
             tokens: batch.tokens[i].clone(),

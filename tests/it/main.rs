@@ -24,6 +24,7 @@ mod keeping;
 mod mix;
 mod pause;
 mod preference;
+mod prefix_cache;
 mod quantized;
 mod restart;
 mod seq2seq;

@@ -106,7 +106,13 @@ impl World {
             listen: any,
             http: None,
             grpc: GrpcConfig { max_message_bytes: 4 << 20, max_upload_bytes: 16 << 20, max_calls: 512 },
-            engine: EngineLimits { max_batch_tokens: 256, max_sequences: 16, kv_positions: None, max_queue: 64 },
+            engine: EngineLimits {
+                max_batch_tokens: 256,
+                max_sequences: 16,
+                kv_positions: None,
+                prefix_cache: true,
+                max_queue: 64,
+            },
             train: TrainLimits {
                 max_jobs: 8,
                 max_paused: 8,

@@ -1,6 +1,7 @@
 //! What the scheduler is asked and what it answers: counts, no tensors.
 
 use super::SeqId;
+use crate::kv::PageKey;
 
 /// A sequence that could never run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,7 +26,7 @@ pub(in crate::engine) enum NeverFits {
 
 /// A sequence as the scheduler sees it: counts of positions. Those of virtual rows are computed like any other; keys
 /// without rows (prefixes) only take room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::engine) struct Demand {
     /// Positions that are known and to be computed, at least 1.
     pub(in crate::engine) total: usize,
@@ -39,6 +40,17 @@ pub(in crate::engine) struct Demand {
     pub(in crate::engine) source_reserved: usize,
     /// Most branches that it can have, at least 1: beams.
     pub(in crate::engine) width: usize,
+    /// By which names others find its pages, and it theirs.
+    pub(in crate::engine) names: Names,
+}
+
+/// Names of a sequence's pages. Those without one are its own alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(in crate::engine) struct Names {
+    /// Of all pages of the slots ahead of its positions; empty: no other sequence shares them.
+    pub(in crate::engine) ahead: Vec<PageKey>,
+    /// Of the whole pages of its known positions, from the first on.
+    pub(in crate::engine) rows: Vec<PageKey>,
 }
 
 /// One sequence's share of a step, or that of one of its branches.
@@ -54,6 +66,8 @@ pub(in crate::engine) struct Share {
     pub(in crate::engine) len: usize,
     /// Rows of its encoder in this step.
     pub(in crate::engine) encode: usize,
+    /// Whether the slots ahead of its positions are to be filled in this step.
+    pub(in crate::engine) keys_due: bool,
     /// Whether this step computes its last known position.
     pub(in crate::engine) completes: bool,
 }

@@ -3,14 +3,20 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::kv::PAGE_SIZE;
+use crate::{
+    ids::TenantId,
+    kv::{PAGE_SIZE, PageKey, PageKeys},
+    rows::Ahead,
+};
+
+mod sharing;
 
 fn delta(n: u8) -> Option<DeltaId> {
     (n > 0).then(|| DeltaId::from_bytes([n; 32]))
 }
 
 fn demand(total: usize, most: usize) -> Demand {
-    Demand { total, most, reserved: 0, source: 0, source_reserved: 0, width: 1 }
+    Demand { total, most, reserved: 0, source: 0, source_reserved: 0, width: 1, names: Names::default() }
 }
 
 fn limits() -> Limits {
@@ -29,6 +35,8 @@ struct Job {
     reserved: usize,
     /// Beams; 1 = none.
     width: usize,
+    /// What its first tokens are, like those of all others of this number; 0 = it shares no page.
+    stem: u8,
 }
 
 impl Job {
@@ -36,16 +44,35 @@ impl Job {
     fn source_reserved(&self) -> usize {
         if self.source > 0 { self.reserved } else { 0 }
     }
+
+    /// Its tokens when it has generated so many; a search is named by those of its prompt.
+    fn tokens(&self, id: SeqId, made: usize) -> Vec<u32> {
+        let token = |at: usize| if at < 37 { u32::from(self.stem) } else { 1000 + id as u32 * 100 + at as u32 };
+        (0..self.prompt + made).map(token).collect()
+    }
+
+    fn keys(&self) -> Option<PageKeys> {
+        let tenant = TenantId::new(if self.stem == 1 { "a" } else { "b" }).ok()?;
+        let ahead = Ahead { keys: self.reserved, ..Ahead::default() };
+        (self.stem > 0).then(|| PageKeys::new(&tenant, delta(self.delta), ahead))
+    }
+
+    /// Names of whole pages that were not named before; those of rows behind an encoder have none.
+    fn next_keys(&self, keys: &mut Option<PageKeys>, id: SeqId, made: usize, rows: usize) -> Vec<PageKey> {
+        let made = if self.width > 1 { 0 } else { made };
+        let keys = keys.as_mut().filter(|_| self.source == 0);
+        keys.map(|keys| keys.next(&self.tokens(id, made), rows)).unwrap_or_default()
+    }
 }
 
 fn jobs() -> impl Strategy<Value = Vec<Job>> {
     let source = prop_oneof![Just(0), 1usize..60];
     let width = prop_oneof![Just(1), Just(1), 2usize..5];
-    let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30, source, width);
-    let job = job.prop_map(|(at, delta, prompt, new, source, width)| {
+    let job = (0u64..30, 0u8..6, 1usize..70, 0usize..30, source, width, 0u8..4);
+    let job = job.prop_map(|(at, delta, prompt, new, source, width, stem)| {
         // some deltas have a prefix
-        let reserved = [0, 0, 3, 16, 0, 1][usize::from(delta)];
-        Job { at, delta, prompt, new, source, reserved, width }
+        let reserved = [0, 0, 3, 16, 0, 18][usize::from(delta)];
+        Job { at, delta, prompt, new, source, reserved, width, stem }
     });
     proptest::collection::vec(job, 1..25)
 }
@@ -63,10 +90,28 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     )
 }
 
-/// Runs a load to its end and checks every step.
-fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
+/// What a random load comes to.
+#[derive(Debug, Clone, Copy, Default)]
+struct Trouble {
+    /// Every so many steps, one fails; 0 = none.
+    fails: u64,
+    /// Every so many steps, the oldest sequence's client leaves; 0 = never.
+    leaves: u64,
+}
+
+fn trouble() -> impl Strategy<Value = Trouble> {
+    let every = || prop_oneof![Just(0), 5u64..40];
+    (every(), every()).prop_map(|(fails, leaves)| Trouble { fails, leaves })
+}
+
+/// An unfinished job: how many tokens it has made, and what names its pages.
+type Left = BTreeMap<SeqId, (Job, usize, Option<PageKeys>)>;
+
+/// Runs a load to its end and checks every step, and what lies in the pages.
+fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseError> {
     let mut scheduler = Scheduler::new(limits);
-    let mut left: BTreeMap<SeqId, (Job, usize)> = BTreeMap::new();
+    let mut cache = sharing::Contents::new(limits.pages.unwrap_or(0));
+    let mut left = Left::new();
     let mut arrivals: Vec<(SeqId, Job)> = jobs.iter().cloned().enumerate().map(|(i, j)| (i as SeqId, j)).collect();
     arrivals.sort_by_key(|(_, j)| j.at);
     let mut arrivals: std::collections::VecDeque<Job> = arrivals.into_iter().map(|(_, j)| j).collect();
@@ -75,23 +120,26 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
         while arrivals.front().is_some_and(|j| j.at <= step) {
             let Some(mut job) = arrivals.pop_front() else { break };
             if limits.pages.is_none() {
-                (job.new, job.source, job.width) = (0, 0, 1);
+                (job.new, job.source, job.width, job.stem) = (0, 0, 1, 0);
             }
             let most = job.prompt + job.new.saturating_sub(1);
             let (reserved, source, source_reserved) = (job.reserved, job.source, job.source_reserved());
-            let width = job.width;
-            let demand = Demand { total: job.prompt, most, reserved, source, source_reserved, width };
+            let (width, mut keys) = (job.width, job.keys());
+            let ahead = keys.as_ref().map(PageKeys::ahead).unwrap_or_default();
+            let names = Names { ahead, rows: job.next_keys(&mut keys, next, 0, job.prompt) };
+            let demand = Demand { total: job.prompt, most, reserved, source, source_reserved, width, names };
             match scheduler.submit(next, delta(job.delta), demand) {
-                Ok(()) => drop(left.insert(next, (job, 0))),
+                Ok(()) => drop(left.insert(next, (job, 0, keys))),
                 Err(NeverFits::Positions { positions, limit }) => prop_assert!(positions > limit),
                 Err(NeverFits::Width { width, limit }) => prop_assert!(width > limit),
             }
             next += 1;
         }
         if scheduler.is_idle() {
+            prop_assert_eq!(scheduler.pool().used(), 0);
+            prop_assert_eq!(scheduler.check(), Ok(()));
             if arrivals.is_empty() {
                 prop_assert!(left.is_empty());
-                prop_assert_eq!(scheduler.pool().used(), 0);
                 prop_assert!(scheduler.served.is_empty());
                 return Ok(());
             }
@@ -100,12 +148,27 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
         let plan = scheduler.plan();
         for id in &plan.preempted {
             // a search starts over
-            left.get_mut(id).filter(|(job, _)| job.width > 1).into_iter().for_each(|(_, made)| *made = 0);
+            left.get_mut(id).filter(|(job, ..)| job.width > 1).into_iter().for_each(|(_, made, _)| *made = 0);
         }
         check_step(&scheduler, &plan, limits, &left)?;
+        if trouble.fails > 0 && step % trouble.fails == trouble.fails - 1 {
+            // nothing of it was computed: nobody may find any of it
+            plan.shares.iter().for_each(|share| scheduler.spoil(share));
+            for share in &plan.shares {
+                scheduler.remove(share.id);
+                left.remove(&share.id);
+            }
+            prop_assert_eq!(scheduler.check(), Ok(()));
+            continue;
+        }
+        cache.compute(&scheduler, &plan, &left)?;
         // the branches of a search go on, and end, together
         for share in plan.shares.iter().filter(|share| share.branch == 0) {
-            let Some((job, made)) = left.get_mut(&share.id) else { return Err(TestCaseError::fail("unknown id")) };
+            let Some((job, made, keys)) = left.get_mut(&share.id) else {
+                return Err(TestCaseError::fail("unknown id"));
+            };
+            let more = job.next_keys(keys, share.id, *made, share.context + share.len);
+            scheduler.publish(share, more);
             if !share.completes {
                 scheduler.advance(share, false);
                 continue;
@@ -121,17 +184,15 @@ fn run(limits: Limits, jobs: &[Job]) -> Result<(), TestCaseError> {
                 left.remove(&share.id);
             }
         }
+        if trouble.leaves > 0 && step % trouble.leaves == trouble.leaves - 1 {
+            left.pop_first().into_iter().for_each(|(id, _)| scheduler.remove(id));
+        }
         prop_assert_eq!(scheduler.check(), Ok(()));
     }
     Err(TestCaseError::fail(format!("{} sequences never finish", left.len())))
 }
 
-fn check_step(
-    s: &Scheduler,
-    plan: &StepPlan,
-    l: Limits,
-    left: &BTreeMap<SeqId, (Job, usize)>,
-) -> Result<(), TestCaseError> {
+fn check_step(s: &Scheduler, plan: &StepPlan, l: Limits, left: &Left) -> Result<(), TestCaseError> {
     prop_assert!(!plan.shares.is_empty(), "an unfinished load always has a step");
     let over = plan.shares.iter().map(|s| s.encode).max().unwrap_or(0);
     prop_assert!(plan.rows() <= l.max_batch_tokens + over || (l.pages.is_none() && plan.shares.len() == 1));
@@ -144,7 +205,7 @@ fn check_step(
     let mut ids: Vec<SeqId> = parts.iter().map(|p| p.0).collect();
     ids.dedup();
     for id in &ids {
-        let (job, made) = &left[id];
+        let (job, made, _) = &left[id];
         let all = if *made == 0 { 1 } else { job.width - usize::from(made % 5 == 4 && job.width > 1) };
         prop_assert_eq!(parts.iter().filter(|p| p.0 == *id).count(), all, "all branches or none");
     }
@@ -153,7 +214,7 @@ fn check_step(
     prop_assert!(deltas.len() <= l.max_deltas);
     for share in &plan.shares {
         prop_assert!(share.len > 0);
-        let (job, made) = &left[&share.id];
+        let (job, made, _) = &left[&share.id];
         let total = job.prompt + made;
         prop_assert_eq!(share.completes, share.context + share.len == total);
         match l.pages {
@@ -161,13 +222,15 @@ fn check_step(
             Some(_) => {
                 prop_assert!(share.len <= l.prefill_chunk);
                 prop_assert_eq!(share.encode, if share.context == 0 { job.source } else { 0 }, "once per start");
+                prop_assert!(!share.keys_due || job.reserved > 0);
                 prop_assert_eq!(s.memory_slots(share.id).len(), job.source_reserved() + job.source);
                 let slots = s.slots(share.id, share.branch, share.context + share.len);
                 prop_assert_eq!(slots.len(), job.reserved + share.context + share.len);
                 let others = plan.shares.iter().filter(|o| (o.id, o.branch) != (share.id, share.branch));
                 let taken: HashSet<u32> =
                     others.flat_map(|o| s.slots(o.id, o.branch, o.context + o.len).to_vec()).collect();
-                prop_assert!(slots.iter().all(|slot| !taken.contains(slot)), "a slot has one holder");
+                let written = &slots[job.reserved + share.context..];
+                prop_assert!(written.iter().all(|slot| !taken.contains(slot)), "nobody else reads what is written");
             }
         }
     }
@@ -178,8 +241,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_step_keeps_the_limits_and_every_admitted_sequence_finishes(limits in any_limits(), jobs in jobs()) {
-        run(limits, &jobs)?;
+    fn every_step_keeps_the_limits_and_every_admitted_sequence_finishes(
+        limits in any_limits(), jobs in jobs(), trouble in trouble(),
+    ) {
+        run(limits, &jobs, trouble)?;
     }
 
     #[test]
@@ -247,7 +312,10 @@ fn the_youngest_gives_its_pages_and_comes_back_first() {
     assert_eq!((ids(&plan), plan.preempted), (vec![1], vec![2]));
     s.remove(1);
     let plan = go(&mut s);
-    assert_eq!(plan.shares[0], Share { id: 2, branch: 0, context: 0, len: PAGE_SIZE + 1, encode: 0, completes: true });
+    assert_eq!(
+        plan.shares[0],
+        Share { id: 2, branch: 0, context: 0, len: PAGE_SIZE + 1, encode: 0, keys_due: false, completes: true }
+    );
     assert_eq!(ids(&plan), vec![2, 3]);
 }
 
@@ -288,7 +356,7 @@ fn one_delta_more_than_places_is_served_in_turn() {
 fn a_search_that_lost_its_pages_begins_again_when_all_its_beams_have_room() {
     let mut s = Scheduler::new(Limits { pages: Some(8), ..limits() });
     let search = Demand { width: 3, ..demand(PAGE_SIZE - 1, 2 * PAGE_SIZE) }; // 6 pages at its end
-    s.submit(1, None, search).expect("fits");
+    s.submit(1, None, search.clone()).expect("fits");
     s.submit(2, None, search).expect("fits");
     let (mut lost, mut again) = (0, None);
     for step in 0..PAGE_SIZE + 8 {

@@ -1,6 +1,7 @@
 //! The engine's laws, on tiny random bases with random deltas.
 
 mod beams;
+mod caching;
 mod generation;
 mod lifecycle;
 mod positions;
@@ -16,7 +17,7 @@ use super::*;
 use crate::{
     admission::params::{FinishReason, Sampling, Timings},
     delta::{Delta, DeltaSpec, Head, LowRank, Patch, Task},
-    ids::DeltaId,
+    ids::{DeltaId, TenantId},
     kv::pages_for,
     model::testing::{Rng, random_base, tiny_llama},
 };
@@ -50,13 +51,15 @@ struct Engine {
     handle: EngineHandle,
     thread: Option<JoinHandle<()>>,
     pacer: Arc<Pacer>,
+    /// How often its cache was broken by the test.
+    meddled: u64,
 }
 
 impl Engine {
     fn new(base: &Arc<Base>, config: EngineConfig) -> Self {
         let pacer = Arc::new(Pacer::new(Duration::from_millis(1), 0.0));
         let (handle, thread) = spawn(Arc::clone(base), config, Arc::clone(&pacer)).expect("starts");
-        Self { handle, thread: Some(thread), pacer }
+        Self { handle, thread: Some(thread), pacer, meddled: 0 }
     }
 
     fn submit(&self, job: &Job) -> mpsc::Receiver<Event> {
@@ -71,6 +74,18 @@ impl Engine {
         self.handle.commands.try_send(Command::Hold(gate)).expect("taken");
         held.send(()).expect("the thread stands at the gate");
         held
+    }
+
+    /// Breaks something while nothing runs, and waits until that was found.
+    fn meddle(&mut self, meddle: fn(&mut Scheduler, &mut Stepper)) {
+        self.settle();
+        self.meddled += 1;
+        self.handle.commands.try_send(Command::Meddle(meddle)).expect("taken");
+        until(|| {
+            // a few pages are looked at each time it becomes idle
+            let _ = self.handle.commands.try_send(Command::Wake);
+            self.handle.stats().integrity_failures == self.meddled
+        });
     }
 
     /// All at once.
@@ -104,6 +119,7 @@ impl Drop for Engine {
         let ended = self.thread.take().map(JoinHandle::join);
         if !std::thread::panicking() {
             assert!(matches!(ended, Some(Ok(()))), "the engine thread ends without a panic");
+            assert_eq!(self.handle.stats().integrity_failures, self.meddled, "its cache is whole");
         }
     }
 }
@@ -114,6 +130,7 @@ struct Job {
     source: Vec<u32>,
     types: Option<Vec<u32>>,
     delta: Option<(DeltaId, Arc<Delta>)>,
+    tenant: Option<TenantId>,
     work: Work,
     deadline: Option<Instant>,
     /// Stands for the lease: its count falls when the engine lets the request go.
@@ -122,7 +139,13 @@ struct Job {
 
 impl Job {
     fn new(tokens: Vec<u32>, work: Work) -> Self {
-        Self { tokens, source: vec![], types: None, delta: None, work, deadline: None, lease: Arc::new(()) }
+        let (source, tenant, lease) = (vec![], TenantId::new("tenant").ok(), Arc::new(()));
+        Self { tokens, source, types: None, delta: None, tenant, work, deadline: None, lease }
+    }
+
+    fn of(mut self, tenant: &str) -> Self {
+        self.tenant = Some(TenantId::new(tenant).expect("a name"));
+        self
     }
 
     fn with(mut self, delta: &Option<(DeltaId, Arc<Delta>)>) -> Self {
@@ -135,6 +158,7 @@ impl Job {
         let delta = self.delta.as_ref();
         let request = Request {
             id: 0,
+            tenant: self.tenant.clone(),
             tokens: self.tokens.clone(),
             source: self.source.clone(),
             token_types: self.types.clone(),
@@ -176,6 +200,13 @@ impl Answer {
             }
         }
         answer
+    }
+
+    /// Tokens of its prompt whose keys and values were there.
+    fn cached(&self) -> u32 {
+        let usage = self.finished.as_ref().map(|f| f.usage);
+        let usage = usage.or_else(|| self.found.as_ref().and_then(|f| f.first()).map(|f| f.usage));
+        usage.unwrap_or_else(|| panic!("{self:?}")).cached_tokens
     }
 
     fn ids(&self) -> Vec<u32> {

@@ -86,13 +86,13 @@ fn a_prefix_joins_every_attention_and_changes_it() {
         engine.handle.submit(job(1, 256, 4).with(&with).request().0).is_ok(),
         "keys take no position of the encoder"
     );
-    let small = Engine::new(&base, EngineConfig { kv_pages: 4, ..roomy() });
+    let small = Engine::new(&base, EngineConfig { kv_pages: 5, ..roomy() });
     let refused = small.handle.submit(job(1, 28, 30).with(&with).request().0);
     assert!(
         matches!(&refused, Err(SubmitError::Invalid(m)) if m.contains("33 positions of the source")),
         "{refused:?}"
     );
-    assert!(small.handle.submit(job(1, 27, 28).with(&with).request().0).is_ok(), "32 + 32 positions");
+    assert!(small.handle.submit(job(1, 27, 28).with(&with).request().0).is_ok(), "2, 1 and 2 pages");
 }
 
 /// Logits behind the start token.

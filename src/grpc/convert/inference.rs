@@ -255,7 +255,8 @@ pub(in crate::grpc) fn token_logprob(t: TokenLogprob) -> proto::TokenLogprob {
 }
 
 pub(in crate::grpc) fn usage(u: Usage) -> proto::Usage {
-    proto::Usage { prompt_tokens: u.prompt_tokens, completion_tokens: u.completion_tokens }
+    let Usage { prompt_tokens, completion_tokens, cached_tokens } = u;
+    proto::Usage { prompt_tokens, completion_tokens, cached_tokens }
 }
 
 pub(in crate::grpc) fn timings(t: Timings) -> proto::Timings {
