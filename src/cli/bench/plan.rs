@@ -189,7 +189,7 @@ fn choices(args: &BenchArgs, targets: &[Target]) -> anyhow::Result<Vec<(Op, Opti
 
 async fn pieces(client: &Client) -> anyhow::Result<Pieces> {
     let pieces = Pieces::find(async |text: String| {
-        let request = proto::TokenizeRequest { text, add_special_tokens: None };
+        let request = proto::TokenizeRequest { text, ..Default::default() };
         anyhow::Ok(client.inference().tokenize(request).await?.into_inner().ids.len())
     });
     let pieces = pieces.await?;
@@ -238,7 +238,7 @@ impl Maker {
                     proto::GenerateOptions { max_new_tokens: Some(new), ignore_eos: true, ..Default::default() };
                 let prompt = proto::Prompt { prompt: Some(self.prompt(i, rng)) };
                 let (prompt, options) = (Some(prompt), Some(options));
-                Call::Generate(proto::GenerateRequest { delta, prompt, options, deltas: vec![] })
+                Call::Generate(proto::GenerateRequest { delta, prompt, options, ..Default::default() })
             }
             Op::Classify => {
                 let input = proto::ClassifyInput { text: self.text(i, rng), ..Default::default() };
@@ -256,7 +256,7 @@ impl Maker {
                 let made = || self.pieces.as_ref().map(|p| p.continuation(new as usize, rng)).unwrap_or_default();
                 let completion = given.unwrap_or_else(made);
                 let input = proto::ScoreInput { prompt, completion };
-                Call::Score(proto::ScoreRequest { delta, inputs: vec![input], deltas: vec![] })
+                Call::Score(proto::ScoreRequest { delta, inputs: vec![input], ..Default::default() })
             }
         }
     }
