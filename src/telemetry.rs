@@ -28,6 +28,10 @@ pub mod names {
     pub const CACHE_DELTAS: &str = "deltaserve_cache_deltas";
     /// Time of loading a delta, by `tier` it came from.
     pub const LOAD_SECONDS: &str = "deltaserve_load_seconds";
+    /// Resident memory of the process.
+    pub const PROCESS_BYTES: &str = "deltaserve_process_resident_bytes";
+    /// Most resident memory of the process so far.
+    pub const PROCESS_PEAK_BYTES: &str = "deltaserve_process_peak_resident_bytes";
     /// Always 1; the label `version` tells.
     pub const BUILD_INFO: &str = "deltaserve_build_info";
 }
@@ -94,6 +98,8 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (TRAIN_SHARED_JOBS, Kind::Histogram, "Jobs of a shared training pass."),
     ("deltaserve_train_jobs", Kind::Gauge, "Jobs that have not ended, by state."),
     ("deltaserve_train_jobs_ended_total", Kind::Counter, "Jobs that ended, by terminal state."),
+    (names::PROCESS_BYTES, Kind::Gauge, "Resident memory of the process, as the system says; Linux only."),
+    (names::PROCESS_PEAK_BYTES, Kind::Gauge, "Most resident memory of the process since its start; Linux only."),
     (names::BUILD_INFO, Kind::Gauge, "Always 1; the label version tells."),
 ];
 
@@ -139,6 +145,23 @@ pub fn init_metrics() -> Result<PrometheusHandle, BuildError> {
     Ok(handle)
 }
 
+/// Sets the gauges of the process's memory to what they are now; nothing where the system does not tell.
+pub fn note_process_memory() {
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return };
+    for (name, key) in [(names::PROCESS_BYTES, "VmRSS"), (names::PROCESS_PEAK_BYTES, "VmHWM")] {
+        if let Some(bytes) = status_bytes(&status, key) {
+            metrics::gauge!(name).set(bytes);
+        }
+    }
+}
+
+/// A line of /proc/self/status that is in kB.
+fn status_bytes(status: &str, key: &str) -> Option<f64> {
+    let value = status.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
+    let kib: f64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024.0)
+}
+
 fn builder() -> Result<PrometheusBuilder, BuildError> {
     PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?
@@ -175,6 +198,14 @@ mod tests {
         assert!(text.contains("deltaserve_step_seconds_bucket{le=\"0.002\"} 1"), "{text}");
         assert!(text.contains("# HELP deltaserve_batch_rows Rows (tokens) of engine steps."), "{text}");
         Ok(())
+    }
+
+    #[test]
+    fn the_memory_of_the_process_is_read_from_the_systems_words() {
+        let status = "Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t    1024 kB\nThreads:\t3\n";
+        assert_eq!(status_bytes(status, "VmRSS"), Some(1_048_576.0));
+        assert_eq!(status_bytes(status, "VmHWM"), Some(2_097_152.0));
+        assert_eq!((status_bytes(status, "Threads"), status_bytes(status, "VmPeak")), (None, None));
     }
 
     #[test]

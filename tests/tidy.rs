@@ -87,7 +87,10 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("hf_hub", &["hub.rs"]),
     ("metrics_exporter_prometheus", &["telemetry.rs", "http", "app"]),
     ("indicatif", &["cli"]),
-    ("plotters", &["cli/study"]),
+    ("plotters", &["cli/chart.rs"]),
+    ("rand_distr", &["cli/bench"]),
+    ("hyper_util", &["cli/bench"]),
+    ("http_body_util", &["cli/bench"]),
 ];
 
 /// Places that must not name a crate whose name begins with this.

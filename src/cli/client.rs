@@ -46,6 +46,8 @@ pub(super) type Connection = InterceptedService<Channel, Identify>;
 #[derive(Debug, Clone)]
 pub(super) struct Client {
     connection: Connection,
+    channel: Channel,
+    timeout: Option<Duration>,
 }
 
 impl Client {
@@ -59,7 +61,22 @@ impl Client {
         let timeout = common.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
         let endpoint = Endpoint::from_shared(address.clone()).context("--server")?.connect_timeout(CONNECT_TIMEOUT);
         let channel = endpoint.connect().await.with_context(|| format!("connect to a server at {address}"))?;
-        Ok(Self { connection: InterceptedService::new(channel, Identify { tenant, timeout }) })
+        Ok(Self {
+            connection: InterceptedService::new(channel.clone(), Identify { tenant, timeout }),
+            channel,
+            timeout,
+        })
+    }
+
+    /// Another tenant's client over the same connection.
+    ///
+    /// # Errors
+    /// A name that cannot be in a call's metadata.
+    pub(super) fn with_tenant(&self, tenant: &str) -> anyhow::Result<Self> {
+        let tenant = tenant.parse().with_context(|| format!("--tenant {tenant:?}"))?;
+        let identify = Identify { tenant, timeout: self.timeout };
+        let connection = InterceptedService::new(self.channel.clone(), identify);
+        Ok(Self { connection, channel: self.channel.clone(), timeout: self.timeout })
     }
 
     pub(super) fn inference(&self) -> InferenceServiceClient<Connection> {

@@ -3,7 +3,7 @@
 //! Answers go to standard output, notes and progress to standard error. `--json` prints one JSON value per line.
 
 mod bench;
-mod bench_stats;
+mod chart;
 mod classify;
 mod client;
 mod deltas;
@@ -90,8 +90,8 @@ enum ClientCommand {
     Datasets(WithCommon<jobs::DatasetsArgs>),
     /// What the server is and does.
     Info(WithCommon<NoArgs>),
-    /// Put load on a server and measure.
-    Bench(WithCommon<bench::BenchArgs>),
+    /// Put load on a server, measure and report. Several tenants: --tenant a,b.
+    Bench(Box<WithCommon<bench::BenchArgs>>),
 }
 
 /// A command's own options, with those of all client commands.

@@ -6,7 +6,7 @@ use axum::{Router, extract::State, http::StatusCode, response::IntoResponse, rou
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{net::TcpListener, sync::watch};
 
-use crate::shutdown::Drain;
+use crate::{shutdown::Drain, telemetry};
 
 /// How often histograms are folded, so that they stay small when nobody scrapes.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -56,6 +56,7 @@ fn router(probes: Probes) -> Router {
 }
 
 async fn metrics(State(probes): State<Probes>) -> impl IntoResponse {
+    telemetry::note_process_memory();
     ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], probes.metrics.render())
 }
 

@@ -10,7 +10,7 @@ use deltaserve::{
 use crate::support::*;
 
 /// Low-rank pairs, scales, and two bottleneck adapters in order at every MLP: no library has a form for all.
-fn combination(world: &World, seed: u64) -> DeltaFiles {
+pub(crate) fn combination(world: &World, seed: u64) -> DeltaFiles {
     let (mut rng, hidden) = (Rng(seed), world.base.arch.hidden);
     let mut patches = world.random_delta(seed, Task::CausalLm, None).patches().to_vec();
     for (id, entry) in world.base.sites.iter() {

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests stop where anything fails")]
 
 mod bad_input;
+mod bench;
 mod cancel;
 mod classify_file;
 mod compose;

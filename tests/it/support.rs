@@ -161,20 +161,27 @@ impl World {
             Client { channel, tenant: "default".into() }
         };
         // from here on it ends with the test, also if it never serves
-        let mut spawned = Spawned { child, address: String::new(), client: client("http://127.0.0.1:0") };
+        let (address, http) = (String::new(), String::new());
+        let mut spawned = Spawned { child, address, http, client: client("http://127.0.0.1:0") };
         let (found, mut ready) = tokio::sync::mpsc::channel(1);
         // reads the log to its end, so that the server never waits for it
         std::thread::spawn(move || {
             for line in BufReader::new(log).lines().map_while(Result::ok) {
                 let event: Value = serde_json::from_str(&line).unwrap_or_default();
                 match (event["message"].as_str(), event["grpc"].as_str()) {
-                    (Some("ready"), Some(grpc)) => drop(found.try_send(grpc.to_owned())),
+                    (Some("ready"), Some(grpc)) => {
+                        // as Rust shows an address that there may be
+                        let http = event["http"].as_str().unwrap_or_default();
+                        let http = http.trim_start_matches("Some(").trim_end_matches(')');
+                        drop(found.try_send((grpc.to_owned(), http.to_owned())));
+                    }
                     _ => eprintln!("server: {line}"),
                 }
             }
         });
-        let grpc = timely("the binary is ready", ready.recv()).await.expect("it says where it listens");
+        let (grpc, http) = timely("the binary is ready", ready.recv()).await.expect("it says where it listens");
         spawned.address = format!("http://{grpc}");
+        spawned.http = format!("http://{http}");
         spawned.client = client(&spawned.address);
         spawned
     }
@@ -245,6 +252,8 @@ impl Running {
 pub(crate) struct Spawned {
     pub(crate) child: Child,
     pub(crate) address: String,
+    /// Where metrics and probes are.
+    pub(crate) http: String,
     pub(crate) client: Client,
 }
 

@@ -13,7 +13,7 @@ use crate::{
         params::{ClassifyInput, ClassifyParams, GenerateChunk, GenerateParams, Prompt, Sampling, ScoreParams},
     },
     cli::{
-        bench_stats::{Percentiles, Sample},
+        bench::{call::Answer, figures::Percentiles},
         output,
     },
     ids::TenantId,
@@ -181,15 +181,16 @@ fn clip(text: &str) -> String {
 }
 
 /// Latency of live traffic without and with training.
-pub(super) fn latency(quiet: &[Sample], busy: &[Sample]) -> anyhow::Result<()> {
-    let row = |name: &str, samples: &[Sample]| {
-        let first = Percentiles::of(samples.iter().filter_map(|s| s.first_token).collect());
-        let gaps = Percentiles::of(samples.iter().flat_map(|s| s.gaps.iter().copied()).collect());
-        let failed = samples.iter().filter(|s| s.failure.is_some()).count();
+pub(super) fn latency(quiet: &[Answer], busy: &[Answer]) -> anyhow::Result<()> {
+    let row = |name: &str, answers: &[Answer]| {
+        let good = || answers.iter().filter(|a| a.failure.is_none()).map(|a| &a.chunks);
+        let first = Percentiles::of(good().filter_map(|c| c.first()).map(|seconds| seconds as f32));
+        let gaps = Percentiles::of(good().flat_map(|c| c.between_tokens()));
+        let failed = answers.len() - good().count();
         let ms = |p: Option<f64>| p.map_or_else(|| "-".to_owned(), |v| format!("{v:.1}"));
         vec![
             name.to_owned(),
-            samples.len().to_string(),
+            answers.len().to_string(),
             failed.to_string(),
             ms(first.map(|p| p.p50)),
             ms(first.map(|p| p.p99)),

@@ -1,12 +1,20 @@
 //! Live traffic over real gRPC, for as long as the demo wants it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
 use crate::{
-    cli::{Common, bench, bench_stats::Sample, client::Client},
+    cli::{
+        Common,
+        bench::call::{Answer, Call},
+        client::Client,
+    },
     grpc::proto,
 };
 
@@ -17,7 +25,7 @@ const PROMPTS: [&str; 4] =
 
 /// Requests at a steady rate, each on a task of its own.
 pub(super) struct Traffic {
-    samples: Arc<Mutex<Vec<Sample>>>,
+    answers: Arc<Mutex<Vec<Answer>>>,
     task: JoinHandle<()>,
 }
 
@@ -27,8 +35,8 @@ impl Traffic {
         let common =
             Common { server: format!("http://{address}"), tenant: "default".into(), timeout: None, json: false };
         let client = Client::connect(&common).await?;
-        let samples = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&samples);
+        let answers = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&answers);
         let task = tokio::spawn(async move {
             let mut tick = tokio::time::interval(Duration::from_secs_f64(1.0 / rate));
             let mut n = 0usize;
@@ -38,17 +46,17 @@ impl Traffic {
                 n += 1;
                 let (client, sink) = (client.clone(), Arc::clone(&sink));
                 tokio::spawn(async move {
-                    let sample = bench::measure(&client, request).await;
-                    sink.lock().push(sample);
+                    let answer = Call::Generate(request).measure(&client, Instant::now()).await;
+                    sink.lock().push(answer);
                 });
             }
         });
-        Ok(Self { samples, task })
+        Ok(Self { answers, task })
     }
 
-    /// The samples since the last mark.
-    pub(super) fn mark(&self) -> Vec<Sample> {
-        std::mem::take(&mut *self.samples.lock())
+    /// The answers since the last mark.
+    pub(super) fn mark(&self) -> Vec<Answer> {
+        std::mem::take(&mut *self.answers.lock())
     }
 
     /// Stops sending.

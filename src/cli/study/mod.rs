@@ -1,7 +1,6 @@
 //! `study`: methods compared on tasks and bases that the user names, as the delta-tuning literature compares them. A server
 //! in this process trains and scores over gRPC; results are kept line by line, and a Markdown report with charts is written.
 
-mod chart;
 mod inputs;
 mod lab;
 mod memory;

@@ -9,12 +9,12 @@ use std::{
 use anyhow::Context as _;
 
 use super::{
-    chart::{Chart, Series},
     metric::{GENERATED, points, shown},
     plan::{BaseEntry, Plan, Task},
     results::{Key, Part, Results},
     tables::{Cell, View, cell, count, markdown},
 };
+use crate::cli::chart::{Chart, Series};
 
 const MIB: f64 = 1_048_576.0;
 

@@ -1,8 +1,8 @@
-//! Line charts as SVG.
+//! Line charts as SVG, in a file or as text. Texts in them are escaped.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
-use anyhow::{anyhow, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use plotters::{
     coord::ranged1d::{AsRangedCoord, ValueFormatter},
     prelude::*,
@@ -41,14 +41,26 @@ const COLOURS: [RGBColor; 12] = [
     RGBColor(0, 0, 0),
 ];
 
+/// A line of more points has no dots on them.
+const DOTTED: usize = 60;
+
 impl Chart<'_> {
-    /// Draws the lines.
+    /// Draws the lines into a file.
     ///
     /// # Errors
     /// Nothing to draw; a file that cannot be written.
     pub(super) fn draw(&self, path: &Path, series: &[Series]) -> anyhow::Result<()> {
+        let svg = self.svg(series).with_context(|| format!("draw {}", path.display()))?;
+        fs::write(path, svg).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// The lines as an SVG document.
+    ///
+    /// # Errors
+    /// Nothing to draw.
+    pub(super) fn svg(&self, series: &[Series]) -> anyhow::Result<String> {
         let points = || series.iter().flat_map(|s| &s.points).filter(|(x, y)| x.is_finite() && y.is_finite());
-        ensure!(points().count() > 0, "nothing to draw in {}", path.display());
+        ensure!(points().count() > 0, "nothing to draw in {:?}", self.title);
         let range = |of: fn(&(f64, f64)) -> f64| {
             points().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)))
         };
@@ -57,20 +69,21 @@ impl Chart<'_> {
         let y = (if self.from_zero { 0.0 } else { y0 - space })..(y1 + space);
         if self.log_x {
             let x0 = x0.max(1e-9);
-            self.lines(path, series, (x0 * 0.9..x1.max(x0) * 1.1).log_scale(), y)
+            self.lines(series, (x0 * 0.9..x1.max(x0) * 1.1).log_scale(), y)
         } else {
             let space = ((x1 - x0) * 0.02).max(1e-6);
-            self.lines(path, series, x0 - space..x1 + space, y)
+            self.lines(series, x0 - space..x1 + space, y)
         }
     }
 
-    fn lines<X>(&self, path: &Path, series: &[Series], x: X, y: std::ops::Range<f64>) -> anyhow::Result<()>
+    fn lines<X>(&self, series: &[Series], x: X, y: std::ops::Range<f64>) -> anyhow::Result<String>
     where
         X: AsRangedCoord<Value = f64>,
         X::CoordDescType: ValueFormatter<f64>,
     {
-        let failed = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", path.display());
-        let root = SVGBackend::new(path, (760, 420)).into_drawing_area();
+        let failed = |e: &dyn std::fmt::Display| anyhow!("draw {:?}: {e}", self.title);
+        let mut svg = String::new();
+        let root = SVGBackend::with_string(&mut svg, (760, 420)).into_drawing_area();
         root.fill(&WHITE).map_err(|e| failed(&e))?;
         let mut chart = ChartBuilder::on(&root)
             .caption(self.title, ("sans-serif", 18))
@@ -96,8 +109,10 @@ impl Chart<'_> {
                 .map_err(|e| failed(&e))?
                 .label(s.name.clone())
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
-            let dots = finite().map(|p| Circle::new(p, 3, colour.filled()));
-            chart.draw_series(dots).map_err(|e| failed(&e))?;
+            if s.points.len() <= DOTTED {
+                let dots = finite().map(|p| Circle::new(p, 3, colour.filled()));
+                chart.draw_series(dots).map_err(|e| failed(&e))?;
+            }
         }
         chart
             .configure_series_labels()
@@ -106,7 +121,10 @@ impl Chart<'_> {
             .border_style(BLACK.mix(0.3))
             .draw()
             .map_err(|e| failed(&e))?;
-        root.present().map_err(|e| failed(&e))
+        root.present().map_err(|e| failed(&e))?;
+        // both borrow the text, which the backend ends when it goes
+        drop((chart, root));
+        Ok(svg)
     }
 }
 
@@ -141,6 +159,10 @@ mod tests {
             }
             assert!(!svg.contains("NaN"));
             assert!(chart.draw(&path, &[series("none", &[])]).is_err());
+            assert_eq!(chart.svg(&all).unwrap(), svg);
+            let hostile = [series("<script>&", &[(1.0, 1.0)])];
+            let svg = chart.svg(&hostile).unwrap();
+            assert!(!svg.contains("<script") && svg.contains("&lt;script&gt;&amp;"));
         }
         let texts: Vec<String> = [2.5e6, 33_000.0, 128.0, 2.0, 1.25, 0.875].iter().map(short).collect();
         assert_eq!(texts, ["2.5M", "33k", "128", "2", "1.2", "0.88"]);
