@@ -4,7 +4,11 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 
-use crate::{grpc::GrpcConfig, ops::Priority, telemetry::LogFormat};
+use crate::{
+    grpc::GrpcConfig,
+    ops::{Halves, Priority},
+    telemetry::LogFormat,
+};
 
 /// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
 #[derive(Debug, Clone, Args)]
@@ -70,6 +74,10 @@ pub struct ServeArgs {
     /// Longest wait of training at one of its yield points while serving is busy, in milliseconds.
     #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
     pub train_max_yield_ms: u64,
+    /// Which products of many rows with frozen weights may be computed with each number as a sum of two bf16, where the
+    /// machine has a matrix unit (Intel's AMX): `off`, `training` (steps, not evaluations) or `all` (long prompts, too).
+    #[arg(long, env = "DELTASERVE_BF16X2", value_name = "off|training|all", default_value = "training")]
+    pub bf16x2: String,
     /// Share of the time in percent that training has at least while serving is always busy: for one layer at a time, serving
     /// then waits. 0 = only what serving leaves.
     #[arg(long, env = "DELTASERVE_TRAIN_FLOOR", value_name = "PERCENT", default_value_t = 3)]
@@ -210,6 +218,8 @@ pub struct Config {
     pub http: Option<SocketAddr>,
     /// Limits of the gRPC edge.
     pub grpc: GrpcConfig,
+    /// Which products may be computed in halves.
+    pub halves: Halves,
     /// Limits of the engine.
     pub engine: EngineLimits,
     /// Limits of the trainer.
@@ -265,6 +275,10 @@ impl TryFrom<ServeArgs> for Config {
             problems.push(format!("--train-nice: {error}"));
             Priority::default()
         });
+        let halves = args.bf16x2.parse::<Halves>().unwrap_or_else(|error| {
+            problems.push(format!("--bf16x2: {error}"));
+            Halves::default()
+        });
         let device = device(&args.device, &mut problems);
         if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
             problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
@@ -286,6 +300,7 @@ impl TryFrom<ServeArgs> for Config {
                 // Admission refuses first; this bounds what is not admitted there: watchers, uploads, lists.
                 max_calls: args.max_queue + args.max_sequences + 256,
             },
+            halves,
             engine: EngineLimits {
                 max_batch_tokens: args.max_batch_tokens,
                 max_sequences: args.max_sequences,
@@ -408,6 +423,7 @@ mod tests {
             "--train-share=9",
             "--train-floor=80",
             "--train-nice=20",
+            "--bf16x2=on",
         ];
         let ConfigError(problems) = config(&flags).expect_err("nearly everything is wrong");
         let expected = [
@@ -424,6 +440,7 @@ mod tests {
             "--train-share",
             "--train-floor",
             "--train-nice",
+            "--bf16x2",
         ];
         for flag in expected {
             assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");

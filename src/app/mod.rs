@@ -143,6 +143,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),
         share: config.train.share,
         priority: config.train.priority,
+        halves: config.halves,
         ..defaults
     };
     let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
@@ -258,6 +259,7 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
         kv_pages: positions.div_ceil(PAGE_SIZE),
         queue: config.engine.max_queue + config.engine.max_sequences,
         prefix_cache: config.engine.prefix_cache,
+        halves: config.halves,
         ..EngineConfig::default()
     }
 }

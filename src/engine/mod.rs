@@ -44,6 +44,7 @@ use crate::{
     admission::params::Pooling,
     kv::{KvCache, PAGE_SIZE},
     model::{Architecture, Base},
+    ops::{self, Halves},
     pacing::Pacer,
     rows::Ahead,
 };
@@ -61,6 +62,8 @@ pub struct EngineConfig {
     pub prefill_chunk: usize,
     /// Cache pages of [`PAGE_SIZE`] positions; unused by encoders.
     pub kv_pages: usize,
+    /// Which products of its steps may be computed in halves.
+    pub halves: Halves,
     /// Requests that may wait to be taken by the engine thread. Admission's permits keep it from filling.
     pub queue: usize,
     /// Whether prompts begin behind what is cached of them; what a delta puts ahead is shared in any case.
@@ -75,6 +78,7 @@ impl Default for EngineConfig {
             max_deltas: 32,
             prefill_chunk: 256,
             kv_pages: 1024,
+            halves: Halves::Never,
             queue: 1024,
             prefix_cache: true,
         }
@@ -233,6 +237,7 @@ pub fn spawn(
     let tombstone = Tombstone { shared: Arc::clone(&shared), pacer };
     let thread = std::thread::Builder::new().name("engine".into()).stack_size(64 << 20).spawn(move || {
         let _tombstone = tombstone;
+        ops::permit_halves(config.halves);
         worker.run();
     })?;
     Ok((EngineHandle { commands, shared, checks }, thread))

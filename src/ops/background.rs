@@ -169,8 +169,16 @@ mod tests {
         let stop = std::sync::atomic::AtomicBool::new(false);
         let going = || !stop.load(std::sync::atomic::Ordering::Relaxed);
         std::thread::scope(|s| {
-            s.spawn(|| while going() { team::each(vec![(); 8], |()| std::thread::sleep(Duration::from_millis(1))) });
-            s.spawn(|| while going() { vec![(); 8].into_par_iter().for_each(|()| std::thread::sleep(Duration::from_millis(1))) });
+            s.spawn(|| {
+                while going() {
+                    team::each(vec![(); 8], |()| std::thread::sleep(Duration::from_millis(1)))
+                }
+            });
+            s.spawn(|| {
+                while going() {
+                    vec![(); 8].into_par_iter().for_each(|()| std::thread::sleep(Duration::from_millis(1)))
+                }
+            });
             let (wanted, parts) = (team::threads().min(2), 20);
             let team = background.run(|| names(|part| team::each(vec![(); parts], |()| part()), wanted));
             let pool = background.run(|| names(|part| vec![(); parts].into_par_iter().for_each(|()| part()), wanted));

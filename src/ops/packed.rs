@@ -8,6 +8,7 @@
 
 mod backward;
 mod forward;
+mod halves;
 
 use std::{borrow::Cow, mem::MaybeUninit, ops::Range};
 
@@ -23,6 +24,8 @@ use super::{
 };
 pub(super) use backward::product_t;
 use forward::Forward;
+use halves::Factor;
+pub use halves::{Halves, in_step, permit_halves};
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
 pub(super) const PANEL: usize = 48;
@@ -129,6 +132,12 @@ pub(super) fn product<W: Panels>(x: &[f32], w: W, bias: Option<&[f32]>, (m, k, n
     let panels = n.div_ceil(PANEL);
     let mut data = Vec::with_capacity(m * n);
     let all = &mut data.spare_capacity_mut()[..m * n];
+    if halves::takes(m, k, n) {
+        halves::product(x, (w, Factor::Straight), bias, (k, n), all);
+        // SAFETY: it has written all of them
+        unsafe { data.set_len(m * n) };
+        return data;
+    }
     let run = |x: &[f32], panels: Range<usize>, out: Vec<&mut [MaybeUninit<f32>]>| {
         Arch::new().dispatch(Forward { x, w, bias, k, n, panels, out });
     };

@@ -13,6 +13,7 @@ use crate::{
     delta::Delta,
     model::{Base, Input, Walk},
     nn::{Cx, Encoded, Memory},
+    ops,
     pacing::Pacer,
     train::{
         objective::{Reads, Sequence, Texts, forward},
@@ -50,6 +51,10 @@ pub type Gradients = Vec<Option<Tensor>>;
 /// # Errors
 /// Those of the forward and of the losses.
 pub fn whole(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
+    ops::in_step(|| by_one_pass(micro, vars))
+}
+
+fn by_one_pass(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
     let Micro { base, delta, sequences, losses, reads, weight, pacer } = micro;
     let each = forward(base, delta, (sequences, *reads), *pacer, losses)?;
     let share = (each.sum_all()? / *weight)?;
@@ -66,6 +71,10 @@ pub fn whole(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
 /// # Errors
 /// As [`whole`].
 pub fn by_layer(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
+    ops::in_step(|| by_many_passes(micro, vars))
+}
+
+fn by_many_passes(micro: &Micro<'_>, vars: &[NamedVar]) -> Result<(f64, Gradients)> {
     let Micro { base, sequences, losses, reads, weight, pacer, .. } = micro;
     let (delta, made) = with_leaves(&micro.delta)?;
     let delta = Arc::new(delta);

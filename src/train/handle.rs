@@ -247,7 +247,7 @@ impl TrainerHandle {
         let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
         let (report, reports) = mpsc::channel(256);
         let (commands, commanded) = mpsc::channel(64);
-        let thread = worker::spawn((base, pacer), (config.share, config.priority), starting, report)?;
+        let thread = worker::spawn((base, pacer), config, starting, report)?;
         let supervisor = Supervisor::new(Parts {
             shared: Arc::clone(&shared),
             publisher,

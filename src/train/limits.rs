@@ -1,6 +1,6 @@
 //! Limits of the trainer.
 
-use crate::ops::Priority;
+use crate::ops::{Halves, Priority};
 
 /// How many jobs there may be, and how they train beside each other.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +18,8 @@ pub struct TrainerConfig {
     pub share: usize,
     /// How its threads are treated beside those of serving.
     pub priority: Priority,
+    /// Which of its products may be computed in halves.
+    pub halves: Halves,
 }
 
 impl Default for TrainerConfig {
@@ -29,6 +31,7 @@ impl Default for TrainerConfig {
             max_paused_per_tenant: 64,
             share: 1,
             priority: Priority::Normal,
+            halves: Halves::Never,
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     delta::{Delta, DeltaBatch},
     model::{Base, HeadLogits, Input, Source},
     nn::{Cx, Wanted},
+    ops,
     pacing::Pacer,
     rows::RowLayout,
 };
@@ -86,6 +87,10 @@ pub(super) fn gradients(
     members: &[Member<'_>],
     pacer: Option<&Arc<Pacer>>,
 ) -> Result<Vec<(f64, Gradients)>> {
+    ops::in_step(|| by_one_pass(base, members, pacer))
+}
+
+fn by_one_pass(base: &Base, members: &[Member<'_>], pacer: Option<&Arc<Pacer>>) -> Result<Vec<(f64, Gradients)>> {
     let each = losses(base, members, pacer)?;
     let mut total: Option<Tensor> = None;
     let mut values = Vec::with_capacity(each.len());

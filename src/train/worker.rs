@@ -25,10 +25,11 @@ use tokio::sync::mpsc::Sender;
 use crate::{
     admission::train_params::{JobEventBody, NoteEvent},
     model::Base,
-    ops::{Background, Priority},
+    ops::{self, Background},
     pacing::Pacer,
     train::{
         control::{Ask, Control},
+        limits::TrainerConfig,
         metrics::SharedPasses,
         run::{Advance, Failed, Outcome, Run, RunInput, Saved, Trained, Work},
     },
@@ -73,21 +74,25 @@ pub(crate) enum End {
     Paused(Option<Saved>),
 }
 
-/// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more. At most
-/// `share` jobs are in one pass. What it computes is on threads of its own, with this priority.
+/// Starts the thread. It ends when `starts` is closed and its jobs are over, or when nobody takes reports any more. What it computes is on threads of its own.
 ///
 /// # Errors
 /// The operating system's, if it gives no thread.
 pub(crate) fn spawn(
     (base, pacer): (Arc<Base>, Arc<Pacer>),
-    (share, priority): (usize, Priority),
+    config: TrainerConfig,
     starts: Receiver<Start>,
     reports: Sender<Report>,
 ) -> io::Result<JoinHandle<()>> {
-    let background = Arc::new(Background::new(priority, STACK)?);
-    let worker = Worker::new((base, pacer), share, starts, reports);
+    let background = Arc::new(Background::new(config.priority, STACK)?);
+    let worker = Worker::new((base, pacer), config.share, starts, reports);
     let worker = Worker { background: Some(Arc::clone(&background)), ..worker };
-    std::thread::Builder::new().name("trainer".into()).spawn(move || background.run(|| worker.run()))
+    std::thread::Builder::new().name("trainer".into()).spawn(move || {
+        background.run(|| {
+            ops::permit_halves(config.halves);
+            worker.run();
+        });
+    })
 }
 
 struct Active {

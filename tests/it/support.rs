@@ -21,7 +21,7 @@ use deltaserve::{
         Base, LoadOptions,
         testing::{Rng, tiny_bert, tiny_llama, write_random},
     },
-    ops::Priority,
+    ops::{Halves, Priority},
     telemetry::LogFormat,
 };
 use futures::StreamExt as _;
@@ -113,6 +113,7 @@ impl World {
                 prefix_cache: true,
                 max_queue: 64,
             },
+            halves: Halves::Training,
             train: TrainLimits {
                 max_jobs: 8,
                 max_paused: 8,

@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(of(&mixed, &[2], 6), Some(vec![vec![5..6]]));
         assert_eq!(of(&mixed, &[0, 1], 6), None, "a factor of the output");
         assert_eq!(of(&mixed, &[0], 5), None, "other rows than the step's");
-        assert_eq!(of(&mixed.picked(&[5, 0, 1]), &[0, 2], 3), Some(vec![vec![1..2, 2..3], vec![0..1]]));
+        assert_eq!(of(&mixed.picked(&[5, 0, 1]), &[0, 2], 3), Some(vec![vec![1..3], vec![0..1]]));
         let turns = batch_of(&layout, &deltas, &[Some(2), None, Some(2)]);
         assert_eq!(of(&turns, &[1, 2], 6), None, "one delta, but not on all rows");
         let alone = batch_of(&layout, &deltas, &[Some(2), Some(2), Some(2)]);

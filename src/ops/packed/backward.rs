@@ -4,7 +4,11 @@ use std::{mem::MaybeUninit, ops::Range};
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{DEPTH, PANEL, Panels, WORTH_A_THREAD, scratch};
+use super::{
+    DEPTH, PANEL, Panels, WORTH_A_THREAD,
+    halves::{self, Factor},
+    scratch,
+};
 use crate::ops::{
     LINE, prefetch,
     team::{each, threads},
@@ -25,6 +29,12 @@ pub(in crate::ops) fn product_t<W: Panels>(g: &[f32], w: W, (m, k, n): (usize, u
     }
     let mut data = Vec::with_capacity(m * k);
     let all = &mut data.spare_capacity_mut()[..m * k];
+    if halves::takes(m, n, k) {
+        halves::product(g, (w, Factor::Turned), None, (k, n), all);
+        // SAFETY: it has written all of them
+        unsafe { data.set_len(m * k) };
+        return data;
+    }
     let parallel = threads() > 1 && m * k * n >= WORTH_A_THREAD;
     // whole strips, but for the last
     let size = m.div_ceil(m.div_ceil(ROWS).max(1));
