@@ -8,7 +8,7 @@ use candle_core::{
     Device, Module, Tensor, Var,
     quantized::{GgmlDType, QMatMul, QTensor},
 };
-use deltaserve::ops::{self, Act, Norm, QuantKind, Quantized, Weight};
+use deltaserve::ops::{self, Act, Halves, Norm, QuantKind, Quantized, Weight};
 use divan::{Bencher, black_box, counter::ItemsCount};
 
 fn main() {
@@ -56,6 +56,21 @@ fn linear_gradient(b: Bencher<'_, '_>, rows: usize) {
         ops::linear(x.as_tensor(), &weights[i % COPIES], None).expect("a product")
     };
     b.counter(flops(rows, HIDDEN, FF)).with_inputs(forward).bench_local_values(|y| black_box(y).backward());
+}
+
+/// Both with each number in two halves of bf16, where the machine has a matrix unit; else as above.
+#[divan::bench(args = STEP_ROWS)]
+fn linear_of_a_step_in_halves(b: Bencher<'_, '_>, rows: usize) {
+    in_halves(|| linear_in_out(b, rows));
+}
+
+#[divan::bench(args = STEP_ROWS)]
+fn linear_gradient_in_halves(b: Bencher<'_, '_>, rows: usize) {
+    in_halves(|| linear_gradient(b, rows));
+}
+
+fn in_halves(f: impl FnOnce()) {
+    ops::permitting(Halves::Always, f);
 }
 
 #[divan::bench(args = ROWS)]

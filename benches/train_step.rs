@@ -1,6 +1,6 @@
 //! One LoRA training step with the base frozen: forward and backward time, and memory that the step adds.
 //!
-//! `cargo bench --bench train_step -- [--base DIR] [--rows 8] [--len 128] [--repeat 5] [--sweep K | --jobs K]`
+//! `cargo bench --bench train_step -- [--base DIR] [--rows 8] [--len 128] [--repeat 5] [--sweep K | --jobs K] [--bf16x2 off]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M). Memory is the peak resident set (`VmHWM`) less
 //! the resident set before the first step; gradients of the frozen weights would add the size of the base.
 //!
@@ -23,6 +23,7 @@ use deltaserve::{
     delta::{Delta, DeltaBatch, DeltaSpec, LowRank, Patch, Task},
     model::{Base, Input, LoadOptions, testing},
     nn::{Cx, Wanted},
+    ops::{self, Halves},
     rows::RowLayout,
     train::{
         BaseInfo, Inputs,
@@ -190,6 +191,12 @@ fn jobs(base: &Arc<Base>, jobs: usize, (rows, len, steps): (usize, usize, usize)
 }
 
 fn main() {
+    let off = std::env::args().collect::<Vec<_>>().windows(2).any(|pair| pair[0] == "--bf16x2" && pair[1] == "off");
+    // as a server's trainer has it in steps
+    ops::permitting(if off { Halves::Never } else { Halves::Always }, measure);
+}
+
+fn measure() {
     let (rows, len, repeat) = (number("--rows", 8), number("--len", 128), number("--repeat", 5));
     let args: Vec<String> = std::env::args().collect();
     let base = match args.iter().position(|a| a == "--base").and_then(|i| args.get(i + 1)) {

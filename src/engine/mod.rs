@@ -44,7 +44,7 @@ use crate::{
     admission::params::Pooling,
     kv::{KvCache, PAGE_SIZE},
     model::{Architecture, Base},
-    ops::{self, Halves},
+    ops::Halves,
     pacing::Pacer,
     rows::Ahead,
 };
@@ -233,11 +233,11 @@ pub fn spawn(
         sequences: HashMap::new(),
         next: 0,
         prefix_cache: config.prefix_cache,
+        halves: config.halves,
     };
     let tombstone = Tombstone { shared: Arc::clone(&shared), pacer };
     let thread = std::thread::Builder::new().name("engine".into()).stack_size(64 << 20).spawn(move || {
         let _tombstone = tombstone;
-        ops::permit_halves(config.halves);
         worker.run();
     })?;
     Ok((EngineHandle { commands, shared, checks }, thread))

@@ -15,7 +15,11 @@ use super::{
     sequence::{Begin, Fate, Sequence, Tick},
     step::{Got, Stepper, Task},
 };
-use crate::{model::Base, pacing::Pacer};
+use crate::{
+    model::Base,
+    ops::{self, Halves},
+    pacing::Pacer,
+};
 
 /// Shared pages whose checksums are compared whenever the engine becomes idle: few, since the next request waits for them.
 const AUDITED: usize = 2;
@@ -31,6 +35,8 @@ pub(super) struct Worker {
     pub(super) metrics: Metrics,
     pub(super) sequences: HashMap<SeqId, Sequence>,
     pub(super) next: SeqId,
+    /// Which products of its steps may be computed in halves.
+    pub(super) halves: Halves,
     /// Whether prompts begin behind what is cached of them.
     pub(super) prefix_cache: bool,
 }
@@ -221,9 +227,10 @@ impl Worker {
             Ok(Task { share: *share, sequence, slots, memory: scheduler.memory_slots(share.id) })
         };
         let tasks = shares.iter().map(task).collect::<Result<Vec<_>, String>>()?;
-        let (stepper, device) = (&mut self.stepper, &self.base.device);
+        let (stepper, device, halves) = (&mut self.stepper, &self.base.device, self.halves);
         // a torn value could only be the compiled batch, which is forgotten after an error
-        caught(|| device.with_context(|| stepper.run(&tasks)))
+        // a device's context may be another thread, so what is permitted is said inside
+        caught(|| device.with_context(|| ops::permitting(halves, || stepper.run(&tasks))))
     }
 
     /// Gives the beams of this step the keys and values that they go on from, and takes pages back of beams that are no more.

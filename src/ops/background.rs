@@ -7,6 +7,8 @@
 
 use std::{io, str::FromStr, sync::Arc};
 
+use parking_lot::Mutex;
+
 use super::team::{self, Team};
 
 /// How the operating system is to treat a thread of the background beside others.
@@ -79,6 +81,9 @@ fn set(priority: Priority) -> io::Result<()> {
     }
 }
 
+/// Stack of a thread that only does parts of ops.
+const SMALL_STACK: usize = 8 << 20;
+
 /// The threads of the background. They end when it is dropped.
 #[derive(Debug)]
 pub struct Background {
@@ -88,38 +93,57 @@ pub struct Background {
 }
 
 impl Background {
-    /// As many threads as ops have elsewhere. Those that [`Self::run`] is on have `stack` bytes of stack.
+    /// As many threads as ops have elsewhere. The one that [`Self::run`] is on has `stack` bytes of stack.
     ///
     /// # Errors
     /// The operating system's, if it gives no thread.
     pub fn new(priority: Priority, stack: usize) -> io::Result<Self> {
-        let threads = team::threads();
-        let team = Arc::new(Team::start(threads - 1, "background-ops", priority));
+        let team = Arc::new(Team::start(team::threads() - 1, "background-ops", priority));
+        Self::of(team, priority, stack)
+    }
+
+    /// A pool of its own for work beside what [`Self::run`] does, which shares the team.
+    ///
+    /// # Errors
+    /// The operating system's, if it gives no thread.
+    pub fn another(&self) -> io::Result<Self> {
+        Self::of(Arc::clone(&self.team), self.priority, SMALL_STACK)
+    }
+
+    fn of(team: Arc<Team>, priority: Priority, stack: usize) -> io::Result<Self> {
         let of_pool = Arc::clone(&team);
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .stack_size(stack)
-            .thread_name(|i| format!("background-{i}"))
-            .start_handler(move |_| {
-                priority.take();
-                team::join(Arc::clone(&of_pool));
+            .num_threads(team::threads())
+            .spawn_handler(|thread| {
+                let stack = if thread.index() == 0 { stack } else { SMALL_STACK };
+                let name = format!("background-{}", thread.index());
+                let team = Arc::clone(&of_pool);
+                let run = move || {
+                    priority.take();
+                    team::join(team);
+                    thread.run();
+                };
+                std::thread::Builder::new().name(name).stack_size(stack).spawn(run).map(drop)
             })
             .build()
             .map_err(io::Error::other)?;
         Ok(Self { pool, team, priority })
     }
 
-    /// Runs `f` on a thread of the background, while this one waits. What it computes is shared out in the background.
+    /// Runs `f` on the pool's first thread, while this one waits. What it computes is shared out in the background.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        self.pool.install(f)
-    }
-
-    /// What makes a thread started elsewhere one of the background, when called on it.
-    pub fn entry(&self) -> impl FnOnce() + Send + 'static {
-        let (team, priority) = (Arc::clone(&self.team), self.priority);
-        move || {
-            priority.take();
-            team::join(team);
+        let (f, result) = (Mutex::new(Some(f)), Mutex::new(None));
+        self.pool.broadcast(|thread| {
+            if thread.index() == 0
+                && let Some(f) = f.lock().take()
+            {
+                *result.lock() = Some(f());
+            }
+        });
+        match result.into_inner() {
+            Some(result) => result,
+            // a panic of `f` is this call's, and every pool has a first thread
+            None => unreachable!("the first thread of a pool has run what it was given"),
         }
     }
 }
@@ -131,7 +155,6 @@ mod tests {
         time::{Duration, Instant},
     };
 
-    use parking_lot::Mutex;
     use rayon::prelude::*;
 
     use super::*;
@@ -202,12 +225,7 @@ mod tests {
         let before = (nice(), policy());
         let background = Background::new(Priority::Nice(19), 1 << 20).expect("threads");
         assert_eq!(background.run(nice), 19);
-        let entry = background.entry();
-        let other = std::thread::spawn(move || {
-            entry();
-            nice()
-        });
-        assert_eq!(other.join().expect("no panic"), 19);
+        assert_eq!(background.another().expect("threads").run(nice), 19);
         let idle = Background::new(Priority::Idle, 1 << 20).expect("threads");
         assert_eq!(idle.run(policy), libc::SCHED_IDLE);
         assert_eq!((nice(), policy()), before);

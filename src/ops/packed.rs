@@ -25,7 +25,7 @@ use super::{
 pub(super) use backward::product_t;
 use forward::Forward;
 use halves::Factor;
-pub use halves::{Halves, in_step, permit_halves};
+pub use halves::{Halves, in_step, permitting};
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
 pub(super) const PANEL: usize = 48;

@@ -51,7 +51,7 @@ use crate::{
         gradients,
         metrics::TrainMetrics,
         optim::{AdamParams, AdamW, LrSchedule, clip_scale, global_norm},
-        plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA},
+        plan::{MICRO_TOKENS, micro_tokens_of_delta},
         start,
         trainable::{Snapshot, Trainable},
         transfer::Ewc,
@@ -345,7 +345,8 @@ impl Run {
         self.dropout = batches::rng_at(r.seed, Stream::Dropout, self.step);
         // with packing, a batch counts packs; the token bound alone decides how they are cut
         let examples = if r.packing { usize::MAX } else { r.batch_size as usize };
-        let most = if self.trainable.is_full() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
+        let of_delta = micro_tokens_of_delta(self.base.device.is_cpu());
+        let most = if self.trainable.is_full() { MICRO_TOKENS } else { of_delta };
         let todo: VecDeque<_> = micro_batches(&batch, &self.rows(&self.input.train), examples, most).into();
         let weight = batch.iter().map(|i| self.input.train[*i].weight()).sum::<usize>().max(1) as f64;
         let tokens = batch.iter().map(|i| self.lens[*i]).sum();

@@ -265,7 +265,7 @@ fn candidates_are_together_what_they_are_alone() {
 /// groups; neither shows in their dropout.
 #[test]
 fn a_step_that_is_cut_for_all_candidates_has_the_dropout_of_one_that_is_not() {
-    use super::plan::MICRO_TOKENS_OF_DELTA;
+    use super::plan::micro_tokens_of_delta;
     let base = tiny("llama");
     let resolved = smooth(ResolvedTraining { batch_size: 40, eval_every: 3, ..hyper(4) });
     let named = [(1e-3, 2), (3e-3, 2), (1e-2, 2), (1e-3, 4), (3e-3, 4), (1e-2, 4)];
@@ -273,13 +273,14 @@ fn a_step_that_is_cut_for_all_candidates_has_the_dropout_of_one_that_is_not() {
         let tokens: Vec<u32> = (0..200).map(|t| 3 + (7 * i + t * t + t) % 100).collect();
         Encoded::new(tokens, Target::Tokens((0..200).map(|t| t > 0).collect()))
     };
-    let long: Arc<[Encoded]> = (0..4).map(long).collect();
-    for (train, cut) in [(examples(Task::CausalLm, 40), 2), (long, 2 * 4)] {
+    let long: Arc<[Encoded]> = (0..2).map(long).collect();
+    for (train, cut) in [(examples(Task::CausalLm, 20), 2), (long, 3 * 2)] {
         let (jobs, whole) = sweep_of(&base, Task::CausalLm, &lora(0.3), &resolved, &named);
         let with = |input: &RunInput| RunInput { train: Arc::clone(&train), ..input.clone() };
         let whole = with(&whole);
         let rows: usize = train.iter().map(Encoded::rows).sum();
-        assert!(rows < MICRO_TOKENS_OF_DELTA && 6 * rows > MICRO_TOKENS_OF_DELTA, "{rows}");
+        let most = micro_tokens_of_delta(true);
+        assert!(rows < most && 6 * rows > most, "{rows}");
         let mut sweep = Sweep::new(Arc::clone(&base), None, whole.clone()).unwrap();
         let mut turns = 0;
         while sweep.step() == 0 {

@@ -87,12 +87,8 @@ pub(crate) fn spawn(
     let background = Arc::new(Background::new(config.priority, STACK)?);
     let worker = Worker::new((base, pacer), config.share, starts, reports);
     let worker = Worker { background: Some(Arc::clone(&background)), ..worker };
-    std::thread::Builder::new().name("trainer".into()).spawn(move || {
-        background.run(|| {
-            ops::permit_halves(config.halves);
-            worker.run();
-        });
-    })
+    let run = move || background.run(|| ops::permitting(config.halves, || worker.run()));
+    std::thread::Builder::new().name("trainer".into()).spawn(run)
 }
 
 struct Active {
@@ -149,15 +145,17 @@ impl Worker {
     }
 
     fn run(mut self) {
-        self.work();
-        self.pacer.set_training(false);
-    }
-
-    fn work(&mut self) {
+        /// Serving waits for no trainer that is gone, however it went.
+        struct Gone(Arc<Pacer>);
+        impl Drop for Gone {
+            fn drop(&mut self) {
+                self.0.set_training(false);
+            }
+        }
+        let _gone = Gone(Arc::clone(&self.pacer));
         loop {
-            // one that is being set up passes no yield points
-            self.pacer.set_training(self.active.iter().any(|job| matches!(job.stage, Stage::Run(_))));
             if self.active.is_empty() {
+                self.pacer.set_training(false);
                 match self.starts.recv() {
                     Ok(start) => self.begin(start),
                     Err(_) => return,
@@ -167,6 +165,8 @@ impl Worker {
             while let Ok(start) = self.starts.try_recv() {
                 self.begin(start);
             }
+            // one that is being set up passes no yield points
+            self.pacer.set_training(self.active.iter().any(|job| matches!(job.stage, Stage::Run(_))));
             if !self.round() {
                 return;
             }
@@ -206,8 +206,14 @@ impl Worker {
         let apart = input.spec.full.is_some() || !input.candidates.is_empty();
         let (base, pacer) = (Arc::clone(&self.base), Arc::clone(&self.pacer));
         let new = move || set_up(base, pacer, (input, from), slot);
-        let entry = self.background.as_deref().map(Background::entry);
-        let stage = if apart { set_up_apart(new, entry) } else { new().map(Stage::Run) };
+        let stage = match (apart, &self.background) {
+            (true, Some(background)) => match background.another() {
+                Ok(threads) => set_up_apart(move || threads.run(new)),
+                Err(e) => Err(format!("no thread to set up: {e}")),
+            },
+            (true, None) => set_up_apart(new),
+            (false, _) => new().map(Stage::Run),
+        };
         match stage {
             Ok(stage) => self.active.push(Active { id, control, stage, had: false, apart: false }),
             Err(message) => {
@@ -311,15 +317,9 @@ fn set_up(
 }
 
 /// The same on a thread of its own.
-fn set_up_apart(
-    new: impl FnOnce() -> Result<Work, String> + Send + 'static,
-    entry: Option<impl FnOnce() + Send + 'static>,
-) -> Result<Stage, String> {
+fn set_up_apart(new: impl FnOnce() -> Result<Work, String> + Send + 'static) -> Result<Stage, String> {
     let (send, made) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("trainer-setup".into()).spawn(move || {
-        if let Some(entry) = entry {
-            entry();
-        }
         // nobody takes it if the trainer thread has ended
         let _ = send.send(new());
     });

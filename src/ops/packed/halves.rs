@@ -63,21 +63,25 @@ thread_local! {
     static IN_STEP: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Permits products in halves to the ops that this thread calls from now on; they are computed so where the machine has the
-/// unit and it pays.
-pub fn permit_halves(halves: Halves) {
-    PERMITTED.set(halves);
+/// Sets a cell of this thread back when it is dropped.
+struct Back<T: Copy + 'static>(&'static std::thread::LocalKey<Cell<T>>, T);
+
+impl<T: Copy> Drop for Back<T> {
+    fn drop(&mut self) {
+        self.0.set(self.1);
+    }
+}
+
+/// Permits products in halves to the ops that `f` calls on this thread; they are computed so where the machine has the unit and
+/// it pays.
+pub fn permitting<T>(halves: Halves, f: impl FnOnce() -> T) -> T {
+    let _back = Back(&PERMITTED, PERMITTED.replace(halves));
+    f()
 }
 
 /// Marks what `f` computes as a training step.
 pub fn in_step<T>(f: impl FnOnce() -> T) -> T {
-    struct Back(bool);
-    impl Drop for Back {
-        fn drop(&mut self) {
-            IN_STEP.set(self.0);
-        }
-    }
-    let _back = Back(IN_STEP.replace(true));
+    let _back = Back(&IN_STEP, IN_STEP.replace(true));
     f()
 }
 
@@ -223,7 +227,7 @@ struct Part<'a, W> {
 impl<W: Panels> Part<'_, W> {
     /// These columns, of which `out` has each row's.
     fn compute(&self, columns: Range<usize>, out: &mut Columns<'_>) {
-        let _unit = unit::Unit::enter();
+        let unit = unit::Unit::enter();
         let spans = self.left.spans;
         let mut sums = Aligned::<f32>::new(spans * SPAN * WIDE);
         let mut right = Aligned::<u16>::new(DEEP / STEP * PAIR * WIDE / SPAN);
@@ -242,7 +246,7 @@ impl<W: Panels> Part<'_, W> {
                 let pairs = right.chunks_exact(DEEP / STEP * PAIR).take(own.len().div_ceil(SPAN));
                 for (right, sums) in pairs.zip(sums.chunks_exact_mut(spans * SPAN * SPAN)) {
                     for (span, sums) in sums.chunks_exact_mut(SPAN * SPAN).enumerate() {
-                        unit::multiply(self.left.pairs(block, span), &right[..steps * PAIR], sums, from == 0);
+                        unit.multiply(self.left.pairs(block, span), &right[..steps * PAIR], sums, from == 0);
                     }
                 }
             }

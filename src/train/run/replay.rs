@@ -11,7 +11,7 @@ use crate::train::{
     encode::Encoded,
     gradients::{self, Micro},
     objective::{self, Reads, Sequence, divergence},
-    plan::{MICRO_TOKENS, MICRO_TOKENS_OF_DELTA},
+    plan::{MICRO_TOKENS, micro_tokens_of_delta},
 };
 
 /// The texts of a step that are to go.
@@ -40,7 +40,8 @@ impl Run {
     /// The texts of the next step.
     pub(super) fn next_replay(&mut self) -> Replay {
         let (batch, texts) = (self.replays.next_batch(), &self.input.replay);
-        let most = if self.trainable.is_full() { MICRO_TOKENS } else { MICRO_TOKENS_OF_DELTA };
+        let of_delta = micro_tokens_of_delta(self.base.device.is_cpu());
+        let most = if self.trainable.is_full() { MICRO_TOKENS } else { of_delta };
         let examples = self.input.resolved.batch_size as usize;
         let todo = micro_batches(&batch, &self.rows(texts), examples, most).into();
         let weight = batch.iter().map(|i| texts[*i].weight()).sum::<usize>().max(1) as f64;

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{Active, Ask, End, Turn, Worker, guarded, panic_text};
 use crate::train::{
-    plan::MICRO_TOKENS_OF_DELTA,
+    plan::micro_tokens_of_delta,
     run::{Run, Share, shared_pass},
 };
 
@@ -22,7 +22,7 @@ impl Worker {
     /// The jobs of this job's next pass: it, and those that follow it in the round and can be in one pass with it.
     pub(super) fn company(&mut self, at: usize) -> Vec<usize> {
         let mut jobs = vec![at];
-        let most = if self.base.device.is_cpu() { ROWS_ON_CPU } else { MICRO_TOKENS_OF_DELTA };
+        let most = if self.base.device.is_cpu() { ROWS_ON_CPU } else { micro_tokens_of_delta(false) };
         if self.share < 2 {
             return jobs;
         }

@@ -98,13 +98,15 @@ fn numbers_of_any_size_and_what_is_none_come_through() {
     }
     (x[10 * k + 10], w[10 * n + 10]) = (f32::NAN, 1.0);
     (x[11 * k + 11], w[11 * n + 11]) = (1.0, f32::INFINITY);
+    (x[12 * k + 12], w[12 * n + 12]) = (f32::MAX, 0.5);
     let packed = pack(k, n, |row, column| w[row * n + column]);
     let got = run(&x, (&packed[..], Factor::Straight), None, (k, n), n);
     for i in 0..6 {
         let (got, want) = (got[i * n + i], x[i * k + i] * 0.25);
         assert!((got - want).abs() <= want * 2e-5, "{got} is not {want}");
     }
-    assert!(got[10 * n + 10].is_nan() && !got[11 * n + 11].is_finite(), "a run that diverges is seen to");
+    // what is no number, or infinite, or rounds to it in bf16, is seen to be
+    assert!((10..13).all(|i| !got[i * n + i].is_finite()));
 }
 
 /// What the unit and the vectors do is what the plain code says.
@@ -146,9 +148,9 @@ fn the_machine_does_as_the_plain_code() {
     }
     let sums = &mut sums.get_mut()[..SPAN * SPAN];
     let mut want = vec![0f32; SPAN * SPAN];
-    let _unit = unit::Unit::enter();
+    let unit = unit::Unit::enter();
     for begin in [true, false] {
-        unit::multiply(&left, &right, sums, begin);
+        unit.multiply(&left, &right, sums, begin);
         unit::plain::multiply(&left, &right, &mut want, begin);
         for (got, want) in sums.iter().zip(&want) {
             assert!((got - want).abs() < 1e-3, "{got} is not {want}");
@@ -161,8 +163,9 @@ fn only_what_is_permitted_and_pays_is_taken() {
     let (big, depth) = (512, 768);
     let takes = |halves, rows| {
         std::thread::spawn(move || {
-            permit_halves(halves);
-            (takes(rows, depth, depth), in_step(|| takes(rows, depth, depth)), takes(rows, depth, depth))
+            let takes = || takes(rows, depth, depth);
+            assert!(!takes() && !in_step(takes), "nothing is permitted by itself");
+            permitting(halves, || (takes(), in_step(takes), takes()))
         })
         .join()
         .expect("no panic")

@@ -1,6 +1,8 @@
 //! The matrix unit itself, and what its tiles are made with. Where the machine has none, plain code that does the same, so that
 //! the tiles' layout is tested everywhere.
 
+use std::marker::PhantomData;
+
 use super::{PAIR, SIDE, SPAN, STEP, TILE};
 use crate::ops::packed::PANEL;
 
@@ -16,7 +18,7 @@ pub(in crate::ops::packed) fn available() -> bool {
 }
 
 /// The unit, set up for this thread until it is dropped.
-pub(super) struct Unit(());
+pub(super) struct Unit(PhantomData<*const ()>);
 
 impl Unit {
     pub(super) fn enter() -> Self {
@@ -24,7 +26,18 @@ impl Unit {
         if available() {
             amx::configure();
         }
-        Self(())
+        Self(PhantomData)
+    }
+
+    /// `sums [SPAN, SPAN]` grow by the product of two pairs of tiles over all steps, or begin with it.
+    pub(super) fn multiply(&self, left: &[u16], right: &[u16], sums: &mut [f32], begin: bool) {
+        let steps = left.len() / PAIR;
+        assert!(steps > 0 && left.len() == steps * PAIR && right.len() == left.len() && sums.len() == SPAN * SPAN);
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if available() {
+            return amx::multiply(left, right, sums, begin);
+        }
+        plain::multiply(left, right, sums, begin);
     }
 }
 
@@ -35,17 +48,6 @@ impl Drop for Unit {
             amx::release();
         }
     }
-}
-
-/// `sums [SPAN, SPAN]` grow by the product of two pairs of tiles over all steps, or begin with it. A [`Unit`] has been entered.
-pub(super) fn multiply(left: &[u16], right: &[u16], sums: &mut [f32], begin: bool) {
-    let steps = left.len() / PAIR;
-    assert!(steps > 0 && left.len() == steps * PAIR && right.len() == left.len() && sums.len() == SPAN * SPAN);
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if available() {
-        return amx::multiply(left, right, sums, begin);
-    }
-    plain::multiply(left, right, sums, begin);
 }
 
 /// The halves of up to [`STEP`] numbers, then zeros.
@@ -99,7 +101,9 @@ pub(super) mod plain {
 
     fn halves(x: f32) -> (u16, u16) {
         let high = rounded(x);
-        (high, rounded(x - widened(high)))
+        // what is infinite, or becomes it, has nothing left
+        let rest = if widened(high).is_finite() { x - widened(high) } else { 0.0 };
+        (high, rounded(rest))
     }
 
     pub(in super::super) fn multiply(left: &[u16], right: &[u16], sums: &mut [f32], begin: bool) {
@@ -202,18 +206,19 @@ mod amx {
         // SAFETY: the caller has checked the lengths: a step reads 4096 bytes of either side, and sums are 32 lines of 128 bytes.
         // The unit is set up, and no other code of this thread touches its tiles.
         unsafe {
-            if begin {
-                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
-            } else {
-                asm!(
-                    "tileloadd tmm0, [{c} + {line}*1]",
-                    "tileloadd tmm1, [{c} + {line}*1 + 64]",
-                    "tileloadd tmm2, [{c} + {line}*1 + 2048]",
-                    "tileloadd tmm3, [{c} + {line}*1 + 2112]",
-                    c = in(reg) sums.as_ptr(), line = in(reg) 128usize, options(nostack, readonly)
-                );
-            }
             asm!(
+                "test {begin:e}, {begin:e}",
+                "jnz 3f",
+                "tileloadd tmm0, [{c} + {sums}*1]",
+                "tileloadd tmm1, [{c} + {sums}*1 + 64]",
+                "tileloadd tmm2, [{c} + {sums}*1 + 2048]",
+                "tileloadd tmm3, [{c} + {sums}*1 + 2112]",
+                "jmp 2f",
+                "3:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
                 "tileloadd tmm4, [{a} + {line}*1]",
                 "tileloadd tmm6, [{b} + {line}*1]",
@@ -248,9 +253,12 @@ mod amx {
                 a = inout(reg) left.as_ptr() => _,
                 b = inout(reg) right.as_ptr() => _,
                 steps = inout(reg) steps => _,
+                begin = in(reg) u32::from(begin),
                 c = in(reg) sums.as_mut_ptr(),
                 line = in(reg) 64usize,
                 sums = in(reg) 128usize,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)
             );
         }
@@ -262,7 +270,9 @@ mod amx {
         let bits = |v: __m256bh| unsafe { std::mem::transmute::<__m256bh, __m256i>(v) };
         let high = bits(_mm512_cvtneps_pbh(x));
         let widened = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)));
-        (high, bits(_mm512_cvtneps_pbh(_mm512_sub_ps(x, widened))))
+        // what is infinite, or becomes it, has nothing left
+        let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(widened), _mm512_set1_ps(f32::INFINITY));
+        (high, bits(_mm512_cvtneps_pbh(_mm512_maskz_sub_ps(finite, x, widened))))
     }
 
     pub(super) fn split(x: &[f32], high: &mut [u16], low: &mut [u16]) {

@@ -11,7 +11,7 @@ use crate::{
         batches::micro_batches,
         encode::Encoded,
         gradients::Gradients,
-        plan::MICRO_TOKENS_OF_DELTA,
+        plan::micro_tokens_of_delta,
         run::{
             Outcome, Phase,
             shared::{Clock, Took},
@@ -124,9 +124,10 @@ impl Sweep {
         }
         let (candidates, batch) = (deltas.iter().map(|(i, _)| *i).collect(), batch.unwrap_or_default());
         let longest = batch.iter().map(|i| self.rows[*i]).max().unwrap_or(1).max(1);
-        let size = group_size(deltas.len(), longest);
+        let most = micro_tokens_of_delta(self.base.device.is_cpu());
+        let size = group_size(deltas.len(), longest, most);
         let group = |deltas: &[(usize, Arc<Delta>)]| {
-            let most = MICRO_TOKENS_OF_DELTA / deltas.len().max(1);
+            let most = most / deltas.len().max(1);
             // the number of examples is bounded by the micro-batch that they are cut from
             let todo = micro_batches(&batch, &self.rows, usize::MAX, most).into();
             Group { deltas: deltas.to_vec(), todo }
@@ -136,8 +137,8 @@ impl Sweep {
 }
 
 /// Candidates that go together where an example has so many rows: as many as keep the bound, in groups of like size.
-fn group_size(candidates: usize, longest: usize) -> usize {
-    let most = (MICRO_TOKENS_OF_DELTA / longest).clamp(1, candidates.max(1));
+fn group_size(candidates: usize, longest: usize, rows: usize) -> usize {
+    let most = (rows / longest).clamp(1, candidates.max(1));
     candidates.div_ceil(candidates.div_ceil(most).max(1)).max(1)
 }
 
@@ -164,11 +165,11 @@ mod tests {
     fn groups_keep_the_bound_wherever_one_candidate_does() {
         for candidates in 1..=16 {
             for longest in [1, 60, 64, 65, 128, 512, 1000, 1024, 5000] {
-                let size = group_size(candidates, longest);
+                let size = group_size(candidates, longest, 1024);
                 assert!((1..=candidates).contains(&size), "{candidates} {longest}: {size}");
-                assert!(size == 1 || size * longest <= MICRO_TOKENS_OF_DELTA, "{candidates} {longest}: {size}");
+                assert!(size == 1 || size * longest <= 1024, "{candidates} {longest}: {size}");
             }
         }
-        assert_eq!((group_size(16, 64), group_size(5, 300), group_size(16, 100)), (16, 3, 8));
+        assert_eq!((group_size(16, 64, 1024), group_size(5, 300, 1024), group_size(16, 100, 1024)), (16, 3, 8));
     }
 }
