@@ -37,6 +37,8 @@ pub(in crate::cli) struct Answer {
     pub(super) total: f64,
     /// Tokens of the prompt or text, as the server says.
     pub(super) input_tokens: u32,
+    /// Of those, found in the server's prefix cache.
+    pub(super) cached_tokens: u32,
     /// Seconds that it waited for the engine, and to its first token or result from there, as the server says.
     pub(super) server: Option<(f32, f32)>,
     /// If it failed.
@@ -57,7 +59,8 @@ impl Answer {
         usage: Option<proto::Usage>,
         timings: Option<proto::Timings>,
     ) {
-        self.input_tokens = usage.unwrap_or_default().prompt_tokens;
+        let usage = usage.unwrap_or_default();
+        (self.input_tokens, self.cached_tokens) = (usage.prompt_tokens, usage.cached_tokens);
         self.server = timings.map(|t| ((t.queue_ms / 1e3) as f32, (t.prefill_ms / 1e3) as f32));
         let served = by.map_or("", |by| by.name.as_str());
         if served != asked.split('@').next().unwrap_or_default() {

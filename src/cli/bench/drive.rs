@@ -80,6 +80,7 @@ pub(super) async fn drive(
     begin: Instant,
     stop: &CancellationToken,
 ) -> anyhow::Result<Measured> {
+    plan.begin_load();
     let phases = Phases::of(args)?;
     let (kinds, places) = plan.kinds();
     let run = Run {

@@ -21,6 +21,8 @@ pub(super) struct Sample {
     /// Seconds from when it was to be sent to its end.
     pub(super) total: f32,
     pub(super) input_tokens: u32,
+    /// Of those, found in the server's prefix cache.
+    pub(super) cached_tokens: u32,
     pub(super) output_tokens: u32,
     /// Seconds that it waited for the engine, and of its prompt's computation, as the server says.
     pub(super) server: Option<(f32, f32)>,
@@ -126,6 +128,9 @@ pub(super) struct Figures {
     /// Requests that succeeded, over the time.
     pub(super) requests_per_second: f64,
     pub(super) input_tokens: u64,
+    /// Of those, found in the server's prefix cache.
+    #[serde(default)]
+    pub(super) cached_tokens: u64,
     pub(super) output_tokens: u64,
     pub(super) input_tokens_per_second: f64,
     pub(super) output_tokens_per_second: f64,
@@ -169,6 +174,7 @@ impl Figures {
         let failed = count(Outcome::Failed) + shed;
         let requests = succeeded + failed;
         let input_tokens = good().map(|s| u64::from(s.input_tokens)).sum();
+        let cached_tokens = good().map(|s| u64::from(s.cached_tokens)).sum();
         let output_tokens = good().map(|s| u64::from(s.output_tokens)).sum();
         let goodput = slo.filter(|_| requests > 0).map(|slo| {
             let met = samples.clone().filter(|s| slo.met(s)).count() as u64;
@@ -182,6 +188,7 @@ impl Figures {
             shed,
             requests_per_second: per_second(succeeded),
             input_tokens,
+            cached_tokens,
             output_tokens,
             input_tokens_per_second: per_second(input_tokens),
             output_tokens_per_second: per_second(output_tokens),
@@ -214,6 +221,7 @@ pub(super) mod tests {
             between,
             total: first + 0.1,
             input_tokens: 7,
+            cached_tokens: 3,
             output_tokens: 11,
             server: Some((0.001, 0.002)),
             outcome,
@@ -284,7 +292,7 @@ pub(super) mod tests {
         ];
         let figures = Figures::of(all.iter(), None, 2.0, Some(Slo { ttft_ms: Some(1e9), itl_ms: None }));
         assert_eq!((figures.requests, figures.succeeded, figures.failed, figures.shed), (3, 1, 2, 1));
-        assert_eq!((figures.input_tokens, figures.output_tokens_per_second), (7, 5.5));
+        assert_eq!((figures.input_tokens, figures.cached_tokens, figures.output_tokens_per_second), (7, 3, 5.5));
         assert!(figures.ttft_ms.is_some_and(|p| p.max < 101.0) && figures.latency_ms.is_some_and(|p| p.count == 1));
         assert!(figures.goodput.is_some_and(|g| g.met == 1 && (g.share - 1.0 / 3.0).abs() < 1e-12));
         // no time, no rate; nothing, nothing

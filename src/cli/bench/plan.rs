@@ -1,5 +1,7 @@
 //! What the requests of a run are: everything that is settled before the first is sent.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use anyhow::{Context as _, bail};
 use rand::{Rng, distr::weighted::WeightedIndex, rngs::StdRng};
 use rand_distr::Distribution;
@@ -9,7 +11,7 @@ use super::{
     options::{BenchArgs, Load},
     targets::{self, Target},
     texts::{self, Pieces, Row},
-    workload::{Choice, Lengths, Op, Stream, generator},
+    workload::{Choice, Lengths, Op, Stream, generator, generator_of_load},
 };
 use crate::{
     cli::{Common, client::Client, output},
@@ -60,6 +62,8 @@ pub(super) struct Plan {
 #[derive(Debug)]
 struct Maker {
     seed: u64,
+    /// Tells the made-up prompts of one load from those of others.
+    load: AtomicU64,
     tenants: usize,
     /// The tenant of each delta, by rank.
     owners: Vec<usize>,
@@ -118,6 +122,7 @@ impl Plan {
         check_room(args, &source, &ops, &base)?;
         let maker = Maker {
             seed: args.seed,
+            load: AtomicU64::new(0),
             tenants: tenants.len(),
             owners: targets.iter().map(|t| tenants.iter().position(|name| *name == t.tenant).unwrap_or(0)).collect(),
             names: targets.iter().map(|t| t.delta.clone()).collect(),
@@ -132,7 +137,12 @@ impl Plan {
         Ok(Self { tenants, connections, clients, targets, info, maker })
     }
 
-    /// Request `i` of a stream: the same for the same seed.
+    /// Begins a load: its made-up prompts are those of no other.
+    pub(super) fn begin_load(&self) {
+        self.maker.load.store(rand::random(), Ordering::Relaxed);
+    }
+
+    /// Request `i` of a stream: the same for the same seed, but for made-up prompts, which are as long and otherwise of this load.
     pub(super) fn order(&self, stream: Stream, i: u64) -> Order {
         self.maker.order(stream, i)
     }
@@ -228,32 +238,34 @@ impl Maker {
         let tenant = target.and_then(|rank| self.owners.get(rank).copied()).unwrap_or(anybody);
         let delta = target.and_then(|rank| self.names.get(rank).cloned()).unwrap_or_default();
         let new = self.output.draw(rng);
-        Order { call: self.call(*op, delta, new, i, rng), target, tenant }
+        let words = &mut generator_of_load(self.seed, stream, i, self.load.load(Ordering::Relaxed));
+        Order { call: self.call(*op, delta, new, (i, rng, words)), target, tenant }
     }
 
-    fn call(&self, op: Op, delta: String, new: u32, i: u64, rng: &mut StdRng) -> Call {
+    /// `rng` is the request's, `words` that of its made-up texts.
+    fn call(&self, op: Op, delta: String, new: u32, (i, rng, words): (u64, &mut StdRng, &mut StdRng)) -> Call {
         match op {
             Op::Generate => {
                 let options =
                     proto::GenerateOptions { max_new_tokens: Some(new), ignore_eos: true, ..Default::default() };
-                let prompt = proto::Prompt { prompt: Some(self.prompt(i, rng)) };
+                let prompt = proto::Prompt { prompt: Some(self.prompt(i, rng, words)) };
                 let (prompt, options) = (Some(prompt), Some(options));
                 Call::Generate(proto::GenerateRequest { delta, prompt, options, ..Default::default() })
             }
             Op::Classify => {
-                let input = proto::ClassifyInput { text: self.text(i, rng), ..Default::default() };
+                let input = proto::ClassifyInput { text: self.text(i, rng, words), ..Default::default() };
                 Call::Classify(proto::ClassifyRequest { delta, inputs: vec![input], ..Default::default() })
             }
             Op::Embed => {
-                Call::Embed(proto::EmbedRequest { delta, inputs: vec![self.text(i, rng)], ..Default::default() })
+                Call::Embed(proto::EmbedRequest { delta, inputs: vec![self.text(i, rng, words)], ..Default::default() })
             }
             Op::Score => {
-                let prompt = self.text(i, rng);
+                let prompt = self.text(i, rng, words);
                 let given = match &self.source {
                     Source::Rows(rows) => rows[(i % rows.len() as u64) as usize].completion.clone(),
                     _ => None,
                 };
-                let made = || self.pieces.as_ref().map(|p| p.continuation(new as usize, rng)).unwrap_or_default();
+                let made = || self.pieces.as_ref().map(|p| p.continuation(new as usize, words)).unwrap_or_default();
                 let completion = given.unwrap_or_else(made);
                 let input = proto::ScoreInput { prompt, completion };
                 Call::Score(proto::ScoreRequest { delta, inputs: vec![input], ..Default::default() })
@@ -262,24 +274,24 @@ impl Maker {
     }
 
     /// A prompt; made-up ones are ids, which are exactly as many as drawn.
-    fn prompt(&self, i: u64, rng: &mut StdRng) -> proto::prompt::Prompt {
+    fn prompt(&self, i: u64, rng: &mut StdRng, words: &mut StdRng) -> proto::prompt::Prompt {
         use proto::prompt::Prompt;
         match &self.source {
             Source::Made(lengths) => {
-                let ids = (0..lengths.draw(rng)).map(|_| rng.random_range(0..self.vocab)).collect();
+                let ids = (0..lengths.draw(rng)).map(|_| words.random_range(0..self.vocab)).collect();
                 Prompt::Tokens(proto::TokenIds { ids })
             }
-            Source::Text(_) | Source::Rows(_) => Prompt::Text(self.text(i, rng)),
+            Source::Text(_) | Source::Rows(_) => Prompt::Text(self.text(i, rng, words)),
         }
     }
 
-    fn text(&self, i: u64, rng: &mut StdRng) -> String {
+    fn text(&self, i: u64, rng: &mut StdRng, words: &mut StdRng) -> String {
         match &self.source {
             Source::Text(text) => text.clone(),
             Source::Rows(rows) => rows[(i % rows.len() as u64) as usize].prompt.clone(),
             Source::Made(lengths) => {
                 let tokens = lengths.draw(rng) as usize;
-                self.pieces.as_ref().map(|p| p.text(tokens, rng)).unwrap_or_default()
+                self.pieces.as_ref().map(|p| p.text(tokens, words)).unwrap_or_default()
             }
         }
     }
@@ -300,6 +312,7 @@ mod tests {
         let pieces = Pieces::find(async |text: String| anyhow::Ok(text.split_whitespace().count())).await?;
         Ok(Maker {
             seed: args.seed,
+            load: AtomicU64::new(0),
             tenants: 2,
             owners: targets.iter().map(|t| usize::from(t.tenant == "b")).collect(),
             names: targets.iter().map(|t| t.delta.clone()).collect(),

@@ -84,8 +84,11 @@ pub(super) fn lines(point: &Point, results: &Results) -> Vec<String> {
             all.failed
         ),
         format!(
-            "{:.2} requests/s, {:.1} output tokens/s, {:.1} input tokens/s",
-            all.requests_per_second, all.output_tokens_per_second, all.input_tokens_per_second
+            "{:.2} requests/s, {:.1} output tokens/s, {:.1} input tokens/s ({:.0} % from the prefix cache)",
+            all.requests_per_second,
+            all.output_tokens_per_second,
+            all.input_tokens_per_second,
+            100.0 * all.cached_tokens as f64 / all.input_tokens.max(1) as f64
         ),
     ];
     if let (Some(goodput), Some(slo)) = (all.goodput, results.slo) {

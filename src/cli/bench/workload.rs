@@ -1,5 +1,6 @@
 //! What is drawn at random: lengths, arrivals, operations, and which delta a request names. What request number `i` is
-//! follows from the seed and `i` alone, however many callers there are and however fast the server answers.
+//! follows from the seed and `i` alone, however many callers there are and however fast the server answers; but the words of
+//! made-up prompts are new with each load, since a server may know those of the load before (a prefix cache).
 
 use std::{fmt, str::FromStr};
 
@@ -25,8 +26,13 @@ pub(super) enum Stream {
 
 /// The generator of number `i` of a stream.
 pub(super) fn generator(seed: u64, stream: Stream, i: u64) -> StdRng {
+    generator_of_load(seed, stream, i, 0)
+}
+
+/// The same for what is to differ from load to load.
+pub(super) fn generator_of_load(seed: u64, stream: Stream, i: u64, load: u64) -> StdRng {
     let mut key = [0; 32];
-    for (place, number) in key.chunks_exact_mut(8).zip([seed, stream as u64, i, 0]) {
+    for (place, number) in key.chunks_exact_mut(8).zip([seed, stream as u64, i, load]) {
         place.copy_from_slice(&number.to_le_bytes());
     }
     StdRng::from_seed(key)
