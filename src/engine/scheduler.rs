@@ -229,6 +229,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Tenants that have sequences among those.
+    pub(super) fn waiting_tenants(&self) -> usize {
+        self.fair.waiting_tenants()
+    }
+
     /// Whether nothing is left to do.
     pub(super) fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()

@@ -85,6 +85,11 @@ impl Accounts {
         self.all.len()
     }
 
+    /// Tenants with sequences that wait to begin.
+    pub(super) fn waiting_tenants(&self) -> usize {
+        self.all.values().filter(|a| !a.waiting.is_empty()).count()
+    }
+
     /// A sequence begins to wait.
     pub(super) fn join(&mut self, payer: &Payer, weight: u32, (priority, id): (i32, SeqId)) {
         let others = self.waiting > 0;
