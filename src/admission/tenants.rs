@@ -203,6 +203,25 @@ mod tests {
     }
 
     #[test]
+    fn refusals_are_counted_by_reason_and_name_no_tenant() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            let (both, a) = (tenants(Some(1), Some((0.001, 2))), tenant("acme"));
+            let call = both.enter(&a).unwrap();
+            assert!(both.enter(&a).is_err());
+            drop(call);
+            assert!(both.enter(&a).is_ok());
+            assert!((0..3).all(|_| both.enter(&a).is_err()));
+        });
+        let text = handle.render();
+        let count = |reason: &str| format!("{}{{reason=\"{reason}\"}}", names::REFUSALS);
+        assert!(text.contains(&format!("{} 1\n", count("tenant_concurrency"))), "{text}");
+        assert!(text.contains(&format!("{} 3\n", count("tenant_rate"))), "{text}");
+        assert!(!text.contains("acme"), "{text}");
+    }
+
+    #[test]
     fn in_the_long_run_no_more_than_the_rate_passes() {
         let all = tenants(None, Some((10.0, 4)));
         let a = tenant("a");

@@ -83,26 +83,29 @@ impl Scheduler {
             if *budget == 0 {
                 return;
             }
-            let (pages, width) = (self.need(entry), entry.width);
-            let free = self.pool.available().saturating_sub(kept);
+            let (width, free) = (entry.width, self.pool.available().saturating_sub(kept));
             if let Some(until) = until {
                 let turn = may_run(entry, allowed) || allowed.len() < self.limits.max_deltas;
-                let ends = self.step + self.steps_left(entry, self.round());
-                if !turn || width > places || self.grown(entry) > free || ends > until {
+                let room = turn && width <= places && self.grown(entry) <= free;
+                if !room || self.step + self.steps_left(entry, self.round()) > until {
                     continue;
                 }
                 allowed.extend(entry.delta);
-            } else if width > places || pages > free {
-                if entry.ticket.is_some() || !split {
-                    return;
+                places -= width;
+            } else {
+                let pages = self.need(entry);
+                if width > places || pages > free {
+                    if entry.ticket.is_some() || !split {
+                        return;
+                    }
+                    until = Some(self.hold_back(id));
+                    continue;
                 }
-                until = Some(self.hold_back(id));
-                continue;
-            }
-            places -= width;
-            if !may_run(entry, allowed) {
-                kept += pages;
-                continue;
+                places -= width;
+                if !may_run(entry, allowed) {
+                    kept += pages;
+                    continue;
+                }
             }
             if !split && entry.total > *budget && !plan.shares.is_empty() {
                 return;

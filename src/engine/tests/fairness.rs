@@ -2,26 +2,20 @@
 
 use super::*;
 
-/// The order in which jobs that are all there at once come to their first tokens, by their indices.
+/// The order in which jobs that are all there at once have their first steps, by their indices. They arrive within
+/// microseconds, and a step takes longer: it is that of their waits.
 fn order(engine: &Engine, jobs: &[Job]) -> Vec<usize> {
     let held = engine.hold();
     let receivers: Vec<_> = jobs.iter().map(|job| engine.submit(job)).collect();
     drop(held);
-    let mut waits: Vec<_> = receivers
-        .into_iter()
-        .enumerate()
-        .map(|(i, mut events)| match events.blocking_recv() {
-            Some(Event::Token(_, began)) => (jobs_arrival(began), i),
-            other => panic!("request {i}: {other:?}"),
-        })
-        .collect();
-    waits.sort_unstable();
-    waits.into_iter().map(|(_, i)| i).collect()
-}
-
-/// They arrive within microseconds, and steps take longer: waits are in the order of first steps.
-fn jobs_arrival(began: Began) -> Duration {
-    began.queue
+    let wait = |(i, mut events): (usize, mpsc::Receiver<Event>)| match events.blocking_recv() {
+        // the others' events stay in their channels
+        Some(Event::Token(_, began)) => ((began.queue, i), events),
+        other => panic!("request {i}: {other:?}"),
+    };
+    let mut waits: Vec<_> = receivers.into_iter().enumerate().map(wait).collect();
+    waits.sort_unstable_by_key(|(wait, _)| *wait);
+    waits.into_iter().map(|((_, i), _)| i).collect()
 }
 
 /// One place: a request waits until all before it have ended.
@@ -37,17 +31,10 @@ fn a_single_request_does_not_wait_for_the_flood_before_it() {
     let mut jobs: Vec<Job> = (0..60).map(flood).collect();
     jobs.push(Job::new(prompt(99, 9), greedy(3)).of("single"));
     let alone = Answer::read(engine.submit(&jobs[60]));
-    let held = engine.hold();
-    let receivers: Vec<_> = jobs.iter().map(|job| engine.submit(job)).collect();
-    drop(held);
-    let mut receivers = receivers.into_iter();
-    let single = receivers.next_back().expect("the last");
-    let single = std::thread::spawn(move || Answer::read(single));
-    let answers: Vec<Answer> = receivers.map(Answer::read).collect();
-    let single = single.join().expect("no panic");
-    assert_same(std::slice::from_ref(&single), &[alone]);
+    let answers = engine.together(&jobs);
+    assert_same(&answers[60..], &[alone]);
     let queue = |answer: &Answer| answer.finished.as_ref().expect("it finished").timings.queue;
-    let before = answers.iter().filter(|flood| queue(flood) < queue(&single)).count();
+    let before = answers[..60].iter().filter(|flood| queue(flood) < queue(&answers[60])).count();
     assert!(before <= 4, "{before} of the flood began before it, of which two had places already");
     engine.settle();
 }
