@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::{
     grpc::GrpcConfig,
+    ids::TenantId,
     ops::{Halves, Priority},
     telemetry::LogFormat,
 };
@@ -53,9 +54,20 @@ pub struct ServeArgs {
     /// Whether a prompt begins behind what is cached of it from earlier requests of the same tenant and delta version.
     #[arg(long, env = "DELTASERVE_PREFIX_CACHE", value_name = "ON_OR_OFF", default_value = "on")]
     pub prefix_cache: Switch,
-    /// Requests that may wait for the engine; more are refused.
+    /// Requests that may wait for the engine; more are refused. A tenant that has half of all places leaves an eighth of them to
+    /// others, where there are 16 or more.
     #[arg(long, env = "DELTASERVE_MAX_QUEUE", value_name = "N", default_value_t = 256)]
     pub max_queue: usize,
+    /// Calls of inference that one tenant may have in progress; more are refused until one ends. Unset = no limit.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_CONCURRENT", value_name = "N")]
+    pub tenant_max_concurrent: Option<usize>,
+    /// Calls of inference per second of one tenant, and how many may come at once (default: those of a second); more are
+    /// refused with the time after which the next may come. Unset = no limit.
+    #[arg(long, env = "DELTASERVE_TENANT_RATE", value_name = "R[:BURST]")]
+    pub tenant_rate: Option<String>,
+    /// Shares of the engine's service while several tenants wait: NAME=W, 1 to 1000; 1 for those that are not named.
+    #[arg(long, env = "DELTASERVE_TENANT_WEIGHT", value_name = "NAME=W,...", value_delimiter = ',')]
+    pub tenant_weight: Vec<String>,
     /// Largest gRPC message, in MiB.
     #[arg(long, env = "DELTASERVE_MAX_MESSAGE_MB", value_name = "MIB", default_value_t = 16)]
     pub max_message_mb: u64,
@@ -186,6 +198,17 @@ pub struct EngineLimits {
     pub max_queue: usize,
 }
 
+/// Limits of each tenant's calls of inference, and their shares.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TenantConfig {
+    /// Calls in progress; `None` = no limit.
+    pub max_concurrent: Option<usize>,
+    /// Calls per second and how many at once; `None` = no limit.
+    pub rate: Option<(f64, u32)>,
+    /// Shares of the engine's service of those that have another than 1.
+    pub weights: Vec<(TenantId, u32)>,
+}
+
 /// The trainer's limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrainLimits {
@@ -222,6 +245,8 @@ pub struct Config {
     pub halves: Halves,
     /// Limits of the engine.
     pub engine: EngineLimits,
+    /// Limits of each tenant.
+    pub tenants: TenantConfig,
     /// Limits of the trainer.
     pub train: TrainLimits,
     /// Most bytes of resident deltas.
@@ -279,6 +304,11 @@ impl TryFrom<ServeArgs> for Config {
             problems.push(format!("--bf16x2: {error}"));
             Halves::default()
         });
+        let tenants = TenantConfig {
+            max_concurrent: args.tenant_max_concurrent,
+            rate: args.tenant_rate.as_deref().and_then(|text| rate(text, &mut problems)),
+            weights: weights(&args.tenant_weight, &mut problems),
+        };
         let device = device(&args.device, &mut problems);
         if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
             problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
@@ -308,6 +338,7 @@ impl TryFrom<ServeArgs> for Config {
                 prefix_cache: args.prefix_cache == Switch::On,
                 max_queue: args.max_queue,
             },
+            tenants,
             train: TrainLimits {
                 max_jobs: args.max_train_jobs,
                 max_paused: args.max_paused_jobs,
@@ -334,6 +365,7 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         ("--max-sequences", Some(args.max_sequences as u64), 1, 65_536),
         ("--kv-positions", args.kv_positions.map(|n| n as u64), 16, 1 << 31),
         ("--max-queue", Some(args.max_queue as u64), 1, 1 << 20),
+        ("--tenant-max-concurrent", args.tenant_max_concurrent.map(|n| n as u64), 1, 1 << 20),
         ("--max-message-mb", Some(args.max_message_mb), 1, 2047),
         ("--max-upload-mb", Some(args.max_upload_mb), 1, 1 << 20),
         ("--max-train-jobs", Some(args.max_train_jobs as u64), 0, 1 << 20),
@@ -364,6 +396,45 @@ fn address(flag: &str, text: &str, problems: &mut Vec<String>) -> SocketAddr {
     })
 }
 
+/// Most calls per second that a limit may be of.
+const MAX_RATE: f64 = 1e6;
+
+/// `R[:BURST]`; without a burst, the calls of a second, and one at least.
+fn rate(text: &str, problems: &mut Vec<String>) -> Option<(f64, u32)> {
+    let (rate, burst) = text.split_once(':').map_or((text, None), |(rate, burst)| (rate, Some(burst)));
+    let rate = rate.parse().ok().filter(|r| *r > 0.0 && *r <= MAX_RATE);
+    let burst = match burst {
+        None => rate.map(|r: f64| r.ceil().max(1.0) as u32),
+        Some(text) => text.parse().ok().filter(|burst| *burst > 0),
+    };
+    if rate.is_none() || burst.is_none() {
+        problems.push(format!(
+            "--tenant-rate: is {text:?}; accepted is R[:BURST], R over 0 to {MAX_RATE} calls per second, BURST from 1 on"
+        ));
+    }
+    rate.zip(burst)
+}
+
+/// `NAME=W` each.
+fn weights(texts: &[String], problems: &mut Vec<String>) -> Vec<(TenantId, u32)> {
+    let mut out: Vec<(TenantId, u32)> = Vec::new();
+    for text in texts {
+        let (name, weight) = text.split_once('=').unwrap_or((text, ""));
+        let weight = weight.parse().ok().filter(|w| (1..=1000).contains(w));
+        match (TenantId::new(name), weight) {
+            (Ok(name), _) if out.iter().any(|(known, _)| *known == name) => {
+                problems.push(format!("--tenant-weight: {name} is given twice"));
+            }
+            (Ok(name), Some(weight)) => out.push((name, weight)),
+            (Ok(_), None) => {
+                problems.push(format!("--tenant-weight: is {text:?}; accepted is NAME=W, W from 1 to 1000"));
+            }
+            (Err(error), _) => problems.push(format!("--tenant-weight: the name of {text:?} {error}")),
+        }
+    }
+    out
+}
+
 fn device(text: &str, problems: &mut Vec<String>) -> DeviceChoice {
     let cuda = text.strip_prefix("cuda").and_then(|rest| match rest {
         "" => Some(0),
@@ -379,96 +450,4 @@ fn device(text: &str, problems: &mut Vec<String>) -> DeviceChoice {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: ServeArgs,
-    }
-
-    fn config(flags: &[&str]) -> Result<Config, ConfigError> {
-        let line = ["serve"].iter().chain(flags);
-        Config::try_from(Line::try_parse_from(line).expect("flags parse").args)
-    }
-
-    #[test]
-    fn the_defaults_are_valid() -> Result<(), ConfigError> {
-        let config = config(&["--base", "models/x"])?;
-        assert_eq!(config.base.device, DeviceChoice::Cpu);
-        assert_eq!(config.grpc.max_message_bytes, 16 << 20);
-        assert!(config.http.is_some());
-        assert!(config.engine.prefix_cache);
-        assert_eq!(config.train.share, 1, "a job's bits do not depend on its company unless that is asked for");
-        Ok(())
-    }
-
-    #[test]
-    fn all_problems_are_reported_at_once() {
-        let flags = [
-            "--base=",
-            "--listen=nowhere",
-            "--http=9090",
-            "--device=tpu",
-            "--dtype=f16",
-            "--threads=0",
-            "--max-sequences=64",
-            "--max-batch-tokens=8",
-            "--max-message-mb=4096",
-            "--log=a=b=c",
-            "--max-queue=0",
-            "--train-share=9",
-            "--train-floor=80",
-            "--train-nice=20",
-            "--bf16x2=on",
-        ];
-        let ConfigError(problems) = config(&flags).expect_err("nearly everything is wrong");
-        let expected = [
-            "--base",
-            "--listen",
-            "--http",
-            "--device",
-            "--dtype",
-            "--threads",
-            "--max-batch-tokens",
-            "--max-message-mb",
-            "--log",
-            "--max-queue",
-            "--train-share",
-            "--train-floor",
-            "--train-nice",
-            "--bf16x2",
-        ];
-        for flag in expected {
-            assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");
-        }
-        assert_eq!(problems.len(), expected.len(), "{problems:?}");
-    }
-
-    #[test]
-    fn a_format_of_fewer_bits_is_named_as_it_is_accepted() {
-        let quantize =
-            |value: &str| Line::try_parse_from(["serve", "--base=x", "--quantize", value]).map(|l| l.args.quantize);
-        assert_eq!(quantize("q8_0").ok(), Some(Some(QuantizeChoice::Q8_0)));
-        assert_eq!(quantize("q4k").ok(), Some(Some(QuantizeChoice::Q4K)));
-        let refused = quantize("q2").err().map(|e| e.to_string()).unwrap_or_default();
-        assert!(refused.contains("--quantize") && refused.contains("q8_0, q4k"), "{refused}");
-    }
-
-    #[test]
-    fn the_prefix_cache_is_on_or_off() {
-        let on = |value| config(&["--base=x", value]).map(|c| c.engine.prefix_cache);
-        assert_eq!(on("--prefix-cache=on"), Ok(true));
-        assert_eq!(on("--prefix-cache=off"), Ok(false));
-        assert!(Line::try_parse_from(["serve", "--base=x", "--prefix-cache=maybe"]).is_err());
-    }
-
-    #[test]
-    fn http_can_be_off_and_never_shares_the_address() {
-        assert!(config(&["--base=x", "--http=off"]).is_ok_and(|c| c.http.is_none()));
-        assert!(config(&["--base=x", "--http=127.0.0.1:50051"]).is_err());
-    }
-}
+mod tests;

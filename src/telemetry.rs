@@ -14,6 +14,8 @@ pub mod names {
     pub const REQUESTS: &str = "deltaserve_requests_total";
     /// Time of calls by `method`, streams to their end.
     pub const REQUEST_SECONDS: &str = "deltaserve_request_seconds";
+    /// Calls refused because of a bound, by `reason`.
+    pub const REFUSALS: &str = "deltaserve_refusals_total";
     /// Calls in progress.
     pub const CALLS: &str = "deltaserve_calls_in_progress";
     /// Requests whose delta was there, by `tier`.
@@ -54,6 +56,17 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (names::REQUESTS, Kind::Counter, "Calls that ended, by method and outcome (status code)."),
     (names::REQUEST_SECONDS, Kind::Histogram, "Time of calls by method; of streams, to their end."),
     (names::CALLS, Kind::Gauge, "Calls in progress."),
+    (
+        names::REFUSALS,
+        Kind::Counter,
+        "Calls refused at a bound, by reason: calls, places, bulk_places, tenant_share, tenant_concurrency, tenant_rate.",
+    ),
+    (
+        "deltaserve_queue_wait_seconds",
+        Kind::Histogram,
+        "Time from a sequence's arrival to its first step, of those that have had one.",
+    ),
+    ("deltaserve_waiting_tenants", Kind::Gauge, "Tenants with sequences that wait for their first step."),
     ("deltaserve_queue_depth", Kind::Gauge, "Waiting work by queue: engine, admission."),
     ("deltaserve_tokens_total", Kind::Counter, "Tokens by kind: prompt, completion."),
     ("deltaserve_time_to_first_token_seconds", Kind::Histogram, "Time from a request's arrival to its first token."),

@@ -54,7 +54,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("grpc", &["admission", "delta", "ids", "shutdown", "telemetry"]),
     ("http", &["admission", "ids", "shutdown", "telemetry"]),
-    ("config", &["grpc", "ops", "telemetry"]),
+    ("config", &["grpc", "ids", "ops", "telemetry"]),
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.

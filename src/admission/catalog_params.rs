@@ -152,7 +152,7 @@ pub struct BaseInfo {
 }
 
 /// The server's limits.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct LimitsInfo {
     /// Largest message, bytes.
     pub max_message_bytes: u64,
@@ -168,6 +168,12 @@ pub struct LimitsInfo {
     pub kv_positions: u32,
     /// Jobs queued or running.
     pub max_train_jobs: u32,
+    /// Calls that one tenant may have in progress; 0 = no limit.
+    pub tenant_max_concurrent: u32,
+    /// Calls per second of one tenant; 0 = no limit.
+    pub tenant_rate: f64,
+    /// How many of them at once.
+    pub tenant_burst: u32,
 }
 
 /// Deltas in memory.
@@ -203,7 +209,7 @@ pub struct LoadInfo {
 }
 
 /// What the server is and does.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct ServerInfo {
     /// The base.
     pub base: BaseInfo,

@@ -2,10 +2,8 @@
 //! are found at once. Limits that depend on the base (context length, vocabulary, labels) are checked where it is known.
 
 use super::{
-    params::{
-        BeamParams, ClassifyInput, ClassifyParams, EmbedParams, GenerateParams, MAX_BEAMS, Prompt, Sampling,
-        ScoreParams, ServeError, Violation,
-    },
+    input_checks::check_priority,
+    params::{BeamParams, GenerateParams, MAX_BEAMS, Prompt, Sampling, ServeError, Violation},
     train_params::{
         AdapterPart, AdapterScaling, HyperParams, LoraPart, MAX_MIXED, MethodPart, TrainData, TrainParams, Validation,
     },
@@ -61,7 +59,7 @@ impl Problems {
         }
     }
 
-    fn count(&mut self, field: &str, count: usize, low: usize, high: usize) {
+    pub(super) fn count(&mut self, field: &str, count: usize, low: usize, high: usize) {
         self.require((low..=high).contains(&count), field, || {
             format!("has {count} entries; accepted are {low} to {high}")
         });
@@ -81,7 +79,7 @@ pub(super) struct Range {
 }
 
 impl Range {
-    const fn closed(low: f64, high: f64) -> Self {
+    pub(super) const fn closed(low: f64, high: f64) -> Self {
         Self { low, low_open: false, high, high_open: false }
     }
 
@@ -163,6 +161,7 @@ impl Prompt {
 impl GenerateParams {
     /// Checks everything but the prompt, which a batch names otherwise.
     pub fn check_options(&self, problems: &mut Problems) {
+        check_priority("options.priority", self.priority, problems);
         problems.require(self.max_new_tokens >= 1, "options.max_new_tokens", || "is 0; at least 1 is accepted".into());
         self.sampling.check("options.sampling", problems);
         problems.count("options.stop", self.stop.len(), 0, MAX_STOPS);
@@ -211,59 +210,6 @@ impl GenerateParams {
         let mut problems = Problems::default();
         self.prompt.check("prompt", &mut problems);
         self.check_options(&mut problems);
-        problems.finish()
-    }
-}
-
-impl ClassifyParams {
-    /// Checks everything.
-    ///
-    /// # Errors
-    /// [`ServeError::Invalid`] with all problems.
-    pub fn check(&self) -> Result<(), ServeError> {
-        let mut problems = Problems::default();
-        problems.count("inputs", self.inputs.len(), 1, MAX_INPUTS);
-        problems.range("threshold", self.threshold.into(), &Range::closed(0.0, 1.0));
-        for (i, input) in self.inputs.iter().enumerate().take(MAX_INPUTS) {
-            match input {
-                ClassifyInput::Text { text, .. } => {
-                    problems.require(!text.is_empty(), &format!("inputs[{i}].text"), || "must not be empty".into());
-                }
-                ClassifyInput::Words(words) => {
-                    problems.require(!words.is_empty(), &format!("inputs[{i}].words"), || "must not be empty".into());
-                }
-            }
-        }
-        problems.finish()
-    }
-}
-
-impl EmbedParams {
-    /// Checks everything.
-    ///
-    /// # Errors
-    /// [`ServeError::Invalid`] with all problems.
-    pub fn check(&self) -> Result<(), ServeError> {
-        let mut problems = Problems::default();
-        problems.count("inputs", self.inputs.len(), 1, MAX_INPUTS);
-        for (i, text) in self.inputs.iter().enumerate().take(MAX_INPUTS) {
-            problems.require(!text.is_empty(), &format!("inputs[{i}]"), || "must not be empty".into());
-        }
-        problems.finish()
-    }
-}
-
-impl ScoreParams {
-    /// Checks everything.
-    ///
-    /// # Errors
-    /// [`ServeError::Invalid`] with all problems.
-    pub fn check(&self) -> Result<(), ServeError> {
-        let mut problems = Problems::default();
-        problems.count("inputs", self.inputs.len(), 1, MAX_PROMPTS);
-        for (i, (_, completion)) in self.inputs.iter().enumerate().take(MAX_PROMPTS) {
-            problems.require(!completion.is_empty(), &format!("inputs[{i}].completion"), || "must not be empty".into());
-        }
         problems.finish()
     }
 }

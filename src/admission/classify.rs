@@ -28,7 +28,9 @@ impl Service {
         if arch.is_encoder_decoder() {
             return Err(ServeError::WrongTask(format!("the base is {}, which does not classify", arch.kind())));
         }
+        let _call = self.enter(tenant)?;
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        let admitted = admitted.with_priority(params.priority);
         let (task, problem, labels) = self.head(&params.delta, &admitted)?;
         let inputs = params.inputs.clone();
         let room = params.truncate.then(|| self.room(&admitted));

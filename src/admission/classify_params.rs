@@ -38,6 +38,8 @@ pub struct ClassifyParams {
     pub truncate: bool,
     /// Heads for whole texts: only labels of at least this probability are told, [0, 1]; 0 = all.
     pub threshold: f32,
+    /// Among the tenant's own requests, higher ones begin first; -100 to 100.
+    pub priority: i32,
     /// Give up when this much time has passed since arrival.
     pub timeout: Option<Duration>,
 }

@@ -39,7 +39,9 @@ impl Service {
     pub async fn embed(&self, tenant: &TenantId, params: EmbedParams) -> Result<EmbedReply, ServeError> {
         let arrived = Instant::now();
         params.check()?;
+        let _call = self.enter(tenant)?;
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        let admitted = admitted.with_priority(params.priority);
         let inputs = params.inputs.clone();
         let encoded = self
             .blocking(move |parts| {
@@ -85,7 +87,9 @@ impl Service {
             (true, Some(start)) => Some(start),
             (true, None) => return Err(no_start()),
         };
+        let _call = self.enter(tenant)?;
         let admitted = self.admit(tenant, &params.delta, arrived, params.timeout).await?;
+        let admitted = admitted.with_priority(params.priority);
         let inputs = params.inputs.clone();
         let encoded = self
             .blocking(move |parts| {
@@ -148,7 +152,7 @@ impl Service {
             self.check_source(&field, &row.input, admitted)?;
             self.check_room(&field, &row.input, 0, admitted)?;
         }
-        let places = self.places().take_bulk(rows.len().min(self.places().share()))?;
+        let places = self.places().take_bulk(&admitted.tenant, rows.len().min(self.places().share()))?;
         let read: usize = rows.iter().map(|r| r.input.given()).sum();
         let (all, mut rows) = (rows.len(), rows.into_iter());
         let mut waiting: VecDeque<mpsc::Receiver<Event>> = VecDeque::with_capacity(places.len());
@@ -174,7 +178,7 @@ impl Service {
                 None => return Err(ServeError::Internal("the engine has stopped".into())),
             }
             if let Some(row) = rows.next() {
-                let place = self.places().next(admitted.arrived, admitted.deadline).await?;
+                let place = self.places().next(&admitted.tenant, admitted.arrived, admitted.deadline).await?;
                 waiting.push_back(start(row, place)?);
             }
         }

@@ -32,7 +32,15 @@ impl Service {
         tenant: &TenantId,
         params: GenerateParams,
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
-        self.generate_first(tenant, params, &CallLease::default()).await
+        params.check()?;
+        let call = self.enter(tenant)?;
+        let pieces = self.generate_first(tenant, params, &call).await?;
+        // the call is over when the last piece was taken, before its client is told so
+        let pieces = stream::unfold((pieces, call), |(mut pieces, call)| async move {
+            let piece = pieces.next().await;
+            piece.map(|piece| (piece, (pieces, call)))
+        });
+        Ok(pieces.boxed())
     }
 
     /// Continues the first prompt of a call of several, which is admitted or refused with it.
@@ -47,7 +55,7 @@ impl Service {
     ) -> Result<Pieces<GenerateChunk>, ServeError> {
         params.check()?;
         self.can_generate()?;
-        let places = self.places().take(params.sequences() as usize, params.sequences_field())?;
+        let places = self.places().take(tenant, params.sequences() as usize, params.sequences_field())?;
         self.continue_prompt(tenant, params, Instant::now(), places, call).await
     }
 
@@ -66,8 +74,10 @@ impl Service {
         params.check()?;
         self.can_generate()?;
         let deadline = params.timeout.map(|timeout| arrived + timeout);
-        let places =
-            self.places().wait((params.sequences() as usize, params.sequences_field()), arrived, deadline).await?;
+        let places = self
+            .places()
+            .wait(tenant, (params.sequences() as usize, params.sequences_field()), arrived, deadline)
+            .await?;
         self.continue_prompt(tenant, params, arrived, places, call).await
     }
 
@@ -99,6 +109,7 @@ impl Service {
         // what a continuation's text follows on
         let before: &[u32] = if input.source.is_empty() { &input.tokens } else { &[] };
         let admitted = self.admit_once(tenant, &params.delta, (arrived, params.timeout), call).await?;
+        let admitted = admitted.with_priority(params.priority);
         self.check_source("prompt", &input, &admitted)?;
         self.check_room("max_new_tokens", &input, new, &admitted)?;
         self.check_beams(&params, &input, &admitted)?;

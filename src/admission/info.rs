@@ -19,7 +19,7 @@ impl Service {
     #[allow(clippy::unused_async, reason = "every call of the service is async to its edges")]
     pub async fn server_info(&self) -> Result<ServerInfo, ServeError> {
         let parts = self.parts();
-        let (base, limits) = (&parts.base, &parts.limits);
+        let (base, limits, tenants) = (&parts.base, &parts.limits, self.inner.tenants.limits());
         let residency = parts.registry.stats();
         let engine = parts.engine.stats();
         Ok(ServerInfo {
@@ -47,6 +47,9 @@ impl Service {
                 max_batch_tokens: count(limits.max_batch_tokens),
                 kv_positions: count(limits.kv_positions),
                 max_train_jobs: count(limits.max_train_jobs),
+                tenant_max_concurrent: tenants.max_concurrent.map_or(0, count),
+                tenant_rate: tenants.rate.map_or(0.0, |rate| rate.per_second),
+                tenant_burst: tenants.rate.map_or(0, |rate| rate.burst),
             },
             residency: ResidencyInfo {
                 resident: residency.resident,

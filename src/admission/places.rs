@@ -1,12 +1,17 @@
 //! Places: how many sequences may wait or run at a time. A call gets its places at once or is refused, so the queue is
-//! never longer than this.
+//! never longer than this. A tenant that has half of them leaves the last ones to others, so that no flood fills the queue.
 
-use std::{sync::Arc, time::Instant};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
-use metrics::{Gauge, gauge};
+use metrics::{Gauge, counter, gauge};
+use parking_lot::Mutex;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use super::params::ServeError;
+use crate::{ids::TenantId, telemetry::names};
+
+/// Places of each tenant that has any.
+type Held = Arc<Mutex<HashMap<TenantId, usize>>>;
 
 /// All places.
 #[derive(Debug)]
@@ -16,6 +21,9 @@ pub(super) struct Places {
     bulk: Arc<Semaphore>,
     bulk_most: usize,
     most: usize,
+    /// Places that are left to tenants that have less than half of them.
+    reserve: usize,
+    held: Held,
     taken: Gauge,
 }
 
@@ -24,12 +32,21 @@ pub(super) struct Places {
 pub(super) struct Place {
     _permit: OwnedSemaphorePermit,
     _bulk: Option<OwnedSemaphorePermit>,
+    tenant: TenantId,
+    held: Held,
     taken: Gauge,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.taken.decrement(1.0);
+        let mut held = self.held.lock();
+        if let Some(n) = held.get_mut(&self.tenant) {
+            *n = n.saturating_sub(1);
+            if *n == 0 {
+                held.remove(&self.tenant);
+            }
+        }
     }
 }
 
@@ -37,7 +54,8 @@ impl Places {
     pub(super) fn new(most: usize) -> Self {
         let taken = gauge!("deltaserve_queue_depth", "queue" => "admission");
         let bulk_most = (most - share_of(most).min(most)).max(1);
-        Self { free: Arc::new(Semaphore::new(most)), bulk: Arc::new(Semaphore::new(bulk_most)), bulk_most, most, taken }
+        let (free, bulk) = (Arc::new(Semaphore::new(most)), Arc::new(Semaphore::new(bulk_most)));
+        Self { free, bulk, bulk_most, most, reserve: reserve_of(most), held: Held::default(), taken }
     }
 
     /// How many one call of many sequences holds at a time, so that others find some free.
@@ -45,17 +63,28 @@ impl Places {
         share_of(self.most)
     }
 
-    /// `n` places at once; `field` of the request asks for so many.
+    /// `n` places at once for a tenant; `field` of the request asks for so many.
     ///
     /// # Errors
-    /// [`ServeError::Overloaded`] if they are not free; a field error if there are not so many.
-    pub(super) fn take(&self, n: usize, field: &str) -> Result<Vec<Place>, ServeError> {
+    /// [`ServeError::Overloaded`] if they are not free, or only for others; a field error if there are not so many.
+    pub(super) fn take(&self, tenant: &TenantId, n: usize, field: &str) -> Result<Vec<Place>, ServeError> {
         let (most, take) = (self.most, self.fits(n, field)?);
+        // locked until they are counted, so that calls at the same moment do not take the reserve together
+        let mut held = self.held.lock();
+        let (free, own) = (self.free.available_permits(), held.get(tenant).copied().unwrap_or(0));
+        if own + n > most / 2 && free >= n && free - n < self.reserve {
+            let message = format!(
+                "this tenant has {own} of {most} places and asked for {n}; {free} are free, of which {} are for others",
+                self.reserve
+            );
+            return Err(refused("tenant_share", message));
+        }
         let Ok(all) = Arc::clone(&self.free).try_acquire_many_owned(take) else {
-            let free = self.free.available_permits();
-            return Err(ServeError::Overloaded(format!("{n} sequences asked for, {free} of {most} places are free")));
+            return Err(refused("places", format!("{n} sequences asked for, {free} of {most} places are free")));
         };
-        Ok(self.places(n, all))
+        *held.entry(tenant.clone()).or_default() += n;
+        drop(held);
+        Ok(self.places(tenant, n, all))
     }
 
     fn fits(&self, n: usize, field: &str) -> Result<u32, ServeError> {
@@ -66,22 +95,23 @@ impl Places {
         })
     }
 
-    fn places(&self, n: usize, mut all: OwnedSemaphorePermit) -> Vec<Place> {
-        (0..n).filter_map(|_| all.split(1)).map(|permit| self.place(permit)).collect()
+    /// Places that are counted already.
+    fn places(&self, tenant: &TenantId, n: usize, mut all: OwnedSemaphorePermit) -> Vec<Place> {
+        (0..n).filter_map(|_| all.split(1)).map(|permit| self.place(tenant, permit)).collect()
     }
 
     /// `n` places at once, at most a share, for a call of many sequences.
     ///
     /// # Errors
     /// [`ServeError::Overloaded`] if they are not free.
-    pub(super) fn take_bulk(&self, n: usize) -> Result<Vec<Place>, ServeError> {
+    pub(super) fn take_bulk(&self, tenant: &TenantId, n: usize) -> Result<Vec<Place>, ServeError> {
         let Ok(bulk) = Arc::clone(&self.bulk).try_acquire_many_owned(self.fits(n, "inputs")?) else {
             let free = self.bulk.available_permits();
             let message =
                 format!("{n} sequences asked for, {free} of {} places for calls of many are free", self.bulk_most);
-            return Err(ServeError::Overloaded(message));
+            return Err(refused("bulk_places", message));
         };
-        Ok(with_bulk(self.take(n, "inputs")?, bulk))
+        Ok(with_bulk(self.take(tenant, n, "inputs")?, bulk))
     }
 
     /// One more place for a call that has some already, when one gets free. Calls wait in order, and each place in use
@@ -89,8 +119,13 @@ impl Places {
     ///
     /// # Errors
     /// [`ServeError::DeadlineExceeded`].
-    pub(super) async fn next(&self, since: Instant, deadline: Option<Instant>) -> Result<Place, ServeError> {
-        let one = self.wait((1, "inputs"), since, deadline).await?.pop();
+    pub(super) async fn next(
+        &self,
+        tenant: &TenantId,
+        since: Instant,
+        deadline: Option<Instant>,
+    ) -> Result<Place, ServeError> {
+        let one = self.wait(tenant, (1, "inputs"), since, deadline).await?.pop();
         one.ok_or_else(|| ServeError::Internal("a place is missing".into()))
     }
 
@@ -101,6 +136,7 @@ impl Places {
     /// [`ServeError::DeadlineExceeded`]; a field error if there are not so many.
     pub(super) async fn wait(
         &self,
+        tenant: &TenantId,
         (n, field): (usize, &str),
         since: Instant,
         deadline: Option<Instant>,
@@ -118,13 +154,26 @@ impl Places {
             None => acquire.await,
         };
         let (all, bulk) = permit.map_err(|_| ServeError::Internal("the places are gone".into()))?;
-        Ok(with_bulk(self.places(n, all), bulk))
+        *self.held.lock().entry(tenant.clone()).or_default() += n;
+        Ok(with_bulk(self.places(tenant, n, all), bulk))
     }
 
-    fn place(&self, permit: OwnedSemaphorePermit) -> Place {
+    fn place(&self, tenant: &TenantId, permit: OwnedSemaphorePermit) -> Place {
         self.taken.increment(1.0);
-        Place { _permit: permit, _bulk: None, taken: self.taken.clone() }
+        let (tenant, held) = (tenant.clone(), Arc::clone(&self.held));
+        Place { _permit: permit, _bulk: None, tenant, held, taken: self.taken.clone() }
     }
+}
+
+/// Counts a refusal.
+fn refused(reason: &'static str, message: String) -> ServeError {
+    counter!(names::REFUSALS, "reason" => reason).increment(1);
+    ServeError::Overloaded(message)
+}
+
+/// An eighth; of few places none, so that one tenant can use them all.
+fn reserve_of(most: usize) -> usize {
+    if most < 16 { 0 } else { most / 8 }
 }
 
 fn share_of(most: usize) -> usize {
@@ -141,39 +190,70 @@ fn with_bulk(mut places: Vec<Place>, mut bulk: OwnedSemaphorePermit) -> Vec<Plac
 mod tests {
     use super::*;
 
+    fn of(name: &str) -> TenantId {
+        TenantId::new(name).unwrap()
+    }
+
+    /// Sixteen places, of which two are a reserve.
+    #[tokio::test]
+    async fn a_tenant_that_has_half_of_the_places_leaves_the_last_ones_to_others() {
+        let places = Arc::new(Places::new(16));
+        let (flood, other, third) = (of("flood"), of("other"), of("third"));
+        let mut held: Vec<_> = (0..14).map(|_| places.take(&flood, 1, "n").unwrap()).collect();
+        let refused = places.take(&flood, 1, "n").unwrap_err().to_string();
+        assert!(refused.contains("14 of 16") && refused.contains("2 are for others"), "{refused}");
+        let few = places.take(&other, 2, "n").unwrap();
+        assert!(matches!(places.take(&third, 1, "n"), Err(ServeError::Overloaded(_))), "none is left");
+        drop(few);
+        // who leaves half of them may have the last
+        held.truncate(7);
+        let last = places.take(&other, 8, "n").unwrap();
+        assert!(places.take(&flood, 1, "n").is_ok());
+        drop((held, last));
+        assert!(places.held.lock().is_empty(), "nothing is remembered of who has none");
+        // a call that was admitted waits for its places, and they are counted
+        let waited = places.wait(&flood, (12, "n"), Instant::now(), None).await.unwrap();
+        assert_eq!(places.held.lock().get(&flood), Some(&12));
+        drop(waited);
+        assert_eq!(places.take(&third, 14, "n").unwrap().len(), 14);
+        assert!(places.take(&third, 15, "n").is_err(), "no single call takes the reserve either");
+    }
+
     /// Twelve places, three a share: calls of many hold nine together, however many wait, and single ones find the rest.
     #[tokio::test]
     async fn calls_of_many_leave_a_share_to_the_others() {
         let places = Arc::new(Places::new(12));
         assert_eq!(places.share(), 3);
-        let held: Vec<_> = (0..3).map(|_| places.take_bulk(3).unwrap()).collect();
-        assert!(matches!(places.take_bulk(1), Err(ServeError::Overloaded(_))));
+        let held: Vec<_> = (0..3).map(|_| places.take_bulk(&of("a"), 3).unwrap()).collect();
+        assert!(matches!(places.take_bulk(&of("a"), 1), Err(ServeError::Overloaded(_))));
         let waits = {
             let places = Arc::clone(&places);
-            tokio::spawn(async move { places.wait((2, "n"), Instant::now(), None).await.map(|got| got.len()) })
+            tokio::spawn(
+                async move { places.wait(&of("a"), (2, "n"), Instant::now(), None).await.map(|got| got.len()) },
+            )
         };
         tokio::task::yield_now().await;
-        drop(places.take(3, "n").unwrap());
+        drop(places.take(&of("a"), 3, "n").unwrap());
         assert!(!waits.is_finished());
         drop(held);
         assert_eq!(waits.await.unwrap().unwrap(), 2);
-        assert_eq!(places.take_bulk(3).unwrap().len(), 3);
-        assert_eq!(places.take(12, "n").unwrap().len(), 12);
+        assert_eq!(places.take_bulk(&of("a"), 3).unwrap().len(), 3);
+        assert_eq!(places.take(&of("a"), 12, "n").unwrap().len(), 12);
     }
 
     #[tokio::test]
     async fn places_are_taken_at_once_or_not_at_all_and_come_back() {
         let places = Places::new(3);
-        assert!(matches!(places.take(4, "n"), Err(ServeError::Invalid(_))));
-        let mut held = places.take(2, "n").unwrap();
-        assert!(matches!(places.take(2, "n"), Err(ServeError::Overloaded(_))));
-        let third = places.take(1, "n").unwrap();
+        assert!(matches!(places.take(&of("a"), 4, "n"), Err(ServeError::Invalid(_))));
+        let mut held = places.take(&of("a"), 2, "n").unwrap();
+        assert!(matches!(places.take(&of("a"), 2, "n"), Err(ServeError::Overloaded(_))));
+        let third = places.take(&of("a"), 1, "n").unwrap();
         let now = Instant::now();
-        let late = places.next(now, Some(now)).await;
+        let late = places.next(&of("a"), now, Some(now)).await;
         assert!(matches!(late, Err(ServeError::DeadlineExceeded(_))));
         held.pop();
-        let next = places.next(now, None).await.unwrap();
+        let next = places.next(&of("a"), now, None).await.unwrap();
         drop((held, third, next));
-        assert_eq!(places.take(3, "n").unwrap().len(), 3);
+        assert_eq!(places.take(&of("a"), 3, "n").unwrap().len(), 3);
     }
 }

@@ -18,6 +18,7 @@ use super::{
     merge::MERGES,
     params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
     places::Places,
+    tenants::{Entered, TenantLimits, Tenants},
 };
 use crate::{
     delta::Delta,
@@ -81,6 +82,8 @@ pub struct ServiceParts {
     pub trainer: TrainerHandle,
     /// Limits.
     pub limits: ServiceLimits,
+    /// Limits of each tenant.
+    pub tenants: TenantLimits,
 }
 
 /// Joins text, registry, engine and training. Cheap to clone.
@@ -92,6 +95,7 @@ pub struct Service {
 pub(super) struct Inner {
     pub(super) parts: ServiceParts,
     pub(super) places: Places,
+    pub(super) tenants: Tenants,
     /// Merges, one at a time: they compute long.
     pub(super) merging: Arc<Semaphore>,
     /// Those that are made or wait.
@@ -126,6 +130,8 @@ pub(super) struct Admitted {
     pub(super) lease: Option<Held>,
     pub(super) deadline: Option<Instant>,
     pub(super) arrived: Instant,
+    /// Among the tenant's own requests.
+    pub(super) priority: i32,
 }
 
 /// The delta of a call, kept resident: a version, or several as one.
@@ -135,9 +141,13 @@ pub(super) enum Held {
     Sum(Composition),
 }
 
-/// The delta of a call of several prompts, leased once: one version serves them all, wherever its name moves meanwhile.
-#[derive(Debug, Clone, Default)]
-pub struct CallLease(Arc<OnceCell<Option<Held>>>);
+/// A call in progress: it counts against its tenant's limits until this is dropped, and its delta is leased once. One
+/// version serves all of its prompts, wherever its name moves meanwhile.
+#[derive(Debug, Default)]
+pub struct CallLease {
+    held: OnceCell<Option<Held>>,
+    _entered: Option<Entered>,
+}
 
 impl Held {
     pub(super) fn id(&self) -> DeltaId {
@@ -164,10 +174,10 @@ impl std::fmt::Debug for Service {
 impl Service {
     /// Puts the service together.
     pub fn new(parts: ServiceParts) -> Self {
-        let places = Places::new(parts.limits.max_admitted);
+        let (places, tenants) = (Places::new(parts.limits.max_admitted), Tenants::new(parts.tenants.clone()));
         let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
         let (merge_places, publishing) = (Semaphore::new(MERGES), Semaphore::new(1));
-        Self { inner: Arc::new(Inner { parts, places, merging, merge_places, publishing, started, next_id }) }
+        Self { inner: Arc::new(Inner { parts, places, tenants, merging, merge_places, publishing, started, next_id }) }
     }
 
     /// Whether the trainer thread lives; false from when it has ended by itself.
@@ -182,6 +192,14 @@ impl Service {
     /// How many sequences may wait or run.
     pub(super) fn places(&self) -> &Places {
         &self.inner.places
+    }
+
+    /// Counts a call of inference against its tenant's limits, for as long as what is returned lives.
+    ///
+    /// # Errors
+    /// [`ServeError::TenantLimit`].
+    pub fn enter(&self, tenant: &TenantId) -> Result<CallLease, ServeError> {
+        Ok(CallLease { held: OnceCell::new(), _entered: self.inner.tenants.enter(tenant)? })
     }
 
     /// The delta of a call: nothing for an empty reference, never the base for an unknown one.
@@ -226,7 +244,7 @@ impl Service {
         call: &CallLease,
     ) -> Result<Admitted, ServeError> {
         let deadline = timeout.and_then(|t| arrived.checked_add(t));
-        let lease = async { call.0.get_or_try_init(|| self.held(tenant, choice)).await.cloned() };
+        let lease = async { call.held.get_or_try_init(|| self.held(tenant, choice)).await.cloned() };
         let lease = match deadline {
             Some(at) => match tokio::time::timeout_at(at.into(), lease).await {
                 Ok(lease) => lease?,
@@ -234,7 +252,7 @@ impl Service {
             },
             None => lease.await?,
         };
-        Ok(Admitted { tenant: tenant.clone(), lease, deadline, arrived })
+        Ok(Admitted { tenant: tenant.clone(), lease, deadline, arrived, priority: 0 })
     }
 
     /// Hands one sequence to the engine.
@@ -249,7 +267,9 @@ impl Service {
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
         let request = Request {
             id: self.inner.next_id.fetch_add(1, Ordering::Relaxed),
+            weight: self.inner.tenants.weight(&admitted.tenant),
             tenant: Some(admitted.tenant.clone()),
+            priority: admitted.priority,
             source: input.source,
             tokens: input.tokens,
             token_types: input.types,
@@ -352,6 +372,11 @@ impl Service {
 }
 
 impl Admitted {
+    /// The same with a priority.
+    pub(super) fn with_priority(self, priority: i32) -> Self {
+        Self { priority, ..self }
+    }
+
     /// What every inference response says of its delta.
     pub(super) fn served_by(&self) -> ServedBy {
         let id = self.lease.as_ref().map(Held::id);

@@ -11,10 +11,10 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 use crate::{
     admission::{
-        Service, ServiceLimits, ServiceParts,
+        Rate, Service, ServiceLimits, ServiceParts, TenantLimits,
         params::{PublishPolicy, ServeError, UploadParams},
     },
-    config::Config,
+    config::{Config, TenantConfig},
     engine::{self, EngineConfig, EngineHandle},
     grpc, http,
     ids::TenantId,
@@ -159,6 +159,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         engine: engine.clone(),
         trainer: trainer.clone(),
         limits: limits(&config, &engine_config),
+        tenants: tenant_limits(&config),
     });
     if let Some(dir) = &config.adapters_dir {
         register_samples(&service, dir).await?;
@@ -225,6 +226,15 @@ fn limits(config: &Config, engine: &EngineConfig) -> ServiceLimits {
         max_batch_tokens: engine.max_batch_tokens,
         kv_positions: engine.kv_pages * PAGE_SIZE,
         max_train_jobs: config.train.max_jobs,
+    }
+}
+
+fn tenant_limits(config: &Config) -> TenantLimits {
+    let TenantConfig { max_concurrent, rate, weights } = &config.tenants;
+    TenantLimits {
+        max_concurrent: *max_concurrent,
+        rate: rate.map(|(per_second, burst)| Rate { per_second, burst }),
+        weights: weights.iter().cloned().collect(),
     }
 }
 

@@ -153,7 +153,8 @@ pub(super) fn strings(field: &str, list: &[Value]) -> Result<Vec<String>, String
 
 /// Asks until the server is not too busy to answer, a little later each time.
 pub(super) async fn while_busy<T, F: Future<Output = Result<T, Status>>>(ask: impl Fn() -> F) -> Result<T, Status> {
-    let busy = |status: &Status| status.get_details_error_info().is_some_and(|info| info.reason == "OVERLOADED");
+    let reasons = ["OVERLOADED", "TENANT_CONCURRENCY", "TENANT_RATE"];
+    let busy = |status: &Status| status.get_details_error_info().is_some_and(|i| reasons.contains(&i.reason.as_str()));
     let (start, mut pause) = (Instant::now(), Duration::from_millis(20));
     loop {
         match ask().await {

@@ -79,6 +79,9 @@ pub(super) struct GenerateArgs {
     /// Continuations.
     #[arg(long, short, default_value_t = 1)]
     n: u32,
+    /// Among this tenant's waiting requests, higher ones begin first; -100 to 100.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
     /// JSON Lines file with `prompt` or `messages`, and references to be scored against; `-` = standard input.
     #[arg(long, short, conflicts_with_all = ["prompt", "n", "logprobs"])]
     file: Option<PathBuf>,
@@ -130,6 +133,7 @@ impl GenerateArgs {
                 Some(EarlyStoppingArg::Never) => proto::EarlyStopping::Never,
             }
             .into(),
+            priority: self.priority,
         }
     }
 
@@ -237,6 +241,7 @@ mod tests {
             let words: Vec<String> = words.iter().map(|w| (*w).to_owned()).collect();
             GenerateArgs::of_file(&words, Path::new("x.jsonl")).map_err(|e| e.to_string())
         };
+        assert_eq!(of(&["--priority", "-7"]).unwrap().options().priority, -7);
         let args = of(&["--max-new-tokens", "8", "--num-beams", "2", "--system", "s", "--chat"]).unwrap();
         assert_eq!((args.max_new_tokens, args.num_beams, args.chat), (Some(8), Some(2), true));
         assert_eq!((args.system.as_deref(), args.file.as_deref()), (Some("s"), Some(Path::new("x.jsonl"))));

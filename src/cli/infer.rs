@@ -48,6 +48,7 @@ pub(super) async fn embed(common: &Common, args: EmbedArgs) -> anyhow::Result<()
         inputs: arguments_or_lines(args.texts)?,
         pooling: pooling.into(),
         normalize: Some(!args.no_normalize),
+        ..Default::default()
     };
     let reply = Client::connect(common).await?.inference().embed(request).await?.into_inner();
     if common.json {
@@ -79,7 +80,7 @@ pub(super) async fn score(common: &Common, args: ScoreArgs) -> anyhow::Result<()
     let inputs = vec![proto::ScoreInput { prompt: args.prompt, completion: args.completion }];
     let mut client = Client::connect(common).await?.inference();
     let (delta, deltas) = choice(&args.delta)?;
-    let reply = client.score(proto::ScoreRequest { delta, deltas, inputs }).await?.into_inner();
+    let reply = client.score(proto::ScoreRequest { delta, deltas, inputs, ..Default::default() }).await?.into_inner();
     if common.json {
         return output::json(&reply);
     }

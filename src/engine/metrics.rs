@@ -31,7 +31,10 @@ pub(super) struct Metrics {
     pub(super) prompt_tokens: Counter,
     /// Tokens generated.
     pub(super) completion_tokens: Counter,
+    /// Arrival to first step.
+    pub(super) queue_wait: Histogram,
     queue_depth: Gauge,
+    waiting_tenants: Gauge,
     running: Gauge,
     pages_used: Gauge,
     pages_cached: Gauge,
@@ -54,6 +57,8 @@ impl Metrics {
             integrity_failures: counter!("deltaserve_kv_integrity_failures_total"),
             prompt_tokens: counter!("deltaserve_tokens_total", "kind" => "prompt"),
             completion_tokens: counter!("deltaserve_tokens_total", "kind" => "completion"),
+            queue_wait: histogram!("deltaserve_queue_wait_seconds"),
+            waiting_tenants: gauge!("deltaserve_waiting_tenants"),
             queue_depth: gauge!("deltaserve_queue_depth", "queue" => "engine"),
             running: gauge!("deltaserve_running_sequences"),
             pages_used: gauge!("deltaserve_kv_pages", "state" => "used"),
@@ -66,6 +71,7 @@ impl Metrics {
     /// Sets the gauges.
     pub(super) fn observe(&self, scheduler: &Scheduler, pacer: &Pacer) {
         self.queue_depth.set(scheduler.waiting() as f64);
+        self.waiting_tenants.set(scheduler.waiting_tenants() as f64);
         self.running.set(scheduler.running() as f64);
         self.pages_used.set(scheduler.pool().used() as f64);
         self.pages_cached.set(scheduler.pool().cached() as f64);

@@ -67,8 +67,13 @@ impl std::fmt::Debug for Permit {
 pub struct Request {
     /// The caller's number, for logs only.
     pub id: u64,
-    /// Whose it is: keys and values are shared between requests of one tenant, and with `None` with nobody.
+    /// Whose it is: keys and values are shared between requests of one tenant, and with `None` with nobody. Tenants take
+    /// turns by what they were served; requests without one take them together.
     pub tenant: Option<TenantId>,
+    /// The tenant's share of the service beside other tenants; 0 counts as 1.
+    pub weight: u32,
+    /// Requests of one tenant begin in this order, higher ones first.
+    pub priority: i32,
     /// What an encoder-decoder's encoder reads; empty for all other bases.
     pub source: Vec<u32>,
     /// The prompt; of an encoder-decoder, how the decoder's output starts.

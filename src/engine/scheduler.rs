@@ -2,9 +2,9 @@
 //!
 //! One rule for prefill and decode: every sequence has `computed < total` positions, and a step hands out a budget of
 //! rows. First come sequences that miss one position (decode), then those that miss more (prefill, in chunks), then new
-//! ones in order of arrival. A new sequence gets the pages of all its positions at once, so only decode can run out of
-//! pages; it then takes those of the youngest younger sequence, which starts over later. The oldest sequence can always
-//! go on, so everything ends.
+//! ones, which take turns by what their tenants were served (`fair`, `newcomers`). A new sequence gets the pages of all its
+//! known positions at once, so only decode can run out of pages; it then takes those of the youngest, the one that began
+//! last, which starts over later, ahead of all new ones. The oldest sequence can always go on, so everything ends.
 //!
 //! A sequence of an encoder-decoder has a source, too: its encoder runs whole in the step in which the sequence begins (again,
 //! if it lost its pages), and the source's keys and values have pages of their own, for as long as the sequence runs.
@@ -16,8 +16,8 @@
 //! Pages may be shared (`pages`): a sequence begins behind the whole pages that are there of its tokens already, and only
 //! counts as many pages as it takes from the pool. What is cached makes room before anybody waits or loses pages.
 //!
-//! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, so
-//! each is served within a bounded number of steps.
+//! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, counted
+//! from their last step, or from when they could first have begun: each is served within a round, however many new ones come.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -26,10 +26,14 @@ use crate::{
     kv::{PAGE_SIZE, PagePool, PageTable},
 };
 
+mod fair;
+mod newcomers;
 mod pages;
 mod parts;
 
-pub(super) use parts::{Demand, Names, NeverFits, Share, StepPlan};
+use fair::{Accounts, OUTPUT, Payer};
+
+pub(super) use parts::{Claim, Demand, Names, NeverFits, Share, StepPlan};
 
 /// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
 pub(super) type SeqId = u64;
@@ -59,6 +63,16 @@ impl Limits {
 #[derive(Debug)]
 struct Entry {
     delta: Option<DeltaId>,
+    payer: Payer,
+    priority: i32,
+    /// Its place in the order in which sequences began; `None` until it has.
+    ticket: Option<u64>,
+    /// By which step those that overtake it must have ended, once it was held back.
+    until: Option<u64>,
+    /// Whether its last known position gives a token.
+    generates: bool,
+    /// Known positions when its last charged token was generated.
+    paid: usize,
     /// Positions that are known (virtual rows, prompt and output so far).
     total: usize,
     computed: usize,
@@ -97,6 +111,11 @@ impl Entry {
     fn memory_slots(&self) -> usize {
         self.source_reserved + self.source
     }
+
+    /// Pages that it holds.
+    fn pages(&self) -> usize {
+        self.branches.iter().chain([&self.memory, &self.prefix]).map(PageTable::len).sum()
+    }
 }
 
 /// All sequences that are not finished.
@@ -108,7 +127,12 @@ pub(super) struct Scheduler {
     running: BTreeMap<SeqId, Entry>,
     /// Hold none, by arrival.
     waiting: BTreeMap<SeqId, Entry>,
-    /// When each delta was last in a step; only of deltas that sequences here use.
+    /// Those of them that have begun and lost their pages, by ticket.
+    returning: BTreeMap<u64, SeqId>,
+    /// The next ticket.
+    tickets: u64,
+    fair: Accounts,
+    /// When each delta was last in a step, or could first have been; only of deltas that sequences here use.
     served: HashMap<DeltaId, u64>,
     step: u64,
 }
@@ -126,7 +150,17 @@ impl Scheduler {
             pages: limits.pages,
         };
         let pool = PagePool::new(limits.pages.unwrap_or(0));
-        Self { limits, pool, running: BTreeMap::new(), waiting: BTreeMap::new(), served: HashMap::new(), step: 0 }
+        Self {
+            limits,
+            pool,
+            running: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            returning: BTreeMap::new(),
+            tickets: 0,
+            fair: Accounts::default(),
+            served: HashMap::new(),
+            step: 0,
+        }
     }
 
     /// Queues a sequence. Ids must grow.
@@ -134,7 +168,7 @@ impl Scheduler {
     /// # Errors
     /// A sequence that the cache can never hold.
     pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
-        let Demand { total, most, reserved, source, source_reserved, width, names } = demand;
+        let Demand { total, most, reserved, source, source_reserved, width, names, generates, claim } = demand;
         debug_assert!(total > 0 && total <= most && width > 0);
         let limit = self.limits.max_positions();
         let memory = source.saturating_add(source_reserved).next_multiple_of(PAGE_SIZE);
@@ -150,8 +184,15 @@ impl Scheduler {
             return Err(NeverFits::Width { width, limit: self.limits.max_sequences });
         }
         let (branches, memory) = (vec![PageTable::default()], PageTable::default());
+        self.fair.join(&claim.tenant, claim.weight, (claim.priority, id));
         let entry = Entry {
             delta,
+            payer: claim.tenant,
+            priority: claim.priority,
+            ticket: None,
+            until: None,
+            generates,
+            paid: 0,
             total,
             computed: 0,
             reserved,
@@ -188,6 +229,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Tenants that have sequences among those.
+    pub(super) fn waiting_tenants(&self) -> usize {
+        self.fair.waiting_tenants()
+    }
+
     /// Whether nothing is left to do.
     pub(super) fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
@@ -221,11 +267,12 @@ impl Scheduler {
 
     fn plan_turn(&mut self, plan: &mut StepPlan) {
         self.step += 1;
-        let allowed = self.allowed_deltas();
+        let line = self.line();
+        let mut allowed = self.allowed_deltas(&line);
         let mut budget = self.limits.max_batch_tokens;
         self.plan_decode(&allowed, &mut budget, plan);
         self.plan_prefill(&allowed, &mut budget, plan);
-        self.admit(&allowed, &mut budget, plan);
+        self.admit(&line, &mut allowed, &mut budget, plan);
         self.served.extend(allowed.into_iter().map(|delta| (delta, self.step)));
     }
 
@@ -242,6 +289,13 @@ impl Scheduler {
     pub(super) fn remove(&mut self, id: SeqId) {
         let removed = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
         let Some(mut entry) = removed else { return };
+        match entry.ticket {
+            Some(ticket) => {
+                self.returning.remove(&ticket);
+                self.fair.end(&entry.payer);
+            }
+            None => self.fair.give_up(&entry.payer, (entry.priority, id)),
+        }
         pages::release(&mut self.pool, &mut entry);
         if let Some(delta) = entry.delta {
             let mut all = self.running.values().chain(self.waiting.values());
@@ -251,37 +305,17 @@ impl Scheduler {
         }
     }
 
-    /// Deltas of this step: all that want to run, or those that waited longest.
-    fn allowed_deltas(&self) -> HashSet<DeltaId> {
-        let (mut places, mut free) = (self.places(), self.pool.available());
-        let admissible = self.waiting.iter().take_while(|(_, e)| {
-            let need = self.need(e);
-            let fits = need <= free && e.width <= places;
-            (free, places) = (free.saturating_sub(need), places.saturating_sub(e.width));
-            fits
-        });
-        // delta -> its oldest sequence
-        let mut wanted: HashMap<DeltaId, SeqId> = HashMap::new();
-        for (&id, entry) in self.running.iter().chain(admissible) {
-            if let Some(delta) = entry.delta {
-                let oldest = wanted.entry(delta).or_insert(id);
-                *oldest = id.min(*oldest);
-            }
-        }
-        let mut order: Vec<(u64, SeqId, DeltaId)> =
-            wanted.into_iter().map(|(d, id)| (self.served.get(&d).copied().unwrap_or(0), id, d)).collect();
-        if order.len() > self.limits.max_deltas {
-            order.sort_unstable();
-            order.truncate(self.limits.max_deltas);
-        }
-        order.into_iter().map(|(_, _, d)| d).collect()
+    /// Those of the running sequences that are meant, in the order in which they began.
+    fn in_order(&self, meant: impl Fn(&Entry) -> bool) -> Vec<SeqId> {
+        let mut found: Vec<_> = self.running.iter().filter(|(_, e)| meant(e)).map(|(id, e)| (e.ticket, *id)).collect();
+        found.sort_unstable();
+        found.into_iter().map(|(_, id)| id).collect()
     }
 
     /// Sequences that miss one position, oldest first; each may need one more page.
     fn plan_decode(&mut self, allowed: &HashSet<DeltaId>, budget: &mut usize, plan: &mut StepPlan) {
         let decoding = |e: &Entry| e.computed > 0 && e.total - e.computed == 1;
-        let ids: Vec<SeqId> = self.running.iter().filter(|(_, e)| decoding(e)).map(|(id, _)| *id).collect();
-        for id in ids {
+        for id in self.in_order(decoding) {
             if *budget == 0 {
                 return;
             }
@@ -302,53 +336,11 @@ impl Scheduler {
     /// Sequences that miss more than one position, oldest first. Their pages were taken at admission.
     fn plan_prefill(&mut self, allowed: &HashSet<DeltaId>, budget: &mut usize, plan: &mut StepPlan) {
         let missing = |e: &Entry| e.total > e.computed && !(e.computed > 0 && e.total - e.computed == 1);
-        let ids: Vec<SeqId> =
-            self.running.iter().filter(|(_, e)| missing(e) && may_run(e, allowed)).map(|(id, _)| *id).collect();
-        for id in ids {
+        for id in self.in_order(|e| missing(e) && may_run(e, allowed)) {
             if *budget == 0 {
                 return;
             }
             self.share(id, budget, plan);
-        }
-    }
-
-    /// Waiting sequences in order of arrival. One whose delta has no place in this step is passed over, but its pages
-    /// and its place are kept for it; one that lacks pages or budget stops admission, so that nobody overtakes it.
-    fn admit(&mut self, allowed: &HashSet<DeltaId>, budget: &mut usize, plan: &mut StepPlan) {
-        // pages just taken away must not be handed to newcomers before their owner is back
-        if !plan.preempted.is_empty() {
-            return;
-        }
-        let mut places = self.places();
-        let ids: Vec<SeqId> = self.waiting.keys().copied().take(places).collect();
-        let mut kept = 0;
-        for id in ids {
-            let Some(entry) = self.waiting.get(&id) else { continue };
-            if *budget == 0 || entry.width > places {
-                return;
-            }
-            places -= entry.width;
-            let pages = self.need(entry);
-            if !may_run(entry, allowed) {
-                kept += pages;
-                continue;
-            }
-            let split = self.limits.pages.is_some();
-            if !split && entry.total > *budget && !plan.shares.is_empty() {
-                return;
-            }
-            // a source is not split either: one in a step may go over the budget, so that none waits for ever
-            if split && entry.source >= *budget && plan.shares.iter().any(|s| s.encode > 0) {
-                return;
-            }
-            let Some(entry) = self.waiting.get_mut(&id) else { continue };
-            if split && (self.pool.available() < kept + pages || !pages::begin(&mut self.pool, entry)) {
-                return;
-            }
-            if let Some(entry) = self.waiting.remove(&id) {
-                self.running.insert(id, entry);
-                self.share(id, budget, plan);
-            }
         }
     }
 
@@ -365,6 +357,11 @@ impl Scheduler {
         *budget = budget.saturating_sub(len);
         let (context, keys_due) = (entry.computed, std::mem::take(&mut entry.keys_due));
         plan.shares.push(Share { id, branch: 0, context, len, encode, keys_due, completes: len == missing });
+        // a search that starts over is charged for what is new
+        if len == missing && entry.generates && entry.total > entry.paid {
+            entry.paid = entry.total;
+            self.fair.charge(&entry.payer, OUTPUT * entry.open as u64);
+        }
     }
 
     fn preempt(&mut self, id: SeqId, plan: &mut StepPlan) {
@@ -373,6 +370,9 @@ impl Scheduler {
         if entry.width > 1 {
             // nothing of a search was told yet: it starts over
             (entry.total, entry.open, entry.starts_over) = (entry.given, 1, true);
+        }
+        if let Some(ticket) = entry.ticket {
+            self.returning.insert(ticket, id);
         }
         self.waiting.insert(id, entry);
         plan.preempted.push(id);

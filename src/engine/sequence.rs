@@ -7,7 +7,7 @@ use super::{
     branches::{Branches, Move},
     request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
-    scheduler::{Demand, Names},
+    scheduler::{Claim, Demand, Names},
     step::Got,
 };
 use crate::{
@@ -143,6 +143,12 @@ impl Sequence {
             width: match &self.request.work {
                 Work::Generate(Generate { beams: Some(beams), .. }) => beams.search.beams.max(1) as usize,
                 _ => 1,
+            },
+            generates: matches!(self.request.work, Work::Generate(_)),
+            claim: Claim {
+                tenant: self.request.tenant.clone(),
+                weight: self.request.weight,
+                priority: self.request.priority,
             },
         }
     }

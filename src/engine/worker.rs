@@ -177,6 +177,10 @@ impl Worker {
             if let Some(sequence) = self.sequences.get_mut(&share.id)
                 && let Some(Begin { first, shares, found, missing }) = sequence.begin(share.context, start)
             {
+                if first {
+                    let waited = start.saturating_duration_since(sequence.request.arrived);
+                    self.metrics.queue_wait.record(waited.as_secs_f64());
+                }
                 let prompt = if first { sequence.prompt_tokens() } else { 0 };
                 self.metrics.prompt_tokens.increment(prompt as u64);
                 if shares {

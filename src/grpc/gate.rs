@@ -110,6 +110,7 @@ where
         Box::pin(async move {
             let mut call = Call::begin(method);
             let Ok(permit) = permit else {
+                metrics::counter!(names::REFUSALS, "reason" => "calls").increment(1);
                 return Ok(call.refuse(ServeError::Overloaded("too many calls at a time".into())));
             };
             call.permit = Some(permit);

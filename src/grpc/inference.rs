@@ -47,7 +47,7 @@ impl InferenceService for Inference {
         let all = convert::generate_batch(request.into_inner(), timeout)?;
         let at_a_time = self.service.prompts_at_a_time(all.first().map_or(1, GenerateParams::sequences));
         let arrived = Instant::now();
-        let call = CallLease::default();
+        let call = self.service.enter(&tenant)?;
         let work = all.into_iter().enumerate().map(|(i, params)| self.complete(&tenant, i, params, (arrived, &call)));
         let parts: Vec<_> = futures::stream::iter(work).buffered(at_a_time).try_collect().await?;
         Ok(Response::new(batch_response(parts)))

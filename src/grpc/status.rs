@@ -35,6 +35,9 @@ impl From<ServeError> for Status {
             | ServeError::NotEnoughMemory { lasting: false, .. } => {
                 details.set_retry_info(Some(RETRY_AFTER));
             }
+            ServeError::TenantLimit { retry, .. } => {
+                details.set_retry_info(Some(*retry));
+            }
             _ => {}
         }
         Self::with_error_details(code, message, details)
@@ -55,6 +58,7 @@ fn code(error: &ServeError) -> Code {
         ServeError::AlreadyExists(_) | ServeError::IdempotencyConflict(_) => Code::AlreadyExists,
         ServeError::Conflict(_) => Code::Aborted,
         ServeError::Overloaded(_)
+        | ServeError::TenantLimit { .. }
         | ServeError::ResidentBudget(_)
         | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
         ServeError::Corrupt(_) => Code::DataLoss,
@@ -98,10 +102,12 @@ fn cut(text: &str, max: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::params::TenantLimit;
 
     #[test]
     fn every_error_has_its_code_and_reason() {
         let s = || "x".to_owned();
+        let limit = |limit| ServeError::TenantLimit { limit, retry: Duration::from_millis(1500) };
         let memory = |lasting| ServeError::NotEnoughMemory { message: s(), lasting };
         let table = [
             (ServeError::field("f", "m"), Code::InvalidArgument, "INVALID_REQUEST"),
@@ -117,6 +123,8 @@ mod tests {
             (ServeError::Conflict(s()), Code::Aborted, "PUBLISH_CONFLICT"),
             (ServeError::IdempotencyConflict(s()), Code::AlreadyExists, "IDEMPOTENCY_CONFLICT"),
             (ServeError::Overloaded(s()), Code::ResourceExhausted, "OVERLOADED"),
+            (limit(TenantLimit::Concurrency(3)), Code::ResourceExhausted, "TENANT_CONCURRENCY"),
+            (limit(TenantLimit::Rate(0.5, 2)), Code::ResourceExhausted, "TENANT_RATE"),
             (ServeError::ResidentBudget(s()), Code::ResourceExhausted, "RESIDENT_BUDGET"),
             (memory(false), Code::ResourceExhausted, "NOT_ENOUGH_MEMORY"),
             (memory(true), Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"),
@@ -135,6 +143,15 @@ mod tests {
             assert_eq!(details.error_info().map(|i| (i.reason.as_str(), i.domain.as_str())), Some((reason, DOMAIN)));
             assert_eq!(details.retry_info().is_some(), retry, "{reason}");
         }
+    }
+
+    #[test]
+    fn a_tenants_limit_says_which_and_when_to_retry() {
+        let limit = TenantLimit::Rate(2.5, 4);
+        let status = Status::from(ServeError::TenantLimit { limit, retry: Duration::from_millis(380) });
+        assert!(status.message().contains("2.5 per second, 4 at once"), "{}", status.message());
+        let retry = status.get_error_details().retry_info().and_then(|r| r.retry_delay);
+        assert_eq!(retry, Some(Duration::from_millis(380)));
     }
 
     #[test]

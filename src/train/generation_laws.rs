@@ -46,6 +46,8 @@ fn served(base: &Arc<Base>, delta: Option<&Arc<Delta>>, quiz: &Quiz) -> Vec<Vec<
         let (events, receiver) = mpsc::channel(work.events());
         let request = Request {
             tenant: None,
+            weight: 1,
+            priority: 0,
             id: 0,
             source: q.source.clone(),
             tokens: q.prompt.clone(),

@@ -48,6 +48,8 @@ pub(crate) fn check(
         let held = delta.as_ref().map(|d| HeldDelta::new(DeltaId::from_bytes([7; 32]), Arc::clone(d), ()));
         let request = Request {
             tenant: None,
+            weight: 1,
+            priority: 0,
             id: i as u64,
             source,
             tokens: batch.tokens[i].clone(),

@@ -12,6 +12,7 @@ mod compose;
 mod drain;
 mod edges;
 mod evaluation;
+mod fair;
 mod folders;
 mod full;
 mod generate;

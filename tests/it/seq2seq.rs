@@ -149,7 +149,7 @@ async fn scores_and_generated_tokens_have_the_likelihood_that_the_model_gives_th
     let ids = |of: &str| text.encode_user(of, true).expect("ids");
     let running = world.start().await;
     let inputs = vec![scored("hello there", "a fine thing"), scored("hello there", "z")];
-    let request = proto::ScoreRequest { delta: String::new(), inputs, deltas: vec![] };
+    let request = proto::ScoreRequest { inputs, ..Default::default() };
     let reply = running.client.inference().score(running.client.request(request)).await.expect("scores").into_inner();
     for (result, completion) in reply.results.iter().zip(["a fine thing", "z"]) {
         let want = likelihoods(&world, &ids("hello there"), &ids(completion));

@@ -13,7 +13,7 @@ use std::{
 use candle_core::{Device, Tensor};
 use deltaserve::{
     app,
-    config::{BaseConfig, Config, DeviceChoice, EngineLimits, TrainLimits},
+    config::{BaseConfig, Config, DeviceChoice, EngineLimits, TenantConfig, TrainLimits},
     delta::{Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Task},
     grpc::{GrpcConfig, TENANT_KEY, proto},
     interop::{self, EncodeMeta},
@@ -113,6 +113,7 @@ impl World {
                 prefix_cache: true,
                 max_queue: 64,
             },
+            tenants: TenantConfig::default(),
             halves: Halves::Training,
             train: TrainLimits {
                 max_jobs: 8,
@@ -583,7 +584,7 @@ pub(crate) fn scored(prompt: &str, completion: &str) -> proto::ScoreInput {
 
 /// The log-likelihood of a completion.
 pub(crate) async fn score(client: &Client, delta: &str, input: proto::ScoreInput) -> Result<f64, Status> {
-    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input], deltas: vec![] };
+    let request = proto::ScoreRequest { delta: delta.into(), inputs: vec![input], ..Default::default() };
     let reply = client.inference().score(client.request(request)).await?.into_inner();
     Ok(reply.results[0].log_likelihood)
 }

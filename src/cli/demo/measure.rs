@@ -50,6 +50,7 @@ pub(super) async fn complete(
         logprobs: None,
         n: 1,
         beams: None,
+        priority: 0,
         timeout: None,
     };
     let mut stream = service.generate(tenant, params).await?;
@@ -75,7 +76,7 @@ fn field<'a>(row: &'a Value, name: &str) -> &'a str {
 /// Perplexity of the held-out speeches.
 async fn perplexity(service: &Service, tenant: &TenantId, delta: &str, adapters: &Path) -> anyhow::Result<f64> {
     let inputs = rows(adapters, "style")?.iter().map(|r| (String::new(), field(r, "text").to_owned())).collect();
-    let reply = service.score(tenant, ScoreParams { delta: delta.into(), inputs, timeout: None }).await?;
+    let reply = service.score(tenant, ScoreParams { delta: delta.into(), inputs, priority: 0, timeout: None }).await?;
     let tokens: usize = reply.results.iter().map(|r| r.tokens.len()).sum();
     let sum: f64 = reply.results.iter().map(|r| r.log_likelihood).sum();
     Ok((-sum / tokens.max(1) as f64).exp())
@@ -103,7 +104,7 @@ async fn accuracy(service: &Service, tenant: &TenantId, delta: &str, adapters: &
     let reply = service
         .classify(
             tenant,
-            ClassifyParams { delta: delta.into(), inputs, truncate: false, threshold: 0.0, timeout: None },
+            ClassifyParams { delta: delta.into(), inputs, truncate: false, threshold: 0.0, priority: 0, timeout: None },
         )
         .await?;
     let best = |labels: &[crate::admission::params::LabelScore]| labels.first().map(|l| l.label.clone());

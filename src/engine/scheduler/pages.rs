@@ -31,6 +31,11 @@ impl Scheduler {
         own.saturating_sub(held) + missing_ahead(&self.pool, e) + pages_for(e.memory_slots())
     }
 
+    /// Positions of a waiting sequence that it begins behind, because they are there.
+    pub(super) fn there(&self, e: &Entry) -> usize {
+        if self.limits.pages.is_some() { self.pool.find(e.wanted()).pages * PAGE_SIZE } else { 0 }
+    }
+
     /// Cache slots of a running sequence's branch: the reserved ones, then those of its first positions; empty for a base
     /// without a cache.
     pub(in crate::engine) fn slots(&self, id: SeqId, branch: usize, positions: usize) -> Arc<[u32]> {
@@ -147,8 +152,8 @@ impl Scheduler {
             if open.all(|pages| self.pool.cover(pages, total)) {
                 return true;
             }
-            match self.running.last_key_value().map(|(youngest, _)| *youngest) {
-                Some(youngest) if youngest > id => self.preempt(youngest, plan),
+            match self.running.iter().map(|(id, e)| (e.ticket, *id)).max() {
+                Some((_, youngest)) if youngest != id => self.preempt(youngest, plan),
                 _ => return false,
             }
         }

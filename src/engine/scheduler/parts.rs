@@ -1,7 +1,7 @@
 //! What the scheduler is asked and what it answers: counts, no tensors.
 
 use super::SeqId;
-use crate::kv::PageKey;
+use crate::{ids::TenantId, kv::PageKey};
 
 /// A sequence that could never run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +42,21 @@ pub(in crate::engine) struct Demand {
     pub(in crate::engine) width: usize,
     /// By which names others find its pages, and it theirs.
     pub(in crate::engine) names: Names,
+    /// Whether its last known position gives a token, and not only numbers.
+    pub(in crate::engine) generates: bool,
+    /// Whose it is.
+    pub(in crate::engine) claim: Claim,
+}
+
+/// What decides when a sequence begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::engine) struct Claim {
+    /// Who is charged; sequences without one are those of one tenant.
+    pub(in crate::engine) tenant: Option<TenantId>,
+    /// The tenant's share of the service beside others, at least 1.
+    pub(in crate::engine) weight: u32,
+    /// Among those of its tenant, higher ones come first.
+    pub(in crate::engine) priority: i32,
 }
 
 /// Names of a sequence's pages. Those without one are its own alone.

@@ -9,6 +9,8 @@ use crate::{
     rows::Ahead,
 };
 
+mod fair;
+mod held;
 mod sharing;
 
 fn delta(n: u8) -> Option<DeltaId> {
@@ -16,7 +18,13 @@ fn delta(n: u8) -> Option<DeltaId> {
 }
 
 fn demand(total: usize, most: usize) -> Demand {
-    Demand { total, most, reserved: 0, source: 0, source_reserved: 0, width: 1, names: Names::default() }
+    let (names, claim) = (Names::default(), claim(None));
+    Demand { total, most, reserved: 0, source: 0, source_reserved: 0, width: 1, names, generates: true, claim }
+}
+
+fn claim(tenant: Option<&str>) -> Claim {
+    let tenant = tenant.map(|name| TenantId::new(name).expect("a name"));
+    Claim { tenant, weight: 1, priority: 0 }
 }
 
 fn limits() -> Limits {
@@ -55,6 +63,12 @@ impl Job {
         let tenant = TenantId::new(if self.stem == 1 { "a" } else { "b" }).ok()?;
         let ahead = Ahead { keys: self.reserved, ..Ahead::default() };
         (self.stem > 0).then(|| PageKeys::new(&tenant, delta(self.delta), ahead))
+    }
+
+    /// Some tenants have more than one stem, some jobs none.
+    fn claim(&self) -> Claim {
+        let tenant = [None, Some("a"), Some("b"), Some("b")][usize::from(self.stem)];
+        Claim { weight: 1 + u32::from(self.stem), priority: self.prompt as i32 % 3 - 1, ..claim(tenant) }
     }
 
     /// Names of whole pages that were not named before; those of rows behind an encoder have none.
@@ -127,7 +141,8 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
             let (width, mut keys) = (job.width, job.keys());
             let ahead = keys.as_ref().map(PageKeys::ahead).unwrap_or_default();
             let names = Names { ahead, rows: job.next_keys(&mut keys, next, 0, job.prompt) };
-            let demand = Demand { total: job.prompt, most, reserved, source, source_reserved, width, names };
+            let (total, generates, claim) = (job.prompt, job.new > 0, job.claim());
+            let demand = Demand { total, most, reserved, source, source_reserved, width, names, generates, claim };
             match scheduler.submit(next, delta(job.delta), demand) {
                 Ok(()) => drop(left.insert(next, (job, 0, keys))),
                 Err(NeverFits::Positions { positions, limit }) => prop_assert!(positions > limit),
@@ -141,6 +156,8 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
             if arrivals.is_empty() {
                 prop_assert!(left.is_empty());
                 prop_assert!(scheduler.served.is_empty());
+                prop_assert!(scheduler.returning.is_empty());
+                prop_assert!(scheduler.fair.is_empty());
                 return Ok(());
             }
             continue;

@@ -2,6 +2,7 @@
 
 mod beams;
 mod caching;
+mod fairness;
 mod generation;
 mod lifecycle;
 mod positions;
@@ -132,6 +133,7 @@ struct Job {
     delta: Option<(DeltaId, Arc<Delta>)>,
     tenant: Option<TenantId>,
     work: Work,
+    priority: i32,
     deadline: Option<Instant>,
     /// Stands for the lease: its count falls when the engine lets the request go.
     lease: Arc<()>,
@@ -140,7 +142,7 @@ struct Job {
 impl Job {
     fn new(tokens: Vec<u32>, work: Work) -> Self {
         let (source, tenant, lease) = (vec![], TenantId::new("tenant").ok(), Arc::new(()));
-        Self { tokens, source, types: None, delta: None, tenant, work, deadline: None, lease }
+        Self { tokens, source, types: None, delta: None, tenant, work, priority: 0, deadline: None, lease }
     }
 
     fn of(mut self, tenant: &str) -> Self {
@@ -159,6 +161,8 @@ impl Job {
         let request = Request {
             id: 0,
             tenant: self.tenant.clone(),
+            weight: 1,
+            priority: self.priority,
             tokens: self.tokens.clone(),
             source: self.source.clone(),
             token_types: self.types.clone(),

@@ -111,6 +111,7 @@ fn options(
         ignore_eos: o.ignore_eos,
         logprobs: o.logprobs,
         n: o.n.unwrap_or(1),
+        priority: o.priority,
         timeout,
     }
 }
@@ -167,8 +168,8 @@ pub(in crate::grpc) fn classify(
     let inputs = inputs.collect();
     let delta = choice(request.delta, request.deltas, &mut problems);
     problems.finish()?;
-    let proto::ClassifyRequest { truncate, threshold, .. } = request;
-    let params = ClassifyParams { delta, inputs, truncate, threshold, timeout };
+    let proto::ClassifyRequest { truncate, threshold, priority, .. } = request;
+    let params = ClassifyParams { delta, inputs, truncate, threshold, priority, timeout };
     params.check()?;
     Ok(params)
 }
@@ -198,7 +199,8 @@ pub(in crate::grpc) fn embed(
     };
     let normalize = request.normalize.unwrap_or(true);
     let delta = only_choice(request.delta, request.deltas)?;
-    let params = EmbedParams { delta, inputs: request.inputs, pooling, normalize, timeout };
+    let priority = request.priority;
+    let params = EmbedParams { delta, inputs: request.inputs, pooling, normalize, priority, timeout };
     params.check()?;
     Ok(params)
 }
@@ -210,7 +212,7 @@ pub(in crate::grpc) fn score(
 ) -> Result<ScoreParams, ServeError> {
     let inputs = request.inputs.into_iter().map(|i| (i.prompt, i.completion)).collect();
     let delta = only_choice(request.delta, request.deltas)?;
-    let params = ScoreParams { delta, inputs, timeout };
+    let params = ScoreParams { delta, inputs, priority: request.priority, timeout };
     params.check()?;
     Ok(params)
 }
@@ -372,12 +374,14 @@ mod tests {
             stop_tokens: vec![0; 65],
             logprobs: Some(21),
             n: Some(1_000_000),
+            priority: -101,
             ..Default::default()
         };
         let request = proto::GenerateRequest { options: Some(options), ..Default::default() };
         let got = fields(generate(request, None).expect_err("all of it is bad"));
         let expected = [
             "prompt",
+            "options.priority",
             "options.max_new_tokens",
             "options.sampling.temperature",
             "options.sampling.top_p",

@@ -47,6 +47,9 @@ fn limits(l: LimitsInfo) -> proto::Limits {
         max_batch_tokens: l.max_batch_tokens,
         kv_positions: l.kv_positions,
         max_train_jobs: l.max_train_jobs,
+        tenant_max_concurrent: l.tenant_max_concurrent,
+        tenant_rate: l.tenant_rate,
+        tenant_burst: l.tenant_burst,
     }
 }
 

@@ -89,8 +89,13 @@ impl Text {
     }
 }
 
+/// What a sequence of these tokens asks for, with names that others find.
+pub(super) fn text_demand(tokens: &[u32], new: usize) -> Demand {
+    Text::new(None, 0, tokens.to_vec()).demand(new)
+}
+
 /// Computes a step; no sequence has more names than it came with.
-fn step(s: &mut Scheduler) -> StepPlan {
+pub(super) fn step(s: &mut Scheduler) -> StepPlan {
     let plan = s.plan();
     for share in plan.shares.iter().filter(|share| share.branch == 0) {
         s.publish(share, vec![]);
