@@ -72,6 +72,7 @@ pub enum Prompt {
 
 pub use super::beam_params::{BeamParams, EarlyStopping, MAX_BEAMS};
 pub use super::choice::DeltaChoice;
+pub use super::constraint_params::{ConstraintParams, MAX_REGEX_BYTES};
 
 /// A Generate request.
 #[derive(Debug, Clone)]
@@ -96,6 +97,8 @@ pub struct GenerateParams {
     pub n: u32,
     /// Search with beams; continuation i is then the i-th best output.
     pub beams: Option<BeamParams>,
+    /// What each output must be.
+    pub constraint: Option<ConstraintParams>,
     /// Give up when this much time has passed since arrival.
     pub timeout: Option<Duration>,
 }
@@ -107,7 +110,7 @@ pub struct TokenLogprob {
     pub id: u32,
     /// Its text, as far as it has one alone.
     pub text: String,
-    /// Natural log of its probability under the model (before temperature and filters).
+    /// Natural log of its probability under the model (before constraint, temperature and filters).
     pub logprob: f32,
     /// The most likely tokens at this place: (id, text, log-probability).
     pub top: Vec<(u32, String, f32)>,
@@ -116,7 +119,7 @@ pub struct TokenLogprob {
 /// Why a continuation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end-of-sequence or stop token was chosen.
+    /// An end-of-sequence or stop token was chosen, or nothing more could keep to the constraint.
     StopToken,
     /// A stop text appeared.
     StopText,
@@ -252,8 +255,7 @@ pub struct EmbedReply {
 pub struct ScoreParams {
     /// Which delta, or which together.
     pub delta: DeltaChoice,
-    /// (prompt, completion) pairs, 1 to 256. An empty prompt scores the whole completion from its second token
-    /// (from its first where the tokenizer adds a start token).
+    /// (prompt, completion) pairs, 1 to 256. Without a prompt, the completion's first token is scored only behind a start token.
     pub inputs: Vec<(String, String)>,
     /// Give up when this much time has passed since arrival.
     pub timeout: Option<Duration>,
@@ -388,8 +390,7 @@ pub enum ServeError {
     /// The delta or the base cannot do this task. FAILED_PRECONDITION, `WRONG_TASK`.
     #[error("{0}")]
     WrongTask(String),
-    /// The numbers of this request overflowed: weights or scale of its delta do not suit the base. FAILED_PRECONDITION,
-    /// `NON_FINITE`.
+    /// This request's numbers overflowed: its delta's weights do not suit the base. FAILED_PRECONDITION, `NON_FINITE`.
     #[error("the model's output is not finite: the delta's weights or its scale are too large for this base")]
     NonFinite,
     /// The name exists (policy create). ALREADY_EXISTS, `PUBLISH_CONFLICT`.
@@ -413,8 +414,7 @@ pub enum ServeError {
     /// Every resident byte is leased. RESOURCE_EXHAUSTED, `RESIDENT_BUDGET`, RetryInfo.
     #[error("the resident budget is full of deltas in use: {0}")]
     ResidentBudget(String),
-    /// Full fine-tuning has no room: now (RESOURCE_EXHAUSTED, RetryInfo), or on this server at all (FAILED_PRECONDITION).
-    /// `NOT_ENOUGH_MEMORY`.
+    /// Full fine-tuning has no room now (RESOURCE_EXHAUSTED, RetryInfo) or ever (FAILED_PRECONDITION). `NOT_ENOUGH_MEMORY`.
     #[error("{message}")]
     NotEnoughMemory {
         /// The numbers.

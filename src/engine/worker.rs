@@ -15,7 +15,7 @@ use super::{
     sequence::{Begin, Fate, Sequence, Tick},
     step::{Got, Stepper, Task},
 };
-use crate::{model::Base, pacing::Pacer};
+use crate::{model::Base, ops::each, pacing::Pacer};
 
 /// Shared pages whose checksums are compared whenever the engine becomes idle: few, since the next request waits for them.
 const AUDITED: usize = 2;
@@ -111,6 +111,11 @@ impl Worker {
         let id = self.next;
         self.next += 1;
         let mut sequence = Sequence::new(request, &self.base.sites, self.prefix_cache);
+        match sequence.look() {
+            Ok(true) => {}
+            Ok(false) => return sequence.end(),
+            Err(e) => return sequence.fail(e),
+        }
         match self.scheduler.submit(id, sequence.delta_id(), sequence.demand()) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
             Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
@@ -185,6 +190,7 @@ impl Worker {
             Ok((got, distinct)) => {
                 self.metrics.distinct_deltas.record(distinct as f64);
                 self.settle(&plan.shares, got);
+                self.look_ahead();
             }
             Err(reason) => {
                 tracing::error!(reason, sequences = plan.shares.len(), "a step failed");
@@ -280,6 +286,22 @@ impl Worker {
                     }
                 }
                 Err(error) => self.fail(share.id, error),
+            }
+        }
+    }
+
+    /// Finds out what constrained sequences may say next: at once for all that got a token in this step. One whose constraint
+    /// cannot be kept fails alone.
+    fn look_ahead(&mut self) {
+        let due = self.sequences.iter_mut().filter(|(_, sequence)| sequence.is_due());
+        let mut looks: Vec<_> = due.map(|(id, sequence)| (*id, sequence, Ok(true))).collect();
+        each(looks.iter_mut().collect(), |(_, sequence, look)| *look = sequence.look());
+        let looks: Vec<_> = looks.into_iter().map(|(id, _, look)| (id, look)).collect();
+        for (id, look) in looks {
+            match look {
+                Ok(true) => {}
+                Ok(false) => self.retire(id).into_iter().for_each(Sequence::end),
+                Err(error) => self.fail(id, error),
             }
         }
     }

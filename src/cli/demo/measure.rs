@@ -50,6 +50,7 @@ pub(super) async fn complete(
         logprobs: None,
         n: 1,
         beams: None,
+        constraint: None,
         timeout: None,
     };
     let mut stream = service.generate(tenant, params).await?;
