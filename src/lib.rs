@@ -32,6 +32,7 @@ pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod engine;
+pub mod grammar;
 pub mod grpc;
 pub mod http;
 pub mod hub;

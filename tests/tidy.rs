@@ -29,6 +29,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("registry", &["ids", "delta", "merge", "store", "telemetry", "admission"]),
     ("text", &["admission"]),
     ("engine", &["model", "nn", "delta", "kv", "rows", "ids", "ops", "pacing", "admission"]),
+    ("grammar", &["text", "engine", "admission"]),
     (
         "train",
         &["model", "nn", "delta", "kv", "rows", "ops", "ids", "store", "pacing", "admission", "measures", "merge"],
@@ -37,6 +38,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         "admission",
         &[
             "engine",
+            "grammar",
             "train",
             "registry",
             "store",
@@ -82,6 +84,7 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("object_store", &["store"]),
     ("rustix", &["store"]),
     ("moka", &["registry"]),
+    ("llguidance", &["grammar"]),
     ("minijinja", &["text"]),
     ("tokenizers", &["text", "train/encode.rs", "app/base.rs"]),
     ("hf_hub", &["hub.rs"]),

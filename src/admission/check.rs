@@ -174,6 +174,7 @@ impl GenerateParams {
         problems.integer("options.logprobs", self.logprobs.unwrap_or(0), 0, MAX_LOGPROBS);
         problems.integer("options.n", self.n, 1, MAX_N);
         self.check_beams(problems);
+        self.check_constraint(problems);
     }
 
     /// Sequences that it has in the engine.

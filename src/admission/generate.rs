@@ -126,7 +126,7 @@ impl Service {
         let seed = params.sampling.seed.unwrap_or_else(rand::random);
         let stop_tokens: Vec<u32> = match params.ignore_eos {
             true => params.stop_tokens.clone(),
-            false => params.stop_tokens.iter().chain(&self.eos()).copied().collect(),
+            false => params.stop_tokens.iter().chain(&self.parts().eos()).copied().collect(),
         };
         let generate = |sampling, beams| {
             let logprobs = params.logprobs.map(|n| n as usize);
@@ -144,15 +144,24 @@ impl Service {
             let events = self.submit(input, work, &admitted, places)?;
             return Ok(self.searched(events, params.n, told, &admitted));
         }
+        let decode =
+            DecodeStream::after(Arc::clone(&self.parts().text), before).map_err(|e| text_error("prompt", &e))?;
+        let constraints = match &params.constraint {
+            Some(constraint) => {
+                let all = self.constraints(constraint, decode.is_fresh(), places.len(), admitted.deadline).await?;
+                all.into_iter().map(Some).collect()
+            }
+            None => Vec::new(),
+        };
+        let constraints = constraints.into_iter().chain(std::iter::repeat_with(|| None));
         let mut continuations = Vec::with_capacity(places.len());
-        for (index, place) in (0u32..).zip(places) {
+        for ((index, place), constraint) in (0u32..).zip(places).zip(constraints) {
             let seed = seed.wrapping_add(u64::from(index));
             let mut sampling = params.sampling.clone();
             sampling.seed = Some(seed);
             let work = generate(sampling, None);
-            let events = self.submit(input.clone(), work, &admitted, place)?;
-            let text = Arc::clone(&self.parts().text);
-            let decode = DecodeStream::after(Arc::clone(&text), before).map_err(|e| text_error("prompt", &e))?;
+            let events = self.submit_constrained(input.clone(), work, constraint, &admitted, place)?;
+            let (text, decode) = (Arc::clone(&self.parts().text), decode.clone());
             continuations.push(Continuation {
                 index,
                 seed,
@@ -173,12 +182,13 @@ impl Service {
             .map(|c| stream::unfold(c, |mut c| async move { c.next().await.map(|piece| (piece, c)) }).boxed());
         Ok(stream::select_all(streams).boxed())
     }
+}
 
+impl ServiceParts {
     /// Tokens that end a text: those of the config and the tokenizer's.
-    fn eos(&self) -> Vec<u32> {
-        let parts = self.parts();
-        let mut eos = parts.base.arch.eos.clone();
-        eos.extend(parts.text.special().eos.filter(|id| !eos.contains(id)));
+    pub(super) fn eos(&self) -> Vec<u32> {
+        let mut eos = self.base.arch.eos.clone();
+        eos.extend(self.text.special().eos.filter(|id| !eos.contains(id)));
         eos
     }
 }

@@ -11,6 +11,8 @@ pub mod check;
 mod choice;
 mod classify;
 mod classify_params;
+mod constraint_params;
+mod constraints;
 mod encode;
 pub mod eval_metric;
 mod generate;

@@ -73,6 +73,7 @@ pub enum Prompt {
 
 pub use super::beam_params::{BeamParams, EarlyStopping, MAX_BEAMS};
 pub use super::choice::DeltaChoice;
+pub use super::constraint_params::{ConstraintParams, MAX_REGEX_BYTES};
 
 /// A Generate request.
 #[derive(Debug, Clone)]
@@ -99,6 +100,8 @@ pub struct GenerateParams {
     pub beams: Option<BeamParams>,
     /// Among the tenant's own requests, higher ones begin first; -100 to 100.
     pub priority: i32,
+    /// What each output must be.
+    pub constraint: Option<ConstraintParams>,
     /// Give up when this much time has passed since arrival.
     pub timeout: Option<Duration>,
 }
@@ -110,7 +113,7 @@ pub struct TokenLogprob {
     pub id: u32,
     /// Its text, as far as it has one alone.
     pub text: String,
-    /// Natural log of its probability under the model (before temperature and filters).
+    /// Natural log of its probability under the model (before constraint, temperature and filters).
     pub logprob: f32,
     /// The most likely tokens at this place: (id, text, log-probability).
     pub top: Vec<(u32, String, f32)>,
@@ -119,7 +122,7 @@ pub struct TokenLogprob {
 /// Why a continuation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end-of-sequence or stop token was chosen.
+    /// An end-of-sequence or stop token was chosen, or nothing more could keep to the constraint.
     StopToken,
     /// A stop text appeared.
     StopText,
@@ -257,8 +260,7 @@ pub struct EmbedReply {
 pub struct ScoreParams {
     /// Which delta, or which together.
     pub delta: DeltaChoice,
-    /// (prompt, completion) pairs, 1 to 256. An empty prompt scores the whole completion from its second token
-    /// (from its first where the tokenizer adds a start token).
+    /// (prompt, completion) pairs, 1 to 256. Without a prompt, the completion's first token is scored only behind a start token.
     pub inputs: Vec<(String, String)>,
     /// Among the tenant's own requests, higher ones begin first; -100 to 100.
     pub priority: i32,

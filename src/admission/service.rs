@@ -15,6 +15,7 @@ use tokio::sync::{OnceCell, Semaphore, mpsc, watch};
 use super::{
     catalog_params::check_weighted,
     check::Problems,
+    constraints::COMPILATIONS,
     merge::MERGES,
     params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
     places::Places,
@@ -22,7 +23,8 @@ use super::{
 };
 use crate::{
     delta::Delta,
-    engine::{EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
+    engine::{Constraint, EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
+    grammar::Grammars,
     ids::{DeltaId, TenantId},
     model::Base,
     registry::{Composition, DeltaLease, DeltaRef, Registry, VersionRecord},
@@ -102,6 +104,10 @@ pub(super) struct Inner {
     pub(super) merge_places: Semaphore,
     /// Publishing checkpoints of jobs, one at a time.
     pub(super) publishing: Semaphore,
+    /// Compiled constraints.
+    pub(super) grammars: Arc<Grammars>,
+    /// Compiling them, a few at a time.
+    pub(super) compiling: Arc<Semaphore>,
     pub(super) started: Instant,
     next_id: AtomicU64,
 }
@@ -177,7 +183,11 @@ impl Service {
         let (places, tenants) = (Places::new(parts.limits.max_admitted), Tenants::new(parts.tenants.clone()));
         let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
         let (merge_places, publishing) = (Semaphore::new(MERGES), Semaphore::new(1));
-        Self { inner: Arc::new(Inner { parts, places, tenants, merging, merge_places, publishing, started, next_id }) }
+        let grammars = Arc::new(Grammars::new(Arc::clone(&parts.text), parts.eos()));
+        let compiling = Arc::new(Semaphore::new(COMPILATIONS));
+        let inner =
+            Inner { parts, places, tenants, merging, merge_places, publishing, grammars, compiling, started, next_id };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Whether the trainer thread lives; false from when it has ended by itself.
@@ -263,6 +273,18 @@ impl Service {
         admitted: &Admitted,
         place: impl Any + Send + Sync,
     ) -> Result<mpsc::Receiver<Event>, ServeError> {
+        self.submit_constrained(input, work, None, admitted, place)
+    }
+
+    /// Hands one sequence to the engine whose output is bounded.
+    pub(super) fn submit_constrained(
+        &self,
+        input: Input,
+        work: Work,
+        constraint: Option<Box<dyn Constraint>>,
+        admitted: &Admitted,
+        place: impl Any + Send + Sync,
+    ) -> Result<mpsc::Receiver<Event>, ServeError> {
         let (events, receiver) = mpsc::channel(work.events());
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
         let request = Request {
@@ -275,6 +297,7 @@ impl Service {
             token_types: input.types,
             delta,
             work,
+            constraint,
             deadline: admitted.deadline,
             events,
             permit: Some(Permit::new(place)),
@@ -415,6 +438,7 @@ impl From<EngineError> for ServeError {
         match e {
             EngineError::Internal(_) => Self::Internal(e.to_string()),
             EngineError::NonFinite => Self::NonFinite,
+            EngineError::Constraint(_) => Self::field("options.constraint", e.to_string()),
             EngineError::NoHead => Self::WrongTask(e.to_string()),
             EngineError::DeadlineExceeded(after) => Self::DeadlineExceeded(after),
             EngineError::Draining => Self::Draining,

@@ -76,6 +76,21 @@ pub(super) struct GenerateArgs {
     /// Report log-probabilities with this many alternatives (with --json).
     #[arg(long)]
     logprobs: Option<u32>,
+    /// JSON that is valid by the JSON schema in this file.
+    #[arg(long, value_name = "FILE", value_parser = text_of, group = "constraint")]
+    json_schema: Option<String>,
+    /// A JSON object.
+    #[arg(long, group = "constraint")]
+    json_object: bool,
+    /// A text that matches this regular expression as a whole.
+    #[arg(long, group = "constraint")]
+    regex: Option<String>,
+    /// One of these texts, with commas between them; may be repeated.
+    #[arg(long, value_name = "TEXT,...", value_delimiter = ',', group = "constraint")]
+    choice: Vec<String>,
+    /// A text of the Lark grammar in this file.
+    #[arg(long, value_name = "FILE", value_parser = text_of, group = "constraint")]
+    grammar: Option<String>,
     /// Continuations.
     #[arg(long, short, default_value_t = 1)]
     n: u32,
@@ -134,7 +149,22 @@ impl GenerateArgs {
             }
             .into(),
             priority: self.priority,
+            constraint: self.constraint(),
         }
+    }
+
+    /// What the output must be; clap takes one of them at most.
+    fn constraint(&self) -> Option<proto::generate_options::Constraint> {
+        use proto::generate_options::Constraint;
+        let choice = (!self.choice.is_empty()).then(|| proto::Choice { texts: self.choice.clone() });
+        let given = [
+            self.json_schema.clone().map(Constraint::JsonSchema),
+            self.json_object.then_some(Constraint::JsonObject(true)),
+            self.regex.clone().map(Constraint::Regex),
+            choice.map(Constraint::Choice),
+            self.grammar.clone().map(Constraint::LarkGrammar),
+        ];
+        given.into_iter().flatten().next()
     }
 
     fn prompt(&self) -> anyhow::Result<proto::Prompt> {
@@ -165,6 +195,11 @@ impl GenerateArgs {
         ensure!(args.delta.is_empty() && args.out.as_os_str() == "-", "--delta and --out have no place here");
         Ok(args)
     }
+}
+
+/// What is in a file.
+fn text_of(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|e| e.to_string())
 }
 
 /// Checks that a file can be continued and scored with the options `words` of `generate`.
@@ -253,6 +288,7 @@ mod tests {
             (&["a prompt"], "cannot be used with"),
             (&["--beams", "2"], "--beams"),
         ];
+        assert_eq!(of(&["--json-object", "--regex", "a"]).unwrap_err().matches("cannot be used with").count(), 1);
         for (words, part) in refused {
             let error = of(words).unwrap_err();
             assert!(error.contains(part), "{part}: {error}");

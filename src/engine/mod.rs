@@ -6,6 +6,7 @@
 
 mod beam;
 mod branches;
+mod constraint;
 mod metrics;
 mod request;
 mod sampler;
@@ -16,6 +17,7 @@ mod step;
 mod wanted;
 mod worker;
 
+pub use constraint::{Constraint, Ending, TokenSet};
 pub use request::{
     Beams, Began, EngineError, Event, Finished, Footprint, Generate, HeldDelta, Hypothesis, Output, Permit, Request,
     SubmitError, TokenOut, Work,
@@ -358,6 +360,9 @@ impl Checks {
             }
             Work::Score { .. } | Work::Classify | Work::ClassifyTokens => 0,
         };
+        if request.constraint.is_some() && !matches!(&request.work, Work::Generate(Generate { beams: None, .. })) {
+            return Err("only an output whose tokens are chosen one by one can be constrained".into());
+        }
         let source = request.source_rows();
         if source > self.positions {
             return Err(format!(

@@ -8,6 +8,7 @@ use std::{
 
 use tokio::sync::mpsc;
 
+use super::constraint::Constraint;
 use crate::{
     admission::params::{BeamParams, FinishReason, Pooling, Sampling, Timings, Usage},
     delta::{Delta, Stack},
@@ -84,6 +85,8 @@ pub struct Request {
     pub delta: Option<HeldDelta>,
     /// What to do.
     pub work: Work,
+    /// Bounds what it may generate.
+    pub constraint: Option<Box<dyn Constraint>>,
     /// Not started, or failed, after this.
     pub deadline: Option<Instant>,
     /// Where answers go. Its capacity must be at least [`Work::events`]; the engine never waits for it, and a closed
@@ -258,7 +261,7 @@ pub struct TokenOut {
 /// The end of a continuation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finished {
-    /// `StopToken` or `Length`.
+    /// `StopToken`, also where a constraint leaves nothing to say, or `Length`.
     pub reason: FinishReason,
     /// Tokens; a stop token counts, though it is not sent.
     pub usage: Usage,
@@ -301,6 +304,9 @@ pub enum EngineError {
     /// The model's numbers for this request are not finite (a broken delta).
     #[error("the model's output is not finite")]
     NonFinite,
+    /// What bounds the output of this request cannot be kept, or not with bounded work.
+    #[error("the constraint cannot be kept: {0}")]
+    Constraint(String),
     /// Neither the delta nor the base has a classification head.
     #[error("neither the delta nor the base has a head for this")]
     NoHead,

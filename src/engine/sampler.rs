@@ -1,6 +1,6 @@
 //! From one row of logits to the next token: a pure function.
 //!
-//! Order, as in vLLM and Hugging Face: penalties, repeated runs, temperature, min-p, top-k, top-p. The random number depends on the
+//! Order, as in vLLM and Hugging Face: what a constraint allows, penalties, repeated runs, temperature, min-p, top-k, top-p. The random number depends on the
 //! request's seed and the position only, so neither the batch's composition nor a recomputation changes a token.
 
 use std::{
@@ -8,6 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
 };
 
+use super::constraint::TokenSet;
 use crate::admission::params::Sampling;
 
 /// A row of logits that no token can be chosen from: NaN, positive infinity, or no finite value.
@@ -41,6 +42,12 @@ pub(super) fn choose(logits: &[f32], history: History<'_>, how: &Sampling, seed:
         return Ok(best);
     }
     Ok(draw(logits, best, logits[best as usize], how, uniform(seed, position(history))))
+}
+
+/// A row in which tokens that are not allowed cannot be chosen. Numbers that are none stay, wherever they are.
+pub(super) fn masked(logits: &[f32], allowed: &TokenSet) -> Vec<f32> {
+    let keep = |id: u32, logit: f32| allowed.contains(id) || logit.is_nan() || logit == f32::INFINITY;
+    (0u32..).zip(logits).map(|(id, &logit)| if keep(id, logit) { logit } else { f32::NEG_INFINITY }).collect()
 }
 
 /// Natural-log probability of a token under the raw logits, and the `n` most likely tokens with theirs.

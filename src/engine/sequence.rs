@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::{
     branches::{Branches, Move},
+    constraint::{Constrained, TokenSet},
     request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
     scheduler::{Claim, Demand, Names},
@@ -76,11 +77,12 @@ pub(super) struct Sequence {
     numbers: Vec<f32>,
     token_logits: Vec<Vec<f32>>,
     search: Option<Branches>,
+    constraint: Option<Constrained>,
 }
 
 impl Sequence {
     /// `shares`: whether this engine shares rows of prompts at all.
-    pub(super) fn new(request: Request, sites: &SiteTable, shares: bool) -> Self {
+    pub(super) fn new(mut request: Request, sites: &SiteTable, shares: bool) -> Self {
         let prompt = request.tokens.len();
         let keys = request.tenant.as_ref().map(|tenant| {
             // a delta that acts behind all keys shares those of the bare base
@@ -94,6 +96,7 @@ impl Sequence {
             Work::Generate(how) => how.beams.map(|beams| Branches::new(&request.tokens, how, &beams.search)),
             _ => None,
         };
+        let constraint = request.constraint.take().map(Constrained::new);
         let (numbers, token_logits) = (vec![], vec![]);
         let (begun, cached) = (false, 0);
         Self {
@@ -109,6 +112,7 @@ impl Sequence {
             numbers,
             token_logits,
             search,
+            constraint,
         }
     }
 
@@ -221,6 +225,30 @@ impl Sequence {
         self.search.as_mut().into_iter().for_each(Branches::restart);
     }
 
+    /// What its next token may be; `None`: anything.
+    pub(super) fn allowed(&self) -> Option<&TokenSet> {
+        self.constraint.as_ref().map(Constrained::allowed)
+    }
+
+    /// Whether [`Self::look`] has to be called before its next token is chosen.
+    pub(super) fn is_due(&self) -> bool {
+        self.constraint.as_ref().is_some_and(Constrained::is_due)
+    }
+
+    /// Finds out what its next token may be. `false`: nothing is left to say.
+    pub(super) fn look(&mut self) -> Result<bool, EngineError> {
+        let (Some(constraint), Work::Generate(how)) = (&mut self.constraint, &self.request.work) else {
+            return Ok(true);
+        };
+        constraint.look(&how.stop_tokens).map_err(EngineError::Constraint)
+    }
+
+    /// Sends its end, where nothing is left to say. Nobody may listen, which is fine.
+    pub(super) fn end(self) {
+        let end = Finished { reason: FinishReason::StopToken, usage: self.usage(), timings: self.timings() };
+        let _ = self.request.events.try_send(Event::Finished(end));
+    }
+
     /// Sends the last event. Nobody may listen, which is fine.
     pub(super) fn fail(self, error: EngineError) {
         let _ = self.request.events.try_send(Event::Failed(error));
@@ -306,17 +334,21 @@ impl Sequence {
             return Err(EngineError::Internal("a token for work that generates none".into()));
         };
         let stops = stop_tokens.contains(&token.id);
+        let complete = match &mut self.constraint {
+            Some(constraint) if !stops => constraint.accept(token.id).map_err(EngineError::Constraint)?,
+            _ => false,
+        };
         self.request.tokens.push(token.id);
         let full = self.request.tokens.len() - self.prompt >= *max_new_tokens;
         // fails only if the receiver is gone: the channel holds all events of the request
         let began = Began { queue: self.timings().queue, cached: self.cached };
         let mut heard = stops || self.request.events.try_send(Event::Token(token, began)).is_ok();
-        if stops || full {
-            let reason = if stops { FinishReason::StopToken } else { FinishReason::Length };
+        if stops || complete || full {
+            let reason = if stops || complete { FinishReason::StopToken } else { FinishReason::Length };
             let end = Finished { reason, usage: self.usage(), timings: self.timings() };
             heard = heard && self.request.events.try_send(Event::Finished(end)).is_ok();
         }
-        let ends = stops || full || !heard;
+        let ends = stops || complete || full || !heard;
         Ok((if ends { Fate::Ends } else { Fate::GoesOn { grew: true } }, Some(tick)))
     }
 

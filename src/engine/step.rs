@@ -277,11 +277,13 @@ fn choose(logits: &[f32], sequence: &Sequence, branch: usize) -> Got {
         return found.map_or(Got::NonFinite, Got::Candidates);
     }
     let seed = how.sampling.seed.unwrap_or(0);
-    let token =
-        sampler::choose(logits, sequence.history(branch), &how.sampling, seed).and_then(|id| match how.logprobs {
-            None => Ok(TokenOut { id, logprob: 0.0, top: vec![] }),
-            Some(n) => sampler::logprobs(logits, id, n).map(|(logprob, top)| TokenOut { id, logprob, top }),
-        });
+    let masked = sequence.allowed().map(|allowed| sampler::masked(logits, allowed));
+    let row = masked.as_deref().unwrap_or(logits);
+    // what is told of the token is the model's opinion, not the constraint's
+    let token = sampler::choose(row, sequence.history(branch), &how.sampling, seed).and_then(|id| match how.logprobs {
+        None => Ok(TokenOut { id, logprob: 0.0, top: vec![] }),
+        Some(n) => sampler::logprobs(logits, id, n).map(|(logprob, top)| TokenOut { id, logprob, top }),
+    });
     token.map_or(Got::NonFinite, Got::Token)
 }
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     model::Base,
-    ops::{self, Halves},
+    ops::{self, Halves, each},
     pacing::Pacer,
 };
 
@@ -117,6 +117,11 @@ impl Worker {
         let id = self.next;
         self.next += 1;
         let mut sequence = Sequence::new(request, &self.base.sites, self.prefix_cache);
+        match sequence.look() {
+            Ok(true) => {}
+            Ok(false) => return sequence.end(),
+            Err(e) => return sequence.fail(e),
+        }
         match self.scheduler.submit(id, sequence.delta_id(), sequence.demand()) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
             Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
@@ -195,6 +200,7 @@ impl Worker {
             Ok((got, distinct)) => {
                 self.metrics.distinct_deltas.record(distinct as f64);
                 self.settle(&plan.shares, got);
+                self.look_ahead();
             }
             Err(reason) => {
                 tracing::error!(reason, sequences = plan.shares.len(), "a step failed");
@@ -291,6 +297,22 @@ impl Worker {
                     }
                 }
                 Err(error) => self.fail(share.id, error),
+            }
+        }
+    }
+
+    /// Finds out what constrained sequences may say next: at once for all that got a token in this step. One whose constraint
+    /// cannot be kept fails alone.
+    fn look_ahead(&mut self) {
+        let due = self.sequences.iter_mut().filter(|(_, sequence)| sequence.is_due());
+        let mut looks: Vec<_> = due.map(|(id, sequence)| (*id, sequence, Ok(true))).collect();
+        each(looks.iter_mut().collect(), |(_, sequence, look)| *look = sequence.look());
+        let looks: Vec<_> = looks.into_iter().map(|(id, _, look)| (id, look)).collect();
+        for (id, look) in looks {
+            match look {
+                Ok(true) => {}
+                Ok(false) => self.retire(id).into_iter().for_each(Sequence::end),
+                Err(error) => self.fail(id, error),
             }
         }
     }

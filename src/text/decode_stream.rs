@@ -53,6 +53,11 @@ impl DecodeStream {
         Ok(Self { text, known: window.len(), window, emitted })
     }
 
+    /// Whether the next token has no neighbours: a decoder may then take a space away from it.
+    pub fn is_fresh(&self) -> bool {
+        self.window.is_empty()
+    }
+
     /// Takes the next token; returns new text, if there is any that later tokens cannot change.
     ///
     /// # Errors

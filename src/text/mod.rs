@@ -8,11 +8,13 @@ mod decode_stream;
 mod gguf;
 mod stop;
 mod strftime;
+mod token_bytes;
 mod tokenizer;
 
 pub use chat::{ChatError, ChatTemplate, encode_guarded, guard};
 pub use decode_stream::DecodeStream;
 pub use stop::{StopOutcome, StopStrings};
+pub use token_bytes::TokenBytes;
 pub use tokenizer::{Encoded, MAX_TEXT_BYTES, SpecialIds, TextError, TextModel};
 
 #[cfg(test)]

@@ -47,6 +47,9 @@ pub enum TextError {
     /// The tokenizer could not encode a text.
     #[error("the tokenizer cannot encode this text: {0}")]
     Encode(String),
+    /// What its tokens stand for, byte by byte, does not follow from the tokenizer.
+    #[error("the bytes of this tokenizer's tokens are not known: {0}")]
+    NoBytes(&'static str),
     /// The tokenizer could not decode ids.
     #[error("the tokenizer cannot decode these ids: {0}")]
     Decode(String),

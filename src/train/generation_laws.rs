@@ -54,6 +54,7 @@ fn served(base: &Arc<Base>, delta: Option<&Arc<Delta>>, quiz: &Quiz) -> Vec<Vec<
             token_types: None,
             delta: delta.map(|delta| HeldDelta::new(DeltaId::from_bytes([1; 32]), Arc::clone(delta), ())),
             work,
+            constraint: None,
             deadline: None,
             events,
             permit: None,

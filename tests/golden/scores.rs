@@ -56,6 +56,7 @@ pub(crate) fn check(
             token_types: None,
             delta: held,
             work: Work::Score { from: 1 },
+            constraint: None,
             deadline: None,
             events,
             permit: None,

@@ -9,6 +9,7 @@ mod bench;
 mod cancel;
 mod classify_file;
 mod compose;
+mod constrained;
 mod drain;
 mod edges;
 mod evaluation;

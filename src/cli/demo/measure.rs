@@ -51,6 +51,7 @@ pub(super) async fn complete(
         n: 1,
         beams: None,
         priority: 0,
+        constraint: None,
         timeout: None,
     };
     let mut stream = service.generate(tenant, params).await?;

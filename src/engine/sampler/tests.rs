@@ -226,3 +226,27 @@ fn top_k_and_top_p_agree_with_candles_sampler() {
         }
     }
 }
+
+#[test]
+fn what_is_not_allowed_is_never_chosen_and_numbers_that_are_none_stay() {
+    let mut allowed = TokenSet::default();
+    [1, 3, 70].into_iter().for_each(|id| allowed.insert(id));
+    let logits: Vec<f32> = (0..100u8).map(|i| f32::from(i * 37 % 100)).collect();
+    let row = masked(&logits, &allowed);
+    assert!((0..100).all(|i| row[i] == if [1, 3, 70].contains(&i) { logits[i] } else { f32::NEG_INFINITY }));
+    assert_eq!(choose(&row, NONE, &Sampling::default(), 1), Ok(70));
+    let seen: std::collections::BTreeSet<u32> = (0..3000)
+        .map(|seed| choose(&row, NONE, &Sampling { temperature: 80.0, top_k: 50, top_p: 0.999, ..warm() }, seed))
+        .map(|id| id.expect("finite"))
+        .collect();
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), [1, 3, 70]);
+    let history = History { prompt: &[1, 3], output: &[70, 70] };
+    let penalised = Sampling { frequency_penalty: 2.0, repetition_penalty: 90.0, no_repeat_ngram_size: 1, ..warm() };
+    assert!((0..300).all(|seed| choose(&row, history, &penalised, seed).is_ok_and(|id| allowed.contains(id))));
+    for sick in [f32::NAN, f32::INFINITY] {
+        let mut logits = logits.clone();
+        logits[50] = sick;
+        assert_eq!(choose(&masked(&logits, &allowed), NONE, &Sampling::default(), 1), Err(NonFinite));
+    }
+    assert_eq!(choose(&masked(&logits, &TokenSet::default()), NONE, &Sampling::default(), 1), Err(NonFinite));
+}

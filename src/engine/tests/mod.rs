@@ -2,6 +2,7 @@
 
 mod beams;
 mod caching;
+mod constraint;
 mod fairness;
 mod generation;
 mod lifecycle;
@@ -135,6 +136,8 @@ struct Job {
     work: Work,
     priority: i32,
     deadline: Option<Instant>,
+    /// What may follow so many tokens.
+    constraint: Option<constraint::Allow>,
     /// Stands for the lease: its count falls when the engine lets the request go.
     lease: Arc<()>,
 }
@@ -142,7 +145,18 @@ struct Job {
 impl Job {
     fn new(tokens: Vec<u32>, work: Work) -> Self {
         let (source, tenant, lease) = (vec![], TenantId::new("tenant").ok(), Arc::new(()));
-        Self { tokens, source, types: None, delta: None, tenant, work, priority: 0, deadline: None, lease }
+        Self {
+            tokens,
+            source,
+            types: None,
+            delta: None,
+            tenant,
+            work,
+            priority: 0,
+            deadline: None,
+            constraint: None,
+            lease,
+        }
     }
 
     fn of(mut self, tenant: &str) -> Self {
@@ -168,6 +182,7 @@ impl Job {
             token_types: self.types.clone(),
             delta: delta.map(|(id, delta)| HeldDelta::new(*id, Arc::clone(delta), Arc::clone(&self.lease))),
             work: self.work.clone(),
+            constraint: self.constraint.map(constraint::boxed),
             deadline: self.deadline,
             events,
             permit: None,

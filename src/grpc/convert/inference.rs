@@ -7,10 +7,10 @@ use crate::{
         catalog_params::check_weighted,
         check::{MAX_PROMPTS, Problems},
         params::{
-            BeamParams, ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, DeltaChoice,
-            EarlyStopping, EmbedParams, EmbedReply, FinishReason, GenerateChunk, GenerateParams, LabelScore, Pooling,
-            Prompt, Sampling, ScoreParams, ScoreReply, Scored, ServeError, ServedBy, ServedPart, Timings, TokenLabel,
-            TokenLogprob, Usage,
+            BeamParams, ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, ConstraintParams,
+            DeltaChoice, EarlyStopping, EmbedParams, EmbedReply, FinishReason, GenerateChunk, GenerateParams,
+            LabelScore, Pooling, Prompt, Sampling, ScoreParams, ScoreReply, Scored, ServeError, ServedBy, ServedPart,
+            Timings, TokenLabel, TokenLogprob, Usage,
         },
     },
     grpc::proto,
@@ -102,6 +102,7 @@ fn options(
     let beams = beams(&o, problems);
     GenerateParams {
         beams,
+        constraint: constraint(o.constraint, problems),
         delta,
         prompt,
         max_new_tokens: o.max_new_tokens.unwrap_or(DEFAULT_NEW_TOKENS),
@@ -114,6 +115,21 @@ fn options(
         priority: o.priority,
         timeout,
     }
+}
+
+/// What the output must be.
+fn constraint(given: Option<proto::generate_options::Constraint>, problems: &mut Problems) -> Option<ConstraintParams> {
+    use proto::generate_options::Constraint as Wire;
+    Some(match given? {
+        Wire::JsonSchema(schema) => ConstraintParams::JsonSchema(schema),
+        Wire::JsonObject(wanted) => {
+            problems.require(wanted, "options.json_object", || "is false; leave it out".into());
+            ConstraintParams::JsonObject
+        }
+        Wire::Regex(regex) => ConstraintParams::Regex(regex),
+        Wire::Choice(choice) => ConstraintParams::Choice(choice.texts),
+        Wire::LarkGrammar(grammar) => ConstraintParams::Lark(grammar),
+    })
 }
 
 /// A beam search, where more than one beam is asked for.
