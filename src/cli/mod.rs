@@ -73,7 +73,7 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum ClientCommand {
     /// Continue a prompt, or the rows of a JSON Lines file.
-    Generate(WithCommon<generate::GenerateArgs>),
+    Generate(Box<WithCommon<generate::GenerateArgs>>),
     /// Label texts, or the rows of a JSON Lines file.
     Classify(WithCommon<classify::ClassifyArgs>),
     /// Turn texts into vectors.

@@ -249,7 +249,7 @@ fn texts_of_a_grammar_are_in_its_language() {
     let mut whole = 0;
     for seed in 0..30 {
         let (text, ended) = talker.say(&grammar, &[], seed, 300);
-        let depth = text.chars().fold(Some(0i32), |depth, c| match (c, depth?) {
+        let depth = text.chars().try_fold(0i32, |depth, c| match (c, depth) {
             (')', 0) => None,
             (')', depth) => Some(depth - 1),
             ('(', depth) => Some(depth + 1),

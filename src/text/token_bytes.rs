@@ -48,13 +48,13 @@ impl TextModel {
         let anchor = words.iter().position(letter).ok_or(TextError::NoBytes("it has no token of one letter"))?;
         let before = self.decode(&[anchor as u32])?;
         let mut drops_space = None;
-        for id in 0..size {
-            let Ok(text) = std::str::from_utf8(&words[id]) else { continue };
-            let whole = self.decode(&[anchor as u32, id as u32])?;
+        for (id, word) in (0u32..).zip(&mut words) {
+            let Ok(text) = std::str::from_utf8(word) else { continue };
+            let whole = self.decode(&[anchor as u32, id])?;
             if whole.strip_prefix(&before) != Some(text) {
-                words[id].clear();
+                word.clear();
             } else if drops_space.is_none() && text.len() > 1 && text.starts_with(' ') {
-                drops_space = Some(self.decode(&[id as u32])? != text);
+                drops_space = Some(self.decode(&[id])? != text);
             }
         }
         Ok(TokenBytes { words, drops_space: drops_space.unwrap_or(false) })

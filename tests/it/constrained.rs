@@ -65,13 +65,16 @@ async fn outputs_keep_to_the_schema_beside_others_that_notice_nothing() {
     running.stop().await;
 }
 
+/// Whether a text is of its form.
+type Holds = fn(&str) -> bool;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_constraint_works_and_so_does_a_batch() {
     let world = World::long();
     let running = world.start().await;
     let client = &running.client;
     let texts: Vec<String> = ["red", "green, or blue", "reddish"].map(str::to_owned).to_vec();
-    let cases: [(Constraint, fn(&str) -> bool); 3] = [
+    let cases: [(Constraint, Holds); 3] = [
         (Constraint::Regex("[0-9]{4}-[0-9]{2}-[0-9]{2}".into()), |t| {
             t.len() == 10
                 && t.split('-').map(str::len).eq([4, 2, 2])

@@ -11,7 +11,7 @@ use crate::{cli::client::Client, grpc::proto};
 /// A request, ready to be sent.
 #[derive(Debug, Clone)]
 pub(in crate::cli) enum Call {
-    Generate(proto::GenerateRequest),
+    Generate(Box<proto::GenerateRequest>),
     Classify(proto::ClassifyRequest),
     Embed(proto::EmbedRequest),
     Score(proto::ScoreRequest),
@@ -100,7 +100,7 @@ impl Call {
     async fn follow(self, client: &Client, since: Instant, answer: &mut Answer) -> Result<(), Status> {
         let mut inference = client.inference();
         match self {
-            Self::Generate(request) => return generate(client, request, since, answer).await,
+            Self::Generate(request) => return generate(client, *request, since, answer).await,
             Self::Classify(request) => {
                 let asked = request.delta.clone();
                 let reply = inference.classify(request).await?.into_inner();

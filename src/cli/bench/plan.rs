@@ -250,7 +250,7 @@ impl Maker {
                     proto::GenerateOptions { max_new_tokens: Some(new), ignore_eos: true, ..Default::default() };
                 let prompt = proto::Prompt { prompt: Some(self.prompt(i, rng, words)) };
                 let (prompt, options) = (Some(prompt), Some(options));
-                Call::Generate(proto::GenerateRequest { delta, prompt, options, ..Default::default() })
+                Call::Generate(Box::new(proto::GenerateRequest { delta, prompt, options, ..Default::default() }))
             }
             Op::Classify => {
                 let input = proto::ClassifyInput { text: self.text(i, rng, words), ..Default::default() };

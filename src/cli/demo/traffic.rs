@@ -46,7 +46,7 @@ impl Traffic {
                 n += 1;
                 let (client, sink) = (client.clone(), Arc::clone(&sink));
                 tokio::spawn(async move {
-                    let answer = Call::Generate(request).measure(&client, Instant::now()).await;
+                    let answer = Call::Generate(Box::new(request)).measure(&client, Instant::now()).await;
                     sink.lock().push(answer);
                 });
             }
