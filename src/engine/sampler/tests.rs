@@ -231,7 +231,7 @@ fn top_k_and_top_p_agree_with_candles_sampler() {
 fn what_is_not_allowed_is_never_chosen_and_numbers_that_are_none_stay() {
     let mut allowed = TokenSet::default();
     [1, 3, 70].into_iter().for_each(|id| allowed.insert(id));
-    let logits: Vec<f32> = (0..100u8).map(|i| f32::from(i * 37 % 100)).collect();
+    let logits: Vec<f32> = (0..100u16).map(|i| f32::from(i * 37 % 100)).collect();
     let row = masked(&logits, &allowed);
     assert!((0..100).all(|i| row[i] == if [1, 3, 70].contains(&i) { logits[i] } else { f32::NEG_INFINITY }));
     assert_eq!(choose(&row, NONE, &Sampling::default(), 1), Ok(70));

@@ -1,3 +1,5 @@
+//! Products in halves against f64 and against the f32 kernels; the machine's instructions against plain code.
+
 use std::mem::MaybeUninit;
 
 use candle_core::{Device, Tensor};
