@@ -396,20 +396,22 @@ fn address(flag: &str, text: &str, problems: &mut Vec<String>) -> SocketAddr {
     })
 }
 
-/// Most calls per second that a limit may be of.
-const MAX_RATE: f64 = 1e6;
+/// Fewest and most calls per second that a limit may be of.
+const RATES: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
 
 /// `R[:BURST]`; without a burst, the calls of a second, and one at least.
 fn rate(text: &str, problems: &mut Vec<String>) -> Option<(f64, u32)> {
     let (rate, burst) = text.split_once(':').map_or((text, None), |(rate, burst)| (rate, Some(burst)));
-    let rate = rate.parse().ok().filter(|r| *r > 0.0 && *r <= MAX_RATE);
+    let rate = rate.parse().ok().filter(|r| RATES.contains(r));
     let burst = match burst {
         None => rate.map(|r: f64| r.ceil().max(1.0) as u32),
         Some(text) => text.parse().ok().filter(|burst| *burst > 0),
     };
     if rate.is_none() || burst.is_none() {
         problems.push(format!(
-            "--tenant-rate: is {text:?}; accepted is R[:BURST], R over 0 to {MAX_RATE} calls per second, BURST from 1 on"
+            "--tenant-rate: is {text:?}; accepted is R[:BURST], R from {} to {} calls per second, BURST from 1 on",
+            RATES.start(),
+            RATES.end()
         ));
     }
     rate.zip(burst)

@@ -124,10 +124,8 @@ impl Service {
             }
         }
         let seed = params.sampling.seed.unwrap_or_else(rand::random);
-        let stop_tokens: Vec<u32> = match params.ignore_eos {
-            true => params.stop_tokens.clone(),
-            false => params.stop_tokens.iter().chain(&self.parts().eos()).copied().collect(),
-        };
+        let eos = if params.ignore_eos { Vec::new() } else { self.parts().eos() };
+        let stop_tokens = stop_tokens(&params.stop_tokens, &eos, self.parts().base.arch.vocab);
         let generate = |sampling, beams| {
             let logprobs = params.logprobs.map(|n| n as usize);
             Work::Generate(engine::Generate {
@@ -352,6 +350,12 @@ impl Continuation {
     }
 }
 
+/// Tokens that end an output: what was asked for, and the base's own. Ids that are no token's can never come, and whoever keeps a
+/// set of tokens need not have room for them.
+fn stop_tokens(asked: &[u32], eos: &[u32], vocab: usize) -> Vec<u32> {
+    asked.iter().chain(eos).copied().filter(|id| (*id as usize) < vocab).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,5 +367,10 @@ mod tests {
         let clock = Clock { arrived, queue: Duration::from_millis(50), first: Some(first) };
         let times = clock.timings();
         assert_eq!((times.queue, times.queue + times.prefill), (Duration::from_millis(50), first - arrived));
+    }
+
+    #[test]
+    fn ids_that_are_no_tokens_end_nothing() {
+        assert_eq!(stop_tokens(&[7, u32::MAX, 99, 100], &[2], 100), [7, 99, 2]);
     }
 }

@@ -111,7 +111,7 @@ fn limits_of_tenants_are_off_unless_given() {
     // without a burst, as many at once as come in a second, and one at least
     let rate = |value: &str| tenants(&[&format!("--tenant-rate={value}")]).map(|t| t.rate);
     assert_eq!([rate("20"), rate("0.2"), rate("2.5")], [Ok(Some((20.0, 20))), Ok(Some((0.2, 1))), Ok(Some((2.5, 3)))]);
-    for bad in ["0", "-1", "nan", "inf", "1e9", "2:0", "2:x", "2:3:4", ""] {
+    for bad in ["0", "1e-20", "-1", "nan", "inf", "1e9", "2:0", "2:x", "2:3:4", ""] {
         let problems = rate(bad).expect_err(bad).0;
         assert!(problems[0].starts_with("--tenant-rate:") && problems[0].contains("R[:BURST]"), "{problems:?}");
     }
