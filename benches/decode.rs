@@ -1,16 +1,22 @@
-//! Decode speed of the forward itself (no gRPC): bare base, one LoRA, and a different LoRA on every row, in one run.
+//! Decode speed of the forward itself (no gRPC): bare base, one LoRA, a different LoRA on every row, and with `--mixed yes`
+//! a different delta on every row, of five kinds (LoRA, adapter, prefix, prompt, BitFit), in one run.
 //!
-//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5] [--quantize q8_0|q4k]`
-//! Without `--base` it makes a random base of GPT-2 small's shape (124M) and random rank-8 LoRAs on `c_attn`.
+//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--prompt 32] [--repeat 5]
+//! [--rank 8] [--linears attention|all] [--mixed yes] [--quantize q8_0|q4k]`
+//! Without `--base` it makes a random base of GPT-2 small's shape (124M); without `--loras` random LoRAs, on `c_attn` (or
+//! queries and values) or on all linears.
 //! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a benchmark stops where anything fails")]
 
+mod deltas;
+
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
 
-use candle_core::{CpuStorage, Device, Storage, Tensor};
+use candle_core::{CpuStorage, Storage, Tensor};
+use deltas::{Kind, median};
 use deltaserve::{
-    delta::{Delta, DeltaBatch, DeltaFiles, DeltaSpec, LowRank, Patch, Task},
+    delta::{Delta, DeltaBatch, DeltaFiles},
     interop,
     kv::KvCache,
     model::{Base, Input, LoadOptions, Quantize, testing},
@@ -28,6 +34,9 @@ struct Args {
     prompt: usize,
     repeat: usize,
     rank: usize,
+    /// LoRAs on all linears, not on attention's inputs alone.
+    all: bool,
+    mixed: bool,
     quantize: Option<Quantize>,
 }
 
@@ -54,38 +63,14 @@ fn args() -> Args {
         prompt: num("prompt", 32),
         repeat: num("repeat", 5),
         rank: num("rank", 8),
+        all: map.get("linears").is_some_and(|v| v == "all"),
+        mixed: map.contains_key("mixed"),
         quantize: map.get("quantize").map(|v| match v.as_str() {
             "q8_0" => Quantize::Q8_0,
             "q4k" => Quantize::Q4K,
             other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
         }),
     }
-}
-
-fn random_lora(base: &Base, rank: usize, seed: u64) -> Arc<Delta> {
-    let mut rng = testing::Rng(seed * 2 + 1);
-    let mut patches = Vec::new();
-    for (id, entry) in base.sites.iter() {
-        let wanted = entry.module.ends_with("c_attn") || entry.module.ends_with("q_proj");
-        if wanted {
-            let mut make = |o: usize| {
-                let data: Vec<f32> = (0..rank * o).map(|_| 0.02 * rng.normal()).collect();
-                Tensor::from_vec(data, (rank, o), &Device::Cpu).expect("shape fits")
-            };
-            let (a, b) = (make(entry.in_dim), make(entry.out_dim));
-            patches.push((id, Patch::LowRank(LowRank { a, b, scale: 2.0 })));
-        }
-    }
-    let spec = DeltaSpec {
-        methods: vec!["lora".into()],
-        task: Task::CausalLm,
-        labels: vec![],
-        num_virtual_tokens: 0,
-        problem: Default::default(),
-        parameters: 0,
-        resident_bytes: 0,
-    };
-    Arc::new(Delta::new(spec, patches, None))
 }
 
 fn load_loras(base: &Base, dir: &PathBuf) -> Vec<Arc<Delta>> {
@@ -132,7 +117,8 @@ fn greedy(logits: &Tensor) -> Vec<u32> {
 /// Seconds of prefill and of `new` decode steps.
 fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) -> (f64, f64) {
     let (prompt, new) = (args.prompt, args.new);
-    let total = prompt + new + 1;
+    let ahead: Vec<_> = deltas.iter().map(|d| d.as_ref().map_or_else(Default::default, |d| d.ahead())).collect();
+    let total = prompt + new + 1 + ahead.iter().map(|a| a.slots()).max().unwrap_or(0);
     let cache =
         KvCache::new(base.arch.layers, batch * total, base.arch.kv_width(), base.dtype, &base.device).expect("cache");
     let slots = |i: usize, len: usize| -> Arc<[u32]> { (0..len).map(|p| (i * total + p) as u32).collect() };
@@ -143,13 +129,14 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
         let mut rows = RowLayout::default();
         let mut tokens = Vec::new();
         for i in 0..batch {
+            let (ahead, first) = (ahead[i], ahead[i].rows + prompt);
             match last.get(i) {
                 None => {
-                    rows.push(prompt, 0, slots(i, prompt));
+                    rows.push_after(ahead, first, 0, slots(i, ahead.keys + first));
                     tokens.extend((0..prompt).map(|p| ((i * 7919 + p * 104_729) % base.arch.vocab) as u32));
                 }
                 Some(&token) => {
-                    rows.push(1, prompt + step - 1, slots(i, prompt + step));
+                    rows.push_after(ahead, 1, first + step - 1, slots(i, ahead.keys + first + step));
                     tokens.push(token);
                 }
             }
@@ -164,11 +151,6 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
         if step == 0 { times.0 += spent } else { times.1 += spent }
     }
     times
-}
-
-fn median(mut v: Vec<f64>) -> f64 {
-    v.sort_by(f64::total_cmp);
-    v.get(v.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn main() {
@@ -190,8 +172,14 @@ fn main() {
     let largest = args.batches.iter().copied().max().unwrap_or(1);
     let loras = match &args.loras {
         Some(dir) => load_loras(&base, dir),
-        None => (0..largest as u64).map(|i| random_lora(&base, args.rank, i)).collect(),
+        None => {
+            let kind = Kind::Lora { rank: args.rank, all: args.all };
+            (0..largest as u64).map(|i| deltas::random(&base, kind, 0, i)).collect()
+        }
     };
+    let kinds = deltas::mixed(args.rank);
+    let of_kinds = |i: usize| Some(deltas::random(&base, kinds[i % kinds.len()], 0, i as u64));
+    let of_kinds: Vec<_> = (0..if args.mixed { largest } else { 0 }).map(of_kinds).collect();
     let threads = rayon::current_num_threads();
     println!(
         "{}",
@@ -205,6 +193,9 @@ fn main() {
                 if n <= batch && n <= loras.len() {
                     variants.push((format!("{n} LoRAs"), mixed(n)));
                 }
+            }
+            if args.mixed {
+                variants.push(("five kinds".to_owned(), of_kinds[..batch].to_vec()));
             }
             run(&base, batch, &args, &variants[0].1); // warm up
             let mut times: Vec<Vec<(f64, f64)>> = vec![vec![]; variants.len()];
