@@ -1,6 +1,7 @@
 //! Decode speed of the forward itself (no gRPC): bare base, one LoRA, and a different LoRA on every row, in one run.
 //!
-//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5] [--quantize q8_0|q4k]`
+//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5] [--quantize q8_0|q4k]
+//! [--activations int8|f32]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M) and random rank-8 LoRAs on `c_attn`.
 //! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
 
@@ -15,6 +16,7 @@ use deltaserve::{
     kv::KvCache,
     model::{Base, Input, LoadOptions, Quantize, testing},
     nn::{Cx, Wanted},
+    ops::{self, Activations},
     rows::RowLayout,
 };
 use rayon::prelude::*;
@@ -29,6 +31,7 @@ struct Args {
     repeat: usize,
     rank: usize,
     quantize: Option<Quantize>,
+    activations: Activations,
 }
 
 fn args() -> Args {
@@ -59,6 +62,8 @@ fn args() -> Args {
             "q4k" => Quantize::Q4K,
             other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
         }),
+        // as the server does
+        activations: map.get("activations").map_or(Activations::Int8, |v| v.parse().expect("--activations")),
     }
 }
 
@@ -206,11 +211,12 @@ fn main() {
                     variants.push((format!("{n} LoRAs"), mixed(n)));
                 }
             }
-            run(&base, batch, &args, &variants[0].1); // warm up
+            let run = |deltas: &[_]| ops::with_activations(args.activations, || run(&base, batch, &args, deltas));
+            run(&variants[0].1); // warm up
             let mut times: Vec<Vec<(f64, f64)>> = vec![vec![]; variants.len()];
             for _ in 0..args.repeat {
                 for (v, (_, deltas)) in variants.iter().enumerate() {
-                    times[v].push(run(&base, batch, &args, deltas));
+                    times[v].push(run(deltas));
                 }
             }
             let tok_s = |t: &[(f64, f64)]| median(t.iter().map(|t| (batch * args.new) as f64 / t.1).collect());
