@@ -2,7 +2,7 @@
 //! different LoRA and head on every row, in one run.
 //!
 //! `cargo bench --bench classify -- [--base DIR] [--batch 1,32] [--len 64] [--repeat 15] [--rank 8] [--linears attention|all]
-//! [--quantize q8_0|q4k]`
+//! [--quantize q8_0|q4k] [--activations int8|f32]`
 //! Without `--base` it makes a random base of BERT base's shape (109M). One JSON line per figure: medians over `repeat` runs,
 //! variants interleaved.
 
@@ -17,6 +17,7 @@ use deltaserve::{
     delta::{Delta, DeltaBatch},
     model::{Base, Input, LoadOptions, Quantize, testing},
     nn::{Cx, Wanted},
+    ops::{self, Activations},
     rows::RowLayout,
 };
 use serde_json::json;
@@ -55,6 +56,8 @@ fn main() {
         "q4k" => Quantize::Q4K,
         other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
     });
+    // as the server does
+    let activations = text("--activations").map_or(Activations::Int8, |v| v.parse().expect("--activations"));
     let options = LoadOptions { quantize, ..LoadOptions::default() };
     let base = match text("--base") {
         Some(dir) => Base::load(dir.as_ref(), &options).expect("a base folder"),
@@ -93,7 +96,7 @@ fn main() {
             let mut times = vec![Vec::new(); variants.len()];
             for round in 0..repeat + 2 {
                 for (times, (_, deltas)) in times.iter_mut().zip(&variants) {
-                    let seconds = run(&base, len, deltas);
+                    let seconds = ops::with_activations(activations, || run(&base, len, deltas));
                     if round >= 2 {
                         times.push(seconds); // the first rounds warm up
                     }

@@ -2,7 +2,7 @@
 //! a different delta on every row, of five kinds (LoRA, adapter, prefix, prompt, BitFit), in one run.
 //!
 //! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--prompt 32] [--repeat 5]
-//! [--rank 8] [--linears attention|all] [--mixed yes] [--quantize q8_0|q4k]`
+//! [--rank 8] [--linears attention|all] [--mixed yes] [--quantize q8_0|q4k] [--activations int8|f32]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M); without `--loras` random LoRAs, on `c_attn` (or
 //! queries and values) or on all linears.
 //! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
@@ -21,6 +21,7 @@ use deltaserve::{
     kv::KvCache,
     model::{Base, Input, LoadOptions, Quantize, testing},
     nn::{Cx, Wanted},
+    ops::{self, Activations},
     rows::RowLayout,
 };
 use rayon::prelude::*;
@@ -38,6 +39,7 @@ struct Args {
     all: bool,
     mixed: bool,
     quantize: Option<Quantize>,
+    activations: Activations,
 }
 
 fn args() -> Args {
@@ -70,6 +72,8 @@ fn args() -> Args {
             "q4k" => Quantize::Q4K,
             other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
         }),
+        // as the server does
+        activations: map.get("activations").map_or(Activations::Int8, |v| v.parse().expect("--activations")),
     }
 }
 
@@ -197,11 +201,12 @@ fn main() {
             if args.mixed {
                 variants.push(("five kinds".to_owned(), of_kinds[..batch].to_vec()));
             }
-            run(&base, batch, &args, &variants[0].1); // warm up
+            let run = |deltas: &[_]| ops::with_activations(args.activations, || run(&base, batch, &args, deltas));
+            run(&variants[0].1); // warm up
             let mut times: Vec<Vec<(f64, f64)>> = vec![vec![]; variants.len()];
             for _ in 0..args.repeat {
                 for (v, (_, deltas)) in variants.iter().enumerate() {
-                    times[v].push(run(&base, batch, &args, deltas));
+                    times[v].push(run(deltas));
                 }
             }
             let tok_s = |t: &[(f64, f64)]| median(t.iter().map(|t| (batch * args.new) as f64 / t.1).collect());

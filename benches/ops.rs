@@ -8,7 +8,7 @@ use candle_core::{
     Device, Module, Tensor, Var,
     quantized::{GgmlDType, QMatMul, QTensor},
 };
-use deltaserve::ops::{self, Act, Halves, Norm, QuantKind, Quantized, Weight};
+use deltaserve::ops::{self, Act, Activations, Halves, Norm, QuantKind, Quantized, Weight};
 use divan::{Bencher, black_box, counter::ItemsCount};
 
 fn main() {
@@ -108,6 +108,12 @@ fn linear_candle_quantized(b: Bencher<'_, '_>, rows: usize, dtype: GgmlDType) {
 #[divan::bench(args = ROWS)]
 fn linear_q8_0(b: Bencher<'_, '_>, rows: usize) {
     linear_quantized(b, rows, QuantKind::Q8_0);
+}
+
+/// As it is served: activations in 8 bits, too.
+#[divan::bench(args = ROWS)]
+fn linear_q8_0_int8(b: Bencher<'_, '_>, rows: usize) {
+    ops::with_activations(Activations::Int8, || linear_quantized(b, rows, QuantKind::Q8_0));
 }
 
 #[divan::bench(args = ROWS)]

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::{
     grpc::GrpcConfig,
     ids::TenantId,
-    ops::{Halves, Priority},
+    ops::{Activations, Halves, Priority},
     telemetry::LogFormat,
 };
 
@@ -33,9 +33,14 @@ pub struct ServeArgs {
     /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU.
     #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
     pub dtype: Option<DtypeChoice>,
-    /// What the base's linears are quantised to at load, on the CPU; embeddings, norms, biases and heads stay as they are.
+    /// What the base's linears are quantised to at load, on the CPU; norms, biases and classification heads stay as they are,
+    /// as does an embedding table that is no language-model head.
     #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
     pub quantize: Option<QuantizeChoice>,
+    /// What linears of 8 bits (Q8_0, Q5_0) take of their input when requests are served: `int8` rounds it to 8 bits, a scale per
+    /// 32, as llama.cpp does; `f32` does not and is slower. Training takes f32 in any case, and so does an f32 base.
+    #[arg(long, env = "DELTASERVE_ACTIVATIONS", value_name = "int8|f32", default_value = "int8")]
+    pub activations: String,
     /// Threads of a matrix product; default the physical cores.
     #[arg(long, env = "DELTASERVE_THREADS", value_name = "N")]
     pub threads: Option<usize>,
@@ -196,6 +201,8 @@ pub struct EngineLimits {
     pub prefix_cache: bool,
     /// Requests that may wait.
     pub max_queue: usize,
+    /// What 8-bit linears take of their input.
+    pub activations: Activations,
 }
 
 /// Limits of each tenant's calls of inference, and their shares.
@@ -304,6 +311,10 @@ impl TryFrom<ServeArgs> for Config {
             problems.push(format!("--bf16x2: {error}"));
             Halves::default()
         });
+        let activations = args.activations.parse::<Activations>().unwrap_or_else(|error| {
+            problems.push(format!("--activations: {error}"));
+            Activations::default()
+        });
         let tenants = TenantConfig {
             max_concurrent: args.tenant_max_concurrent,
             rate: args.tenant_rate.as_deref().and_then(|text| rate(text, &mut problems)),
@@ -337,6 +348,7 @@ impl TryFrom<ServeArgs> for Config {
                 kv_positions: args.kv_positions,
                 prefix_cache: args.prefix_cache == Switch::On,
                 max_queue: args.max_queue,
+                activations,
             },
             tenants,
             train: TrainLimits {

@@ -176,7 +176,7 @@ fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<M
             own.dims()
         )));
     }
-    if tokens::same(&weight, &own)? {
+    if base.holds(site, &if embedding { weight.clone() } else { weight.t()? })? {
         return Ok(None);
     }
     let put = |t: &Tensor| t.to_device(&base.device)?.to_dtype(base.dtype);

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use serde_json::Value;
 
 use super::{
@@ -127,12 +127,4 @@ fn own_rows(site: SiteId, ids: &[u32], base: &Base) -> Result<Tensor, InteropErr
         Some((w, _)) => w.index_select(&Tensor::new(ids, w.device())?, 1)?.t()?.contiguous()?,
         None => base.table_rows(ids)?,
     })
-}
-
-/// Whether two matrices are the same, but for the types they are stored in.
-pub(super) fn same(a: &Tensor, b: &Tensor) -> Result<bool, InteropError> {
-    let flat = |t: &Tensor| -> candle_core::Result<Vec<f32>> {
-        t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1()
-    };
-    Ok(a.dims() == b.dims() && flat(a)? == flat(b)?)
 }

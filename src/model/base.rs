@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{
     Architecture, ModelError, Quantize, Transformer, family,
     gguf::{self, GgufFile},
-    sites, weights,
+    sites, table, weights,
 };
 use crate::{
     delta::{SiteId, SiteTable},
@@ -205,6 +205,23 @@ impl Base {
     /// Those of candle.
     pub fn table(&self) -> candle_core::Result<Tensor> {
         self.transformer.table().whole()
+    }
+
+    /// Whether a site's matrix was made of this one, `[out, in]`, or `[vocab, hidden]` of the embedding: has its numbers, or comes
+    /// to the same codes where it is quantised.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn holds(&self, site: SiteId, w: &Tensor) -> candle_core::Result<bool> {
+        let Some((linear, columns)) = self.transformer.linear_at(site) else {
+            return self.transformer.table().holds(w);
+        };
+        if columns.len() == linear.weight.out_dim()
+            && let Some(holds) = linear.weight.holds_quantized(w)?
+        {
+            return Ok(holds);
+        }
+        table::same(&linear.weight.as_in_out()?.narrow(1, columns.start, columns.len())?.t()?, w)
     }
 
     /// Rows of the embedding table, `[ids, hidden]`.

@@ -30,10 +30,21 @@ impl Transformer {
         let loader = Loader { arch, ckpt, sites, options };
         let n = &arch.names;
         let h = arch.hidden;
-        // a table is not quantised here, since its rows are seen as they are; one that is stored in blocks stays in them
-        let embed = match ckpt.blocks(n.embed, [arch.vocab, h])? {
-            Some((kind, bytes)) => Table::Packed(Quantized::from_blocks(kind, &bytes, (arch.vocab, h))?.into()),
-            None => Table::Own(ckpt.get(n.embed, "weight", &[arch.vocab, h])?),
+        // a table is quantised as the head that it is; one that is stored in blocks stays in them
+        let tied = arch.is_causal() && arch.tied_head && !n.lm_head.is_empty();
+        let wanted = options.quantize.filter(|_| tied).and_then(|_| quantize::of_head(h));
+        let quantized = |kind, bytes: &[u8]| -> Loaded<Table> {
+            Ok(Table::Packed(Quantized::from_blocks(kind, bytes, (arch.vocab, h))?.into()))
+        };
+        let embed = match (ckpt.blocks(n.embed, [arch.vocab, h])?, wanted) {
+            (Some((kind, bytes)), _) => quantized(kind, &bytes)?,
+            (None, wanted) => {
+                let table = ckpt.get(n.embed, "weight", &[arch.vocab, h])?;
+                match wanted {
+                    Some(kind) => quantized(kind, &ops::quantize(&table, kind)?)?,
+                    None => Table::Own(table),
+                }
+            }
         };
         let lm_head = loader.lm_head(&embed)?;
         // an encoder's head is rarely asked, its table at every row; a table that is trained stays a plain tensor
@@ -251,7 +262,7 @@ impl Loader<'_> {
         }
         let part: Option<Part> = self.sites.id(Site::LmHead).map(|site| (site, 0..a.vocab));
         let own = [(n.lm_head.to_owned(), a.vocab)];
-        // 8 bits at least: what is lost here is in every choice of a token, and nothing behind it makes up for it
+        // as `of_head` says
         let wanted = self.options.quantize.map(|_| Quantize::Q8_0);
         let weight = match embed {
             _ if !a.tied_head => match quantize::weight(self.ckpt, wanted, &own, (a.hidden, false))? {

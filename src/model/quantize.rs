@@ -26,6 +26,12 @@ impl Quantize {
     }
 }
 
+/// The format of a language-model head, whichever is asked for, with an input so wide: 8 bits at least, since what is lost here
+/// is in every choice of a token, and nothing behind it makes up for it.
+pub(super) fn of_head(in_dim: usize) -> Option<QuantKind> {
+    Quantize::Q8_0.kind(in_dim)
+}
+
 /// A part of a matrix, `[out, in]`.
 enum Rows {
     Floats(Tensor),

@@ -1,14 +1,25 @@
 //! The embedding table, which may be the language-model head's weight, too.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use crate::ops::{Weight, WeightPart};
+
+/// Whether two matrices have the same numbers, whatever the types they are stored in.
+///
+/// # Errors
+/// Those of candle.
+pub(super) fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let flat = |t: &Tensor| -> Result<Vec<f32>> {
+        t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1()
+    };
+    Ok(a.dims() == b.dims() && flat(a)? == flat(b)?)
+}
 
 /// A `[vocab, hidden]` table; a variable where every weight is trained, then as it is.
 pub(super) enum Table {
     /// As it is.
     Own(Tensor),
-    /// In a form that kernels like: the head's weight, kept once for both, or blocks that a file has it in.
+    /// In a form that kernels like: the head's weight, kept once for both, possibly in blocks, or blocks that a file has it in.
     Packed(Weight),
 }
 
@@ -33,6 +44,19 @@ impl Table {
             Self::Own(table) => Ok(table.clone()),
             Self::Packed(weight) => weight.as_in_out()?.t()?.contiguous(),
         }
+    }
+
+    /// Whether it was made of this table `[vocab, hidden]`: has its numbers, or comes to the same codes where it is quantised.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub(super) fn holds(&self, table: &Tensor) -> Result<bool> {
+        if let Self::Packed(weight) = self
+            && let Some(holds) = weight.holds_quantized(table)?
+        {
+            return Ok(holds);
+        }
+        same(&self.whole()?, table)
     }
 
     /// Numbers in it.

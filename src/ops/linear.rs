@@ -10,7 +10,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
 };
 
-use super::{Quantized, cpu_result, f32_slice, is_cpu_f32, packed, with_f32};
+use super::{Activations, Quantized, cpu_result, f32_slice, is_cpu_f32, packed, with_activations, with_f32};
 
 /// How a frozen matrix lies in memory.
 #[derive(Debug, Clone)]
@@ -117,6 +117,18 @@ impl Weight {
         }
     }
 
+    /// Whether these are its numbers, `[out, in]`, where it is quantised: a matrix that comes to the same codes. `None` where it
+    /// is not.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn holds_quantized(&self, w: &Tensor) -> Result<Option<bool>> {
+        match &self.form {
+            Form::Quantized(own) => own.holds(w).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Whether it is trained: a gradient of the matrix is wanted.
     pub fn is_trained(&self) -> bool {
         match &self.form {
@@ -190,7 +202,7 @@ impl Weight {
         let shape = (rows, self.in_dim, self.out_dim);
         match &self.form {
             Form::Panels(w) => with_f32(w, |w| Ok(packed::product(x, w, bias, shape))),
-            Form::Quantized(w) => Ok(packed::product(x, &**w, bias, shape)),
+            Form::Quantized(w) => Ok(w.product(x, bias, rows)),
             Form::Joined(parts) => {
                 let mut out = vec![0f32; rows * self.out_dim];
                 let mut at = 0;
@@ -342,7 +354,12 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         other => (None, other),
     };
     let op = FrozenLinear { weight: weight.clone(), bias: inside };
-    let y = if x.track_op() { x.apply_op1(op)? } else { x.apply_op1_no_bwd(&op)? };
+    let y = if x.track_op() {
+        // its gradient is that of the dequantised matrix
+        with_activations(Activations::F32, || x.apply_op1(op))?
+    } else {
+        x.apply_op1_no_bwd(&op)?
+    };
     match after {
         Some(b) => super::add_bias(&y, b),
         None => Ok(y),

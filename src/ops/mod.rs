@@ -44,11 +44,13 @@ pub use nll::{head_kl, head_nll, head_nll_against, smoothed_nll};
 pub use norm::{Norm, norm};
 pub use packed::{Halves, in_step, permitting};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
-pub use quantized::{QuantKind, Quantized, quantize};
+pub use quantized::{Activations, QuantKind, Quantized, quantize, with_activations};
 pub use rope::{RopeTable, rope, rope_leading};
 pub use scatter::write_rows;
 pub(crate) use team::each;
 pub use updated::{Ending, RowUpdates, Update, takes_updates, updated_linear};
+
+use std::{cell::Cell, thread::LocalKey};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -132,6 +134,15 @@ fn prefetch<const SECOND_LEVEL: bool, T>(data: &[T], at: usize) {
 
 /// Floats of a cache line.
 const LINE: usize = 16;
+
+/// Sets a cell of this thread back when it is dropped.
+struct Back<T: Copy + 'static>(&'static LocalKey<Cell<T>>, T);
+
+impl<T: Copy> Drop for Back<T> {
+    fn drop(&mut self) {
+        self.0.set(self.1);
+    }
+}
 
 /// Runs `f` compiled for the best vector unit of this machine (AVX-512, AVX2, NEON, or plain).
 #[inline]

@@ -9,9 +9,9 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, Device, Layout, Result,
 use parking_lot::Mutex;
 
 use super::{
-    Weight, each, is_cpu_f32,
+    Activations, Weight, each, is_cpu_f32,
     kl::{self, Reference},
-    math, vectorized,
+    math, vectorized, with_activations,
 };
 
 /// Elements of logits that live at a time (64 MiB of f32).
@@ -36,6 +36,11 @@ struct HeadNll {
 
 impl HeadNll {
     fn run(&self, h: &Tensor) -> Result<Vec<f32>> {
+        // gradients are those of a quantised head's numbers
+        if self.tracked { with_activations(Activations::F32, || self.losses(h)) } else { self.losses(h) }
+    }
+
+    fn losses(&self, h: &Tensor) -> Result<Vec<f32>> {
         let (rows, hidden) = h.dims2()?;
         let vocab = self.weight.out_dim();
         let per = match self.against {

@@ -1,22 +1,25 @@
 //! Frozen matrices in fewer bits, in the block formats of ggml, laid in panels as [`super::packed`] multiplies them.
 //!
-//! Activations stay in f32 and a weight is expanded just before it is used, a block of a panel at a time: a product is that
-//! of the dequantised matrix, forward and backward, and nothing but the codes and their scales is kept. candle's own
-//! quantised product rounds activations to 8 bits, keeps a second, repacked copy of the matrix, and runs on one pool whose
-//! callers wait for each other, so that a step of training would hold up a step of serving.
+//! A weight is expanded just before it is used, a block of a panel at a time: a product is that of the dequantised matrix,
+//! forward and backward, and nothing but the codes and their scales is kept. Where it is permitted, as in serving, codes of 8
+//! bits are multiplied as they are with activations that are rounded to 8 bits ([`int8`]). candle's own quantised product keeps
+//! a second, repacked copy of the matrix, and runs on one pool whose callers wait for each other, so that a step of training
+//! would hold up a step of serving.
 
 mod blocks;
+mod int8;
 
 use std::ops::Range;
 
 use candle_core::{
-    Device, Result, Tensor, bail,
+    DType, Device, Result, Tensor, bail,
     quantized::{GgmlDType, QTensor},
 };
 use rayon::prelude::*;
 
 use self::blocks::Block;
-use super::{packed::PANEL, prefetch, with_f32};
+pub use self::int8::{Activations, with_activations};
+use super::{packed::PANEL, par_rows, prefetch, with_f32};
 
 /// Bytes of codes that are asked of memory ahead of their use.
 const AHEAD: usize = 4096;
@@ -47,8 +50,10 @@ struct Form {
     depth: usize,
     /// Rows that share a scale.
     group: usize,
-    /// Bits of a code: 8 (signed) or 4 (unsigned).
+    /// Bits of a code: 8 (signed, but for `quads`) or 4 (unsigned).
     bits: usize,
+    /// Whether codes lie as [`int8`] multiplies them: four rows of a column side by side, unsigned.
+    quads: bool,
     offset: f32,
     /// 0 where there is no minimum.
     min_sign: f32,
@@ -111,12 +116,12 @@ impl QuantKind {
     }
 
     const fn form(self) -> Form {
-        let plain = Form { depth: 32, group: 32, bits: 8, offset: 0.0, min_sign: 0.0, sub: Sub::None };
+        let plain = Form { depth: 32, group: 32, bits: 8, quads: false, offset: 0.0, min_sign: 0.0, sub: Sub::None };
         let nested = Form { depth: 256, min_sign: -1.0, sub: Sub::Unsigned, ..plain };
         match self {
             Self::Q4_0 => Form { bits: 4, offset: 8.0, ..plain },
             Self::Q4_1 => Form { bits: 4, min_sign: 1.0, ..plain },
-            Self::Q5_0 | Self::Q8_0 => plain,
+            Self::Q5_0 | Self::Q8_0 => Form { quads: true, offset: 128.0, ..plain },
             Self::Q5_1 => Form { min_sign: 1.0, ..plain },
             Self::Q4K => Form { bits: 4, ..nested },
             Self::Q5K => nested,
@@ -158,7 +163,7 @@ impl Form {
 pub struct Quantized {
     kind: QuantKind,
     /// Per panel, per block: the columns' scales, their minima, then per group its scales, its minima and its codes, row by
-    /// row (two rows to a byte where codes have 4 bits).
+    /// row (two rows to a byte where codes have 4 bits) or four rows by four (`[rows / 4, PANEL, 4]`).
     data: Vec<u8>,
     in_dim: usize,
     out_dim: usize,
@@ -274,7 +279,20 @@ impl Quantized {
             let (scale, shift) = factors(form, head, group);
             let codes = group[form.group_head()..].as_chunks::<PANEL>().0;
             let out = out.as_chunks_mut::<PANEL>().0;
-            if form.bits == 8 {
+            if form.quads {
+                for (quad, out) in codes.as_chunks::<4>().0.iter().zip(out.as_chunks_mut::<4>().0) {
+                    for codes in quad {
+                        prefetch::<false, _>(codes, AHEAD);
+                    }
+                    let [first, second, third, fourth] = out;
+                    for (c, four) in quad.as_flattened().as_chunks::<4>().0.iter().enumerate() {
+                        // of whole columns a shift has a vector form; with a loop over rows, it is not found
+                        let four = u32::from_le_bytes(*four);
+                        let value = |row: u32| ((four >> (8 * row) & 255) as i32 as f32).mul_add(scale[c], shift[c]);
+                        (first[c], second[c], third[c], fourth[c]) = (value(0), value(1), value(2), value(3));
+                    }
+                }
+            } else if form.bits == 8 {
                 for (codes, out) in codes.iter().zip(out) {
                     prefetch::<false, _>(codes, AHEAD);
                     for c in 0..PANEL {
@@ -312,25 +330,45 @@ impl Quantized {
 
     /// Columns of the matrix as rows, `[ids, in]`. The ids must be below the output's width.
     pub(super) fn columns(&self, ids: &[u32]) -> Vec<f32> {
-        let form = self.kind.form();
         let mut out = vec![0f32; ids.len() * self.in_dim];
-        for (id, out) in ids.iter().zip(out.chunks_exact_mut(self.in_dim.max(1))) {
-            let (panel, column) = (*id as usize / PANEL, *id as usize % PANEL);
-            for (i, out) in out.chunks_exact_mut(form.group).enumerate() {
-                let (head, group) = self.group(&form, panel, i * form.group);
-                let (scale, shift) = factor(&form, head, group, column);
-                let codes = &group[form.group_head()..];
-                for (row, out) in out.iter_mut().enumerate() {
-                    let code = if form.bits == 8 {
-                        f32::from(codes[row * PANEL + column] as i8)
-                    } else {
-                        f32::from(codes[row / 2 * PANEL + column] >> (row % 2 * 4) & 15)
-                    };
-                    *out = code.mul_add(scale, shift);
-                }
+        par_rows(&mut out, self.in_dim, self.in_dim, |first, rows| {
+            for (id, out) in ids[first..].iter().zip(rows.chunks_exact_mut(self.in_dim.max(1))) {
+                self.column(*id as usize, out);
+            }
+        });
+        out
+    }
+
+    fn column(&self, id: usize, out: &mut [f32]) {
+        let (form, panel, column) = (self.kind.form(), id / PANEL, id % PANEL);
+        for (i, out) in out.chunks_exact_mut(form.group).enumerate() {
+            let (head, group) = self.group(&form, panel, i * form.group);
+            let (scale, shift) = factor(&form, head, group, column);
+            let codes = &group[form.group_head()..];
+            for (row, out) in out.iter_mut().enumerate() {
+                let code = match form.bits {
+                    8 if form.quads => f32::from(codes[quad_place(row, column)]),
+                    8 => f32::from(codes[row * PANEL + column] as i8),
+                    _ => f32::from(codes[row / 2 * PANEL + column] >> (row % 2 * 4) & 15),
+                };
+                *out = code.mul_add(scale, shift);
             }
         }
-        out
+    }
+
+    /// Whether these are its numbers: a matrix `[out, in]` that comes to the same codes.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn holds(&self, w: &Tensor) -> Result<bool> {
+        let shape = (self.out_dim, self.in_dim);
+        if w.dims2()? != shape {
+            return Ok(false);
+        }
+        let w = w.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        // what cannot be quantised is another matrix
+        let Ok(blocks) = quantize(&w, self.kind) else { return Ok(false) };
+        Ok(Self::from_blocks(self.kind, &blocks, shape).is_ok_and(|own| own.data == self.data))
     }
 }
 
@@ -347,13 +385,18 @@ fn place(block: &Block, form: &Form, column: usize, out: &mut [u8]) {
             own[at * PANEL + column] = value;
         }
         for (row, code) in block.codes[i * form.group..(i + 1) * form.group].iter().enumerate() {
-            if form.bits == 8 {
-                codes[row * PANEL + column] = *code;
-            } else {
-                codes[row / 2 * PANEL + column] |= code << (row % 2 * 4);
+            match form.bits {
+                8 if form.quads => codes[quad_place(row, column)] = code ^ 128,
+                8 => codes[row * PANEL + column] = *code,
+                _ => codes[row / 2 * PANEL + column] |= code << (row % 2 * 4),
             }
         }
     }
+}
+
+/// Where a code is, four rows of a column being side by side.
+const fn quad_place(row: usize, column: usize) -> usize {
+    row / 4 * 4 * PANEL + 4 * column + row % 4
 }
 
 /// What a group's codes are multiplied with, and what is added, by column.

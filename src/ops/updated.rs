@@ -19,8 +19,8 @@ use self::{
     shares::{Piece, Share, Shares},
 };
 use super::{
-    Act, Weight, activate, activation::mul_grad, columns::column_sums_of, cpu_result, cut, f32_slice, is_cpu_f32,
-    par_rows, share_out, vectorized, with_f32,
+    Act, Activations, Weight, activate, activation::mul_grad, columns::column_sums_of, cpu_result, cut, f32_slice,
+    is_cpu_f32, par_rows, share_out, vectorized, with_activations, with_f32,
 };
 
 /// What one delta adds to a frozen linear's output, and to which rows.
@@ -146,11 +146,14 @@ pub fn updated_linear(
     let op = UpdatedLinear { weight: weight.clone(), bias, shares, act: ending.act, kept: OnceLock::new() };
     let vector = if vector.len() > 1 { Some(Tensor::cat(&vector, 0)?) } else { vector.pop() };
     let residual = ending.residual.map(Tensor::contiguous).transpose()?;
-    match (vector, residual) {
+    let tracked = [Some(&x), vector.as_ref(), residual.as_ref()].into_iter().flatten().any(Tensor::track_op);
+    let apply = || match (vector, residual) {
         (None, None) => x.apply_op1(op),
         (Some(other), None) | (None, Some(other)) => x.apply_op2(&other, op),
         (Some(vector), Some(residual)) => x.apply_op3(&vector, &residual, op),
-    }
+    };
+    // gradients are those of the dequantised matrix
+    if tracked { with_activations(Activations::F32, apply) } else { apply() }
 }
 
 /// Gradients of `x`, of the vector and of the residual.

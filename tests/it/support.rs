@@ -21,7 +21,7 @@ use deltaserve::{
         Base, LoadOptions,
         testing::{Rng, tiny_bert, tiny_llama, write_random},
     },
-    ops::{Halves, Priority},
+    ops::{Activations, Halves, Priority},
     telemetry::LogFormat,
 };
 use futures::StreamExt as _;
@@ -112,6 +112,7 @@ impl World {
                 kv_positions: None,
                 prefix_cache: true,
                 max_queue: 64,
+                activations: Activations::Int8,
             },
             tenants: TenantConfig::default(),
             halves: Halves::Training,

@@ -1,7 +1,13 @@
 //! Continuations: what a sequence says depends on its tokens, its delta and its seed alone.
 
 use super::*;
-use crate::model::testing::{tiny_gpt2, tiny_llama};
+use crate::{
+    model::{
+        LoadOptions, Quantize,
+        testing::{random_base_as, tiny_gpt2, tiny_llama},
+    },
+    ops::Activations,
+};
 
 /// Jobs of all lengths: bare base and five deltas, some of them shared.
 fn jobs(base: &Base) -> Vec<Job> {
@@ -43,6 +49,30 @@ fn a_mixed_batch_says_what_each_request_says_alone() {
         answers.reverse();
         assert_same(&answers, &expected);
         engine.settle();
+    }
+}
+
+#[test]
+fn a_mixed_batch_on_8_bits_says_what_each_request_says_alone() {
+    for config in [tiny_llama(), tiny_gpt2()] {
+        let options = LoadOptions { quantize: Some(Quantize::Q8_0), ..LoadOptions::default() };
+        let base = Arc::new(random_base_as(&config, 7, &options).expect("base"));
+        let jobs: Vec<Job> = (jobs(&base).into_iter())
+            .chain((0..4).map(|i| Job::new(prompt(i, 30), Work::Score { from: 1 }).with(&delta(&base, i as u8, 0))))
+            .collect();
+        let in_8_bits = EngineConfig { activations: Activations::Int8, ..roomy() };
+        let engine = Engine::new(&base, in_8_bits);
+        let expected: Vec<Answer> = jobs.iter().map(|job| Answer::read(engine.submit(job))).collect();
+        assert_same(&engine.together(&jobs), &expected);
+        let narrow = EngineConfig { max_batch_tokens: 16, max_sequences: 5, prefill_chunk: 7, ..in_8_bits };
+        assert_same(&Engine::new(&base, narrow).together(&jobs), &expected);
+        // nearly what is said in f32
+        let in_f32 = Engine::new(&base, roomy());
+        for (job, got) in jobs.iter().zip(expected).skip(14) {
+            let (got, want) = (got.numbers(), Answer::read(in_f32.submit(job)).numbers());
+            let sums = (got.iter().sum::<f32>(), want.iter().sum::<f32>());
+            assert!(got != want && (sums.0 - sums.1).abs() < 0.02 * sums.1.abs(), "{sums:?}");
+        }
     }
 }
 

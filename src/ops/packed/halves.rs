@@ -16,7 +16,10 @@ use std::{
 };
 
 use super::{DEPTH, PANEL, Panels, scratch};
-use crate::ops::team::{each, threads};
+use crate::ops::{
+    Back,
+    team::{each, threads},
+};
 
 /// Rows and columns of a tile of sums.
 const SIDE: usize = 16;
@@ -67,15 +70,6 @@ impl FromStr for Halves {
 thread_local! {
     static PERMITTED: Cell<Halves> = const { Cell::new(Halves::Never) };
     static IN_STEP: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Sets a cell of this thread back when it is dropped.
-struct Back<T: Copy + 'static>(&'static LocalKey<Cell<T>>, T);
-
-impl<T: Copy> Drop for Back<T> {
-    fn drop(&mut self) {
-        self.0.set(self.1);
-    }
 }
 
 /// Permits products in halves to the ops that `f` calls on this thread; they are computed so where the machine has the unit and
