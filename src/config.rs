@@ -42,6 +42,9 @@ pub struct ServeArgs {
     /// Most memory of resident deltas, in MiB.
     #[arg(long, env = "DELTASERVE_MAX_RESIDENT_MB", value_name = "MIB", default_value_t = 1024)]
     pub max_resident_mb: u64,
+    /// Most memory of constrained outputs, in MiB: half for compiled constraints, half for the states of the outputs that run.
+    #[arg(long, env = "DELTASERVE_MAX_CONSTRAINT_MB", value_name = "MIB", default_value_t = 512)]
+    pub max_constraint_mb: u64,
     /// Rows (tokens) of one engine step.
     #[arg(long, env = "DELTASERVE_MAX_BATCH_TOKENS", value_name = "N", default_value_t = 512)]
     pub max_batch_tokens: usize,
@@ -194,6 +197,8 @@ pub struct EngineLimits {
     pub kv_positions: Option<usize>,
     /// Whether prompts begin behind what is cached of them.
     pub prefix_cache: bool,
+    /// Bytes of constraints: half for compiled ones, half for the states of outputs.
+    pub constraint_bytes: u64,
     /// Requests that may wait.
     pub max_queue: usize,
 }
@@ -336,6 +341,7 @@ impl TryFrom<ServeArgs> for Config {
                 max_sequences: args.max_sequences,
                 kv_positions: args.kv_positions,
                 prefix_cache: args.prefix_cache == Switch::On,
+                constraint_bytes: args.max_constraint_mb * MIB,
                 max_queue: args.max_queue,
             },
             tenants,
@@ -361,6 +367,7 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
     let numbers = [
         ("--threads", args.threads.map(|n| n as u64), 1, 1024),
         ("--max-resident-mb", Some(args.max_resident_mb), 1, 1 << 24),
+        ("--max-constraint-mb", Some(args.max_constraint_mb), 2, 1 << 20),
         ("--max-batch-tokens", Some(args.max_batch_tokens as u64), 1, 1 << 20),
         ("--max-sequences", Some(args.max_sequences as u64), 1, 65_536),
         ("--kv-positions", args.kv_positions.map(|n| n as u64), 16, 1 << 31),

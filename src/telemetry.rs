@@ -75,6 +75,7 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (BATCH_ROWS, Kind::Histogram, "Rows (tokens) of engine steps."),
     (DISTINCT_DELTAS, Kind::Histogram, "Distinct deltas of engine steps."),
     ("deltaserve_running_sequences", Kind::Gauge, "Sequences in the batch."),
+    ("deltaserve_constraint_bytes", Kind::Gauge, "Bytes of the states of constrained outputs that have begun, about."),
     ("deltaserve_preemptions_total", Kind::Counter, "Sequences put back because the key-value cache was full."),
     (
         "deltaserve_kv_pages",

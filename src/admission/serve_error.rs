@@ -81,6 +81,14 @@ pub enum ServeError {
         /// Whether it is the same at any other time.
         lasting: bool,
     },
+    /// A constraint has no room: now (RetryInfo), or on this server at all. RESOURCE_EXHAUSTED, `CONSTRAINT_MEMORY`.
+    #[error("{message}")]
+    ConstraintMemory {
+        /// The numbers.
+        message: String,
+        /// Whether it is the same at any other time.
+        lasting: bool,
+    },
     /// A stored delta does not match its digest. DATA_LOSS, `DELTA_CORRUPT`.
     #[error("stored delta {0:?} is corrupt")]
     Corrupt(String),
@@ -133,6 +141,7 @@ impl ServeError {
             Self::TenantLimit { limit, .. } => limit.reason(),
             Self::ResidentBudget(_) => "RESIDENT_BUDGET",
             Self::NotEnoughMemory { .. } => "NOT_ENOUGH_MEMORY",
+            Self::ConstraintMemory { .. } => "CONSTRAINT_MEMORY",
             Self::Corrupt(_) => "DELTA_CORRUPT",
             Self::Draining => "DRAINING",
             Self::TrainingDown => "TRAINING_DOWN",

@@ -226,6 +226,7 @@ fn limits(config: &Config, engine: &EngineConfig) -> ServiceLimits {
         max_batch_tokens: engine.max_batch_tokens,
         kv_positions: engine.kv_pages * PAGE_SIZE,
         max_train_jobs: config.train.max_jobs,
+        grammar_bytes: config.engine.constraint_bytes / 2,
     }
 }
 
@@ -269,6 +270,8 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
         kv_pages: positions.div_ceil(PAGE_SIZE),
         queue: config.engine.max_queue + config.engine.max_sequences,
         prefix_cache: config.engine.prefix_cache,
+        // the other half is for what is compiled
+        constraint_bytes: config.engine.constraint_bytes / 2,
         halves: config.halves,
         ..EngineConfig::default()
     }

@@ -32,6 +32,7 @@ impl From<ServeError> for Status {
             ServeError::Invalid(violations) => add_violations(&mut details, violations),
             ServeError::Overloaded(_)
             | ServeError::ResidentBudget(_)
+            | ServeError::ConstraintMemory { lasting: false, .. }
             | ServeError::NotEnoughMemory { lasting: false, .. } => {
                 details.set_retry_info(Some(RETRY_AFTER));
             }
@@ -60,6 +61,7 @@ fn code(error: &ServeError) -> Code {
         ServeError::Overloaded(_)
         | ServeError::TenantLimit { .. }
         | ServeError::ResidentBudget(_)
+        | ServeError::ConstraintMemory { .. }
         | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
         ServeError::Corrupt(_) => Code::DataLoss,
         ServeError::Draining | ServeError::TrainingDown => Code::Unavailable,
@@ -109,6 +111,7 @@ mod tests {
         let s = || "x".to_owned();
         let limit = |limit| ServeError::TenantLimit { limit, retry: Duration::from_millis(1500) };
         let memory = |lasting| ServeError::NotEnoughMemory { message: s(), lasting };
+        let room = |lasting| ServeError::ConstraintMemory { message: s(), lasting };
         let table = [
             (ServeError::field("f", "m"), Code::InvalidArgument, "INVALID_REQUEST"),
             (ServeError::DeltaNotFound(s()), Code::NotFound, "DELTA_NOT_FOUND"),
@@ -128,6 +131,7 @@ mod tests {
             (ServeError::ResidentBudget(s()), Code::ResourceExhausted, "RESIDENT_BUDGET"),
             (memory(false), Code::ResourceExhausted, "NOT_ENOUGH_MEMORY"),
             (memory(true), Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"),
+            (room(false), Code::ResourceExhausted, "CONSTRAINT_MEMORY"),
             (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
             (ServeError::Draining, Code::Unavailable, "DRAINING"),
             (ServeError::TrainingDown, Code::Unavailable, "TRAINING_DOWN"),
@@ -143,6 +147,8 @@ mod tests {
             assert_eq!(details.error_info().map(|i| (i.reason.as_str(), i.domain.as_str())), Some((reason, DOMAIN)));
             assert_eq!(details.retry_info().is_some(), retry, "{reason}");
         }
+        let never = Status::from(room(true));
+        assert_eq!((never.code(), never.get_error_details().retry_info()), (Code::ResourceExhausted, None));
     }
 
     #[test]
