@@ -92,6 +92,14 @@ pub enum ServeError {
     /// A stored delta does not match its digest. DATA_LOSS, `DELTA_CORRUPT`.
     #[error("stored delta {0:?} is corrupt")]
     Corrupt(String),
+    /// A delta's load failed a moment ago, and is not tried again yet. Code and reason of `error`; RetryInfo.
+    #[error("{error}; it is tried again in {:.1} s", .retry.as_secs_f64())]
+    Failing {
+        /// How it failed.
+        error: Box<ServeError>,
+        /// When it is tried again.
+        retry: Duration,
+    },
     /// The server is draining. UNAVAILABLE, `DRAINING`.
     #[error("the server is shutting down")]
     Draining,
@@ -143,6 +151,7 @@ impl ServeError {
             Self::NotEnoughMemory { .. } => "NOT_ENOUGH_MEMORY",
             Self::ConstraintMemory { .. } => "CONSTRAINT_MEMORY",
             Self::Corrupt(_) => "DELTA_CORRUPT",
+            Self::Failing { error, .. } => error.reason(),
             Self::Draining => "DRAINING",
             Self::TrainingDown => "TRAINING_DOWN",
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",

@@ -420,7 +420,7 @@ fn compiled_grammars_take_no_more_room_than_there_is() {
 
 #[test]
 fn a_state_says_what_it_has_come_to() {
-    let grammar = grammars().compile(&regex("(a|b)*a(a|b){12}c")).expect("compiles");
+    let grammar = grammars().compile(&regex("(a|b)*a(a|b){8}c")).expect("compiles");
     let mut rule = grammar.start(true);
     let before = rule.bytes();
     let id = |text: &str| bundled().encode_user(text, false).expect("encodes")[0];

@@ -126,6 +126,7 @@ impl World {
                 floor_percent: 0,
             },
             max_resident_bytes: 64 << 20,
+            delta_retry: Duration::from_secs(5),
             drain: Duration::from_secs(20),
             log_format: LogFormat::Text,
             log_filter: "warn".into(),
