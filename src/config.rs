@@ -47,6 +47,13 @@ pub struct ServeArgs {
     /// Most memory of resident deltas, in MiB.
     #[arg(long, env = "DELTASERVE_MAX_RESIDENT_MB", value_name = "MIB", default_value_t = 1024)]
     pub max_resident_mb: u64,
+    /// Most memory of constrained outputs, in MiB: half for compiled constraints, half for the states of the outputs that run.
+    #[arg(long, env = "DELTASERVE_MAX_CONSTRAINT_MB", value_name = "MIB", default_value_t = 512)]
+    pub max_constraint_mb: u64,
+    /// For how long a delta whose load failed is not loaded again: requests for it get the same error, and when it is tried again.
+    /// 0 = each request tries.
+    #[arg(long, env = "DELTASERVE_DELTA_RETRY_SECONDS", value_name = "S", default_value_t = 5)]
+    pub delta_retry_seconds: u64,
     /// Rows (tokens) of one engine step.
     #[arg(long, env = "DELTASERVE_MAX_BATCH_TOKENS", value_name = "N", default_value_t = 512)]
     pub max_batch_tokens: usize,
@@ -199,6 +206,8 @@ pub struct EngineLimits {
     pub kv_positions: Option<usize>,
     /// Whether prompts begin behind what is cached of them.
     pub prefix_cache: bool,
+    /// Bytes of constraints: half for compiled ones, half for the states of outputs.
+    pub constraint_bytes: u64,
     /// Requests that may wait.
     pub max_queue: usize,
     /// What 8-bit linears take of their input.
@@ -258,6 +267,8 @@ pub struct Config {
     pub train: TrainLimits,
     /// Most bytes of resident deltas.
     pub max_resident_bytes: u64,
+    /// For how long a delta whose load failed is not loaded again.
+    pub delta_retry: Duration,
     /// Grace period of a shutdown.
     pub drain: Duration,
     /// Form of the log.
@@ -347,6 +358,7 @@ impl TryFrom<ServeArgs> for Config {
                 max_sequences: args.max_sequences,
                 kv_positions: args.kv_positions,
                 prefix_cache: args.prefix_cache == Switch::On,
+                constraint_bytes: args.max_constraint_mb * MIB,
                 max_queue: args.max_queue,
                 activations,
             },
@@ -361,6 +373,7 @@ impl TryFrom<ServeArgs> for Config {
                 floor_percent: args.train_floor,
             },
             max_resident_bytes: args.max_resident_mb * MIB,
+            delta_retry: Duration::from_secs(args.delta_retry_seconds),
             drain: Duration::from_secs(args.drain_seconds),
             log_format: args.log_format,
             log_filter: args.log,
@@ -373,6 +386,8 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
     let numbers = [
         ("--threads", args.threads.map(|n| n as u64), 1, 1024),
         ("--max-resident-mb", Some(args.max_resident_mb), 1, 1 << 24),
+        ("--delta-retry-seconds", Some(args.delta_retry_seconds), 0, 3600),
+        ("--max-constraint-mb", Some(args.max_constraint_mb), 2, 1 << 20),
         ("--max-batch-tokens", Some(args.max_batch_tokens as u64), 1, 1 << 20),
         ("--max-sequences", Some(args.max_sequences as u64), 1, 65_536),
         ("--kv-positions", args.kv_positions.map(|n| n as u64), 16, 1 << 31),

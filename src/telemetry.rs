@@ -75,6 +75,7 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (BATCH_ROWS, Kind::Histogram, "Rows (tokens) of engine steps."),
     (DISTINCT_DELTAS, Kind::Histogram, "Distinct deltas of engine steps."),
     ("deltaserve_running_sequences", Kind::Gauge, "Sequences in the batch."),
+    ("deltaserve_constraint_bytes", Kind::Gauge, "Bytes of the states of constrained outputs that have begun, about."),
     ("deltaserve_preemptions_total", Kind::Counter, "Sequences put back because the key-value cache was full."),
     (
         "deltaserve_kv_pages",
@@ -97,6 +98,11 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (names::CACHE_EVICTIONS, Kind::Counter, "Deltas evicted, by tier."),
     (names::CACHE_BYTES, Kind::Gauge, "Bytes of deltas by tier; evicted but leased ones included."),
     (names::CACHE_DELTAS, Kind::Gauge, "Deltas by tier."),
+    (
+        "deltaserve_delta_load_failures_total",
+        Kind::Counter,
+        "Loads of deltas by outcome: failed, refused (the last one failed a moment ago, the store was not asked).",
+    ),
     (names::LOAD_SECONDS, Kind::Histogram, "Time of loading a delta, by the tier it came from."),
     ("deltaserve_train_step_seconds", Kind::Histogram, "Time of optimizer steps."),
     ("deltaserve_train_loss", Kind::Gauge, "Loss of the last optimizer step, by slot (0 to 7) of the running job."),

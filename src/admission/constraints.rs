@@ -12,7 +12,7 @@ use super::{
     service::Service,
 };
 use crate::{
-    engine::Constraint,
+    engine::ConstraintFactory,
     grammar::{Grammar, GrammarError},
 };
 
@@ -23,19 +23,18 @@ pub(super) const COMPILATIONS: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(15);
 
 impl Service {
-    /// One constraint for each of `n` outputs; `fresh`: no text precedes them.
+    /// What bounds outputs, each from when it begins; `fresh`: no text precedes them.
     pub(super) async fn constraints(
         &self,
         constraint: &ConstraintParams,
         fresh: bool,
-        n: usize,
         deadline: Option<Instant>,
-    ) -> Result<Vec<Box<dyn Constraint>>, ServeError> {
+    ) -> Result<Arc<dyn ConstraintFactory>, ServeError> {
         let grammar = match self.inner.grammars.kept(constraint) {
             Some(kept) => kept,
             None => self.compile(constraint, deadline).await?,
         };
-        self.blocking(move |_| Ok((0..n).map(|_| grammar.start(fresh)).collect())).await
+        Ok(grammar.outputs(fresh))
     }
 
     async fn compile(
@@ -74,7 +73,30 @@ impl From<GrammarError> for ServeError {
     fn from(e: GrammarError) -> Self {
         match e {
             GrammarError::Refused(problems) => Self::Invalid(problems),
+            GrammarError::TooLarge { .. } => Self::ConstraintMemory { message: e.to_string(), lasting: true },
+            GrammarError::NoRoom { .. } => Self::ConstraintMemory { message: e.to_string(), lasting: false },
             GrammarError::Broken(_) => Self::Internal(e.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{EngineError, SubmitError};
+
+    #[test]
+    fn too_little_memory_is_told_and_whether_it_lasts() {
+        let (bytes, limit) = (9, 8);
+        let cases = [
+            (ServeError::from(GrammarError::TooLarge { bytes, limit }), true),
+            (ServeError::from(GrammarError::NoRoom { bytes, limit }), false),
+            (ServeError::from(SubmitError::ConstraintTooLarge { bytes, limit }), true),
+            (ServeError::from(EngineError::ConstraintMemory { bytes, limit }), false),
+        ];
+        for (error, lasts) in cases {
+            let ServeError::ConstraintMemory { message, lasting } = error else { panic!("{error:?}") };
+            assert!(lasting == lasts && message.contains("9 bytes") && message.contains('8'), "{message}");
         }
     }
 }

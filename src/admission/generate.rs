@@ -144,21 +144,17 @@ impl Service {
         }
         let decode =
             DecodeStream::after(Arc::clone(&self.parts().text), before).map_err(|e| text_error("prompt", &e))?;
-        let constraints = match &params.constraint {
-            Some(constraint) => {
-                let all = self.constraints(constraint, decode.is_fresh(), places.len(), admitted.deadline).await?;
-                all.into_iter().map(Some).collect()
-            }
-            None => Vec::new(),
+        let constraint = match &params.constraint {
+            Some(constraint) => Some(self.constraints(constraint, decode.is_fresh(), admitted.deadline).await?),
+            None => None,
         };
-        let constraints = constraints.into_iter().chain(std::iter::repeat_with(|| None));
         let mut continuations = Vec::with_capacity(places.len());
-        for ((index, place), constraint) in (0u32..).zip(places).zip(constraints) {
+        for (index, place) in (0u32..).zip(places) {
             let seed = seed.wrapping_add(u64::from(index));
             let mut sampling = params.sampling.clone();
             sampling.seed = Some(seed);
             let work = generate(sampling, None);
-            let events = self.submit_constrained(input.clone(), work, constraint, &admitted, place)?;
+            let events = self.submit_constrained(input.clone(), work, constraint.clone(), &admitted, place)?;
             let (text, decode) = (Arc::clone(&self.parts().text), decode.clone());
             continuations.push(Continuation {
                 index,

@@ -81,9 +81,25 @@ pub enum ServeError {
         /// Whether it is the same at any other time.
         lasting: bool,
     },
+    /// A constraint has no room: now (RetryInfo), or on this server at all. RESOURCE_EXHAUSTED, `CONSTRAINT_MEMORY`.
+    #[error("{message}")]
+    ConstraintMemory {
+        /// The numbers.
+        message: String,
+        /// Whether it is the same at any other time.
+        lasting: bool,
+    },
     /// A stored delta does not match its digest. DATA_LOSS, `DELTA_CORRUPT`.
     #[error("stored delta {0:?} is corrupt")]
     Corrupt(String),
+    /// A delta's load failed a moment ago, and is not tried again yet. Code and reason of `error`; RetryInfo.
+    #[error("{error}; it is tried again in {:.1} s", .retry.as_secs_f64())]
+    Failing {
+        /// How it failed.
+        error: Box<ServeError>,
+        /// When it is tried again.
+        retry: Duration,
+    },
     /// The server is draining. UNAVAILABLE, `DRAINING`.
     #[error("the server is shutting down")]
     Draining,
@@ -133,7 +149,9 @@ impl ServeError {
             Self::TenantLimit { limit, .. } => limit.reason(),
             Self::ResidentBudget(_) => "RESIDENT_BUDGET",
             Self::NotEnoughMemory { .. } => "NOT_ENOUGH_MEMORY",
+            Self::ConstraintMemory { .. } => "CONSTRAINT_MEMORY",
             Self::Corrupt(_) => "DELTA_CORRUPT",
+            Self::Failing { error, .. } => error.reason(),
             Self::Draining => "DRAINING",
             Self::TrainingDown => "TRAINING_DOWN",
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",

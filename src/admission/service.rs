@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     delta::Delta,
-    engine::{Constraint, EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
+    engine::{ConstraintFactory, EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
     grammar::Grammars,
     ids::{DeltaId, TenantId},
     model::Base,
@@ -58,6 +58,8 @@ pub struct ServiceLimits {
     pub kv_positions: usize,
     /// Jobs queued or running; 0 = no training.
     pub max_train_jobs: usize,
+    /// Bytes of compiled constraints, kept ones and those that requests hold.
+    pub grammar_bytes: u64,
 }
 
 /// What a service is made of.
@@ -183,7 +185,7 @@ impl Service {
         let (places, tenants) = (Places::new(parts.limits.max_admitted), Tenants::new(parts.tenants.clone()));
         let (merging, started, next_id) = (Arc::new(Semaphore::new(1)), Instant::now(), AtomicU64::new(1));
         let (merge_places, publishing) = (Semaphore::new(MERGES), Semaphore::new(1));
-        let grammars = Arc::new(Grammars::new(Arc::clone(&parts.text), parts.eos()));
+        let grammars = Arc::new(Grammars::new(Arc::clone(&parts.text), parts.eos(), parts.limits.grammar_bytes));
         let compiling = Arc::new(Semaphore::new(COMPILATIONS));
         let inner =
             Inner { parts, places, tenants, merging, merge_places, publishing, grammars, compiling, started, next_id };
@@ -281,7 +283,7 @@ impl Service {
         &self,
         input: Input,
         work: Work,
-        constraint: Option<Box<dyn Constraint>>,
+        constraint: Option<Arc<dyn ConstraintFactory>>,
         admitted: &Admitted,
         place: impl Any + Send + Sync,
     ) -> Result<mpsc::Receiver<Event>, ServeError> {
@@ -426,6 +428,7 @@ impl From<SubmitError> for ServeError {
     fn from(e: SubmitError) -> Self {
         match e {
             SubmitError::Invalid(m) => Self::field("request", m),
+            SubmitError::ConstraintTooLarge { .. } => Self::ConstraintMemory { message: e.to_string(), lasting: true },
             SubmitError::Overloaded(_) => Self::Overloaded(e.to_string()),
             SubmitError::Draining => Self::Draining,
             SubmitError::Stopped => Self::Internal(e.to_string()),
@@ -439,6 +442,7 @@ impl From<EngineError> for ServeError {
             EngineError::Internal(_) => Self::Internal(e.to_string()),
             EngineError::NonFinite => Self::NonFinite,
             EngineError::Constraint(_) => Self::field("options.constraint", e.to_string()),
+            EngineError::ConstraintMemory { .. } => Self::ConstraintMemory { message: e.to_string(), lasting: false },
             EngineError::NoHead => Self::WrongTask(e.to_string()),
             EngineError::DeadlineExceeded(after) => Self::DeadlineExceeded(after),
             EngineError::Draining => Self::Draining,

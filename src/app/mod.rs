@@ -121,7 +121,11 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let base = Arc::clone(&parts.base);
     crate::ops::keep_freed_memory();
     let store = Store::open(&config.data_dir).await.context("open the data directory")?;
-    let registry_config = RegistryConfig { max_resident_bytes: config.max_resident_bytes, ..RegistryConfig::default() };
+    let registry_config = RegistryConfig {
+        max_resident_bytes: config.max_resident_bytes,
+        retry_after: config.delta_retry,
+        ..RegistryConfig::default()
+    };
     let registry = Registry::open(store.clone(), base.fingerprint, loader(&base), registry_config)
         .await
         .context("open the registry")?;
@@ -135,18 +139,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         base: Arc::clone(&base),
         pacer,
     };
-    let defaults = TrainerConfig::default();
-    let trainer_config = TrainerConfig {
-        max_jobs: config.train.max_jobs.max(1),
-        max_paused_per_tenant: config.train.max_paused,
-        // as many as may share a pass must be able to run
-        max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),
-        share: config.train.share,
-        priority: config.train.priority,
-        halves: config.halves,
-        ..defaults
-    };
-    let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config).await?;
+    let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config(&config)).await?;
     let service = Service::new(ServiceParts {
         base,
         base_name: parts.name,
@@ -226,6 +219,7 @@ fn limits(config: &Config, engine: &EngineConfig) -> ServiceLimits {
         max_batch_tokens: engine.max_batch_tokens,
         kv_positions: engine.kv_pages * PAGE_SIZE,
         max_train_jobs: config.train.max_jobs,
+        grammar_bytes: config.engine.constraint_bytes / 2,
     }
 }
 
@@ -269,9 +263,26 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
         kv_pages: positions.div_ceil(PAGE_SIZE),
         queue: config.engine.max_queue + config.engine.max_sequences,
         prefix_cache: config.engine.prefix_cache,
+        // the other half is for what is compiled
+        constraint_bytes: config.engine.constraint_bytes / 2,
         halves: config.halves,
         activations: config.engine.activations,
         ..EngineConfig::default()
+    }
+}
+
+/// The trainer's limits.
+fn trainer_config(config: &Config) -> TrainerConfig {
+    let defaults = TrainerConfig::default();
+    TrainerConfig {
+        max_jobs: config.train.max_jobs.max(1),
+        max_paused_per_tenant: config.train.max_paused,
+        // as many as may share a pass must be able to run
+        max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),
+        share: config.train.share,
+        priority: config.train.priority,
+        halves: config.halves,
+        ..defaults
     }
 }
 
@@ -313,4 +324,29 @@ async fn register_samples(service: &Service, dir: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::ServeArgs,
+        model::testing::{random_base, tiny_llama},
+        ops::Halves,
+    };
+
+    #[test]
+    fn the_engine_gets_what_serve_was_told() -> anyhow::Result<()> {
+        let base = random_base(&tiny_llama(), 1)?;
+        for (bf16x2, halves) in [("all", Halves::Always), ("training", Halves::Training), ("off", Halves::Never)] {
+            let args = ServeArgs { bf16x2: bf16x2.into(), max_constraint_mb: 64, ..ServeArgs::for_base("x") };
+            let config = Config::try_from(args)?;
+            let engine = engine_config(&config, &base);
+            assert_eq!((engine.halves, engine.constraint_bytes), (halves, 32 << 20));
+            assert_eq!(limits(&config, &engine).grammar_bytes, 32 << 20);
+            let trainer = trainer_config(&config);
+            assert_eq!(trainer.halves, halves);
+        }
+        Ok(())
+    }
 }

@@ -22,6 +22,7 @@ fn the_defaults_are_valid() -> Result<(), ConfigError> {
     assert_eq!(config.grpc.max_message_bytes, 16 << 20);
     assert!(config.http.is_some());
     assert!(config.engine.prefix_cache);
+    assert_eq!((config.engine.constraint_bytes, config.delta_retry), (512 << 20, Duration::from_secs(5)));
     assert_eq!(config.train.share, 1, "a job's bits do not depend on its company unless that is asked for");
     Ok(())
 }
@@ -40,6 +41,8 @@ fn all_problems_are_reported_at_once() {
         "--max-message-mb=4096",
         "--log=a=b=c",
         "--max-queue=0",
+        "--delta-retry-seconds=3601",
+        "--max-constraint-mb=1",
         "--train-share=9",
         "--train-floor=80",
         "--train-nice=20",
@@ -62,6 +65,8 @@ fn all_problems_are_reported_at_once() {
         "--max-message-mb",
         "--log",
         "--max-queue",
+        "--delta-retry-seconds",
+        "--max-constraint-mb",
         "--train-share",
         "--train-floor",
         "--train-nice",

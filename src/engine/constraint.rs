@@ -1,7 +1,10 @@
 //! What a sequence may say next, where its request bounds that: asked for before a token is chosen, told what was chosen.
 //! Texts, grammars and vocabularies are behind [`Constraint`]; here are sets of token ids alone.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 /// Token ids, as bits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -75,20 +78,54 @@ pub trait Constraint: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The constraint cannot be kept, in words for the caller.
     fn accept(&mut self, token: u32) -> Result<bool, String>;
+
+    /// About how many bytes of memory its state takes now.
+    fn bytes(&self) -> u64;
+}
+
+/// Makes the constraints of outputs, each when its output begins: one that waits takes no memory for its state.
+pub trait ConstraintFactory: Send + Sync + std::fmt::Debug {
+    /// About how many bytes of memory a constraint takes when it begins.
+    fn bytes(&self) -> u64;
+
+    /// One output's, at its beginning. Called on the engine's threads: a copy, no more.
+    fn begin(&self) -> Box<dyn Constraint>;
 }
 
 /// A sequence's constraint and what it said of the next token.
 #[derive(Debug)]
 pub(super) struct Constrained {
-    constraint: Box<dyn Constraint>,
+    state: State,
     allowed: TokenSet,
     /// Whether `allowed` is that of the next token.
     known: bool,
+    /// Whether the sequence ends without another token: nothing is left to say, or it cannot be known what.
+    over: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Its sequence has not begun.
+    Due(Arc<dyn ConstraintFactory>),
+    Begun(Box<dyn Constraint>),
 }
 
 impl Constrained {
-    pub(super) fn new(constraint: Box<dyn Constraint>) -> Self {
-        Self { constraint, allowed: TokenSet::default(), known: false }
+    pub(super) fn new(factory: Arc<dyn ConstraintFactory>) -> Self {
+        Self { state: State::Due(factory), allowed: TokenSet::default(), known: false, over: false }
+    }
+
+    /// Whether it has a state of its own.
+    pub(super) fn has_begun(&self) -> bool {
+        matches!(self.state, State::Begun(_))
+    }
+
+    /// About how many bytes of memory its state takes, or will take when it begins.
+    pub(super) fn bytes(&self) -> u64 {
+        match &self.state {
+            State::Due(factory) => factory.bytes(),
+            State::Begun(constraint) => constraint.bytes(),
+        }
     }
 
     /// Whether it is not known yet what may come next.
@@ -96,15 +133,26 @@ impl Constrained {
         !self.known
     }
 
-    /// What may come next, tokens that end the output included; as of the last [`Self::look`].
-    pub(super) fn allowed(&self) -> &TokenSet {
-        &self.allowed
+    /// What may come next, tokens that end the output included; as of the last [`Self::look`]. `None`: nothing is chosen any more.
+    pub(super) fn allowed(&self) -> Option<&TokenSet> {
+        (!self.over).then_some(&self.allowed)
     }
 
-    /// Finds out what may come next. `false`: nothing, the output ends here.
+    /// Finds out what may come next, at the beginning of its sequence also with what. `false`: nothing, the output ends here.
     pub(super) fn look(&mut self, stop_tokens: &[u32]) -> Result<bool, String> {
+        let looked = self.look_on(stop_tokens);
+        self.over = !matches!(looked, Ok(true));
+        looked
+    }
+
+    fn look_on(&mut self, stop_tokens: &[u32]) -> Result<bool, String> {
         self.allowed.assign([]);
-        let (constraint, allowed) = (&mut self.constraint, &mut self.allowed);
+        if let State::Due(factory) = &self.state {
+            // what it was compiled to may go once all that wait for it have begun
+            self.state = State::Begun(guarded(|| Ok(factory.begin()))?);
+        }
+        let State::Begun(constraint) = &mut self.state else { return Err("it has not begun".into()) };
+        let allowed = &mut self.allowed;
         let ending = guarded(|| constraint.allowed(allowed))?;
         if ending == Ending::May {
             stop_tokens.iter().for_each(|id| self.allowed.insert(*id));
@@ -122,7 +170,8 @@ impl Constrained {
     /// Goes on behind a token; whether the output ends with it.
     pub(super) fn accept(&mut self, token: u32) -> Result<bool, String> {
         self.known = false;
-        guarded(|| self.constraint.accept(token))
+        let State::Begun(constraint) = &mut self.state else { return Err("it has not begun".into()) };
+        guarded(|| constraint.accept(token))
     }
 }
 
@@ -148,6 +197,20 @@ mod tests {
             assert!(self.0.contains(&token), "a broken promise");
             Ok(true)
         }
+
+        fn bytes(&self) -> u64 {
+            2
+        }
+    }
+
+    impl ConstraintFactory for Says {
+        fn bytes(&self) -> u64 {
+            1
+        }
+
+        fn begin(&self) -> Box<dyn Constraint> {
+            Box::new(Self(self.0.clone(), self.1.clone()))
+        }
     }
 
     #[test]
@@ -170,10 +233,12 @@ mod tests {
     #[test]
     fn stop_tokens_are_allowed_where_the_output_may_end_and_nowhere_else() {
         let looked = |says: Says, stops: &[u32]| {
-            let mut constrained = Constrained::new(Box::new(says));
-            assert!(constrained.is_due());
+            let mut constrained = Constrained::new(Arc::new(says));
+            assert!(constrained.is_due() && !constrained.has_begun() && constrained.bytes() == 1);
             let goes_on = constrained.look(stops);
-            (goes_on, constrained.allowed().iter().collect::<Vec<_>>())
+            assert!(constrained.has_begun() && constrained.bytes() == 2, "its state is there from the first look on");
+            assert_eq!(constrained.allowed().is_some(), goes_on == Ok(true));
+            (goes_on, constrained.allowed.iter().collect::<Vec<_>>())
         };
         assert_eq!(looked(Says(vec![5], Ok(Ending::No)), &[1, 40]), (Ok(true), vec![5]));
         assert_eq!(looked(Says(vec![5], Ok(Ending::May)), &[1, 40]), (Ok(true), vec![1, 5, 40]));
@@ -186,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_token_makes_the_next_look_due_and_a_panic_is_an_error() {
-        let mut constrained = Constrained::new(Box::new(Says(vec![5], Ok(Ending::No))));
+        let mut constrained = Constrained::new(Arc::new(Says(vec![5], Ok(Ending::No))));
         assert_eq!(constrained.look(&[]), Ok(true));
         assert!(!constrained.is_due());
         assert_eq!(constrained.accept(5), Ok(true));

@@ -39,6 +39,7 @@ pub(super) struct Metrics {
     pages_used: Gauge,
     pages_cached: Gauge,
     pages_free: Gauge,
+    constraint_bytes: Gauge,
     floor: Gauge,
 }
 
@@ -64,6 +65,7 @@ impl Metrics {
             pages_used: gauge!("deltaserve_kv_pages", "state" => "used"),
             pages_cached: gauge!("deltaserve_kv_pages", "state" => "cached"),
             pages_free: gauge!("deltaserve_kv_pages", "state" => "free"),
+            constraint_bytes: gauge!("deltaserve_constraint_bytes"),
             floor: gauge!("deltaserve_train_floor_seconds"),
         }
     }
@@ -76,6 +78,7 @@ impl Metrics {
         self.pages_used.set(scheduler.pool().used() as f64);
         self.pages_cached.set(scheduler.pool().cached() as f64);
         self.pages_free.set(scheduler.pool().free() as f64);
+        self.constraint_bytes.set(scheduler.constraint_bytes() as f64);
         self.floor.set(pacer.given().as_secs_f64());
     }
 }

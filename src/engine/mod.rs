@@ -17,7 +17,7 @@ mod step;
 mod wanted;
 mod worker;
 
-pub use constraint::{Constraint, Ending, TokenSet};
+pub use constraint::{Constraint, ConstraintFactory, Ending, TokenSet};
 pub use request::{
     Beams, Began, EngineError, Event, Finished, Footprint, Generate, HeldDelta, Hypothesis, Output, Permit, Request,
     SubmitError, TokenOut, Work,
@@ -64,6 +64,8 @@ pub struct EngineConfig {
     pub prefill_chunk: usize,
     /// Cache pages of [`PAGE_SIZE`] positions; unused by encoders.
     pub kv_pages: usize,
+    /// Bytes that the states of constraints may take together. One that would take more alone is refused; others wait.
+    pub constraint_bytes: u64,
     /// Which products of its steps may be computed in halves.
     pub halves: Halves,
     /// What 8-bit linears take of their input in its steps.
@@ -82,6 +84,7 @@ impl Default for EngineConfig {
             max_deltas: 32,
             prefill_chunk: 256,
             kv_pages: 1024,
+            constraint_bytes: 256 << 20,
             halves: Halves::Never,
             activations: Activations::F32,
             queue: 1024,
@@ -195,6 +198,8 @@ struct Checks {
     pages: usize,
     /// Sequences that may run at a time.
     sequences: usize,
+    /// Bytes that the states of constraints may take.
+    constraint_bytes: u64,
     queue: usize,
 }
 
@@ -218,6 +223,7 @@ pub fn spawn(
         max_deltas: config.max_deltas,
         prefill_chunk: config.prefill_chunk,
         pages: arch.is_causal().then_some(pages),
+        constraint_bytes: config.constraint_bytes,
     };
     let queue = config.queue.max(1);
     let sequences = config.max_sequences.min(config.max_batch_tokens).max(1);
@@ -225,8 +231,15 @@ pub fn spawn(
     let (commands, receiver) = mpsc::sync_channel(queue);
     let shared = Arc::new(Shared::default());
     let positions = arch.max_positions.min(limits.max_positions());
-    let checks =
-        Arc::new(Checks { arch: arch.clone(), positions, slots: limits.max_positions(), pages, sequences, queue });
+    let checks = Arc::new(Checks {
+        arch: arch.clone(),
+        positions,
+        slots: limits.max_positions(),
+        pages,
+        sequences,
+        constraint_bytes: config.constraint_bytes,
+        queue,
+    });
     let worker = Worker {
         commands: receiver,
         shared: Arc::clone(&shared),
@@ -259,6 +272,10 @@ impl EngineHandle {
             return Err(SubmitError::Draining);
         }
         self.checks.check(&mut request).map_err(SubmitError::Invalid)?;
+        let (bytes, limit) = (request.constraint.as_ref().map_or(0, |c| c.bytes()), self.checks.constraint_bytes);
+        if bytes > limit {
+            return Err(SubmitError::ConstraintTooLarge { bytes, limit });
+        }
         self.commands.try_send(Command::Submit(Box::new(request))).map_err(|e| match e {
             mpsc::TrySendError::Full(_) => SubmitError::Overloaded(self.checks.queue),
             mpsc::TrySendError::Disconnected(_) if self.shared.draining.load(Ordering::Acquire) => {

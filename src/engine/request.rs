@@ -8,7 +8,7 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::constraint::Constraint;
+use super::constraint::ConstraintFactory;
 use crate::{
     admission::params::{BeamParams, FinishReason, Pooling, Sampling, Timings, Usage},
     delta::{Delta, Stack},
@@ -86,7 +86,7 @@ pub struct Request {
     /// What to do.
     pub work: Work,
     /// Bounds what it may generate.
-    pub constraint: Option<Box<dyn Constraint>>,
+    pub constraint: Option<Arc<dyn ConstraintFactory>>,
     /// Not started, or failed, after this.
     pub deadline: Option<Instant>,
     /// Where answers go. Its capacity must be at least [`Work::events`]; the engine never waits for it, and a closed
@@ -307,6 +307,17 @@ pub enum EngineError {
     /// What bounds the output of this request cannot be kept, or not with bounded work.
     #[error("the constraint cannot be kept: {0}")]
     Constraint(String),
+    /// Its constraint's state has grown to the largest of all, which together exceed what they may take.
+    #[error(
+        "the state of this output's constraint has come to {bytes} bytes, the largest of those in use, which may take {limit} bytes \
+         together"
+    )]
+    ConstraintMemory {
+        /// What it takes.
+        bytes: u64,
+        /// What all may take.
+        limit: u64,
+    },
     /// Neither the delta nor the base has a classification head.
     #[error("neither the delta nor the base has a head for this")]
     NoHead,
@@ -324,6 +335,16 @@ pub enum SubmitError {
     /// A request that this base or this cache can never serve; admission checks these first, for better messages.
     #[error("{0}")]
     Invalid(String),
+    /// Its constraint's state would not even fit alone.
+    #[error(
+        "the state of an output's constraint takes {bytes} bytes; {limit} are there for all outputs of this server"
+    )]
+    ConstraintTooLarge {
+        /// What it takes.
+        bytes: u64,
+        /// What there is for all.
+        limit: u64,
+    },
     /// The engine's queue is full.
     #[error("the engine's queue of {0} requests is full")]
     Overloaded(usize),

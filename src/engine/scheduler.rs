@@ -16,6 +16,8 @@
 //! Pages may be shared (`pages`): a sequence begins behind the whole pages that are there of its tokens already, and only
 //! counts as many pages as it takes from the pool. What is cached makes room before anybody waits or loses pages.
 //!
+//! Where outputs are constrained, their states take memory from when they begin, in all at most `constraint_bytes` (`constraints`).
+//!
 //! A step serves at most `max_deltas` distinct deltas. When more want to run, those that waited longest go first, counted
 //! from their last step, or from when they could first have begun: each is served within a round, however many new ones come.
 
@@ -26,6 +28,7 @@ use crate::{
     kv::{PAGE_SIZE, PagePool, PageTable},
 };
 
+mod constraints;
 mod fair;
 mod newcomers;
 mod pages;
@@ -51,6 +54,8 @@ pub(super) struct Limits {
     pub(super) prefill_chunk: usize,
     /// Pages of the cache; `None` for a base without one (an encoder), whose sequences are never split.
     pub(super) pages: Option<usize>,
+    /// Most bytes of all states of constraints.
+    pub(super) constraint_bytes: u64,
 }
 
 impl Limits {
@@ -104,6 +109,8 @@ struct Entry {
     source_reserved: usize,
     /// Pages of both.
     memory: PageTable,
+    /// Bytes of its constraint's state, which is there from when it begins.
+    constraint_bytes: u64,
 }
 
 impl Entry {
@@ -148,6 +155,7 @@ impl Scheduler {
             max_deltas: at_least_one(limits.max_deltas),
             prefill_chunk: at_least_one(limits.prefill_chunk),
             pages: limits.pages,
+            constraint_bytes: limits.constraint_bytes,
         };
         let pool = PagePool::new(limits.pages.unwrap_or(0));
         Self {
@@ -168,7 +176,8 @@ impl Scheduler {
     /// # Errors
     /// A sequence that the cache can never hold.
     pub(super) fn submit(&mut self, id: SeqId, delta: Option<DeltaId>, demand: Demand) -> Result<(), NeverFits> {
-        let Demand { total, most, reserved, source, source_reserved, width, names, generates, claim } = demand;
+        let Demand { total, most, reserved, source, source_reserved, width, names, generates, constraint_bytes, claim } =
+            demand;
         debug_assert!(total > 0 && total <= most && width > 0);
         let limit = self.limits.max_positions();
         let memory = source.saturating_add(source_reserved).next_multiple_of(PAGE_SIZE);
@@ -182,6 +191,9 @@ impl Scheduler {
         }
         if width > self.limits.max_sequences {
             return Err(NeverFits::Width { width, limit: self.limits.max_sequences });
+        }
+        if constraint_bytes > self.limits.constraint_bytes {
+            return Err(NeverFits::Constraint { bytes: constraint_bytes, limit: self.limits.constraint_bytes });
         }
         let (branches, memory) = (vec![PageTable::default()], PageTable::default());
         self.fair.join(&claim.tenant, claim.weight, (claim.priority, id));
@@ -209,6 +221,7 @@ impl Scheduler {
             source,
             source_reserved,
             memory,
+            constraint_bytes,
         };
         self.waiting.insert(id, entry);
         Ok(())
@@ -267,7 +280,7 @@ impl Scheduler {
 
     fn plan_turn(&mut self, plan: &mut StepPlan) {
         self.step += 1;
-        let line = self.line();
+        let line = self.with_room_for_constraints(self.line());
         let mut allowed = self.allowed_deltas(&line);
         let mut budget = self.limits.max_batch_tokens;
         self.plan_decode(&allowed, &mut budget, plan);

@@ -149,6 +149,7 @@ impl Sequence {
                 _ => 1,
             },
             generates: matches!(self.request.work, Work::Generate(_)),
+            constraint_bytes: self.constraint_bytes(),
             claim: Claim {
                 tenant: self.request.tenant.clone(),
                 weight: self.request.weight,
@@ -227,12 +228,17 @@ impl Sequence {
 
     /// What its next token may be; `None`: anything.
     pub(super) fn allowed(&self) -> Option<&TokenSet> {
-        self.constraint.as_ref().map(Constrained::allowed)
+        self.constraint.as_ref().and_then(Constrained::allowed)
     }
 
-    /// Whether [`Self::look`] has to be called before its next token is chosen.
-    pub(super) fn is_due(&self) -> bool {
-        self.constraint.as_ref().is_some_and(Constrained::is_due)
+    /// Whether [`Self::look`] has to be called before its next token is chosen. `begun`: of one that has begun, or has not.
+    pub(super) fn is_due(&self, begun: bool) -> bool {
+        self.constraint.as_ref().is_some_and(|c| c.is_due() && c.has_begun() == begun)
+    }
+
+    /// About how many bytes of memory its constraint's state takes, or will take; 0 without one.
+    pub(super) fn constraint_bytes(&self) -> u64 {
+        self.constraint.as_ref().map_or(0, Constrained::bytes)
     }
 
     /// Finds out what its next token may be. `false`: nothing is left to say.

@@ -1,7 +1,7 @@
 //! The engine thread: takes commands, asks the scheduler, runs steps, sends events. It holds no policy.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering, mpsc},
     time::Instant,
@@ -23,6 +23,9 @@ use crate::{
 
 /// Shared pages whose checksums are compared whenever the engine becomes idle: few, since the next request waits for them.
 const AUDITED: usize = 2;
+
+/// What a constrained sequence found out: whether it goes on.
+type Look = Result<bool, EngineError>;
 
 /// Everything that the engine thread owns.
 pub(super) struct Worker {
@@ -119,11 +122,6 @@ impl Worker {
         let id = self.next;
         self.next += 1;
         let mut sequence = Sequence::new(request, &self.base.sites, self.prefix_cache);
-        match sequence.look() {
-            Ok(true) => {}
-            Ok(false) => return sequence.end(),
-            Err(e) => return sequence.fail(e),
-        }
         match self.scheduler.submit(id, sequence.delta_id(), sequence.demand()) {
             Ok(()) => drop(self.sequences.insert(id, sequence)),
             Err(e) => sequence.fail(EngineError::Internal(e.to_string())),
@@ -179,6 +177,7 @@ impl Worker {
             ids.into_iter().for_each(|id| self.fail(id, EngineError::Internal("no sequence can go on".into())));
             return;
         }
+        let over = self.begin_constraints(&plan.shares);
         self.group_by_delta(&mut plan);
         for share in &plan.shares {
             if let Some(sequence) = self.sequences.get_mut(&share.id)
@@ -201,7 +200,7 @@ impl Worker {
         match self.compute(&plan.shares) {
             Ok((got, distinct)) => {
                 self.metrics.distinct_deltas.record(distinct as f64);
-                self.settle(&plan.shares, got);
+                self.settle(&plan.shares, got, over);
                 self.look_ahead();
             }
             Err(reason) => {
@@ -270,20 +269,19 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands results to their sequences.
-    fn settle(&mut self, shares: &[Share], got: Vec<Got>) {
+    /// Hands results to their sequences, and ends those whose constraints were `over` at their beginning.
+    fn settle(&mut self, shares: &[Share], got: Vec<Got>, mut over: HashMap<SeqId, Look>) {
         let now = Instant::now();
         for (share, got) in shares.iter().zip(got) {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
+            if let Some(look) = over.remove(&share.id) {
+                self.publish(share);
+                self.conclude(share.id, look);
+                continue;
+            }
             match sequence.take(got, share.completes, now) {
                 Ok((fate, tick)) => {
-                    if share.branch == 0 {
-                        let more = sequence.next_keys(share.context + share.len);
-                        for page in self.scheduler.publish(share, more) {
-                            let sum = self.stepper.checksum(page);
-                            sum.into_iter().for_each(|sum| self.scheduler.seal(page, sum));
-                        }
-                    }
+                    self.publish(share);
                     match tick {
                         Some(Tick::First(seconds)) => self.metrics.time_to_first_token.record(seconds),
                         Some(Tick::Next(seconds)) => self.metrics.inter_token.record(seconds),
@@ -305,19 +303,52 @@ impl Worker {
         }
     }
 
+    /// Pages that a share has filled can be found from now on.
+    fn publish(&mut self, share: &Share) {
+        let Some(sequence) = self.sequences.get_mut(&share.id).filter(|_| share.branch == 0) else { return };
+        let more = sequence.next_keys(share.context + share.len);
+        for page in self.scheduler.publish(share, more) {
+            let sum = self.stepper.checksum(page);
+            sum.into_iter().for_each(|sum| self.scheduler.seal(page, sum));
+        }
+    }
+
+    /// Makes the states of constrained sequences that begin with this step. Those that cannot go on take part in it all the same:
+    /// others may read pages that they fill.
+    fn begin_constraints(&mut self, shares: &[Share]) -> HashMap<SeqId, Look> {
+        let beginning: HashSet<SeqId> = shares.iter().map(|share| share.id).collect();
+        let looks = self.look(|id, sequence| beginning.contains(&id) && sequence.is_due(false));
+        looks.into_iter().filter(|(_, look)| *look != Ok(true)).collect()
+    }
+
     /// Finds out what constrained sequences may say next: at once for all that got a token in this step. One whose constraint
-    /// cannot be kept fails alone.
+    /// cannot be kept fails alone, and so does the one with the largest state where all together have grown too large.
     fn look_ahead(&mut self) {
-        let due = self.sequences.iter_mut().filter(|(_, sequence)| sequence.is_due());
+        for (id, look) in self.look(|_, sequence| sequence.is_due(true)) {
+            if let Some(sequence) = self.sequences.get(&id) {
+                self.scheduler.set_constraint_bytes(id, sequence.constraint_bytes());
+            }
+            self.conclude(id, look);
+        }
+        while let Some((id, bytes, limit)) = self.scheduler.largest_constraint() {
+            self.fail(id, EngineError::ConstraintMemory { bytes, limit });
+        }
+    }
+
+    /// Looks at those that are meant, side by side.
+    fn look(&mut self, meant: impl Fn(SeqId, &Sequence) -> bool) -> Vec<(SeqId, Look)> {
+        let due = self.sequences.iter_mut().filter(|(id, sequence)| meant(**id, sequence));
         let mut looks: Vec<_> = due.map(|(id, sequence)| (*id, sequence, Ok(true))).collect();
         each(looks.iter_mut().collect(), |(_, sequence, look)| *look = sequence.look());
-        let looks: Vec<_> = looks.into_iter().map(|(id, _, look)| (id, look)).collect();
-        for (id, look) in looks {
-            match look {
-                Ok(true) => {}
-                Ok(false) => self.retire(id).into_iter().for_each(Sequence::end),
-                Err(error) => self.fail(id, error),
-            }
+        looks.into_iter().map(|(id, _, look)| (id, look)).collect()
+    }
+
+    /// Ends a sequence that has nothing left to say, or cannot know what.
+    fn conclude(&mut self, id: SeqId, look: Look) {
+        match look {
+            Ok(true) => {}
+            Ok(false) => self.retire(id).into_iter().for_each(Sequence::end),
+            Err(error) => self.fail(id, error),
         }
     }
 

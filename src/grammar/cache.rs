@@ -10,7 +10,7 @@ use crate::admission::params::ConstraintParams;
 /// Most grammars kept.
 const GRAMMARS: usize = 256;
 /// Most bytes of all of them, as far as they are known.
-const BYTES: usize = 64 << 20;
+const BYTES: u64 = 64 << 20;
 
 /// A digest of a constraint.
 pub(super) type Key = [u8; 32];
@@ -37,13 +37,13 @@ pub(super) fn key(constraint: &ConstraintParams) -> Key {
 #[derive(Default)]
 pub(super) struct Cache {
     kept: HashMap<Key, Kept>,
-    bytes: usize,
+    bytes: u64,
     clock: u64,
 }
 
 struct Kept {
     grammar: Arc<Grammar>,
-    bytes: usize,
+    bytes: u64,
     used: u64,
 }
 
@@ -56,7 +56,7 @@ impl Cache {
     }
 
     /// Keeps a grammar of about so many bytes, unless it alone is too large; those that were not used longest make room.
-    pub(super) fn put(&mut self, key: Key, grammar: Arc<Grammar>, bytes: usize) {
+    pub(super) fn put(&mut self, key: Key, grammar: Arc<Grammar>, bytes: u64) {
         if bytes > BYTES {
             return;
         }
@@ -68,6 +68,12 @@ impl Cache {
             let Some(oldest) = self.kept.iter().min_by_key(|(_, kept)| kept.used).map(|(key, _)| *key) else { return };
             self.bytes -= self.kept.remove(&oldest).map_or(0, |kept| kept.bytes);
         }
+    }
+
+    /// Lets those go that nobody uses: letting go of the others would free nothing.
+    pub(super) fn free(&mut self) {
+        self.kept.retain(|_, kept| Arc::strong_count(&kept.grammar) > 1);
+        self.bytes = self.kept.values().map(|kept| kept.bytes).sum();
     }
 }
 
@@ -86,7 +92,7 @@ mod tests {
         }
         assert!(cache.get(&key(0)).is_some());
         cache.put(key(GRAMMARS), Arc::clone(&grammar), 10);
-        assert_eq!((cache.kept.len(), cache.bytes), (GRAMMARS, 10 * GRAMMARS));
+        assert_eq!((cache.kept.len(), cache.bytes), (GRAMMARS, 10 * GRAMMARS as u64));
         assert!(cache.get(&key(0)).is_some() && cache.get(&key(1)).is_none());
         cache.put(key(0), Arc::clone(&grammar), BYTES);
         assert_eq!((cache.kept.len(), cache.bytes), (1, BYTES), "all else made room for it");

@@ -2,14 +2,36 @@
 
 use std::{fmt, sync::Arc};
 
-use llguidance::{Matcher, api::StopReason};
+use llguidance::api::StopReason;
 
-use super::{clean, vocabulary::Vocabulary};
-use crate::engine::{Constraint, Ending, TokenSet};
+use super::{Grammar, clean, state::State, vocabulary::Vocabulary};
+use crate::engine::{Constraint, ConstraintFactory, Ending, TokenSet};
+
+/// Outputs that a grammar bounds; `fresh`: no text precedes them.
+pub(super) struct Outputs {
+    pub(super) grammar: Arc<Grammar>,
+    pub(super) fresh: bool,
+}
+
+impl fmt::Debug for Outputs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outputs").field("fresh", &self.fresh).finish_non_exhaustive()
+    }
+}
+
+impl ConstraintFactory for Outputs {
+    fn bytes(&self) -> u64 {
+        self.grammar.state_bytes
+    }
+
+    fn begin(&self) -> Box<dyn Constraint> {
+        self.grammar.start(self.fresh)
+    }
+}
 
 /// The state after the tokens so far.
 pub(super) struct Rule {
-    matcher: Matcher,
+    matcher: State,
     vocabulary: Arc<Vocabulary>,
     /// Whether the decoder will drop the space that the next token begins with.
     drops: bool,
@@ -17,7 +39,7 @@ pub(super) struct Rule {
 
 impl Rule {
     /// At the beginning of an output; `fresh`: its first token has no neighbours.
-    pub(super) fn new(matcher: Matcher, vocabulary: Arc<Vocabulary>, fresh: bool) -> Self {
+    pub(super) fn new(matcher: State, vocabulary: Arc<Vocabulary>, fresh: bool) -> Self {
         let drops = fresh && vocabulary.blanks.is_some();
         Self { matcher, vocabulary, drops }
     }
@@ -34,8 +56,8 @@ impl Constraint for Rule {
         if matches!(self.matcher.stop_reason(), StopReason::NoExtension | StopReason::EndOfSentence) {
             return Ok(Ending::Must);
         }
-        let mask = self.matcher.compute_mask().map_err(|e| clean(&e.to_string()))?;
-        let may_end = self.matcher.is_accepting().map_err(|e| clean(&e.to_string()))?;
+        let mask = self.matcher.mask().map_err(|e| clean(&e))?;
+        let may_end = self.matcher.is_accepting().map_err(|e| clean(&e))?;
         let words = (self.vocabulary.size / 32) as usize;
         let of =
             |from: usize| mask.as_slice().iter().skip(from).zip(&self.vocabulary.text).map(|(bits, text)| bits & text);
@@ -62,7 +84,11 @@ impl Constraint for Rule {
             return Ok(false);
         }
         let id = if drops { self.vocabulary.size + token } else { token };
-        self.matcher.consume_token(id).map_err(|e| clean(&e.to_string()))?;
-        Ok(self.matcher.is_stopped())
+        self.matcher.consume(id).map_err(|e| clean(&e))?;
+        Ok(self.matcher.stop_reason() != StopReason::NotStopped)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.matcher.bytes()
     }
 }

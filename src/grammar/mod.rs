@@ -6,7 +6,9 @@
 
 mod cache;
 mod matcher;
+mod room;
 mod schema;
+mod state;
 mod vocabulary;
 
 use std::{
@@ -15,16 +17,22 @@ use std::{
 };
 
 use llguidance::{
-    Logger, Matcher,
+    Logger,
     api::{GrammarInit, ParserLimits, TopLevelGrammar},
     toktrie::InferenceCapabilities,
 };
 use parking_lot::Mutex;
 
-use self::{cache::Cache, matcher::Rule, vocabulary::Vocabulary};
+use self::{
+    cache::Cache,
+    matcher::{Outputs, Rule},
+    room::{Room, Taken},
+    state::State,
+    vocabulary::Vocabulary,
+};
 use crate::{
     admission::params::{ConstraintParams, Violation},
-    engine::Constraint,
+    engine::{Constraint, ConstraintFactory},
     text::TextModel,
 };
 
@@ -43,6 +51,22 @@ pub enum GrammarError {
     /// What is wrong with it.
     #[error("the constraint is refused: {0:?}")]
     Refused(Vec<Violation>),
+    /// It is larger than all of them may be.
+    #[error("the compiled constraint takes {bytes} bytes; {limit} are there for all of this server")]
+    TooLarge {
+        /// What it takes.
+        bytes: u64,
+        /// What there is.
+        limit: u64,
+    },
+    /// Those that other requests hold leave it no room now.
+    #[error("the compiled constraint takes {bytes} bytes; those of other requests leave less of {limit} bytes")]
+    NoRoom {
+        /// What it takes.
+        bytes: u64,
+        /// What there is for all.
+        limit: u64,
+    },
     /// Not the request's fault.
     #[error("cannot compile grammars: {0}")]
     Broken(String),
@@ -56,19 +80,25 @@ pub struct Grammars {
     /// Made when the first constraint comes.
     vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
     cache: Mutex<Cache>,
+    room: Arc<Room>,
 }
 
 /// A compiled constraint.
 pub struct Grammar {
     /// At the beginning of an output; only ever copied.
-    begin: Mutex<Matcher>,
+    begin: Mutex<State>,
     vocabulary: Arc<Vocabulary>,
+    /// About how many bytes a copy of it takes.
+    state_bytes: u64,
+    /// What it takes itself.
+    taken: Taken,
 }
 
 impl Grammars {
-    /// For the outputs of a base, which `ends` end.
-    pub fn new(text: Arc<TextModel>, ends: Vec<u32>) -> Self {
-        Self { text, ends, vocabulary: OnceLock::new(), cache: Mutex::default() }
+    /// For the outputs of a base, which `ends` end. Compiled grammars that are kept or in use take at most `limit` bytes; those
+    /// that are being compiled come beside them.
+    pub fn new(text: Arc<TextModel>, ends: Vec<u32>, limit: u64) -> Self {
+        Self { text, ends, vocabulary: OnceLock::new(), cache: Mutex::default(), room: Room::new(limit) }
     }
 
     /// What was compiled of a constraint before, if it is still here.
@@ -79,7 +109,8 @@ impl Grammars {
     /// Compiles a constraint, or finds it. May take seconds, with the first one of a process some more.
     ///
     /// # Errors
-    /// A constraint that is not understood, that bounds nothing or that no output can keep to, or that takes too much work.
+    /// A constraint that is not understood, that bounds nothing or that no output can keep to, or that takes too much work; no
+    /// room for it.
     pub fn compile(&self, constraint: &ConstraintParams) -> Result<Arc<Grammar>, GrammarError> {
         if let Some(kept) = self.kept(constraint) {
             return Ok(kept);
@@ -90,14 +121,26 @@ impl Grammars {
             let compiling = compiling.map_err(|e| GrammarError::Broken(e.to_string()))?;
             compiling.join().map_err(|_| GrammarError::Broken("a panic".into()))?
         });
-        let (grammar, bytes) = compiled?;
-        let grammar = Arc::new(grammar);
+        let grammar = Arc::new(compiled?);
+        let bytes = grammar.bytes();
         self.cache.lock().put(cache::key(constraint), Arc::clone(&grammar), bytes);
         Ok(grammar)
     }
 
-    /// The grammar and about how many bytes it takes.
-    fn compile_now(&self, constraint: &ConstraintParams) -> Result<(Grammar, usize), GrammarError> {
+    /// Takes room for a compiled grammar, if need be that of those that are only kept.
+    fn take(&self, bytes: u64) -> Result<Taken, GrammarError> {
+        let limit = self.room.limit;
+        if bytes > limit {
+            return Err(GrammarError::TooLarge { bytes, limit });
+        }
+        let taken = self.room.take(bytes).or_else(|| {
+            self.cache.lock().free();
+            self.room.take(bytes)
+        });
+        taken.ok_or(GrammarError::NoRoom { bytes, limit })
+    }
+
+    fn compile_now(&self, constraint: &ConstraintParams) -> Result<Grammar, GrammarError> {
         let refused = |message: String| {
             let field = constraint.field().to_owned();
             GrammarError::Refused(vec![Violation { field, code: String::new(), message }])
@@ -131,14 +174,15 @@ impl Grammars {
             limits(constraint),
         );
         let parser = parser.map_err(|e| refused(clean(&e.to_string())))?;
-        let bytes = (64 << 10) + 64 * source + 2 * parser.parser.lexer_stats().num_bytes;
-        let mut begin = Matcher::new(Ok(parser));
+        let mut begin = State::new(parser);
         // the first look takes longest: its work is in every copy. It also tells whether there is anything to say
-        let mask = begin.compute_mask().map_err(|e| refused(clean(&e.to_string())))?;
+        let mask = begin.mask().map_err(|e| refused(clean(&e)))?;
         if (0..mask.len() as u32 - 1).all(|id| !mask.is_allowed(id)) {
             return Err(refused("no output but the empty one keeps to it".into()));
         }
-        Ok((Grammar { begin: Mutex::new(begin), vocabulary: Arc::clone(vocabulary) }, bytes))
+        let state_bytes = begin.bytes();
+        let taken = self.take(state_bytes + 64 * source as u64)?;
+        Ok(Grammar { begin: Mutex::new(begin), vocabulary: Arc::clone(vocabulary), state_bytes, taken: taken })
     }
 }
 
@@ -146,8 +190,18 @@ impl Grammar {
     /// Bounds one output; `fresh`: no text precedes it, so that a decoder may take its first space away.
     pub fn start(&self, fresh: bool) -> Box<dyn Constraint> {
         // a copy of its own: nobody waits for another's step, and nobody's mishap is another's
-        let matcher = self.begin.lock().deep_clone();
-        Box::new(Rule::new(matcher, Arc::clone(&self.vocabulary), fresh))
+        let state = self.begin.lock().copy();
+        Box::new(Rule::new(state, Arc::clone(&self.vocabulary), fresh))
+    }
+
+    /// Bounds outputs, each from when it begins; `fresh` as in [`Self::start`].
+    pub fn outputs(self: Arc<Self>, fresh: bool) -> Arc<dyn ConstraintFactory> {
+        Arc::new(Outputs { grammar: self, fresh })
+    }
+
+    /// About how many bytes of memory it takes.
+    pub fn bytes(&self) -> u64 {
+        self.taken.bytes
     }
 }
 

@@ -24,7 +24,7 @@ fn bundled() -> Arc<TextModel> {
 }
 
 fn of(model: &Arc<TextModel>) -> Grammars {
-    Grammars::new(Arc::clone(model), model.special().eos.into_iter().collect())
+    Grammars::new(Arc::clone(model), model.special().eos.into_iter().collect(), 256 << 20)
 }
 
 /// Those of the bundled base.
@@ -393,6 +393,46 @@ fn what_is_wrong_is_said_of_its_field() {
         }
     }
     assert!(grammars.compile(&regex("ab?")).is_ok(), "it still works");
+}
+
+/// Compiled grammars take room for as long as anybody has them; those that are only kept make room.
+#[test]
+fn compiled_grammars_take_no_more_room_than_there_is() {
+    let compile = |grammars: &Grammars, text: &str| grammars.compile(&regex(text));
+    let one = compile(&grammars(), "[a-z]{4}1").expect("compiles").bytes();
+    assert!(one > 64 << 10 && one < 4 << 20, "{one}");
+    let eos = || bundled().special().eos.into_iter().collect();
+    let small = Grammars::new(bundled(), eos(), one / 2);
+    assert!(matches!(compile(&small, "[a-z]{4}1"), Err(GrammarError::TooLarge { bytes, .. }) if bytes == one));
+    let grammars = Grammars::new(bundled(), eos(), one * 5 / 2);
+    let (first, second) = (compile(&grammars, "[a-z]{4}1"), compile(&grammars, "[a-z]{4}2"));
+    let (first, second) = (first.expect("compiles"), second.expect("compiles"));
+    assert!(matches!(compile(&grammars, "[a-z]{4}3"), Err(GrammarError::NoRoom { .. })));
+    // a request that waits holds it, one whose output has begun does not
+    let waits = first.outputs(true);
+    assert!(matches!(compile(&grammars, "[a-z]{4}3"), Err(GrammarError::NoRoom { .. })));
+    assert!(waits.bytes() <= one && waits.begin().bytes() >= waits.bytes());
+    drop(waits);
+    assert!(compile(&grammars, "[a-z]{4}3").is_ok(), "the first one was only kept");
+    assert!(grammars.kept(&regex("[a-z]{4}1")).is_none());
+    assert!(grammars.kept(&regex("[a-z]{4}2")).is_some_and(|kept| Arc::ptr_eq(&kept, &second)));
+}
+
+#[test]
+fn a_state_says_what_it_has_come_to() {
+    let grammar = grammars().compile(&regex("(a|b)*a(a|b){8}c")).expect("compiles");
+    let mut rule = grammar.start(true);
+    let before = rule.bytes();
+    let id = |text: &str| bundled().encode_user(text, false).expect("encodes")[0];
+    for i in 0..60u32 {
+        let mut allowed = TokenSet::default();
+        rule.allowed(&mut allowed).expect("it goes on");
+        // every such text is another state of the automaton
+        rule.accept(id(if i.count_ones() % 2 == 0 { "a" } else { "b" })).expect("it was allowed");
+    }
+    assert!(rule.bytes() > before, "{before} {}", rule.bytes());
+    let fresh = grammar.start(true).bytes();
+    assert_eq!(fresh, before, "what one output comes to is its own");
 }
 
 /// None of these may take long, much memory, or the process with it; this thread's stack is small.

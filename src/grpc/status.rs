@@ -13,6 +13,9 @@ pub(crate) const DOMAIN: &str = "deltaserve";
 /// When a refused caller may try again: about a queue's length at small load.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// All that a client is told of what is our fault.
+const INTERNAL: &str = "internal error; the server's log has the details";
+
 /// Clients accept 8 KiB of trailers by default, in base64; more would turn the status into a transport error.
 const MAX_VIOLATION_BYTES: usize = 4096;
 const MAX_MESSAGE_BYTES: usize = 800;
@@ -24,7 +27,10 @@ impl From<ServeError> for Status {
         }
         let code = code(&error);
         let message = match &error {
-            ServeError::Internal(_) => "internal error; the server's log has the details".to_owned(),
+            ServeError::Internal(_) => INTERNAL.to_owned(),
+            ServeError::Failing { error, retry } if matches!(**error, ServeError::Internal(_)) => {
+                format!("{INTERNAL}; it is tried again in {:.1} s", retry.as_secs_f64())
+            }
             other => cut(&other.to_string(), MAX_MESSAGE_BYTES),
         };
         let mut details = ErrorDetails::with_error_info(error.reason(), DOMAIN, HashMap::new());
@@ -32,10 +38,11 @@ impl From<ServeError> for Status {
             ServeError::Invalid(violations) => add_violations(&mut details, violations),
             ServeError::Overloaded(_)
             | ServeError::ResidentBudget(_)
+            | ServeError::ConstraintMemory { lasting: false, .. }
             | ServeError::NotEnoughMemory { lasting: false, .. } => {
                 details.set_retry_info(Some(RETRY_AFTER));
             }
-            ServeError::TenantLimit { retry, .. } => {
+            ServeError::TenantLimit { retry, .. } | ServeError::Failing { retry, .. } => {
                 details.set_retry_info(Some(*retry));
             }
             _ => {}
@@ -60,7 +67,9 @@ fn code(error: &ServeError) -> Code {
         ServeError::Overloaded(_)
         | ServeError::TenantLimit { .. }
         | ServeError::ResidentBudget(_)
+        | ServeError::ConstraintMemory { .. }
         | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
+        ServeError::Failing { error, .. } => self::code(error),
         ServeError::Corrupt(_) => Code::DataLoss,
         ServeError::Draining | ServeError::TrainingDown => Code::Unavailable,
         ServeError::DeadlineExceeded(_) => Code::DeadlineExceeded,
@@ -109,6 +118,7 @@ mod tests {
         let s = || "x".to_owned();
         let limit = |limit| ServeError::TenantLimit { limit, retry: Duration::from_millis(1500) };
         let memory = |lasting| ServeError::NotEnoughMemory { message: s(), lasting };
+        let room = |lasting| ServeError::ConstraintMemory { message: s(), lasting };
         let table = [
             (ServeError::field("f", "m"), Code::InvalidArgument, "INVALID_REQUEST"),
             (ServeError::DeltaNotFound(s()), Code::NotFound, "DELTA_NOT_FOUND"),
@@ -128,6 +138,7 @@ mod tests {
             (ServeError::ResidentBudget(s()), Code::ResourceExhausted, "RESIDENT_BUDGET"),
             (memory(false), Code::ResourceExhausted, "NOT_ENOUGH_MEMORY"),
             (memory(true), Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"),
+            (room(false), Code::ResourceExhausted, "CONSTRAINT_MEMORY"),
             (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
             (ServeError::Draining, Code::Unavailable, "DRAINING"),
             (ServeError::TrainingDown, Code::Unavailable, "TRAINING_DOWN"),
@@ -143,6 +154,24 @@ mod tests {
             assert_eq!(details.error_info().map(|i| (i.reason.as_str(), i.domain.as_str())), Some((reason, DOMAIN)));
             assert_eq!(details.retry_info().is_some(), retry, "{reason}");
         }
+        let never = Status::from(room(true));
+        assert_eq!((never.code(), never.get_error_details().retry_info()), (Code::ResourceExhausted, None));
+    }
+
+    #[test]
+    fn a_load_that_failed_a_moment_ago_says_how_and_when_to_retry() {
+        let failing =
+            |error| Status::from(ServeError::Failing { error: Box::new(error), retry: Duration::from_millis(4200) });
+        let status = failing(ServeError::Corrupt("style@3".into()));
+        let details = status.get_error_details();
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::DataLoss, "stored delta \"style@3\" is corrupt; it is tried again in 4.2 s")
+        );
+        assert_eq!(details.error_info().map(|info| info.reason.as_str()), Some("DELTA_CORRUPT"));
+        assert_eq!(details.retry_info().and_then(|r| r.retry_delay), Some(Duration::from_millis(4200)));
+        let status = failing(ServeError::Internal("/secret/path".into()));
+        assert!(!status.message().contains("secret") && status.message().contains("4.2 s"), "{}", status.message());
     }
 
     #[test]

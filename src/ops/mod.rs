@@ -42,6 +42,8 @@ pub(crate) use memory::huge_pages_of;
 pub use memory::{give_back_freed_memory, keep_freed_memory};
 pub use nll::{head_kl, head_nll, head_nll_against, smoothed_nll};
 pub use norm::{Norm, norm};
+#[cfg(test)]
+pub(crate) use packed::asked;
 pub use packed::{Halves, in_step, permitting};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use quantized::{Activations, QuantKind, Quantized, quantize, with_activations};

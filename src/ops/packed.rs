@@ -25,6 +25,8 @@ use super::{
 pub(super) use backward::product_t;
 use forward::Forward;
 use halves::Factor;
+#[cfg(test)]
+pub(crate) use halves::asked;
 pub use halves::{Halves, in_step, permitting};
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.

@@ -23,6 +23,7 @@ use tokio::{
 use super::{
     LoadError, Loader, RegistryConfig, RegistryError,
     budget::{Reservation, ResidentBudget},
+    failures::Failures,
     metrics::Metrics,
     seat::{Hold, Idle, Seat},
 };
@@ -76,6 +77,7 @@ struct Shared {
     keep: Keep,
     config: RegistryConfig,
     metrics: Metrics,
+    failures: Failures,
     hits: AtomicU64,
     misses: AtomicU64,
     evictions: AtomicU64,
@@ -107,13 +109,30 @@ impl Residency {
             .build();
         let loads = Arc::new(Semaphore::new(config.max_concurrent_loads.max(1)));
         let (hits, misses, evictions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        let shared =
-            Shared { seats, idle, budget, loads, store, loader, keep, config, metrics, hits, misses, evictions };
+        let failures = Failures::new(config.retry_after);
+        let shared = Shared {
+            seats,
+            idle,
+            budget,
+            loads,
+            store,
+            loader,
+            keep,
+            config,
+            metrics,
+            failures,
+            hits,
+            misses,
+            evictions,
+        };
         Self { shared: Arc::new(shared) }
     }
 
     /// Holds the version's delta, and loads it first if it is not resident.
     pub(super) async fn hold(&self, version: &Arc<VersionRecord>) -> Result<(Arc<Delta>, Hold), RegistryError> {
+        if let Some(failing) = self.shared.failures.find(&version.id) {
+            return Err(own(version, &failing));
+        }
         let load = {
             let (this, version) = (self.clone(), Arc::clone(version));
             move |_| {
@@ -226,8 +245,21 @@ impl Residency {
         Ok(())
     }
 
-    /// Reads and decodes within a reservation made before.
+    /// Loads a version, and remembers if that fails.
     async fn load(&self, version: &Arc<VersionRecord>) -> Result<Hold, RegistryError> {
+        self.shared.failures.begin(version.id);
+        let loaded = self.load_now(version).await;
+        self.shared.failures.end(version.id, &loaded);
+        loaded
+    }
+
+    /// Something has changed about a version: how it failed says nothing any more.
+    pub(super) fn forget(&self, id: &DeltaId) {
+        self.shared.failures.forget(id);
+    }
+
+    /// Reads and decodes within a reservation made before.
+    async fn load_now(&self, version: &Arc<VersionRecord>) -> Result<Hold, RegistryError> {
         let shared = &self.shared;
         let started = Instant::now();
         let planned = match version.spec.resident_bytes {
@@ -336,6 +368,9 @@ fn own(version: &VersionRecord, error: &RegistryError) -> RegistryError {
     match error.clone() {
         RegistryError::Corrupt { detail, .. } => RegistryError::Corrupt { name: mine, detail },
         RegistryError::LoadFailed { detail, .. } => RegistryError::LoadFailed { name: mine, detail },
+        RegistryError::Failing { error, retry } => {
+            RegistryError::Failing { error: Box::new(own(version, &error)), retry }
+        }
         other => other,
     }
 }

@@ -94,6 +94,14 @@ pub enum RegistryError {
         /// Why.
         detail: String,
     },
+    /// Its load failed a moment ago, and is not tried again yet.
+    #[error("{error}; it is tried again in {:.1} s", .retry.as_secs_f64())]
+    Failing {
+        /// How it failed.
+        error: Box<RegistryError>,
+        /// When it is tried again.
+        retry: Duration,
+    },
     /// Deltas that do not add up; says which and why.
     #[error("{0}")]
     NotComposable(String),
@@ -130,6 +138,14 @@ impl From<RegistryError> for ServeError {
             RegistryError::Corrupt { name, detail } => {
                 tracing::error!(delta = %name, %detail, "stored delta is corrupt");
                 Self::Corrupt(name.clone())
+            }
+            RegistryError::Failing { error, retry } => {
+                // the log has it since it happened
+                let error = match &**error {
+                    RegistryError::Corrupt { name, .. } => Self::Corrupt(name.clone()),
+                    other => Self::from(other.clone()),
+                };
+                Self::Failing { error: Box::new(error), retry: *retry }
             }
             RegistryError::NotComposable(_) => Self::field("deltas", e.to_string()),
             RegistryError::TooLarge { .. } => Self::field("files", e.to_string()),

@@ -12,6 +12,7 @@ mod cache;
 mod catalog;
 mod compose;
 mod error;
+mod failures;
 mod kept;
 mod metrics;
 mod reference;
@@ -61,6 +62,8 @@ pub struct RegistryConfig {
     pub load_timeout: Duration,
     /// How long a load waits for room while everything resident is leased.
     pub room_wait: Duration,
+    /// For how long a version whose load failed is not loaded again; zero: not at all.
+    pub retry_after: Duration,
 }
 
 impl Default for RegistryConfig {
@@ -70,6 +73,7 @@ impl Default for RegistryConfig {
             max_concurrent_loads: 4,
             load_timeout: Duration::from_secs(30),
             room_wait: Duration::from_secs(1),
+            retry_after: Duration::from_secs(5),
         }
     }
 }
@@ -254,7 +258,7 @@ impl Registry {
         match held {
             Ok((delta, hold)) => Ok(DeltaLease { delta, version: Arc::clone(version), hold }),
             // Its blobs may have been collected in between: then it is gone, not corrupt.
-            Err(e @ RegistryError::Corrupt { .. }) => {
+            Err(e @ (RegistryError::Corrupt { .. } | RegistryError::Failing { .. })) => {
                 self.resolve(tenant, &DeltaRef::exact(version))
                     .map_err(|_| RegistryError::NotFound(wanted.to_string()))?;
                 Err(e)
@@ -435,7 +439,10 @@ impl Registry {
     }
 
     async fn take_over(&self, name: NameRecord) {
+        // published again, deleted or pointed elsewhere: what failed of it may be whole now
+        name.versions.values().for_each(|version| self.residency.forget(&version.id));
         for dead in self.catalog.apply(name) {
+            self.residency.forget(&dead);
             self.residency.retire(&dead).await;
         }
     }

@@ -7,15 +7,18 @@ use super::{
     encode::Encoded,
     full_laws,
     gradients::{self, Gradients, LossesOf, Micro},
-    laws::{hyper, input, tiny},
+    laws::{hyper, input, lora, tiny},
     method_laws::{BASES, all},
-    objective::{Reads, Sequence, losses_of},
+    objective::{Reads, Sequence, forward, losses_of},
     testing::{assert_near, shake},
+    together::{self, Member},
     trainable::Trainable,
 };
 use crate::{
     admission::train_params::{LoraPart, MethodPart, PTuningPart, PrefixPart, PromptPart},
+    delta::Task,
     model::Base,
+    ops,
     train::run::RunInput,
 };
 
@@ -93,4 +96,26 @@ fn of_full_fine_tuning() {
         let t = Trainable::init_on(&input.spec, &base, 1).unwrap();
         equal(&format!("{family} {task:?}"), &t, &both(&base, &t, &input));
     }
+}
+
+/// Products in halves are for steps alone where only these may have them.
+#[test]
+fn whatever_computes_gradients_marks_its_products_as_those_of_a_step() {
+    let base = tiny("llama");
+    let input = input(&base, Task::CausalLm, &lora(), hyper(1));
+    let t = Trainable::init_on(&input.spec, &base, 3).unwrap();
+    ops::asked::in_step();
+    both(&base, &t, &input);
+    assert_eq!(ops::asked::in_step(), [true].into(), "forward and backward, as a whole and layer by layer");
+    let examples: Vec<&Encoded> = input.train.iter().take(3).collect();
+    let delta = t.delta(&mut rng(5, Stream::Dropout)).unwrap();
+    let member =
+        || Member { delta: Arc::clone(&delta), vars: t.vars(), examples: &examples, smoothing: 0.0, weight: 3.0 };
+    together::gradients(&base, &[member(), member()], None).unwrap();
+    assert_eq!(ops::asked::in_step(), [true].into(), "in a shared pass");
+    // an evaluation is none
+    let sequences: Vec<Sequence<'_>> = examples.iter().map(|e| Sequence::from(*e)).collect();
+    let losses: LossesOf<'_> = &|hidden, cx| Ok(losses_of(&base, hidden, (&examples, &sequences), 0.0, cx)?.each);
+    forward(&base, &delta, (&sequences, Reads::of(&examples)), None, losses).unwrap();
+    assert_eq!(ops::asked::in_step(), [false].into());
 }

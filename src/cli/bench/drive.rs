@@ -238,3 +238,110 @@ async fn join(set: &mut JoinSet<()>) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic::{Request, Response, Status, codegen::BoxStream};
+
+    use super::*;
+    use crate::{
+        cli::{
+            Common,
+            bench::{options::tests::parse, plan::tests::of_base},
+            client::Client,
+        },
+        grpc::proto::{
+            self,
+            inference_service_server::{InferenceService, InferenceServiceServer},
+        },
+    };
+
+    /// How long the server takes.
+    const WORK: Duration = Duration::from_millis(100);
+    /// How late requests are sent.
+    const LATE: Duration = Duration::from_secs(2);
+
+    /// A server that classifies, and takes its time.
+    struct Slow;
+
+    #[tonic::async_trait]
+    impl InferenceService for Slow {
+        type GenerateStream = BoxStream<proto::GenerateResponse>;
+
+        async fn classify(
+            &self,
+            _: Request<proto::ClassifyRequest>,
+        ) -> Result<Response<proto::ClassifyResponse>, Status> {
+            tokio::time::sleep(WORK).await;
+            Ok(Response::new(proto::ClassifyResponse::default()))
+        }
+
+        async fn generate(&self, _: Request<proto::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+            Err(Status::unimplemented(""))
+        }
+
+        async fn generate_batch(
+            &self,
+            _: Request<proto::GenerateBatchRequest>,
+        ) -> Result<Response<proto::GenerateBatchResponse>, Status> {
+            Err(Status::unimplemented(""))
+        }
+
+        async fn embed(&self, _: Request<proto::EmbedRequest>) -> Result<Response<proto::EmbedResponse>, Status> {
+            Err(Status::unimplemented(""))
+        }
+
+        async fn score(&self, _: Request<proto::ScoreRequest>) -> Result<Response<proto::ScoreResponse>, Status> {
+            Err(Status::unimplemented(""))
+        }
+
+        async fn tokenize(
+            &self,
+            _: Request<proto::TokenizeRequest>,
+        ) -> Result<Response<proto::TokenizeResponse>, Status> {
+            Err(Status::unimplemented(""))
+        }
+    }
+
+    /// Times of some requests that were due two seconds before this client came to send them.
+    async fn late(load: Load) -> anyhow::Result<Record> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let server = listener.local_addr()?.to_string();
+        let serve = tonic::transport::Server::builder().add_service(InferenceServiceServer::new(Slow));
+        let serving = tokio::spawn(serve.serve_with_incoming(TcpListenerStream::new(listener)));
+        let common = Common { server, tenant: "a".into(), timeout: None, json: false };
+        let words = ["--op", "classify", "--requests", "5", "--warmup", "0"];
+        let args = parse(&words).map_err(anyhow::Error::msg)?;
+        let plan = Arc::new(of_base(&words, Client::connect(&common).await?).await?);
+        let begin = Instant::now().checked_sub(LATE).context("a young machine")?;
+        let measured = drive(&plan, load, &args, begin, &CancellationToken::new()).await?;
+        serving.abort();
+        anyhow::ensure!(measured.record.failures.is_empty(), "{:?}", measured.record.failures);
+        Ok(measured.record)
+    }
+
+    #[tokio::test]
+    async fn an_open_loops_times_count_from_when_requests_were_due() -> anyhow::Result<()> {
+        // all are due within 50 ms
+        let record = late(Load::Open { rate: 100.0 }).await?;
+        assert_eq!(record.samples.len(), 5);
+        let work = WORK.as_secs_f32();
+        for sample in &record.samples {
+            // counted from the sending, it would be some 0.1 s
+            assert!(sample.lag > 1.5 && sample.total >= sample.lag + work, "{sample:?}");
+            assert_eq!(sample.first, Some(sample.total));
+            assert!((0.0..1.0).contains(&sample.at), "{sample:?}");
+        }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_closed_loops_times_count_from_the_sending() -> anyhow::Result<()> {
+        let record = late(Load::Closed { concurrency: 2 }).await?;
+        assert_eq!(record.samples.len(), 5);
+        let work = WORK.as_secs_f32();
+        assert!(record.samples.iter().all(|s| s.lag < 1.0 && s.total >= work && s.at >= 1.9), "{:?}", record.samples);
+        Ok(())
+    }
+}

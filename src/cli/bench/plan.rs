@@ -298,7 +298,7 @@ impl Maker {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::cli::bench::options::tests::parse;
 
@@ -324,6 +324,13 @@ mod tests {
             vocab: 50,
             pieces: Some(pieces),
         })
+    }
+
+    /// Requests for the bare base of a server.
+    pub(in crate::cli::bench) async fn of_base(words: &[&str], client: Client) -> anyhow::Result<Plan> {
+        let maker = Maker { tenants: 1, ..maker(words, &[]).await? };
+        let (connections, clients) = (vec![client.clone()], vec![vec![client]]);
+        Ok(Plan { tenants: vec!["a".into()], connections, clients, targets: vec![], info: Default::default(), maker })
     }
 
     #[tokio::test]

@@ -14,6 +14,14 @@ pub(in crate::engine) enum NeverFits {
         /// Positions that there are.
         limit: usize,
     },
+    /// Its constraint's state is larger than all of them may be.
+    #[error("the state of its constraint takes {bytes} bytes; {limit} are there for all")]
+    Constraint {
+        /// What it takes.
+        bytes: u64,
+        /// What there is.
+        limit: u64,
+    },
     /// It has too many branches.
     #[error("the request has {width} branches; this server runs {limit} at a time")]
     Width {
@@ -44,6 +52,8 @@ pub(in crate::engine) struct Demand {
     pub(in crate::engine) names: Names,
     /// Whether its last known position gives a token, and not only numbers.
     pub(in crate::engine) generates: bool,
+    /// Bytes that its constraint's state takes from when it begins; 0 without one.
+    pub(in crate::engine) constraint_bytes: u64,
     /// Whose it is.
     pub(in crate::engine) claim: Claim,
 }

@@ -9,6 +9,7 @@ use crate::{
     rows::Ahead,
 };
 
+mod constraints;
 mod fair;
 mod held;
 mod sharing;
@@ -19,7 +20,18 @@ fn delta(n: u8) -> Option<DeltaId> {
 
 fn demand(total: usize, most: usize) -> Demand {
     let (names, claim) = (Names::default(), claim(None));
-    Demand { total, most, reserved: 0, source: 0, source_reserved: 0, width: 1, names, generates: true, claim }
+    Demand {
+        total,
+        most,
+        reserved: 0,
+        source: 0,
+        source_reserved: 0,
+        width: 1,
+        names,
+        generates: true,
+        constraint_bytes: 0,
+        claim,
+    }
 }
 
 fn claim(tenant: Option<&str>) -> Claim {
@@ -28,7 +40,14 @@ fn claim(tenant: Option<&str>) -> Claim {
 }
 
 fn limits() -> Limits {
-    Limits { max_batch_tokens: 64, max_sequences: 8, max_deltas: 4, prefill_chunk: 32, pages: Some(64) }
+    Limits {
+        max_batch_tokens: 64,
+        max_sequences: 8,
+        max_deltas: 4,
+        prefill_chunk: 32,
+        pages: Some(64),
+        constraint_bytes: 100,
+    }
 }
 
 /// One request of a random load: when it comes, its delta, its prompt and how many tokens it generates.
@@ -100,6 +119,7 @@ fn any_limits() -> impl Strategy<Value = Limits> {
             max_deltas,
             prefill_chunk,
             pages,
+            constraint_bytes: 100,
         },
     )
 }
@@ -142,11 +162,25 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
             let ahead = keys.as_ref().map(PageKeys::ahead).unwrap_or_default();
             let names = Names { ahead, rows: job.next_keys(&mut keys, next, 0, job.prompt) };
             let (total, generates, claim) = (job.prompt, job.new > 0, job.claim());
-            let demand = Demand { total, most, reserved, source, source_reserved, width, names, generates, claim };
+            // every third is constrained
+            let constraint_bytes = if job.prompt.is_multiple_of(3) { job.prompt as u64 } else { 0 };
+            let demand = Demand {
+                total,
+                most,
+                reserved,
+                source,
+                source_reserved,
+                width,
+                names,
+                generates,
+                constraint_bytes,
+                claim,
+            };
             match scheduler.submit(next, delta(job.delta), demand) {
                 Ok(()) => drop(left.insert(next, (job, 0, keys))),
                 Err(NeverFits::Positions { positions, limit }) => prop_assert!(positions > limit),
                 Err(NeverFits::Width { width, limit }) => prop_assert!(width > limit),
+                Err(NeverFits::Constraint { bytes, limit }) => prop_assert!(bytes > limit),
             }
             next += 1;
         }
@@ -211,6 +245,7 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
 
 fn check_step(s: &Scheduler, plan: &StepPlan, l: Limits, left: &Left) -> Result<(), TestCaseError> {
     prop_assert!(!plan.shares.is_empty(), "an unfinished load always has a step");
+    prop_assert!(s.constraint_bytes() <= l.constraint_bytes);
     let over = plan.shares.iter().map(|s| s.encode).max().unwrap_or(0);
     prop_assert!(plan.rows() <= l.max_batch_tokens + over || (l.pages.is_none() && plan.shares.len() == 1));
     prop_assert!(s.running() <= l.max_sequences);

@@ -1,5 +1,7 @@
 //! Constrained outputs: only what is allowed is said, and nobody else notices.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::*;
 use crate::model::testing::{tiny_gpt2, tiny_llama};
 
@@ -27,6 +29,24 @@ impl Constraint for Steps {
         self.accepted.push(token);
         Ok(self.accepted.len() == 30)
     }
+
+    fn bytes(&self) -> u64 {
+        1
+    }
+}
+
+/// Begins with nothing accepted.
+#[derive(Debug)]
+struct Factory(Allow);
+
+impl ConstraintFactory for Factory {
+    fn bytes(&self) -> u64 {
+        1
+    }
+
+    fn begin(&self) -> Box<dyn Constraint> {
+        Box::new(Steps { accepted: vec![], allow: self.0 })
+    }
 }
 
 /// Ids with one remainder by 7 that goes up with every token.
@@ -38,8 +58,8 @@ fn constrained(job: Job, allow: Allow) -> Job {
     Job { constraint: Some(allow), ..job }
 }
 
-pub(super) fn boxed(allow: Allow) -> Box<dyn Constraint> {
-    Box::new(Steps { accepted: vec![], allow })
+pub(super) fn factory(allow: Allow) -> Arc<dyn ConstraintFactory> {
+    Arc::new(Factory(allow))
 }
 
 fn work(seed: u64, max_new_tokens: usize) -> Work {
@@ -201,4 +221,102 @@ fn only_what_is_chosen_token_by_token_can_be_constrained() {
         let (request, _events) = constrained(Job::new(prompt(1, 9), work), by_sevens).request();
         assert!(matches!(engine.handle.submit(request), Err(SubmitError::Invalid(_))));
     }
+}
+
+/// States that are counted; each takes as many bytes as its factory says, and so many more with every token.
+#[derive(Debug, Clone)]
+struct Counted {
+    now: Arc<AtomicU64>,
+    most: Arc<AtomicU64>,
+    bytes: u64,
+    growth: u64,
+}
+
+#[derive(Debug)]
+struct State(Counted, u64);
+
+impl Counted {
+    fn new(bytes: u64, growth: u64) -> Self {
+        Self { now: Arc::default(), most: Arc::default(), bytes, growth }
+    }
+
+    fn submit(&self, engine: &Engine, bytes: u64, growth: u64) -> Result<mpsc::Receiver<Event>, SubmitError> {
+        let (mut request, events) = Job::new(prompt(bytes, 9), work(0, 20)).request();
+        request.constraint = Some(Arc::new(Self { bytes, growth, ..self.clone() }));
+        engine.handle.submit(request).map(|()| events)
+    }
+}
+
+impl ConstraintFactory for Counted {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn begin(&self) -> Box<dyn Constraint> {
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+        Box::new(State(self.clone(), 0))
+    }
+}
+
+impl Constraint for State {
+    fn allowed(&mut self, allowed: &mut TokenSet) -> Result<Ending, String> {
+        (0..100).for_each(|id| allowed.insert(id));
+        Ok(Ending::No)
+    }
+
+    fn accept(&mut self, _: u32) -> Result<bool, String> {
+        self.1 += self.0.growth;
+        Ok(false)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes + self.1
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn only_sequences_that_have_begun_have_states_and_together_no_more_than_there_is_room_for() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, EngineConfig { constraint_bytes: 250, ..roomy() });
+    let counted = Counted::new(0, 0);
+    let held = engine.hold();
+    let all: Vec<_> = (0..7).map(|_| counted.submit(&engine, 100, 0).expect("taken")).collect();
+    let small = counted.submit(&engine, 1, 0).expect("taken");
+    let free = engine.submit(&Job::new(prompt(3, 9), work(0, 20)));
+    let refused = counted.submit(&engine, 251, 0).map(drop);
+    assert_eq!(refused, Err(SubmitError::ConstraintTooLarge { bytes: 251, limit: 250 }));
+    drop(held);
+    for events in all.into_iter().chain([small, free]) {
+        let answer = Answer::read(events);
+        assert_eq!(answer.finished.map(|end| end.usage.completion_tokens), Some(20), "{:?}", answer.failed);
+    }
+    engine.settle();
+    let (now, most) = (counted.now.load(Ordering::SeqCst), counted.most.load(Ordering::SeqCst));
+    // the small one may have begun beside the last of the others
+    assert!(now == 0 && (2..=3).contains(&most), "{now} are left, {most} were there at a time");
+}
+
+#[test]
+fn a_state_that_grows_too_large_ends_its_own_sequence() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, EngineConfig { constraint_bytes: 250, ..roomy() });
+    let counted = Counted::new(0, 0);
+    let held = engine.hold();
+    let grows = counted.submit(&engine, 40, 20).expect("taken");
+    let stays = counted.submit(&engine, 100, 0).expect("taken");
+    drop(held);
+    let grown = Answer::read(grows);
+    // 140 with the fifth token, 160 with the sixth: over 250 beside the other's 100
+    assert_eq!(grown.failed, Some(EngineError::ConstraintMemory { bytes: 160, limit: 250 }));
+    assert_eq!(grown.tokens.len(), 6, "what was said stays");
+    assert_eq!(Answer::read(stays).tokens.len(), 20);
+    engine.settle();
+    assert_eq!(counted.now.load(Ordering::SeqCst), 0);
 }

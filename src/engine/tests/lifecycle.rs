@@ -179,3 +179,14 @@ fn serving_marks_itself_busy_while_it_works() {
     drop(events);
     engine.settle();
 }
+
+#[test]
+fn what_may_be_computed_in_halves_is_told_to_the_steps() {
+    let base = base(&tiny_llama());
+    for (rows, halves) in [(241, Halves::Always), (239, Halves::Training)] {
+        let engine = Engine::new(&base, EngineConfig { halves, ..roomy() });
+        Answer::read(engine.submit(&Job::new(prompt(1, rows), greedy(1))));
+        // steps of other tests may have as many rows, but they permit nothing
+        assert!(crate::ops::asked::permitted(rows).contains(&halves), "{halves:?}");
+    }
+}

@@ -182,7 +182,7 @@ impl Job {
             token_types: self.types.clone(),
             delta: delta.map(|(id, delta)| HeldDelta::new(*id, Arc::clone(delta), Arc::clone(&self.lease))),
             work: self.work.clone(),
-            constraint: self.constraint.map(constraint::boxed),
+            constraint: self.constraint.map(constraint::factory),
             deadline: self.deadline,
             events,
             permit: None,

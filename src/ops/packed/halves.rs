@@ -43,7 +43,7 @@ const FEWEST_ROWS: usize = 64;
 const WORTH_IT: usize = 8 << 20;
 
 /// Which products may be computed in halves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Halves {
     /// None: all in f32.
     #[default]
@@ -85,8 +85,45 @@ pub fn in_step<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// What products asked: tests see whether a permission, or the mark of a step, reaches them, on machines without the unit too.
+#[cfg(test)]
+pub(crate) mod asked {
+    use std::{
+        collections::HashSet,
+        thread::{ThreadId, current},
+    };
+
+    use parking_lot::Mutex;
+
+    use super::{Halves, IN_STEP, PERMITTED};
+
+    static ASKED: Mutex<Option<HashSet<(ThreadId, usize, Halves, bool)>>> = Mutex::new(None);
+
+    pub(super) fn note(rows: usize) {
+        let asked = (current().id(), rows, PERMITTED.get(), IN_STEP.get());
+        ASKED.lock().get_or_insert_default().insert(asked);
+    }
+
+    /// What was permitted to products of so many rows, on any thread.
+    pub(crate) fn permitted(rows: usize) -> HashSet<Halves> {
+        let asked = ASKED.lock();
+        asked.iter().flatten().filter(|(_, of, ..)| *of == rows).map(|(_, _, halves, _)| *halves).collect()
+    }
+
+    /// Whether products of this thread were in a step, since this was last called.
+    pub(crate) fn in_step() -> HashSet<bool> {
+        let (mut asked, own) = (ASKED.lock(), current().id());
+        let all = asked.get_or_insert_default();
+        let marks = all.iter().filter(|(thread, ..)| *thread == own).map(|(.., mark)| *mark).collect();
+        all.retain(|(thread, ..)| *thread != own);
+        marks
+    }
+}
+
 /// Whether a product of these sizes is to be computed here.
 pub(super) fn takes(rows: usize, depth: usize, columns: usize) -> bool {
+    #[cfg(test)]
+    asked::note(rows);
     let permitted = match PERMITTED.get() {
         Halves::Never => false,
         Halves::Training => IN_STEP.get(),
