@@ -22,6 +22,7 @@ fn the_defaults_are_valid() -> Result<(), ConfigError> {
     assert_eq!(config.grpc.max_message_bytes, 16 << 20);
     assert!(config.http.is_some());
     assert!(config.engine.prefix_cache);
+    assert_eq!(config.engine.speculative_ngram, 0, "nobody pays for guesses who did not ask for them");
     assert_eq!(config.train.share, 1, "a job's bits do not depend on its company unless that is asked for");
     Ok(())
 }
@@ -40,6 +41,7 @@ fn all_problems_are_reported_at_once() {
         "--max-message-mb=4096",
         "--log=a=b=c",
         "--max-queue=0",
+        "--speculative-ngram=17",
         "--train-share=9",
         "--train-floor=80",
         "--train-nice=20",
@@ -61,6 +63,7 @@ fn all_problems_are_reported_at_once() {
         "--max-message-mb",
         "--log",
         "--max-queue",
+        "--speculative-ngram",
         "--train-share",
         "--train-floor",
         "--train-nice",

@@ -9,10 +9,11 @@ use std::{
 
 use super::{
     Command, Shared,
+    drafts::Guess,
     metrics::Metrics,
     request::{EngineError, Request},
     scheduler::{Scheduler, SeqId, Share, StepPlan},
-    sequence::{Begin, Fate, Sequence, Tick},
+    sequence::{Begin, Fate, Sequence},
     step::{Got, Stepper, Task},
 };
 use crate::{
@@ -39,6 +40,8 @@ pub(super) struct Worker {
     pub(super) halves: Halves,
     /// Whether prompts begin behind what is cached of them.
     pub(super) prefix_cache: bool,
+    /// Who guesses the tokens of sequences that speculate.
+    pub(super) guess: Guess,
 }
 
 impl Worker {
@@ -110,6 +113,8 @@ impl Worker {
             Command::Hold(gate) => gate.into_iter().for_each(drop),
             #[cfg(test)]
             Command::Meddle(meddle) => meddle(&mut self.scheduler, &mut self.stepper),
+            #[cfg(test)]
+            Command::Guess(guess) => self.guess = guess,
         }
     }
 
@@ -201,6 +206,7 @@ impl Worker {
                 self.metrics.distinct_deltas.record(distinct as f64);
                 self.settle(&plan.shares, got);
                 self.look_ahead();
+                self.draft(&plan.shares);
             }
             Err(reason) => {
                 tracing::error!(reason, sequences = plan.shares.len(), "a step failed");
@@ -273,6 +279,11 @@ impl Worker {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
             match sequence.take(got, share.completes, now) {
                 Ok((fate, tick)) => {
+                    let tokens = tick.map_or(0, |tick| tick.tokens);
+                    let whole = share;
+                    let share = &self.scheduler.keep(whole, tokens);
+                    self.metrics.drafts_accepted.increment(share.drafts as u64);
+                    self.metrics.drafts_rejected.increment((whole.drafts - share.drafts) as u64);
                     if share.branch == 0 {
                         let more = sequence.next_keys(share.context + share.len);
                         for page in self.scheduler.publish(share, more) {
@@ -281,11 +292,12 @@ impl Worker {
                         }
                     }
                     match tick {
-                        Some(Tick::First(seconds)) => self.metrics.time_to_first_token.record(seconds),
-                        Some(Tick::Next(seconds)) => self.metrics.inter_token.record(seconds),
+                        Some(tick) if tick.first => self.metrics.time_to_first_token.record(tick.seconds),
+                        // tokens that come together took a part of the time each
+                        Some(tick) => self.metrics.inter_token.record_many(tick.seconds / tokens as f64, tokens),
                         None => {}
                     }
-                    self.metrics.completion_tokens.increment(u64::from(tick.is_some()));
+                    self.metrics.completion_tokens.increment(tokens as u64);
                     match fate {
                         Fate::GoesOn { grew } => self.scheduler.advance(share, grew),
                         Fate::Waits => {}
@@ -313,6 +325,16 @@ impl Worker {
                 Ok(true) => {}
                 Ok(false) => self.retire(id).into_iter().for_each(Sequence::end),
                 Err(error) => self.fail(id, error),
+            }
+        }
+    }
+
+    /// Guesses what the sequences that speculate say next, where they go on.
+    fn draft(&mut self, shares: &[Share]) {
+        for share in shares.iter().filter(|share| share.completes) {
+            let drafts = self.sequences.get_mut(&share.id).map_or(0, |sequence| sequence.draft(self.guess));
+            if drafts > 0 {
+                self.scheduler.propose(share.id, drafts);
             }
         }
     }

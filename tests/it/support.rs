@@ -111,6 +111,7 @@ impl World {
                 max_sequences: 16,
                 kv_positions: None,
                 prefix_cache: true,
+                speculative_ngram: 0,
                 max_queue: 64,
             },
             tenants: TenantConfig::default(),
