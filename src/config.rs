@@ -66,6 +66,10 @@ pub struct ServeArgs {
     /// Whether a prompt begins behind what is cached of it from earlier requests of the same tenant and delta version.
     #[arg(long, env = "DELTASERVE_PREFIX_CACHE", value_name = "ON_OR_OFF", default_value = "on")]
     pub prefix_cache: Switch,
+    /// Tokens guessed ahead per step, by n-gram lookup, for requests that do not say how many (`speculative_ngram`): up to 16.
+    /// 0 = none.
+    #[arg(long, env = "DELTASERVE_SPECULATIVE_NGRAM", value_name = "N", default_value_t = 0)]
+    pub speculative_ngram: u32,
     /// Requests that may wait for the engine; more are refused. A tenant that has half of all places leaves an eighth of them to
     /// others, where there are 16 or more.
     #[arg(long, env = "DELTASERVE_MAX_QUEUE", value_name = "N", default_value_t = 256)]
@@ -208,6 +212,8 @@ pub struct EngineLimits {
     pub prefix_cache: bool,
     /// Bytes of constraints: half for compiled ones, half for the states of outputs.
     pub constraint_bytes: u64,
+    /// Tokens guessed ahead per step for requests that do not say how many; 0 = none.
+    pub speculative_ngram: u32,
     /// Requests that may wait.
     pub max_queue: usize,
     /// What 8-bit linears take of their input.
@@ -359,6 +365,7 @@ impl TryFrom<ServeArgs> for Config {
                 kv_positions: args.kv_positions,
                 prefix_cache: args.prefix_cache == Switch::On,
                 constraint_bytes: args.max_constraint_mb * MIB,
+                speculative_ngram: args.speculative_ngram,
                 max_queue: args.max_queue,
                 activations,
             },
@@ -391,6 +398,7 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         ("--max-batch-tokens", Some(args.max_batch_tokens as u64), 1, 1 << 20),
         ("--max-sequences", Some(args.max_sequences as u64), 1, 65_536),
         ("--kv-positions", args.kv_positions.map(|n| n as u64), 16, 1 << 31),
+        ("--speculative-ngram", Some(args.speculative_ngram.into()), 0, 16),
         ("--max-queue", Some(args.max_queue as u64), 1, 1 << 20),
         ("--tenant-max-concurrent", args.tenant_max_concurrent.map(|n| n as u64), 1, 1 << 20),
         ("--max-message-mb", Some(args.max_message_mb), 1, 2047),

@@ -78,6 +78,11 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("deltaserve_constraint_bytes", Kind::Gauge, "Bytes of the states of constrained outputs that have begun, about."),
     ("deltaserve_preemptions_total", Kind::Counter, "Sequences put back because the key-value cache was full."),
     (
+        "deltaserve_draft_tokens_total",
+        Kind::Counter,
+        "Tokens guessed ahead (speculative decoding), by outcome: accepted, rejected.",
+    ),
+    (
         "deltaserve_kv_pages",
         Kind::Gauge,
         "Pages of the key-value cache by state: used, cached (nobody holds them, they may be found again), free.",

@@ -175,6 +175,7 @@ impl GenerateParams {
         problems.integer("options.n", self.n, 1, MAX_N);
         self.check_beams(problems);
         self.check_constraint(problems);
+        self.check_speculation(problems);
     }
 
     /// Sequences that it has in the engine.

@@ -126,6 +126,7 @@ impl Service {
         let seed = params.sampling.seed.unwrap_or_else(rand::random);
         let eos = if params.ignore_eos { Vec::new() } else { self.parts().eos() };
         let stop_tokens = stop_tokens(&params.stop_tokens, &eos, self.parts().base.arch.vocab);
+        let speculation = params.speculates(self.parts().limits.speculation);
         let generate = |sampling, beams| {
             let logprobs = params.logprobs.map(|n| n as usize);
             Work::Generate(engine::Generate {
@@ -134,6 +135,7 @@ impl Service {
                 stop_tokens: stop_tokens.clone(),
                 logprobs,
                 beams,
+                speculation,
             })
         };
         if let Some(search) = params.beams {
@@ -260,6 +262,7 @@ impl Continuation {
                 Some(Event::Token(token, began)) => {
                     self.clock.queue = began.queue;
                     self.usage.cached_tokens = began.cached;
+                    (self.usage.drafted_tokens, self.usage.accepted_tokens) = (began.drafted, began.accepted);
                     self.token(&token);
                 }
                 Some(Event::Finished(end)) => self.finish(end.reason, end.usage, end.timings),

@@ -31,6 +31,7 @@ pub mod resolved_training;
 mod resume;
 mod serve_error;
 mod service;
+mod speculation_params;
 mod stored;
 pub mod sweep_params;
 mod tenants;

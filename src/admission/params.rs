@@ -74,6 +74,7 @@ pub enum Prompt {
 pub use super::beam_params::{BeamParams, EarlyStopping, MAX_BEAMS};
 pub use super::choice::DeltaChoice;
 pub use super::constraint_params::{ConstraintParams, MAX_REGEX_BYTES};
+pub use super::speculation_params::{MAX_SPECULATIVE_TOKENS, NgramSpeculation};
 
 /// A Generate request.
 #[derive(Debug, Clone)]
@@ -98,6 +99,8 @@ pub struct GenerateParams {
     pub n: u32,
     /// Search with beams; continuation i is then the i-th best output.
     pub beams: Option<BeamParams>,
+    /// Guess tokens ahead; `None` = as the server does by default.
+    pub speculation: Option<NgramSpeculation>,
     /// Among the tenant's own requests, higher ones begin first; -100 to 100.
     pub priority: i32,
     /// What each output must be.
@@ -139,6 +142,10 @@ pub struct Usage {
     pub completion_tokens: u32,
     /// Tokens of the prompt whose keys and values were cached.
     pub cached_tokens: u32,
+    /// Tokens guessed ahead (speculative decoding).
+    pub drafted_tokens: u32,
+    /// Those of them that were then chosen, and gave a token more each.
+    pub accepted_tokens: u32,
 }
 
 /// Where a request's time went.

@@ -17,7 +17,7 @@ use super::{
     check::Problems,
     constraints::COMPILATIONS,
     merge::MERGES,
-    params::{DeltaChoice, Pooling, ServeError, ServedBy, ServedPart},
+    params::{DeltaChoice, NgramSpeculation, Pooling, ServeError, ServedBy, ServedPart},
     places::Places,
     tenants::{Entered, TenantLimits, Tenants},
 };
@@ -50,6 +50,8 @@ pub struct ServiceLimits {
     pub max_upload_bytes: u64,
     /// Requests that may wait.
     pub max_queue: usize,
+    /// How tokens are guessed ahead for requests that do not say so; `None` = not at all.
+    pub speculation: Option<NgramSpeculation>,
     /// Sequences in a batch.
     pub max_sequences: usize,
     /// Rows of an engine step.

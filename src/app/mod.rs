@@ -12,7 +12,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use crate::{
     admission::{
         Rate, Service, ServiceLimits, ServiceParts, TenantLimits,
-        params::{PublishPolicy, ServeError, UploadParams},
+        params::{NgramSpeculation, PublishPolicy, ServeError, UploadParams},
     },
     config::{Config, TenantConfig},
     engine::{self, EngineConfig, EngineHandle},
@@ -215,6 +215,7 @@ fn limits(config: &Config, engine: &EngineConfig) -> ServiceLimits {
         max_message_bytes: config.grpc.max_message_bytes as u64,
         max_upload_bytes: config.grpc.max_upload_bytes,
         max_queue: config.engine.max_queue,
+        speculation: NgramSpeculation::of(config.engine.speculative_ngram),
         max_sequences: engine.max_sequences,
         max_batch_tokens: engine.max_batch_tokens,
         kv_positions: engine.kv_pages * PAGE_SIZE,

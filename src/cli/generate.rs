@@ -76,6 +76,9 @@ pub(super) struct GenerateArgs {
     /// Report log-probabilities with this many alternatives (with --json).
     #[arg(long)]
     logprobs: Option<u32>,
+    /// Tokens guessed ahead per step, from what was said before; changes the speed, not the text. 0 = none [default: the server's].
+    #[arg(long, value_name = "N")]
+    speculative_ngram: Option<u32>,
     /// JSON that is valid by the JSON schema in this file.
     #[arg(long, value_name = "FILE", value_parser = text_of, group = "constraint")]
     json_schema: Option<String>,
@@ -149,6 +152,9 @@ impl GenerateArgs {
             }
             .into(),
             priority: self.priority,
+            speculative_ngram: self
+                .speculative_ngram
+                .map(|n| proto::NgramSpeculation { num_speculative_tokens: Some(n), ..Default::default() }),
             constraint: self.constraint(),
         }
     }
@@ -277,6 +283,9 @@ mod tests {
             GenerateArgs::of_file(&words, Path::new("x.jsonl")).map_err(|e| e.to_string())
         };
         assert_eq!(of(&["--priority", "-7"]).unwrap().options().priority, -7);
+        let drafts = |words: &[&str]| of(words).unwrap().options().speculative_ngram;
+        assert_eq!(drafts(&["--speculative-ngram", "6"]).and_then(|s| s.num_speculative_tokens), Some(6));
+        assert_eq!(drafts(&[]), None, "the server's default");
         let args = of(&["--max-new-tokens", "8", "--num-beams", "2", "--system", "s", "--chat"]).unwrap();
         assert_eq!((args.max_new_tokens, args.num_beams, args.chat), (Some(8), Some(2), true));
         assert_eq!((args.system.as_deref(), args.file.as_deref()), (Some("s"), Some(Path::new("x.jsonl"))));

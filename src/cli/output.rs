@@ -82,8 +82,12 @@ pub(super) fn summary(
 ) -> String {
     let (u, t) = (usage.copied().unwrap_or_default(), timings.copied().unwrap_or_default());
     let cached = if u.cached_tokens > 0 { format!(" ({} cached)", u.cached_tokens) } else { String::new() };
+    let drafts = match (u.accepted_tokens, u.drafted_tokens) {
+        (_, 0) => String::new(),
+        (accepted, drafted) => format!(" ({accepted} of {drafted} guessed)"),
+    };
     format!(
-        "[{}; {}{cached} + {} tokens; queue {:.1} ms, prefill {:.1} ms, decode {:.1} ms]",
+        "[{}; {}{cached} + {} tokens{drafts}; queue {:.1} ms, prefill {:.1} ms, decode {:.1} ms]",
         served_by(served),
         u.prompt_tokens,
         u.completion_tokens,

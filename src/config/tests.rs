@@ -23,6 +23,7 @@ fn the_defaults_are_valid() -> Result<(), ConfigError> {
     assert!(config.http.is_some());
     assert!(config.engine.prefix_cache);
     assert_eq!((config.engine.constraint_bytes, config.delta_retry), (512 << 20, Duration::from_secs(5)));
+    assert_eq!(config.engine.speculative_ngram, 0, "nobody pays for guesses who did not ask for them");
     assert_eq!(config.train.share, 1, "a job's bits do not depend on its company unless that is asked for");
     Ok(())
 }
@@ -43,6 +44,7 @@ fn all_problems_are_reported_at_once() {
         "--max-queue=0",
         "--delta-retry-seconds=3601",
         "--max-constraint-mb=1",
+        "--speculative-ngram=17",
         "--train-share=9",
         "--train-floor=80",
         "--train-nice=20",
@@ -67,6 +69,7 @@ fn all_problems_are_reported_at_once() {
         "--max-queue",
         "--delta-retry-seconds",
         "--max-constraint-mb",
+        "--speculative-ngram",
         "--train-share",
         "--train-floor",
         "--train-nice",

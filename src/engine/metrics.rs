@@ -31,6 +31,10 @@ pub(super) struct Metrics {
     pub(super) prompt_tokens: Counter,
     /// Tokens generated.
     pub(super) completion_tokens: Counter,
+    /// Tokens guessed ahead that were then chosen.
+    pub(super) drafts_accepted: Counter,
+    /// Those that were not.
+    pub(super) drafts_rejected: Counter,
     /// Arrival to first step.
     pub(super) queue_wait: Histogram,
     queue_depth: Gauge,
@@ -58,6 +62,8 @@ impl Metrics {
             integrity_failures: counter!("deltaserve_kv_integrity_failures_total"),
             prompt_tokens: counter!("deltaserve_tokens_total", "kind" => "prompt"),
             completion_tokens: counter!("deltaserve_tokens_total", "kind" => "completion"),
+            drafts_accepted: counter!("deltaserve_draft_tokens_total", "outcome" => "accepted"),
+            drafts_rejected: counter!("deltaserve_draft_tokens_total", "outcome" => "rejected"),
             queue_wait: histogram!("deltaserve_queue_wait_seconds"),
             waiting_tenants: gauge!("deltaserve_waiting_tenants"),
             queue_depth: gauge!("deltaserve_queue_depth", "queue" => "engine"),

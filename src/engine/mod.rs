@@ -7,6 +7,7 @@
 mod beam;
 mod branches;
 mod constraint;
+mod drafts;
 mod metrics;
 mod request;
 mod sampler;
@@ -146,6 +147,9 @@ enum Command {
     /// Breaks something.
     #[cfg(test)]
     Meddle(fn(&mut Scheduler, &mut Stepper)),
+    /// Guesses tokens from now on.
+    #[cfg(test)]
+    Guess(drafts::Guess),
 }
 
 /// What handles and thread both see.
@@ -251,6 +255,7 @@ pub fn spawn(
         sequences: HashMap::new(),
         next: 0,
         prefix_cache: config.prefix_cache,
+        guess: drafts::lookup,
         halves: config.halves,
         activations: config.activations,
     };

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use super::constraint::ConstraintFactory;
 use crate::{
-    admission::params::{BeamParams, FinishReason, Pooling, Sampling, Timings, Usage},
+    admission::params::{BeamParams, FinishReason, NgramSpeculation, Pooling, Sampling, Timings, Usage},
     delta::{Delta, Stack},
     ids::{DeltaId, TenantId},
     kv::pages_for,
@@ -201,6 +201,8 @@ pub struct Generate {
     pub logprobs: Option<usize>,
     /// Search with beams instead of choosing tokens one by one: the penalties of `sampling` apply, its filters do not.
     pub beams: Option<Beams>,
+    /// Guess tokens ahead, up to so many for a step; not with beams.
+    pub speculation: Option<NgramSpeculation>,
 }
 
 /// A beam search and what is told of it.
@@ -238,13 +240,17 @@ pub enum Event {
     Failed(EngineError),
 }
 
-/// How a request began.
+/// How a request began, and what came of guesses so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Began {
     /// Its wait from arrival to its first step.
     pub queue: Duration,
     /// Tokens of its prompt whose keys and values were there.
     pub cached: u32,
+    /// Tokens that were guessed ahead.
+    pub drafted: u32,
+    /// Those of them that gave a token more, up to the one that this comes with.
+    pub accepted: u32,
 }
 
 /// A generated token.

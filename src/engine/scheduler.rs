@@ -13,6 +13,9 @@
 //! pages of its own. All of its branches are in a step or none is; it has as many places as it may have branches, and where it
 //! loses its pages it starts over with one. What a source gives is read by all of them.
 //!
+//! A sequence may have drafts (`drafts`): guesses of its next tokens, whose rows go into the step behind that of its last known
+//! position, where rows and free pages are left when all others have theirs.
+//!
 //! Pages may be shared (`pages`): a sequence begins behind the whole pages that are there of its tokens already, and only
 //! counts as many pages as it takes from the pool. What is cached makes room before anybody waits or loses pages.
 //!
@@ -29,6 +32,7 @@ use crate::{
 };
 
 mod constraints;
+mod drafts;
 mod fair;
 mod newcomers;
 mod pages;
@@ -74,6 +78,8 @@ struct Entry {
     ticket: Option<u64>,
     /// By which step those that overtake it must have ended, once it was held back.
     until: Option<u64>,
+    /// Guesses of what follows its last known position; with its next share, as many of them as there is room for.
+    drafts: usize,
     /// Whether its last known position gives a token.
     generates: bool,
     /// Known positions when its last charged token was generated.
@@ -203,6 +209,7 @@ impl Scheduler {
             priority: claim.priority,
             ticket: None,
             until: None,
+            drafts: 0,
             generates,
             paid: 0,
             total,
@@ -286,10 +293,12 @@ impl Scheduler {
         self.plan_decode(&allowed, &mut budget, plan);
         self.plan_prefill(&allowed, &mut budget, plan);
         self.admit(&line, &mut allowed, &mut budget, plan);
+        // last: what is known goes ahead of what is guessed
+        self.plan_drafts(budget, plan);
         self.served.extend(allowed.into_iter().map(|delta| (delta, self.step)));
     }
 
-    /// A share was computed; `grew` says that a token was appended to the sequence.
+    /// A share was computed, of which everything is kept; `grew` says that a token was appended to the sequence.
     pub(super) fn advance(&mut self, share: &Share, grew: bool) {
         if let Some(entry) = self.running.get_mut(&share.id) {
             entry.computed = share.context + share.len;
@@ -369,7 +378,8 @@ impl Scheduler {
         };
         *budget = budget.saturating_sub(len);
         let (context, keys_due) = (entry.computed, std::mem::take(&mut entry.keys_due));
-        plan.shares.push(Share { id, branch: 0, context, len, encode, keys_due, completes: len == missing });
+        let completes = len == missing;
+        plan.shares.push(Share { id, branch: 0, context, len, drafts: 0, encode, keys_due, completes });
         // a search that starts over is charged for what is new
         if len == missing && entry.generates && entry.total > entry.paid {
             entry.paid = entry.total;

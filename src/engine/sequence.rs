@@ -6,10 +6,11 @@ use std::time::Instant;
 use super::{
     branches::{Branches, Move},
     constraint::{Constrained, TokenSet},
+    drafts::{Drafts, Guess},
     request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
     scheduler::{Claim, Demand, Names},
-    step::Got,
+    step::{Chosen, Got, choose},
 };
 use crate::{
     admission::params::{FinishReason, Pooling, Timings, Usage},
@@ -48,13 +49,14 @@ pub(super) struct Begin {
     pub(super) missing: usize,
 }
 
-/// Times of the tokens, for metrics.
+/// When tokens came, for metrics.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Tick {
-    /// The first token, so long after arrival.
-    First(f64),
-    /// A later one, so long after the one before.
-    Next(f64),
+pub(super) struct Tick {
+    /// Whether they are the first: then the time is that since arrival, else that since the last ones.
+    pub(super) first: bool,
+    pub(super) seconds: f64,
+    /// How many came together: with drafts there may be several.
+    pub(super) tokens: usize,
 }
 
 /// One request in the engine.
@@ -78,6 +80,7 @@ pub(super) struct Sequence {
     token_logits: Vec<Vec<f32>>,
     search: Option<Branches>,
     constraint: Option<Constrained>,
+    drafts: Option<Drafts>,
 }
 
 impl Sequence {
@@ -97,6 +100,10 @@ impl Sequence {
             _ => None,
         };
         let constraint = request.constraint.take().map(Constrained::new);
+        let drafts = match &request.work {
+            Work::Generate(how) if how.beams.is_none() => how.speculation.map(Drafts::new),
+            _ => None,
+        };
         let (numbers, token_logits) = (vec![], vec![]);
         let (begun, cached) = (false, 0);
         Self {
@@ -113,6 +120,7 @@ impl Sequence {
             token_logits,
             search,
             constraint,
+            drafts,
         }
     }
 
@@ -177,9 +185,30 @@ impl Sequence {
     }
 
     pub(super) fn history(&self, branch: usize) -> History<'_> {
-        let tokens = self.tokens(branch);
+        self.split(self.tokens(branch))
+    }
+
+    /// Its tokens, and maybe more behind them, as prompt and output.
+    pub(super) fn split<'a>(&self, tokens: &'a [u32]) -> History<'a> {
         let (prompt, output) = tokens.split_at(self.prompt.min(tokens.len()));
         History { prompt, output }
+    }
+
+    /// Guesses of what follows its tokens.
+    pub(super) fn drafts(&self) -> &[u32] {
+        self.drafts.as_ref().map(Drafts::tokens).unwrap_or_default()
+    }
+
+    /// Guesses what follows its tokens; how many guesses there are. Nothing is guessed that is known not to be allowed.
+    pub(super) fn draft(&mut self, guess: Guess) -> usize {
+        let Some(drafts) = &mut self.drafts else { return 0 };
+        drafts.guess(guess, &self.request.source, &self.request.tokens);
+        let first = drafts.tokens().first();
+        let allows = |c: &Constrained| c.allowed().is_some_and(|all| first.is_some_and(|first| all.contains(*first)));
+        if !self.constraint.as_ref().is_none_or(allows) {
+            drafts.clear();
+        }
+        drafts.tokens().len()
     }
 
     /// How many continuations a search wants to know of each branch; `None` of a sequence that takes one token.
@@ -251,8 +280,13 @@ impl Sequence {
 
     /// Sends its end, where nothing is left to say. Nobody may listen, which is fine.
     pub(super) fn end(self) {
-        let end = Finished { reason: FinishReason::StopToken, usage: self.usage(), timings: self.timings() };
-        let _ = self.request.events.try_send(Event::Finished(end));
+        self.finish(FinishReason::StopToken);
+    }
+
+    /// Whether somebody listens.
+    fn finish(&self, reason: FinishReason) -> bool {
+        let end = Finished { reason, usage: self.usage(), timings: self.timings() };
+        self.request.events.try_send(Event::Finished(end)).is_ok()
     }
 
     /// Sends the last event. Nobody may listen, which is fine.
@@ -269,7 +303,7 @@ impl Sequence {
     ) -> Result<(Fate, Option<Tick>), EngineError> {
         match got {
             Got::Nothing => {}
-            Got::Token(token) => return self.append(token, now),
+            Got::Tokens(chosen) => return self.take_tokens(chosen, now),
             Got::Candidates(found) => return self.search_on(found, now),
             Got::NonFinite => return Err(EngineError::NonFinite),
             Got::NoHead => return Err(EngineError::NoHead),
@@ -302,10 +336,8 @@ impl Sequence {
 
     /// Notes when a token came.
     fn tick(&mut self, now: Instant) -> Tick {
-        let tick = match self.last {
-            None => Tick::First(now.duration_since(self.request.arrived).as_secs_f64()),
-            Some(last) => Tick::Next(now.duration_since(last).as_secs_f64()),
-        };
+        let since = now.duration_since(self.last.unwrap_or(self.request.arrived));
+        let tick = Tick { first: self.last.is_none(), seconds: since.as_secs_f64(), tokens: 1 };
         self.first.get_or_insert(now);
         self.last = Some(now);
         tick
@@ -334,8 +366,43 @@ impl Sequence {
         Ok((Fate::Ends, Some(tick)))
     }
 
-    fn append(&mut self, token: TokenOut, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+    /// Takes the token that was due and those that were found to follow it, one by one.
+    fn take_tokens(&mut self, chosen: Chosen, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+        let Chosen { drafted, tokens, rest, non_finite } = chosen;
         let tick = self.tick(now);
+        let before = self.request.tokens.len();
+        self.drafts.iter_mut().for_each(|drafts| drafts.drafted += drafted as u32);
+        let mut goes_on = true;
+        for (i, token) in tokens.into_iter().enumerate() {
+            self.drafts.iter_mut().for_each(|drafts| drafts.accepted += u32::from(i > 0));
+            goes_on = self.append(token)?;
+            if !goes_on {
+                break;
+            }
+        }
+        if goes_on && non_finite {
+            return Err(EngineError::NonFinite);
+        }
+        // what a constraint allows next is known only when it was told of the token before
+        for (i, logits) in rest.into_iter().enumerate() {
+            if !goes_on || self.request.tokens.last() != self.drafts().get(i) {
+                break;
+            }
+            if !self.look()? {
+                self.finish(FinishReason::StopToken);
+                goes_on = false;
+                break;
+            }
+            let token = choose(&logits, self, self.history(0)).ok_or(EngineError::NonFinite)?;
+            self.drafts.iter_mut().for_each(|drafts| drafts.accepted += 1);
+            goes_on = self.append(token)?;
+        }
+        let tick = Tick { tokens: self.request.tokens.len() - before, ..tick };
+        Ok((if goes_on { Fate::GoesOn { grew: true } } else { Fate::Ends }, Some(tick)))
+    }
+
+    /// Takes the next token; whether more may follow.
+    fn append(&mut self, token: TokenOut) -> Result<bool, EngineError> {
         let Work::Generate(Generate { max_new_tokens, stop_tokens, .. }) = &self.request.work else {
             return Err(EngineError::Internal("a token for work that generates none".into()));
         };
@@ -347,15 +414,14 @@ impl Sequence {
         self.request.tokens.push(token.id);
         let full = self.request.tokens.len() - self.prompt >= *max_new_tokens;
         // fails only if the receiver is gone: the channel holds all events of the request
-        let began = Began { queue: self.timings().queue, cached: self.cached };
+        let (drafted, accepted) = self.drafted();
+        let began = Began { queue: self.timings().queue, cached: self.cached, drafted, accepted };
         let mut heard = stops || self.request.events.try_send(Event::Token(token, began)).is_ok();
         if stops || complete || full {
             let reason = if stops || complete { FinishReason::StopToken } else { FinishReason::Length };
-            let end = Finished { reason, usage: self.usage(), timings: self.timings() };
-            heard = heard && self.request.events.try_send(Event::Finished(end)).is_ok();
+            heard = heard && self.finish(reason);
         }
-        let ends = stops || complete || full || !heard;
-        Ok((if ends { Fate::Ends } else { Fate::GoesOn { grew: true } }, Some(tick)))
+        Ok(heard && !stops && !complete && !full)
     }
 
     fn output(&mut self) -> Output {
@@ -381,7 +447,13 @@ impl Sequence {
     fn usage(&self) -> Usage {
         let completion = self.request.tokens.len() - self.prompt;
         let (prompt_tokens, completion_tokens) = (self.prompt_tokens() as u32, completion as u32);
-        Usage { prompt_tokens, completion_tokens, cached_tokens: self.cached }
+        let (drafted_tokens, accepted_tokens) = self.drafted();
+        Usage { prompt_tokens, completion_tokens, cached_tokens: self.cached, drafted_tokens, accepted_tokens }
+    }
+
+    /// Drafts that were computed, and those of them that were chosen.
+    fn drafted(&self) -> (u32, u32) {
+        self.drafts.as_ref().map_or((0, 0), |drafts| (drafts.drafted, drafts.accepted))
     }
 
     fn timings(&self) -> Timings {

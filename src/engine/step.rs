@@ -6,7 +6,7 @@ use candle_core::{D, DType, Result, Storage, Tensor};
 
 use super::{
     request::{TokenOut, Work},
-    sampler,
+    sampler::{self, History},
     scheduler::Share,
     sequence::Sequence,
     source, wanted,
@@ -37,8 +37,8 @@ pub(super) struct Task<'a> {
 pub(super) enum Got {
     /// Its rows are in the cache, and nothing else was due.
     Nothing,
-    /// The next token.
-    Token(TokenOut),
+    /// The next token, with drafts also those behind it.
+    Tokens(Chosen),
     /// The likeliest next tokens of a beam with their log-probabilities, best first.
     Candidates(Vec<(u32, f32)>),
     /// Logits that no token can be chosen from.
@@ -51,6 +51,20 @@ pub(super) enum Got {
     Sum(Vec<f32>),
     /// One vector per row: token classification.
     Rows(Vec<Vec<f32>>),
+}
+
+/// The tokens of a sequence that a step gives.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Chosen {
+    /// Drafts that were computed with the token that was due.
+    pub(super) drafted: usize,
+    /// The token that was due and, while drafts were right, those behind it. What ends an output may be among them.
+    pub(super) tokens: Vec<TokenOut>,
+    /// Of a constrained sequence whose first draft was right: logits of the rows of all drafts. What may come there is not known
+    /// yet.
+    pub(super) rest: Vec<Vec<f32>>,
+    /// No token could be chosen behind them.
+    pub(super) non_finite: bool,
 }
 
 /// Which delta each span has, and its length: what a compiled batch depends on.
@@ -92,7 +106,8 @@ impl Stepper {
         for Task { share, sequence, slots, .. } in tasks {
             rows.push_shared(sequence.ahead(), share.len, share.context, Arc::clone(slots), share.keys_due);
             let range = rows.spans().last().map(Span::tokens).unwrap_or_default();
-            tokens.extend_from_slice(&sequence.tokens(share.branch)[range.clone()]);
+            tokens.extend_from_slice(&sequence.tokens(share.branch)[range.start..range.end - share.drafts]);
+            tokens.extend_from_slice(&sequence.drafts()[..share.drafts]);
             if typed {
                 let given = sequence.request.token_types.as_deref();
                 types.extend(range.map(|i| given.and_then(|t| t.get(i)).copied().unwrap_or(0)));
@@ -174,15 +189,22 @@ impl Reader<'_> {
             return Ok(());
         }
         let last = self.rows.last_rows();
-        let pick: Vec<u32> = which.iter().map(|&i| last[i]).collect();
+        let rows = |i: usize| last[i] - self.tasks[i].share.drafts as u32..=last[i];
+        let pick: Vec<u32> = which.iter().flat_map(|&i| rows(i)).collect();
         let logits = self.base.transformer.logits(self.hidden, &pick, self.cx)?; // [pick, vocab]
         let vocab = logits.dim(D::Minus1)?;
         let chosen = with_numbers(&logits, |numbers| {
-            let mut chosen: Vec<Got> = which.iter().map(|_| Got::Nothing).collect();
-            each(numbers.chunks_exact(vocab).zip(&which).zip(&mut chosen).collect(), |((row, &i), chosen)| {
-                *chosen = choose(row, self.tasks[i].sequence, self.tasks[i].share.branch);
+            let mut chosen: Vec<(Got, &[f32])> = Vec::with_capacity(which.len());
+            let mut rest = numbers;
+            for &i in &which {
+                let (own, others) = rest.split_at((self.tasks[i].share.drafts + 1) * vocab);
+                chosen.push((Got::Nothing, own));
+                rest = others;
+            }
+            each(chosen.iter_mut().zip(&which).collect(), |((chosen, rows), &i)| {
+                *chosen = chosen_of(rows, vocab, &self.tasks[i]);
             });
-            chosen
+            chosen.into_iter().map(|(chosen, _)| chosen).collect::<Vec<Got>>()
         })?;
         which.into_iter().zip(chosen).for_each(|(i, token)| got[i] = token);
         Ok(())
@@ -269,22 +291,55 @@ impl Reader<'_> {
     }
 }
 
-/// The next token of one sequence, or the likeliest ones of its branch.
-fn choose(logits: &[f32], sequence: &Sequence, branch: usize) -> Got {
+/// The next tokens of one sequence, from the rows `[drafts + 1, vocab]` behind its last known token and its drafts, or the likeliest
+/// ones of its branch.
+fn chosen_of(logits: &[f32], vocab: usize, task: &Task<'_>) -> Got {
+    let (sequence, share) = (task.sequence, task.share);
     let Work::Generate(how) = &sequence.request.work else { return Got::Nothing };
     if let Some(n) = sequence.candidates() {
-        let found = sampler::candidates(logits, sequence.history(branch), &how.sampling, n);
+        let found = sampler::candidates(logits, sequence.history(share.branch), &how.sampling, n);
         return found.map_or(Got::NonFinite, Got::Candidates);
     }
+    let (due, behind) = logits.split_at(vocab.min(logits.len()));
+    let Some(token) = choose(due, sequence, sequence.history(share.branch)) else { return Got::NonFinite };
+    let mut chosen = Chosen { drafted: share.drafts, tokens: vec![token], ..Chosen::default() };
+    if share.drafts == 0 {
+        return Got::Tokens(chosen);
+    }
+    let mut known = sequence.tokens(share.branch).to_vec();
+    for (draft, row) in sequence.drafts().iter().zip(behind.chunks_exact(vocab)) {
+        if chosen.tokens.last().is_none_or(|last| last.id != *draft || how.stop_tokens.contains(draft)) {
+            break;
+        }
+        if sequence.allowed().is_some() {
+            chosen.rest = behind.chunks_exact(vocab).map(<[f32]>::to_vec).collect();
+            break;
+        }
+        known.push(*draft);
+        let Some(token) = choose(row, sequence, sequence.split(&known)) else {
+            chosen.non_finite = true;
+            break;
+        };
+        chosen.tokens.push(token);
+    }
+    Got::Tokens(chosen)
+}
+
+/// The token of one row behind this history; `None`: none can be chosen.
+pub(super) fn choose(logits: &[f32], sequence: &Sequence, history: History<'_>) -> Option<TokenOut> {
+    let Work::Generate(how) = &sequence.request.work else { return None };
     let seed = how.sampling.seed.unwrap_or(0);
     let masked = sequence.allowed().map(|allowed| sampler::masked(logits, allowed));
     let row = masked.as_deref().unwrap_or(logits);
     // what is told of the token is the model's opinion, not the constraint's
-    let token = sampler::choose(row, sequence.history(branch), &how.sampling, seed).and_then(|id| match how.logprobs {
-        None => Ok(TokenOut { id, logprob: 0.0, top: vec![] }),
-        Some(n) => sampler::logprobs(logits, id, n).map(|(logprob, top)| TokenOut { id, logprob, top }),
-    });
-    token.map_or(Got::NonFinite, Got::Token)
+    let id = sampler::choose(row, history, &how.sampling, seed).ok()?;
+    Some(match how.logprobs {
+        None => TokenOut { id, logprob: 0.0, top: vec![] },
+        Some(n) => {
+            let (logprob, top) = sampler::logprobs(logits, id, n).ok()?;
+            TokenOut { id, logprob, top }
+        }
+    })
 }
 
 /// Reads a tensor's numbers, without a copy where they lie in host memory.

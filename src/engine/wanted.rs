@@ -12,7 +12,9 @@ pub(super) fn rows(base: &Base, tasks: &[Task<'_>], encoded: bool, cx: &Cx<'_>) 
         let all = |rows: std::ops::Range<usize>| rows.map(|row| row as u32);
         let last = all(span.rows().end - 1..span.rows().end);
         match &task.sequence.request.work {
-            Work::Generate(_) if task.share.completes => rows.extend(last),
+            Work::Generate(_) if task.share.completes => {
+                rows.extend(all(span.rows().end - 1 - task.share.drafts..span.rows().end));
+            }
             Work::Classify if task.share.completes => {
                 rows.push(heads.get_or_insert_with(|| base.transformer.head_rows(cx))[i]);
             }

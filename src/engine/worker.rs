@@ -9,10 +9,11 @@ use std::{
 
 use super::{
     Command, Shared,
+    drafts::Guess,
     metrics::Metrics,
     request::{EngineError, Request},
     scheduler::{Scheduler, SeqId, Share, StepPlan},
-    sequence::{Begin, Fate, Sequence, Tick},
+    sequence::{Begin, Fate, Sequence},
     step::{Got, Stepper, Task},
 };
 use crate::{
@@ -44,6 +45,8 @@ pub(super) struct Worker {
     pub(super) activations: Activations,
     /// Whether prompts begin behind what is cached of them.
     pub(super) prefix_cache: bool,
+    /// Who guesses the tokens of sequences that speculate.
+    pub(super) guess: Guess,
 }
 
 impl Worker {
@@ -115,6 +118,8 @@ impl Worker {
             Command::Hold(gate) => gate.into_iter().for_each(drop),
             #[cfg(test)]
             Command::Meddle(meddle) => meddle(&mut self.scheduler, &mut self.stepper),
+            #[cfg(test)]
+            Command::Guess(guess) => self.guess = guess,
         }
     }
 
@@ -202,6 +207,7 @@ impl Worker {
                 self.metrics.distinct_deltas.record(distinct as f64);
                 self.settle(&plan.shares, got, over);
                 self.look_ahead();
+                self.draft(&plan.shares);
             }
             Err(reason) => {
                 tracing::error!(reason, sequences = plan.shares.len(), "a step failed");
@@ -275,19 +281,26 @@ impl Worker {
         for (share, got) in shares.iter().zip(got) {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
             if let Some(look) = over.remove(&share.id) {
-                self.publish(share);
+                let share = self.scheduler.keep(share, 0);
+                self.publish(&share);
                 self.conclude(share.id, look);
                 continue;
             }
             match sequence.take(got, share.completes, now) {
                 Ok((fate, tick)) => {
+                    let tokens = tick.map_or(0, |tick| tick.tokens);
+                    let whole = share;
+                    let share = &self.scheduler.keep(whole, tokens);
+                    self.metrics.drafts_accepted.increment(share.drafts as u64);
+                    self.metrics.drafts_rejected.increment((whole.drafts - share.drafts) as u64);
                     self.publish(share);
                     match tick {
-                        Some(Tick::First(seconds)) => self.metrics.time_to_first_token.record(seconds),
-                        Some(Tick::Next(seconds)) => self.metrics.inter_token.record(seconds),
+                        Some(tick) if tick.first => self.metrics.time_to_first_token.record(tick.seconds),
+                        // tokens that come together took a part of the time each
+                        Some(tick) => self.metrics.inter_token.record_many(tick.seconds / tokens as f64, tokens),
                         None => {}
                     }
-                    self.metrics.completion_tokens.increment(u64::from(tick.is_some()));
+                    self.metrics.completion_tokens.increment(tokens as u64);
                     match fate {
                         Fate::GoesOn { grew } => self.scheduler.advance(share, grew),
                         Fate::Waits => {}
@@ -349,6 +362,16 @@ impl Worker {
             Ok(true) => {}
             Ok(false) => self.retire(id).into_iter().for_each(Sequence::end),
             Err(error) => self.fail(id, error),
+        }
+    }
+
+    /// Guesses what the sequences that speculate say next, where they go on.
+    fn draft(&mut self, shares: &[Share]) {
+        for share in shares.iter().filter(|share| share.completes) {
+            let drafts = self.sequences.get_mut(&share.id).map_or(0, |sequence| sequence.draft(self.guess));
+            if drafts > 0 {
+                self.scheduler.propose(share.id, drafts);
+            }
         }
     }
 

@@ -147,8 +147,10 @@ fn batch_response(parts: Vec<Vec<proto::Generation>>) -> proto::GenerateBatchRes
         usage.prompt_tokens = usage.prompt_tokens.saturating_add(first.prompt_tokens);
         usage.cached_tokens = usage.cached_tokens.saturating_add(first.cached_tokens);
         for generation in part {
-            let completion = generation.usage.map_or(0, |u| u.completion_tokens);
-            usage.completion_tokens = usage.completion_tokens.saturating_add(completion);
+            let own = generation.usage.unwrap_or_default();
+            usage.completion_tokens = usage.completion_tokens.saturating_add(own.completion_tokens);
+            usage.drafted_tokens = usage.drafted_tokens.saturating_add(own.drafted_tokens);
+            usage.accepted_tokens = usage.accepted_tokens.saturating_add(own.accepted_tokens);
             if let Some(t) = generation.timings.filter(|t| total(t) > total(&timings)) {
                 timings = t;
             }
@@ -170,7 +172,13 @@ mod tests {
         Ok(GenerateChunk::Finished {
             index,
             reason: FinishReason::Length,
-            usage: Usage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 4 },
+            usage: Usage {
+                prompt_tokens: 5,
+                completion_tokens: 2,
+                cached_tokens: 4,
+                drafted_tokens: 3,
+                accepted_tokens: 1,
+            },
             timings: Timings { decode: Duration::from_millis(ms), ..Timings::default() },
             served_by: ServedBy { name: String::new(), number: 0, id: None, parts: vec![] },
             seed: 1,
@@ -189,7 +197,10 @@ mod tests {
         let texts: Vec<_> = part.iter().map(|g| g.text.as_str()).collect();
         assert_eq!(texts, ["ac", "bd"]);
         let reply = batch_response(vec![part.clone(), part]);
-        assert_eq!(reply.usage, Some(proto::Usage { prompt_tokens: 10, completion_tokens: 8, cached_tokens: 8 }));
+        let (drafted_tokens, accepted_tokens) = (12, 4);
+        let (prompt_tokens, completion_tokens, cached_tokens) = (10, 8, 8);
+        let usage = proto::Usage { prompt_tokens, completion_tokens, cached_tokens, drafted_tokens, accepted_tokens };
+        assert_eq!(reply.usage, Some(usage));
         assert!(reply.timings.is_some_and(|t| (t.decode_ms - 9.0).abs() < 1e-9));
         Ok(())
     }

@@ -226,7 +226,13 @@ impl PagePool {
     /// Takes all pages of a table back. What has a name stays to be found. The last page goes first, so that of a chain
     /// the end makes room before what it goes on from.
     pub fn release(&mut self, table: &mut PageTable) {
-        while let Some(page) = table.pages.pop() {
+        self.shrink(table, 0);
+    }
+
+    /// Takes the pages of a table back that only lie behind so many positions, as [`Self::release`] does.
+    pub fn shrink(&mut self, table: &mut PageTable, positions: usize) {
+        while table.len() > pages_for(positions) {
+            let Some(page) = table.pages.pop() else { return };
             let Some(p) = self.pages.get_mut(page as usize).filter(|p| p.holders > 0) else {
                 debug_assert!(false, "page {page} is released twice");
                 continue;

@@ -42,6 +42,7 @@ fn served(base: &Arc<Base>, delta: Option<&Arc<Delta>>, quiz: &Quiz) -> Vec<Vec<
             stop_tokens: quiz.stop.to_vec(),
             logprobs: None,
             beams: None,
+            speculation: None,
         });
         let (events, receiver) = mpsc::channel(work.events());
         let request = Request {

@@ -20,7 +20,7 @@ async fn a_stream_has_its_tokens_then_one_final_message_that_accounts_for_them()
     assert!(said.pieces >= 24, "{} pieces: one message per token at least", said.pieces);
     let end = &said.finished;
     assert_eq!(end.reason(), proto::FinishReason::Length);
-    assert_eq!(end.usage, Some(proto::Usage { prompt_tokens: 9, completion_tokens: 24, cached_tokens: 0 }));
+    assert_eq!(end.usage, Some(proto::Usage { prompt_tokens: 9, completion_tokens: 24, ..Default::default() }));
     let by = end.served_by.clone().unwrap_or_default();
     assert_eq!((by.name.as_str(), by.number, &by.id), ("style", 1, &made.id));
     let t = end.timings.unwrap_or_default();

@@ -32,6 +32,7 @@ mod quantized;
 mod restart;
 mod seq2seq;
 mod sharing;
+mod speculation;
 mod study;
 mod support;
 mod sweep;

@@ -112,6 +112,7 @@ impl World {
                 kv_positions: None,
                 prefix_cache: true,
                 constraint_bytes: 256 << 20,
+                speculative_ngram: 0,
                 max_queue: 64,
                 activations: Activations::Int8,
             },

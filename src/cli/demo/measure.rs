@@ -50,6 +50,7 @@ pub(super) async fn complete(
         logprobs: None,
         n: 1,
         beams: None,
+        speculation: None,
         priority: 0,
         constraint: None,
         timeout: None,

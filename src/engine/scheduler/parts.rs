@@ -89,6 +89,8 @@ pub(in crate::engine) struct Share {
     pub(in crate::engine) context: usize,
     /// Rows in this step.
     pub(in crate::engine) len: usize,
+    /// How many of them, the last ones, are of drafts: tokens that are guessed to follow.
+    pub(in crate::engine) drafts: usize,
     /// Rows of its encoder in this step.
     pub(in crate::engine) encode: usize,
     /// Whether the slots ahead of its positions are to be filled in this step.

@@ -18,7 +18,7 @@ fn delta(n: u8) -> Option<DeltaId> {
     (n > 0).then(|| DeltaId::from_bytes([n; 32]))
 }
 
-fn demand(total: usize, most: usize) -> Demand {
+pub(super) fn demand(total: usize, most: usize) -> Demand {
     let (names, claim) = (Names::default(), claim(None));
     Demand {
         total,
@@ -34,12 +34,12 @@ fn demand(total: usize, most: usize) -> Demand {
     }
 }
 
-fn claim(tenant: Option<&str>) -> Claim {
+pub(super) fn claim(tenant: Option<&str>) -> Claim {
     let tenant = tenant.map(|name| TenantId::new(name).expect("a name"));
     Claim { tenant, weight: 1, priority: 0 }
 }
 
-fn limits() -> Limits {
+pub(super) fn limits() -> Limits {
     Limits {
         max_batch_tokens: 64,
         max_sequences: 8,
@@ -218,18 +218,21 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
             let Some((job, made, keys)) = left.get_mut(&share.id) else {
                 return Err(TestCaseError::fail("unknown id"));
             };
-            let more = job.next_keys(keys, share.id, *made, share.context + share.len);
+            let right = right(share);
+            let share = &scheduler.keep(share, 1 + right);
+            let more = job.next_keys(keys, share.id, *made + right, share.context + share.len);
             scheduler.publish(share, more);
             if !share.completes {
                 scheduler.advance(share, false);
                 continue;
             }
-            *made += 1;
+            *made += 1 + right;
             scheduler.trim(share.id);
             // now all beams go on, now fewer
             scheduler.branch(share.id, job.width - usize::from(*made % 5 == 4 && job.width > 1));
             let done = *made >= job.new.max(1);
             scheduler.advance(share, !done);
+            scheduler.propose(share.id, (step as usize + share.context) % 6);
             if done {
                 scheduler.remove(share.id);
                 left.remove(&share.id);
@@ -241,6 +244,11 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
         prop_assert_eq!(scheduler.check(), Ok(()));
     }
     Err(TestCaseError::fail(format!("{} sequences never finish", left.len())))
+}
+
+/// How many of a share's drafts are right, from the first.
+fn right(share: &Share) -> usize {
+    (share.context + share.id as usize) % (share.drafts + 1)
 }
 
 fn check_step(s: &Scheduler, plan: &StepPlan, l: Limits, left: &Left) -> Result<(), TestCaseError> {
@@ -268,7 +276,11 @@ fn check_step(s: &Scheduler, plan: &StepPlan, l: Limits, left: &Left) -> Result<
         prop_assert!(share.len > 0);
         let (job, made, _) = &left[&share.id];
         let total = job.prompt + made;
-        prop_assert_eq!(share.completes, share.context + share.len == total);
+        prop_assert_eq!(share.completes, share.context + share.len - share.drafts == total);
+        prop_assert!(
+            share.drafts == 0 || total + share.drafts < job.prompt + job.new,
+            "a draft that could never count"
+        );
         match l.pages {
             None => prop_assert!(share.context == 0 && share.completes, "an encoder's sequence is never split"),
             Some(_) => {
@@ -324,7 +336,7 @@ fn ids(plan: &StepPlan) -> Vec<SeqId> {
     plan.shares.iter().map(|s| s.id).collect()
 }
 
-fn go(s: &mut Scheduler) -> StepPlan {
+pub(super) fn go(s: &mut Scheduler) -> StepPlan {
     let plan = s.plan();
     plan.shares.iter().for_each(|share| s.advance(share, share.completes));
     plan
@@ -366,7 +378,16 @@ fn the_youngest_gives_its_pages_and_comes_back_first() {
     let plan = go(&mut s);
     assert_eq!(
         plan.shares[0],
-        Share { id: 2, branch: 0, context: 0, len: PAGE_SIZE + 1, encode: 0, keys_due: false, completes: true }
+        Share {
+            id: 2,
+            branch: 0,
+            context: 0,
+            len: PAGE_SIZE + 1,
+            drafts: 0,
+            encode: 0,
+            keys_due: false,
+            completes: true
+        }
     );
     assert_eq!(ids(&plan), vec![2, 3]);
 }

@@ -25,6 +25,7 @@ fn search(beams: u32, max_new_tokens: usize, stop: Option<u32>, how: Sampling) -
         stop_tokens,
         logprobs: None,
         beams: Some(Beams { search, told }),
+        speculation: None,
     })
 }
 
@@ -269,6 +270,7 @@ fn real_searches_are_those_of_transformers() {
                         search: BeamParams { beams, length_penalty, early_stopping },
                         told: beams as usize,
                     }),
+                    speculation: None,
                 });
                 match base.arch.decoder_start {
                     Some(start) if base.arch.is_encoder_decoder() => {

@@ -61,14 +61,21 @@ fn held(n: u8, patches: Vec<(SiteId, Patch)>) -> Held {
 
 fn sampled(seed: u64, max_new_tokens: usize) -> Work {
     let sampling = Sampling { temperature: 1.2, top_k: 40, seed: Some(seed), ..Sampling::default() };
-    Work::Generate(Generate { sampling, max_new_tokens, stop_tokens: vec![], logprobs: Some(0), beams: None })
+    Work::Generate(Generate {
+        sampling,
+        max_new_tokens,
+        stop_tokens: vec![],
+        logprobs: Some(0),
+        beams: None,
+        speculation: None,
+    })
 }
 
 fn search(beams: u32, max_new_tokens: usize) -> Work {
     let search = BeamParams { beams, length_penalty: 1.0, early_stopping: EarlyStopping::Heuristic };
     let beams = Some(Beams { search, told: beams as usize });
     let sampling = Sampling::default();
-    Work::Generate(Generate { sampling, max_new_tokens, stop_tokens: vec![], logprobs: None, beams })
+    Work::Generate(Generate { sampling, max_new_tokens, stop_tokens: vec![], logprobs: None, beams, speculation: None })
 }
 
 #[test]

@@ -50,11 +50,11 @@ impl ConstraintFactory for Factory {
 }
 
 /// Ids with one remainder by 7 that goes up with every token.
-fn by_sevens(said: &[u32]) -> Result<(Ending, Vec<u32>), String> {
+pub(super) fn by_sevens(said: &[u32]) -> Result<(Ending, Vec<u32>), String> {
     Ok((Ending::No, (0..120).filter(|id| id % 7 == (said.len() % 7) as u32).collect()))
 }
 
-fn constrained(job: Job, allow: Allow) -> Job {
+pub(super) fn constrained(job: Job, allow: Allow) -> Job {
     Job { constraint: Some(allow), ..job }
 }
 
@@ -72,7 +72,14 @@ fn work(seed: u64, max_new_tokens: usize) -> Work {
         seed: Some(seed),
         ..Sampling::default()
     };
-    Work::Generate(Generate { sampling, max_new_tokens, stop_tokens: vec![], logprobs: Some(2), beams: None })
+    Work::Generate(Generate {
+        sampling,
+        max_new_tokens,
+        stop_tokens: vec![],
+        logprobs: Some(2),
+        beams: None,
+        speculation: None,
+    })
 }
 
 /// Constrained ones and free ones, bare and with deltas.
@@ -149,8 +156,14 @@ fn the_greedy_choice_is_the_likeliest_of_the_allowed() {
     let base = base(&tiny_gpt2());
     let engine = Engine::new(&base, roomy());
     let greedy = |logprobs| {
-        let work =
-            Generate { sampling: Sampling::default(), max_new_tokens: 1, stop_tokens: vec![], logprobs, beams: None };
+        let work = Generate {
+            sampling: Sampling::default(),
+            max_new_tokens: 1,
+            stop_tokens: vec![],
+            logprobs,
+            beams: None,
+            speculation: None,
+        };
         Job::new(prompt(8, 10), Work::Generate(work))
     };
     let ranked = Answer::read(engine.submit(&greedy(Some(4096)))).tokens[0].top.clone();
@@ -164,8 +177,14 @@ fn an_output_ends_where_its_constraint_says() {
     let base = base(&tiny_llama());
     let engine = Engine::new(&base, roomy());
     let ended = |allow: Allow, stop_tokens: Vec<u32>| {
-        let work =
-            Generate { sampling: Sampling::default(), max_new_tokens: 9, stop_tokens, logprobs: None, beams: None };
+        let work = Generate {
+            sampling: Sampling::default(),
+            max_new_tokens: 9,
+            stop_tokens,
+            logprobs: None,
+            beams: None,
+            speculation: None,
+        };
         let answer = Answer::read(engine.submit(&constrained(Job::new(prompt(1, 9), Work::Generate(work)), allow)));
         let end = answer.finished.clone().unwrap_or_else(|| panic!("{answer:?}"));
         (answer.ids(), end.reason, end.usage.completion_tokens)

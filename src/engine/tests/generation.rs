@@ -97,6 +97,7 @@ fn a_preempted_sequence_says_what_it_would_have_said() {
             stop_tokens: vec![],
             logprobs: Some(0),
             beams: None,
+            speculation: None,
         })
     };
     let jobs: Vec<Job> = (0..6)
@@ -115,7 +116,14 @@ fn a_seed_reproduces_a_continuation_in_any_company() {
     let base = base(&tiny_gpt2());
     let with_seed = |seed| {
         let sampling = Sampling { temperature: 1.5, top_k: 50, top_p: 0.95, seed: Some(seed), ..Sampling::default() };
-        let work = Generate { sampling, max_new_tokens: 30, stop_tokens: vec![], logprobs: None, beams: None };
+        let work = Generate {
+            sampling,
+            max_new_tokens: 30,
+            stop_tokens: vec![],
+            logprobs: None,
+            beams: None,
+            speculation: None,
+        };
         Job::new(prompt(1, 10), Work::Generate(work))
     };
     let engine = Engine::new(&base, roomy());

@@ -9,6 +9,7 @@ mod lifecycle;
 mod positions;
 mod prompt_only;
 mod source;
+mod speculation;
 
 use std::{sync::Arc, thread::JoinHandle, time::Instant};
 
@@ -76,6 +77,12 @@ impl Engine {
         self.handle.commands.try_send(Command::Hold(gate)).expect("taken");
         held.send(()).expect("the thread stands at the gate");
         held
+    }
+
+    /// Has tokens guessed otherwise from now on.
+    fn guessing(self, guess: drafts::Guess) -> Self {
+        self.handle.commands.try_send(Command::Guess(guess)).expect("taken");
+        self
     }
 
     /// Breaks something while nothing runs, and waits until that was found.
@@ -314,5 +321,6 @@ fn greedy(max_new_tokens: usize) -> Work {
         stop_tokens: vec![],
         logprobs: Some(3),
         beams: None,
+        speculation: None,
     })
 }

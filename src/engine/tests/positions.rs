@@ -11,7 +11,7 @@ use crate::{
     rows::RowLayout,
 };
 
-type Held = Option<(DeltaId, Arc<Delta>)>;
+pub(super) type Held = Option<(DeltaId, Arc<Delta>)>;
 
 fn rows(base: &Base, rows: Tensor, stage: PromptStage) -> (SiteId, Patch) {
     (base.sites.id(Site::Embedding).expect("site"), Patch::Prompt(Prompt { rows, stage, stack: Stack::Main }))
@@ -34,7 +34,7 @@ fn held(n: u8, patches: Vec<(SiteId, Patch)>, head: Option<Head>) -> Held {
 }
 
 /// Every kind of delta that there is a forward for, and their combinations.
-fn kinds(base: &Base, labels: usize) -> Vec<Held> {
+pub(super) fn kinds(base: &Base, labels: usize) -> Vec<Held> {
     let mut rng = Rng(99);
     let hidden = base.arch.hidden;
     let prompt = |rng: &mut Rng, n| rows(base, tensor(rng, &[n, hidden], 0.5), PromptStage::Tokens);

@@ -8,7 +8,7 @@ use crate::{
     rows::RowLayout,
 };
 
-fn job(n: u64, len: usize, new: usize) -> Job {
+pub(super) fn job(n: u64, len: usize, new: usize) -> Job {
     Job { source: prompt(n, len), ..Job::new(vec![0], greedy(new)) }
 }
 

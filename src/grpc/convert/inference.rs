@@ -9,8 +9,8 @@ use crate::{
         params::{
             BeamParams, ChatMessage, Classification, ClassifyInput, ClassifyParams, ClassifyReply, ConstraintParams,
             DeltaChoice, EarlyStopping, EmbedParams, EmbedReply, FinishReason, GenerateChunk, GenerateParams,
-            LabelScore, Pooling, Prompt, Sampling, ScoreParams, ScoreReply, Scored, ServeError, ServedBy, ServedPart,
-            Timings, TokenLabel, TokenLogprob, Usage,
+            LabelScore, NgramSpeculation, Pooling, Prompt, Sampling, ScoreParams, ScoreReply, Scored, ServeError,
+            ServedBy, ServedPart, Timings, TokenLabel, TokenLogprob, Usage,
         },
     },
     grpc::proto,
@@ -112,6 +112,7 @@ fn options(
         ignore_eos: o.ignore_eos,
         logprobs: o.logprobs,
         n: o.n.unwrap_or(1),
+        speculation: o.speculative_ngram.map(speculation),
         priority: o.priority,
         timeout,
     }
@@ -156,6 +157,15 @@ fn beams(o: &proto::GenerateOptions, problems: &mut Problems) -> Option<BeamPara
             None
         }
         Some(beams) => Some(BeamParams { beams, length_penalty: o.length_penalty.unwrap_or(1.0), early_stopping }),
+    }
+}
+
+fn speculation(s: proto::NgramSpeculation) -> NgramSpeculation {
+    let unset = NgramSpeculation::default();
+    NgramSpeculation {
+        tokens: s.num_speculative_tokens.unwrap_or(unset.tokens),
+        longest: s.prompt_lookup_max.unwrap_or(unset.longest),
+        shortest: s.prompt_lookup_min.unwrap_or(unset.shortest),
     }
 }
 
@@ -273,8 +283,8 @@ pub(in crate::grpc) fn token_logprob(t: TokenLogprob) -> proto::TokenLogprob {
 }
 
 pub(in crate::grpc) fn usage(u: Usage) -> proto::Usage {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = u;
-    proto::Usage { prompt_tokens, completion_tokens, cached_tokens }
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, drafted_tokens, accepted_tokens } = u;
+    proto::Usage { prompt_tokens, completion_tokens, cached_tokens, drafted_tokens, accepted_tokens }
 }
 
 pub(in crate::grpc) fn timings(t: Timings) -> proto::Timings {
@@ -368,6 +378,12 @@ mod tests {
         let params = generate(request, None)?;
         assert_eq!((params.max_new_tokens, params.n, params.logprobs), (128, 1, None));
         assert_eq!(params.sampling, Sampling::default());
+        assert_eq!(params.speculation, None);
+        let speculative_ngram = Some(proto::NgramSpeculation { prompt_lookup_max: Some(2), ..Default::default() });
+        let options = proto::GenerateOptions { speculative_ngram, ..Default::default() };
+        let request = proto::GenerateRequest { options: Some(options), prompt: Some(text("hi")), ..Default::default() };
+        let speculation = NgramSpeculation { tokens: 4, longest: 2, shortest: 1 };
+        assert_eq!(generate(request, None)?.speculation, Some(speculation));
         Ok(())
     }
 
@@ -391,6 +407,11 @@ mod tests {
             logprobs: Some(21),
             n: Some(1_000_000),
             priority: -101,
+            speculative_ngram: Some(proto::NgramSpeculation {
+                num_speculative_tokens: Some(17),
+                prompt_lookup_max: Some(0),
+                prompt_lookup_min: Some(2),
+            }),
             ..Default::default()
         };
         let request = proto::GenerateRequest { options: Some(options), ..Default::default() };
@@ -411,6 +432,9 @@ mod tests {
             "options.stop_tokens",
             "options.logprobs",
             "options.n",
+            "options.speculative_ngram.num_speculative_tokens",
+            "options.speculative_ngram.prompt_lookup_max",
+            "options.speculative_ngram.prompt_lookup_min",
         ];
         assert_eq!(got, expected);
     }

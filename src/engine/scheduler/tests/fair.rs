@@ -337,7 +337,7 @@ fn work_that_generates_nothing_is_charged_its_input() {
     s.submit(1, None, read).expect("fits");
     while !s.plan().shares.iter().any(|share| share.completes) {
         s.advance(
-            &Share { id: 1, branch: 0, context: 0, len: 32, encode: 0, keys_due: false, completes: false },
+            &Share { id: 1, branch: 0, context: 0, len: 32, drafts: 0, encode: 0, keys_due: false, completes: false },
             false,
         );
     }

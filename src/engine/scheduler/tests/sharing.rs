@@ -36,12 +36,13 @@ impl Contents {
                     self.0[*slot as usize] = Some(Self::ahead(job, at));
                 }
             }
-            let tokens = job.tokens(share.id, made);
+            let tokens = job.tokens(share.id, made + share.drafts);
+            let certain = share.context + share.len - (share.drafts - right(share));
             for row in share.context..share.context + share.len {
                 let slot = slots[job.reserved + row];
                 prop_assert!(s.pool().is_private(slot / PAGE_SIZE as u32), "a page that others can find is written");
-                // beams but the first go their own way
-                let own = if share.branch == 0 { Some(Self::row(job, &tokens[..=row])) } else { None };
+                // beams but the first go their own way, and wrong drafts are anything
+                let own = if share.branch == 0 && row < certain { Some(Self::row(job, &tokens[..=row])) } else { None };
                 self.0[slot as usize] = own;
             }
         }
@@ -52,8 +53,9 @@ impl Contents {
                 prop_assert_eq!(self.0[*slot as usize], Some(Self::ahead(job, at)), "key {} ahead", at);
             }
             // what is copied between beams is not the scheduler's
-            let certain = if share.branch == 0 { rows.len() } else { s.common(share.id) - job.reserved };
-            let tokens = job.tokens(share.id, made);
+            let wrong = share.drafts - right(share);
+            let certain = if share.branch == 0 { rows.len() - wrong } else { s.common(share.id) - job.reserved };
+            let tokens = job.tokens(share.id, made + share.drafts);
             for (row, slot) in rows.iter().enumerate().take(certain) {
                 prop_assert_eq!(self.0[*slot as usize], Some(Self::row(job, &tokens[..=row])), "row {}", row);
             }

@@ -1,0 +1,130 @@
+//! Drafts: what a sequence is guessed to say next. Whoever guesses, it only costs time: the tokens are those of the sequence's own
+//! sampler, and a draft is taken where it is the token that was chosen.
+
+use crate::admission::params::NgramSpeculation;
+
+/// Guesses the next tokens from those of a source (of an encoder-decoder; else none) and those known so far.
+pub(super) type Guess = fn(&[u32], &[u32], &NgramSpeculation) -> Vec<u32>;
+
+/// A sequence's drafts, and what came of earlier ones.
+#[derive(Debug)]
+pub(super) struct Drafts {
+    how: NgramSpeculation,
+    /// Of the next step.
+    tokens: Vec<u32>,
+    /// Drafts that were computed.
+    pub(super) drafted: u32,
+    /// Those of them that were chosen, and gave a token more each.
+    pub(super) accepted: u32,
+}
+
+impl Drafts {
+    pub(super) fn new(how: NgramSpeculation) -> Self {
+        Self { how, tokens: vec![], drafted: 0, accepted: 0 }
+    }
+
+    /// Guesses what follows these tokens.
+    pub(super) fn guess(&mut self, guess: Guess, source: &[u32], tokens: &[u32]) {
+        self.tokens = guess(source, tokens, &self.how);
+        self.tokens.truncate(self.how.tokens as usize);
+    }
+
+    /// It is known that the first of them is wrong.
+    pub(super) fn clear(&mut self) {
+        self.tokens.clear();
+    }
+
+    /// The drafts of the next step.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+}
+
+/// Prompt lookup: finds the longest run of last tokens, within bounds, that came before, in the tokens or else in the source, there
+/// where it came last, and says what followed. What follows the end of the tokens is what was guessed to: a run that overlaps
+/// its own repetition is repeated on (as LZ77 copies).
+pub(super) fn lookup(source: &[u32], tokens: &[u32], how: &NgramSpeculation) -> Vec<u32> {
+    let wanted = how.tokens as usize;
+    let own = latest(tokens, tokens, how);
+    let other = latest(source, tokens, how).filter(|(_, len)| own.is_none_or(|(_, own)| *len > own));
+    if let Some((at, _)) = other {
+        return source.iter().skip(at).take(wanted).copied().collect();
+    }
+    let Some((at, _)) = own else { return vec![] };
+    tokens[at..].iter().cycle().take(wanted).copied().collect()
+}
+
+/// Behind which of its tokens, the last one not counted, a text has the longest run of the last of `tokens` that is within bounds,
+/// and how long it is; the latest place of several.
+fn latest(text: &[u32], tokens: &[u32], how: &NgramSpeculation) -> Option<(usize, usize)> {
+    let (longest, shortest) = (how.longest as usize, how.shortest as usize);
+    let last = *tokens.last()?;
+    let mut best: Option<(usize, usize)> = None;
+    for at in (1..text.len()).rev().filter(|at| text[at - 1] == last) {
+        let pairs = text[..at].iter().rev().zip(tokens.iter().rev());
+        let len = pairs.take(longest).take_while(|(a, b)| a == b).count();
+        if len >= shortest && best.is_none_or(|(_, found)| len > found) {
+            best = Some((at, len));
+        }
+        if len == longest {
+            break;
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn how(tokens: u32, longest: u32, shortest: u32) -> NgramSpeculation {
+        NgramSpeculation { tokens, longest, shortest }
+    }
+
+    #[test]
+    fn what_followed_the_longest_run_where_it_came_last_is_guessed() {
+        let said = |tokens: &[u32], how: NgramSpeculation| lookup(&[], tokens, &how);
+        assert_eq!(said(&[1, 2, 3, 9, 2, 3, 8, 7, 1, 2, 3], how(3, 4, 1)), [9, 2, 3], "three tokens, not two");
+        assert_eq!(said(&[1, 2, 3, 9, 2, 3, 8, 7, 1, 2, 3], how(3, 2, 1)), [8, 7, 1], "two: the later place");
+        assert_eq!(said(&[5, 6, 5], how(4, 4, 1)), [6, 5, 6, 5], "it repeats on");
+        assert_eq!(said(&[5, 5], how(3, 4, 1)), [5, 5, 5]);
+        assert_eq!(said(&[5, 6, 5], how(4, 4, 2)), [0; 0], "one token is too short a run");
+        assert_eq!(said(&[5, 6, 7], how(4, 4, 1)), [0; 0]);
+        assert_eq!(said(&[5], how(4, 4, 1)), [0; 0]);
+        assert_eq!(said(&[], how(4, 4, 1)), [0; 0]);
+    }
+
+    #[test]
+    fn a_source_is_read_where_it_has_a_longer_run() {
+        let source = [4, 1, 2, 3, 8];
+        assert_eq!(lookup(&source, &[1, 2], &how(2, 4, 1)), [3, 8]);
+        assert_eq!(lookup(&source, &[1, 2], &how(9, 4, 1)), [3, 8], "it ends");
+        assert_eq!(lookup(&source, &[2, 9, 2], &how(2, 4, 1)), [9, 2], "of equal ones, the output's");
+        assert_eq!(lookup(&source, &[2, 9, 1, 2], &how(1, 4, 1)), [3]);
+        assert_eq!(lookup(&source, &[8], &how(2, 4, 1)), [0; 0], "nothing follows");
+    }
+
+    proptest! {
+        /// However the texts are, guesses are tokens that were there, and of a text that is one run repeated they are right.
+        #[test]
+        fn guesses_are_of_what_was_said(
+            source in proptest::collection::vec(0u32..4, 0..12),
+            tokens in proptest::collection::vec(0u32..4, 0..40),
+            count in 1u32..17, longest in 1u32..17, shortest in 1u32..17,
+        ) {
+            let how = how(count, longest, shortest.min(longest));
+            let guessed = lookup(&source, &tokens, &how);
+            prop_assert!(guessed.len() <= count as usize);
+            prop_assert!(guessed.iter().all(|t| tokens.contains(t) || source.contains(t)));
+            let period = tokens.len().max(1);
+            let long: Vec<u32> = tokens.iter().cycle().take(3 * tokens.len()).copied().collect();
+            let next: Vec<u32> = tokens.iter().cycle().take(count as usize).copied().collect();
+            if period <= 16 && !tokens.is_empty() {
+                let exact = NgramSpeculation { tokens: count, longest: 16, shortest: 1 };
+                prop_assert_eq!(lookup(&[], &long, &exact), next);
+            }
+        }
+    }
+}
