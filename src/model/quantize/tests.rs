@@ -143,6 +143,7 @@ fn a_table_that_is_a_causal_head_is_quantised_as_one() {
         (testing::tiny_gpt2(), Quantize::Q8_0),
         (wide(testing::tiny_gpt2()), Quantize::Q4K),
         (testing::tiny_gemma2(), Quantize::Q8_0),
+        (testing::tiny_t5(), Quantize::Q8_0),
     ] {
         let (plain, base) = (load(&config, None), load(&config, Some(quantize)));
         let (own, kept) = (plain.table().unwrap(), base.table().unwrap());
@@ -167,12 +168,9 @@ fn a_table_that_is_a_causal_head_is_quantised_as_one() {
     // an encoder's, and one that is no head, stay as they are
     let mut untied = testing::tiny_llama();
     untied["tie_word_embeddings"] = false.into();
-    for config in [untied, testing::tiny_bert(), testing::tiny_t5()] {
+    for config in [untied, testing::tiny_bert()] {
         let (plain, base) = (load(&config, None), load(&config, Some(Quantize::Q8_0)));
-        let same = apart(
-            &base.table().unwrap().flatten_all().unwrap().to_vec1().unwrap(),
-            &plain.table().unwrap().flatten_all().unwrap().to_vec1().unwrap(),
-        );
-        assert_eq!(same, 0.0);
+        let flat = |base: &Base| base.table().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(flat(&plain), flat(&base));
     }
 }

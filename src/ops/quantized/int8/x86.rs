@@ -114,18 +114,19 @@ fn by_avx2<const R: usize>(step: &Step<'_>, sums: &mut [[f32; PANEL]]) {
                     }
                 }
             }
-            for v in 0..V {
-                let at = strip * V + v;
-                let halves = &halves[at * 16..][..16];
+            let scales: [__m256; V] = std::array::from_fn(|v| {
+                let halves = &halves[(strip * V + v) * 16..][..16];
                 // SAFETY: 16 bytes
-                let scales = _mm256_cvtph_ps(unsafe { _mm_loadu_si128(halves.as_ptr().cast()) });
-                for r in 0..R {
-                    let sums = &mut sums[r].as_chunks_mut::<8>().0[at];
-                    let scale = _mm256_mul_ps(scales, _mm256_set1_ps(x[r].scale));
+                _mm256_cvtph_ps(unsafe { _mm_loadu_si128(halves.as_ptr().cast()) })
+            });
+            for r in 0..R {
+                let own = _mm256_set1_ps(x[r].scale);
+                for v in 0..V {
+                    let sums = &mut sums[r].as_chunks_mut::<8>().0[strip * V + v];
+                    let (dot, scale) = (_mm256_cvtepi32_ps(dots[r][v]), _mm256_mul_ps(scales[v], own));
                     // SAFETY: 8 numbers each
                     unsafe {
-                        let sum = _mm256_loadu_ps(sums.as_ptr());
-                        let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][v]), scale, sum);
+                        let sum = _mm256_fmadd_ps(dot, scale, _mm256_loadu_ps(sums.as_ptr()));
                         _mm256_storeu_ps(sums.as_mut_ptr(), sum);
                     }
                 }
