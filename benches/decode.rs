@@ -1,6 +1,7 @@
 //! Decode speed of the forward itself (no gRPC): bare base, one LoRA, and a different LoRA on every row, in one run.
 //!
-//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5] [--quantize q8_0|q4k]`
+//! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--repeat 5] [--quantize q8_0|q4k]
+//! [--dtype f32|bf16] [--activations f32|bf16]`.
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M) and random rank-8 LoRAs on `c_attn`.
 //! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
 
@@ -8,13 +9,14 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
 
-use candle_core::{CpuStorage, Device, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use deltaserve::{
     delta::{Delta, DeltaBatch, DeltaFiles, DeltaSpec, LowRank, Patch, Task},
     interop,
     kv::KvCache,
     model::{Base, Input, LoadOptions, Quantize, testing},
     nn::{Cx, Wanted},
+    ops::{Activations, with_activations},
     rows::RowLayout,
 };
 use rayon::prelude::*;
@@ -29,6 +31,8 @@ struct Args {
     repeat: usize,
     rank: usize,
     quantize: Option<Quantize>,
+    dtype: DType,
+    activations: Activations,
 }
 
 fn args() -> Args {
@@ -59,6 +63,16 @@ fn args() -> Args {
             "q4k" => Quantize::Q4K,
             other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
         }),
+        dtype: match map.get("dtype").map(String::as_str) {
+            None | Some("f32") => DType::F32,
+            Some("bf16") => DType::BF16,
+            Some(other) => panic!("--dtype {other}: f32 and bf16 are accepted"),
+        },
+        activations: match map.get("activations").map(String::as_str) {
+            None | Some("f32") => Activations::F32,
+            Some("bf16") => Activations::Bf16,
+            Some(other) => panic!("--activations {other}: f32 and bf16 are accepted"),
+        },
     }
 }
 
@@ -157,9 +171,10 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
         let plan = DeltaBatch::new(&rows, deltas, base.sites.len());
         let wanted = Wanted::of(&rows, &plan, rows.last_rows());
         let cx = Cx { kv: Some(&cache), wanted: wanted.as_ref(), ..Cx::new(&rows, &plan) };
-        let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
-        let logits = base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits");
-        last = greedy(&logits);
+        last = with_activations(args.activations, || {
+            let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
+            greedy(&base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits"))
+        });
         let spent = t.elapsed().as_secs_f64();
         if step == 0 { times.0 += spent } else { times.1 += spent }
     }
@@ -173,7 +188,7 @@ fn median(mut v: Vec<f64>) -> f64 {
 
 fn main() {
     let args = args();
-    let options = LoadOptions { quantize: args.quantize, ..LoadOptions::default() };
+    let options = LoadOptions { dtype: args.dtype, quantize: args.quantize, ..LoadOptions::default() };
     let base = match &args.base {
         Some(dir) => Base::load(dir, &options).expect("a base folder"),
         None => {

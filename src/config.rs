@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::{
     grpc::GrpcConfig,
     ids::TenantId,
-    ops::{Halves, Priority},
+    ops::{Activations, Halves, Priority},
     telemetry::LogFormat,
 };
 
@@ -30,12 +30,18 @@ pub struct ServeArgs {
     /// Where the base is kept: cpu, cuda:0 ...
     #[arg(long, env = "DELTASERVE_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
-    /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU.
+    /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU. On the CPU, f32 or bf16: then matrices and
+    /// the embedding table, while everything else stays f32.
     #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
     pub dtype: Option<DtypeChoice>,
     /// What the base's linears are quantised to at load, on the CPU; embeddings, norms, biases and heads stay as they are.
     #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
     pub quantize: Option<QuantizeChoice>,
+    /// What serving rounds activations to before they are multiplied with matrices in bf16, where the machine multiplies bf16
+    /// (AVX512-BF16; elsewhere f32): bf16, twice as fast with several rows, or f32, none lost. Default bf16 with `--dtype bf16`
+    /// on the CPU. Training has f32.
+    #[arg(long, env = "DELTASERVE_ACTIVATIONS", value_name = "TYPE")]
+    pub activations: Option<ActivationsChoice>,
     /// Threads of a matrix product; default the physical cores.
     #[arg(long, env = "DELTASERVE_THREADS", value_name = "N")]
     pub threads: Option<usize>,
@@ -141,6 +147,15 @@ pub enum DtypeChoice {
     F16,
 }
 
+/// Precision of activations in serving's products with the frozen matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ActivationsChoice {
+    /// 32-bit.
+    F32,
+    /// 16-bit, 8 of exponent.
+    Bf16,
+}
+
 /// Whether something is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
@@ -243,6 +258,8 @@ pub struct Config {
     pub grpc: GrpcConfig,
     /// Which products may be computed in halves.
     pub halves: Halves,
+    /// Precision of activations in serving's products.
+    pub activations: Activations,
     /// Limits of the engine.
     pub engine: EngineLimits,
     /// Limits of each tenant.
@@ -310,9 +327,25 @@ impl TryFrom<ServeArgs> for Config {
             weights: weights(&args.tenant_weight, &mut problems),
         };
         let device = device(&args.device, &mut problems);
-        if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
-            problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
+        let in_bf16 = device == DeviceChoice::Cpu && args.dtype == Some(DtypeChoice::Bf16);
+        if device == DeviceChoice::Cpu && args.dtype == Some(DtypeChoice::F16) {
+            problems.push(
+                "--dtype: f16 is not supported on the CPU; accepted are f32 and bf16, to which f16 is rounded"
+                    .to_owned(),
+            );
         }
+        if in_bf16 && args.quantize.is_some() {
+            problems.push("--quantize: takes the place of --dtype bf16 on the CPU; one of them is accepted".to_owned());
+        }
+        if args.activations == Some(ActivationsChoice::Bf16) && !in_bf16 {
+            problems
+                .push("--activations: bf16 needs --device cpu and --dtype bf16; accepted without is f32".to_owned());
+        }
+        let activations = match args.activations {
+            None if in_bf16 => Activations::Bf16,
+            Some(ActivationsChoice::Bf16) => Activations::Bf16,
+            None | Some(ActivationsChoice::F32) => Activations::F32,
+        };
         if device != DeviceChoice::Cpu && args.quantize.is_some() {
             problems.push("--quantize: is supported with --device cpu only; a GPU keeps bf16, f16 or f32".to_owned());
         }
@@ -331,6 +364,7 @@ impl TryFrom<ServeArgs> for Config {
                 max_calls: args.max_queue + args.max_sequences + 256,
             },
             halves,
+            activations,
             engine: EngineLimits {
                 max_batch_tokens: args.max_batch_tokens,
                 max_sequences: args.max_sequences,

@@ -270,6 +270,7 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
         queue: config.engine.max_queue + config.engine.max_sequences,
         prefix_cache: config.engine.prefix_cache,
         halves: config.halves,
+        activations: config.activations,
         ..EngineConfig::default()
     }
 }

@@ -34,6 +34,7 @@ fn all_problems_are_reported_at_once() {
         "--http=9090",
         "--device=tpu",
         "--dtype=f16",
+        "--activations=bf16",
         "--threads=0",
         "--max-sequences=64",
         "--max-batch-tokens=8",
@@ -56,6 +57,7 @@ fn all_problems_are_reported_at_once() {
         "--http",
         "--device",
         "--dtype",
+        "--activations",
         "--threads",
         "--max-batch-tokens",
         "--max-message-mb",
@@ -84,6 +86,21 @@ fn a_format_of_fewer_bits_is_named_as_it_is_accepted() {
     assert_eq!(quantize("q4k").ok(), Some(Some(QuantizeChoice::Q4K)));
     let refused = quantize("q2").err().map(|e| e.to_string()).unwrap_or_default();
     assert!(refused.contains("--quantize") && refused.contains("q8_0, q4k"), "{refused}");
+}
+
+#[test]
+fn a_base_in_bf16_has_activations_in_bf16_unless_told_otherwise() {
+    let activations = |flags: &[&str]| config(&[&["--base=x"], flags].concat()).map(|c| c.activations);
+    assert_eq!(activations(&[]), Ok(Activations::F32));
+    assert_eq!(activations(&["--activations=f32"]), Ok(Activations::F32));
+    assert_eq!(activations(&["--dtype=bf16"]), Ok(Activations::Bf16));
+    assert_eq!(activations(&["--dtype=bf16", "--activations=bf16"]), Ok(Activations::Bf16));
+    assert_eq!(activations(&["--dtype=bf16", "--activations=f32"]), Ok(Activations::F32));
+    let refused = |flags: &[&str]| activations(flags).map_err(|e| e.0.join("; ")).unwrap_err();
+    assert!(refused(&["--activations=bf16"]).contains("--dtype bf16"));
+    assert!(refused(&["--dtype=bf16", "--quantize=q8_0"]).starts_with("--quantize:"));
+    let f16 = refused(&["--dtype=f16"]);
+    assert!(f16.contains("f32 and bf16"), "{f16}");
 }
 
 #[test]

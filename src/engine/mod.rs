@@ -46,7 +46,7 @@ use crate::{
     admission::params::Pooling,
     kv::{KvCache, PAGE_SIZE},
     model::{Architecture, Base},
-    ops::Halves,
+    ops::{Activations, Halves},
     pacing::Pacer,
     rows::Ahead,
 };
@@ -66,6 +66,8 @@ pub struct EngineConfig {
     pub kv_pages: usize,
     /// Which products of its steps may be computed in halves.
     pub halves: Halves,
+    /// Precision of activations in its products with frozen matrices.
+    pub activations: Activations,
     /// Requests that may wait to be taken by the engine thread. Admission's permits keep it from filling.
     pub queue: usize,
     /// Whether prompts begin behind what is cached of them; what a delta puts ahead is shared in any case.
@@ -81,6 +83,7 @@ impl Default for EngineConfig {
             prefill_chunk: 256,
             kv_pages: 1024,
             halves: Halves::Never,
+            activations: Activations::F32,
             queue: 1024,
             prefix_cache: true,
         }
@@ -236,6 +239,7 @@ pub fn spawn(
         next: 0,
         prefix_cache: config.prefix_cache,
         halves: config.halves,
+        activations: config.activations,
     };
     let tombstone = Tombstone { shared: Arc::clone(&shared), pacer };
     let thread = std::thread::Builder::new().name("engine".into()).stack_size(64 << 20).spawn(move || {

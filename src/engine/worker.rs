@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     model::Base,
-    ops::{self, Halves, each},
+    ops::{self, Activations, Halves, each},
     pacing::Pacer,
 };
 
@@ -37,6 +37,8 @@ pub(super) struct Worker {
     pub(super) next: SeqId,
     /// Which products of its steps may be computed in halves.
     pub(super) halves: Halves,
+    /// Precision of activations in them.
+    pub(super) activations: Activations,
     /// Whether prompts begin behind what is cached of them.
     pub(super) prefix_cache: bool,
 }
@@ -238,9 +240,11 @@ impl Worker {
         };
         let tasks = shares.iter().map(task).collect::<Result<Vec<_>, String>>()?;
         let (stepper, device, halves) = (&mut self.stepper, &self.base.device, self.halves);
+        let activations = self.activations;
         // a torn value could only be the compiled batch, which is forgotten after an error
         // a device's context may be another thread, so what is permitted is said inside
-        caught(|| device.with_context(|| ops::permitting(halves, || stepper.run(&tasks))))
+        let run = || ops::with_activations(activations, || stepper.run(&tasks));
+        caught(|| device.with_context(|| ops::permitting(halves, run)))
     }
 
     /// Gives the beams of this step the keys and values that they go on from, and takes pages back of beams that are no more.

@@ -42,7 +42,7 @@ pub(crate) use memory::huge_pages_of;
 pub use memory::{give_back_freed_memory, keep_freed_memory};
 pub use nll::{head_kl, head_nll, head_nll_against, smoothed_nll};
 pub use norm::{Norm, norm};
-pub use packed::{Halves, in_step, permitting};
+pub use packed::{Activations, Halves, in_step, permitting, with_activations};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
 pub use quantized::{QuantKind, Quantized, quantize};
 pub use rope::{RopeTable, rope, rope_leading};

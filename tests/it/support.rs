@@ -21,7 +21,7 @@ use deltaserve::{
         Base, LoadOptions,
         testing::{Rng, tiny_bert, tiny_llama, write_random},
     },
-    ops::{Halves, Priority},
+    ops::{Activations, Halves, Priority},
     telemetry::LogFormat,
 };
 use futures::StreamExt as _;
@@ -115,6 +115,7 @@ impl World {
             },
             tenants: TenantConfig::default(),
             halves: Halves::Training,
+            activations: Activations::F32,
             train: TrainLimits {
                 max_jobs: 8,
                 max_paused: 8,

@@ -1,7 +1,13 @@
 //! Continuations: what a sequence says depends on its tokens, its delta and its seed alone.
 
 use super::*;
-use crate::model::testing::{tiny_gpt2, tiny_llama};
+use crate::{
+    model::{
+        LoadOptions,
+        testing::{random_base_as, tiny_gpt2, tiny_llama},
+    },
+    ops::Activations,
+};
 
 /// Jobs of all lengths: bare base and five deltas, some of them shared.
 fn jobs(base: &Base) -> Vec<Job> {
@@ -19,6 +25,25 @@ fn jobs(base: &Base) -> Vec<Job> {
 fn alone(base: &Arc<Base>, jobs: &[Job]) -> Vec<Answer> {
     let engine = Engine::new(base, roomy());
     jobs.iter().map(|job| Answer::read(engine.submit(job))).collect()
+}
+
+/// With activations rounded where the machine does so.
+#[test]
+fn a_mixed_batch_on_a_base_in_bf16_says_what_each_request_says_alone() {
+    let options = LoadOptions { dtype: candle_core::DType::BF16, ..LoadOptions::default() };
+    for config in [tiny_llama(), tiny_gpt2()] {
+        let base = Arc::new(random_base_as(&config, 7, &options).expect("base"));
+        let jobs = jobs(&base);
+        for activations in [Activations::F32, Activations::Bf16] {
+            let config = EngineConfig { activations, ..roomy() };
+            let engine = Engine::new(&base, config);
+            let expected: Vec<Answer> = jobs.iter().map(|job| Answer::read(engine.submit(job))).collect();
+            assert_same(&engine.together(&jobs), &expected);
+            let narrow = EngineConfig { max_batch_tokens: 16, max_sequences: 5, prefill_chunk: 7, ..config };
+            assert_same(&Engine::new(&base, narrow).together(&jobs), &expected);
+            engine.settle();
+        }
+    }
 }
 
 #[test]
