@@ -2,7 +2,7 @@
 //! different LoRA and head on every row, in one run.
 //!
 //! `cargo bench --bench classify -- [--base DIR] [--batch 1,32] [--len 64] [--repeat 15] [--rank 8] [--linears attention|all]
-//! [--quantize q8_0|q4k] [--activations int8|f32]`
+//! [--quantize q8_0|q4k] [--activations weights|f32]`
 //! Without `--base` it makes a random base of BERT base's shape (109M). One JSON line per figure: medians over `repeat` runs,
 //! variants interleaved.
 
@@ -57,7 +57,7 @@ fn main() {
         other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
     });
     // as the server does
-    let activations = text("--activations").map_or(Activations::Int8, |v| v.parse().expect("--activations"));
+    let activations = text("--activations").map_or(Activations::AsWeights, |v| v.parse().expect("--activations"));
     let options = LoadOptions { quantize, ..LoadOptions::default() };
     let base = match text("--base") {
         Some(dir) => Base::load(dir.as_ref(), &options).expect("a base folder"),

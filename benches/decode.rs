@@ -2,7 +2,8 @@
 //! a different delta on every row, of five kinds (LoRA, adapter, prefix, prompt, BitFit), in one run.
 //!
 //! `cargo bench --bench decode -- [--base DIR --loras DIR] [--batch 1,8,32] [--new 32] [--prompt 32] [--repeat 5]
-//! [--rank 8] [--linears attention|all] [--mixed yes] [--quantize q8_0|q4k] [--activations int8|f32]`
+//! [--rank 8] [--linears attention|all] [--mixed yes] [--quantize q8_0|q4k] [--dtype f32|bf16]
+//! [--activations weights|f32]`
 //! Without `--base` it makes a random base of GPT-2 small's shape (124M); without `--loras` random LoRAs, on `c_attn` (or
 //! queries and values) or on all linears.
 //! One JSON line per figure: tokens per second are medians over `repeat` runs, variants interleaved.
@@ -13,7 +14,7 @@ mod deltas;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Storage, Tensor};
 use deltas::{Kind, median};
 use deltaserve::{
     delta::{Delta, DeltaBatch, DeltaFiles},
@@ -39,6 +40,7 @@ struct Args {
     all: bool,
     mixed: bool,
     quantize: Option<Quantize>,
+    dtype: DType,
     activations: Activations,
 }
 
@@ -72,8 +74,13 @@ fn args() -> Args {
             "q4k" => Quantize::Q4K,
             other => panic!("--quantize {other}: q8_0 and q4k are accepted"),
         }),
+        dtype: match map.get("dtype").map(String::as_str) {
+            None | Some("f32") => DType::F32,
+            Some("bf16") => DType::BF16,
+            Some(other) => panic!("--dtype {other}: f32 and bf16 are accepted"),
+        },
         // as the server does
-        activations: map.get("activations").map_or(Activations::Int8, |v| v.parse().expect("--activations")),
+        activations: map.get("activations").map_or(Activations::AsWeights, |v| v.parse().expect("--activations")),
     }
 }
 
@@ -148,9 +155,10 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
         let plan = DeltaBatch::new(&rows, deltas, base.sites.len());
         let wanted = Wanted::of(&rows, &plan, rows.last_rows());
         let cx = Cx { kv: Some(&cache), wanted: wanted.as_ref(), ..Cx::new(&rows, &plan) };
-        let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
-        let logits = base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits");
-        last = greedy(&logits);
+        last = with_activations(args.activations, || {
+            let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
+            greedy(&base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits"))
+        });
         let spent = t.elapsed().as_secs_f64();
         if step == 0 { times.0 += spent } else { times.1 += spent }
     }
@@ -159,7 +167,7 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
 
 fn main() {
     let args = args();
-    let options = LoadOptions { quantize: args.quantize, ..LoadOptions::default() };
+    let options = LoadOptions { dtype: args.dtype, quantize: args.quantize, ..LoadOptions::default() };
     let base = match &args.base {
         Some(dir) => Base::load(dir, &options).expect("a base folder"),
         None => {

@@ -113,7 +113,7 @@ fn linear_q8_0(b: Bencher<'_, '_>, rows: usize) {
 /// As it is served: activations in 8 bits, too.
 #[divan::bench(args = ROWS)]
 fn linear_q8_0_int8(b: Bencher<'_, '_>, rows: usize) {
-    ops::with_activations(Activations::Int8, || linear_quantized(b, rows, QuantKind::Q8_0));
+    ops::with_activations(Activations::AsWeights, || linear_quantized(b, rows, QuantKind::Q8_0));
 }
 
 #[divan::bench(args = ROWS)]

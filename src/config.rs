@@ -30,16 +30,18 @@ pub struct ServeArgs {
     /// Where the base is kept: cpu, cuda:0 ...
     #[arg(long, env = "DELTASERVE_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
-    /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU.
+    /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU. On the CPU, f32 or bf16: then matrices and
+    /// the embedding table, while everything else stays f32.
     #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
     pub dtype: Option<DtypeChoice>,
     /// What the base's linears are quantised to at load, on the CPU; norms, biases and classification heads stay as they are,
     /// as does an embedding table that is no language-model head.
     #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
     pub quantize: Option<QuantizeChoice>,
-    /// What linears of 8 bits (Q8_0, Q5_0) take of their input when requests are served: `int8` rounds it to 8 bits, a scale per
-    /// 32, as llama.cpp does; `f32` does not and is slower. Training takes f32 in any case, and so does an f32 base.
-    #[arg(long, env = "DELTASERVE_ACTIVATIONS", value_name = "int8|f32", default_value = "int8")]
+    /// What products take of their input when requests are served: `weights` rounds it as the matrix is kept where that is
+    /// faster (8 bits with a scale per 32 beside linears of 8 bits, as llama.cpp does; bf16 beside bf16 on machines that
+    /// multiply it), `f32` loses none. Training takes f32 in any case, and so does an f32 base.
+    #[arg(long, env = "DELTASERVE_ACTIVATIONS", value_name = "weights|f32", default_value = "weights")]
     pub activations: String,
     /// Threads of a matrix product; default the physical cores.
     #[arg(long, env = "DELTASERVE_THREADS", value_name = "N")]
@@ -338,8 +340,15 @@ impl TryFrom<ServeArgs> for Config {
             weights: weights(&args.tenant_weight, &mut problems),
         };
         let device = device(&args.device, &mut problems);
-        if device == DeviceChoice::Cpu && args.dtype.is_some_and(|d| d != DtypeChoice::F32) {
-            problems.push("--dtype: on the CPU only f32 is supported; 16-bit checkpoints are converted".to_owned());
+        let in_bf16 = device == DeviceChoice::Cpu && args.dtype == Some(DtypeChoice::Bf16);
+        if device == DeviceChoice::Cpu && args.dtype == Some(DtypeChoice::F16) {
+            problems.push(
+                "--dtype: f16 is not supported on the CPU; accepted are f32 and bf16, to which f16 is rounded"
+                    .to_owned(),
+            );
+        }
+        if in_bf16 && args.quantize.is_some() {
+            problems.push("--quantize: takes the place of --dtype bf16 on the CPU; one of them is accepted".to_owned());
         }
         if device != DeviceChoice::Cpu && args.quantize.is_some() {
             problems.push("--quantize: is supported with --device cpu only; a GPU keeps bf16, f16 or f32".to_owned());

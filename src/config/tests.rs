@@ -97,6 +97,19 @@ fn a_format_of_fewer_bits_is_named_as_it_is_accepted() {
 }
 
 #[test]
+fn what_products_take_of_their_input_is_said_in_words() {
+    let activations = |flags: &[&str]| config(&[&["--base=x"], flags].concat()).map(|c| c.engine.activations);
+    assert_eq!(activations(&[]), Ok(Activations::AsWeights));
+    assert_eq!(activations(&["--activations=f32"]), Ok(Activations::F32));
+    assert_eq!(activations(&["--dtype=bf16", "--activations=weights"]), Ok(Activations::AsWeights));
+    let refused = |flags: &[&str]| activations(flags).map_err(|e| e.0.join("; ")).unwrap_err();
+    assert!(refused(&["--activations=bf16"]).contains("accepted are \"weights\" and \"f32\""));
+    assert!(refused(&["--dtype=bf16", "--quantize=q8_0"]).starts_with("--quantize:"));
+    let f16 = refused(&["--dtype=f16"]);
+    assert!(f16.contains("f32 and bf16"), "{f16}");
+}
+
+#[test]
 fn the_prefix_cache_is_on_or_off() {
     let on = |value| config(&["--base=x", value]).map(|c| c.engine.prefix_cache);
     assert_eq!(on("--prefix-cache=on"), Ok(true));

@@ -69,7 +69,7 @@ pub struct EngineConfig {
     pub constraint_bytes: u64,
     /// Which products of its steps may be computed in halves.
     pub halves: Halves,
-    /// What 8-bit linears take of their input in its steps.
+    /// What products take of their input in its steps.
     pub activations: Activations,
     /// Requests that may wait to be taken by the engine thread. Admission's permits keep it from filling.
     pub queue: usize,

@@ -41,7 +41,7 @@ pub(super) struct Worker {
     pub(super) next: SeqId,
     /// Which products of its steps may be computed in halves.
     pub(super) halves: Halves,
-    /// What 8-bit linears take of their input in its steps.
+    /// What products take of their input in them.
     pub(super) activations: Activations,
     /// Whether prompts begin behind what is cached of them.
     pub(super) prefix_cache: bool,

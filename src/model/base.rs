@@ -15,6 +15,7 @@ use super::{
 use crate::{
     delta::{SiteId, SiteTable},
     ids::BaseFingerprint,
+    ops::Weight,
 };
 
 /// Where and how to keep the weights.
@@ -22,10 +23,33 @@ use crate::{
 pub struct LoadOptions {
     /// CPU or one GPU.
     pub device: Device,
-    /// f32 on the CPU; f32, bf16 or f16 on a GPU.
+    /// f32, bf16 or f16 on a GPU; on the CPU, f32 or bf16, which is then how matrices and the embedding table are kept, while
+    /// everything else and what is computed stays f32.
     pub dtype: DType,
     /// What frozen linears are quantised to, on the CPU; `None` keeps them as `dtype`, or as a GGUF file has them.
     pub quantize: Option<Quantize>,
+}
+
+impl LoadOptions {
+    /// Whether matrices are kept in bf16 for kernels that compute in f32.
+    pub(super) fn in_bf16(&self) -> bool {
+        self.device.is_cpu() && self.dtype == DType::BF16
+    }
+
+    /// Type of what is computed.
+    pub(super) fn computed(&self) -> DType {
+        if self.in_bf16() { DType::F32 } else { self.dtype }
+    }
+
+    /// A matrix stored `[out, in]`, as it is to be kept.
+    pub(super) fn out_in(&self, w: &Tensor) -> candle_core::Result<Weight> {
+        if self.in_bf16() { Weight::bf16_from_out_in(w) } else { Weight::from_out_in(w) }
+    }
+
+    /// A matrix stored `[in, out]`, as it is to be kept.
+    pub(super) fn in_out(&self, w: &Tensor) -> candle_core::Result<Weight> {
+        if self.in_bf16() { Weight::bf16_from_in_out(w) } else { Weight::from_in_out(w) }
+    }
 }
 
 impl Default for LoadOptions {
@@ -60,7 +84,7 @@ pub struct Base {
     pub transformer: Transformer,
     /// Where it lives.
     pub device: Device,
-    /// Type of its plain weights, and of all that is computed with them.
+    /// Type of its norms and biases, and of all that is computed.
     pub dtype: DType,
     /// The folder it came from.
     pub dir: PathBuf,
@@ -83,8 +107,9 @@ impl Base {
     /// # Errors
     /// [`ModelError`] names the file, field or tensor.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let on_cpu = options.device.is_cpu();
         let supported: &[DType] =
-            if options.device.is_cpu() { &[DType::F32] } else { &[DType::F32, DType::BF16, DType::F16] };
+            if on_cpu { &[DType::F32, DType::BF16] } else { &[DType::F32, DType::BF16, DType::F16] };
         if !supported.contains(&options.dtype) {
             return Err(ModelError::Unsupported(format!(
                 "dtype {:?} is not supported on this device; supported: {supported:?} (16-bit checkpoints are \
@@ -92,8 +117,12 @@ impl Base {
                 options.dtype
             )));
         }
+        if options.in_bf16() && options.quantize.is_some() {
+            return Err(ModelError::Unsupported("a base is kept in bf16 or quantised, not both".into()));
+        }
+        let dtype = options.computed();
         let gguf = gguf::find(path)?;
-        if !options.device.is_cpu() && (gguf.is_some() || options.quantize.is_some()) {
+        if !on_cpu && (gguf.is_some() || options.quantize.is_some()) {
             return Err(ModelError::Unsupported("quantised bases are supported on the CPU only".into()));
         }
         let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -112,8 +141,8 @@ impl Base {
         }
         let prefix = arch.names.prefix;
         let ckpt = match file {
-            Some(file) => weights::Checkpoint::of_gguf(file, prefix, options.dtype, &options.device),
-            None => weights::Checkpoint::open(dir, prefix, options.dtype, &options.device)?,
+            Some(file) => weights::Checkpoint::of_gguf(file, prefix, dtype, &options.device),
+            None => weights::Checkpoint::open(dir, prefix, dtype, &options.device)?,
         };
         if !ckpt.has(arch.names.pooler, "weight") {
             arch.names.pooler = "";
@@ -134,7 +163,7 @@ impl Base {
             sites,
             transformer,
             device: options.device.clone(),
-            dtype: options.dtype,
+            dtype,
             dir: dir.to_path_buf(),
             gguf,
             parameters,

@@ -1,6 +1,6 @@
 //! A checkpoint's tensors to the blocks of a [`Transformer`], as the [`Architecture`] says.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::{
     Architecture, ClsInner, LoadOptions, MlpKind, ModelError, NormKind, Positions, RotaryShape,
@@ -47,9 +47,13 @@ impl Transformer {
             }
         };
         let lm_head = loader.lm_head(&embed)?;
-        // an encoder's head is rarely asked, its table at every row; a table that is trained stays a plain tensor
-        let shared = lm_head.as_ref().map(|head| &head.weight).filter(|w| !w.is_trained());
-        let shared = shared.filter(|_| arch.is_causal() && arch.tied_head).cloned();
+        // a tied head that is no view of the table serves as it; a table that is trained stays a plain tensor
+        let shared = lm_head.as_ref().map(|head| &head.weight).filter(|w| !w.is_trained() && !w.is_view());
+        let embed = match (shared.filter(|_| arch.tied_head), embed) {
+            (Some(shared), _) => Table::Packed(shared.clone()),
+            (None, Table::Own(table)) if options.in_bf16() => Table::Own(table.to_dtype(DType::BF16)?),
+            (None, embed) => embed,
+        };
         let table = |name: &str, rows: usize| -> Loaded<Option<Tensor>> {
             if name.is_empty() || rows == 0 { Ok(None) } else { ckpt.get(name, "weight", &[rows, h]).map(Some) }
         };
@@ -65,7 +69,7 @@ impl Transformer {
             lm_head,
             lm_transform: loader.lm_transform()?,
             head: loader.head()?,
-            embed: shared.map_or(embed, Table::Packed),
+            embed,
             embed_site: loader.site(Site::Embedding)?,
             arch: arch.clone(),
             device: options.device.clone(),
@@ -103,7 +107,7 @@ impl Loader<'_> {
                 .into_iter()
                 .map(|(o, b)| match b {
                     Some(b) => Ok(b),
-                    None => Tensor::zeros(o, self.options.dtype, &self.options.device),
+                    None => Tensor::zeros(o, self.options.computed(), &self.options.device),
                 })
                 .collect::<candle_core::Result<_>>()?;
             Some(Tensor::cat(&parts, 0)?)
@@ -116,14 +120,16 @@ impl Loader<'_> {
     /// The matrix of modules that share an input, side by side.
     fn weight(&self, modules: &[(String, usize)], in_dim: usize) -> Loaded<Weight> {
         let conv1d = self.arch.conv1d && !self.ckpt.is_converted();
-        if let Some(weight) = quantize::weight(self.ckpt, self.options.quantize, modules, (in_dim, conv1d))? {
+        if let Some(weight) =
+            quantize::weight(self.ckpt, self.options, self.options.quantize, modules, (in_dim, conv1d))?
+        {
             return Ok(weight);
         }
         let shape = |o: usize| if conv1d { [in_dim, o] } else { [o, in_dim] };
         let get = |(module, o): &(String, usize)| self.ckpt.get(module, "weight", &shape(*o));
         let mut ws = modules.iter().map(get).collect::<Loaded<Vec<_>>>()?;
         let w = if ws.len() == 1 { ws.swap_remove(0) } else { Tensor::cat(&ws, usize::from(conv1d))? };
-        Ok(if conv1d { Weight::from_in_out(&w)? } else { Weight::from_out_in(&w)? })
+        Ok(if conv1d { self.options.in_out(&w)? } else { self.options.out_in(&w)? })
     }
 
     /// The numbers of a norm.
@@ -265,12 +271,13 @@ impl Loader<'_> {
         // as `of_head` says
         let wanted = self.options.quantize.map(|_| Quantize::Q8_0);
         let weight = match embed {
-            _ if !a.tied_head => match quantize::weight(self.ckpt, wanted, &own, (a.hidden, false))? {
+            _ if !a.tied_head => match quantize::weight(self.ckpt, self.options, wanted, &own, (a.hidden, false))? {
                 Some(weight) => weight,
-                None => Weight::from_out_in(&self.ckpt.get(n.lm_head, "weight", &[a.vocab, a.hidden])?)?,
+                None => self.options.out_in(&self.ckpt.get(n.lm_head, "weight", &[a.vocab, a.hidden])?)?,
             },
             Table::Packed(weight) => weight.clone(),
-            Table::Own(table) if a.is_causal() => Weight::from_out_in(table)?,
+            // an encoder's head is rarely asked, its table at every row; kernels for bf16 take panels only
+            Table::Own(table) if a.is_causal() || self.options.in_bf16() => self.options.out_in(table)?,
             Table::Own(table) => Weight::view_of(table)?,
         };
         let bias = if n.lm_bias.is_empty() { None } else { self.ckpt.find(n.lm_bias, "bias", &[a.vocab])? };
@@ -284,7 +291,7 @@ impl Loader<'_> {
             return Ok(None);
         }
         Ok(Some(LmTransform {
-            weight: Weight::from_out_in(&self.ckpt.get(n.lm_dense, "weight", &[h, h])?)?,
+            weight: self.options.out_in(&self.ckpt.get(n.lm_dense, "weight", &[h, h])?)?,
             bias: self.ckpt.get(n.lm_dense, "bias", &[h])?,
             act: self.arch.act,
             norm: self.norm_at(n.lm_norm, h)?,

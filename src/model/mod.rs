@@ -3,6 +3,8 @@
 
 pub mod arch;
 mod base;
+#[cfg(test)]
+mod bf16_tests;
 mod copy;
 mod export;
 pub mod family;

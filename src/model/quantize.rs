@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{ModelError, weights::Checkpoint};
+use super::{LoadOptions, ModelError, weights::Checkpoint};
 use crate::ops::{self, QuantKind, Quantized, Weight};
 
 /// What the frozen linears are quantised to when a base is loaded.
@@ -39,9 +39,10 @@ enum Rows {
 }
 
 /// The matrix of some modules side by side (each with its output's width), where any of them is stored in blocks or is to
-/// be quantised; in the file's format where it has one.
+/// be quantised; in the file's format where it has one, else as `options` say.
 pub(super) fn weight(
     ckpt: &Checkpoint,
+    options: &LoadOptions,
     quantize: Option<Quantize>,
     parts: &[(String, usize)],
     (in_dim, conv1d): (usize, bool),
@@ -78,7 +79,7 @@ pub(super) fn weight(
         }
     }
     let weight = |(rows, out_dim)| match rows {
-        Rows::Floats(w) => Weight::from_out_in(&w),
+        Rows::Floats(w) => options.out_in(&w),
         Rows::Blocks(kind, bytes) => Quantized::from_blocks(kind, &bytes, (out_dim, in_dim)).map(Weight::from),
     };
     let parts = rows.into_iter().map(weight).collect::<candle_core::Result<_>>()?;

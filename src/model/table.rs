@@ -17,10 +17,15 @@ pub(super) fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
 
 /// A `[vocab, hidden]` table; a variable where every weight is trained, then as it is.
 pub(super) enum Table {
-    /// As it is.
+    /// As it is; on the CPU possibly in bf16, while what is computed is f32.
     Own(Tensor),
     /// In a form that kernels like: the head's weight, kept once for both, possibly in blocks, or blocks that a file has it in.
     Packed(Weight),
+}
+
+/// In the type that is computed in.
+fn computed(rows: Tensor) -> Result<Tensor> {
+    if rows.device().is_cpu() { rows.to_dtype(DType::F32) } else { Ok(rows) }
 }
 
 impl Table {
@@ -30,7 +35,7 @@ impl Table {
     /// Ids outside the vocabulary.
     pub(super) fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
-            Self::Own(table) => table.index_select(&Tensor::new(ids, table.device())?, 0),
+            Self::Own(table) => computed(table.index_select(&Tensor::new(ids, table.device())?, 0)?),
             Self::Packed(weight) => weight.lookup(ids),
         }
     }
@@ -41,7 +46,7 @@ impl Table {
     /// Those of candle.
     pub(super) fn whole(&self) -> Result<Tensor> {
         match self {
-            Self::Own(table) => Ok(table.clone()),
+            Self::Own(table) => computed(table.clone()),
             Self::Packed(weight) => weight.as_in_out()?.t()?.contiguous(),
         }
     }

@@ -10,7 +10,11 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage, bail,
 };
 
-use super::{Activations, Quantized, cpu_result, f32_slice, is_cpu_f32, packed, with_activations, with_f32};
+use super::{
+    Activations, Quantized, cpu_result, f32_slice, is_cpu_f32,
+    packed::{self, Bf16},
+    with_activations, with_f32,
+};
 
 /// How a frozen matrix lies in memory.
 #[derive(Debug, Clone)]
@@ -21,6 +25,8 @@ enum Form {
     OutIn(Tensor),
     /// Panels, for the kernels of [`packed`]; f32 on the CPU.
     Panels(Tensor),
+    /// Panels of bf16.
+    Bf16(Arc<Bf16>),
     /// Panels of fewer bits, for the same kernels.
     Quantized(Arc<Quantized>),
     /// Matrices side by side, each in panels of its own kind.
@@ -63,6 +69,30 @@ impl Weight {
             return Self::panels(data, k, n);
         }
         Ok(Self { form: Form::InOut(w.contiguous()?), in_dim: k, out_dim: n })
+    }
+
+    /// From a matrix stored `[out, in]`, rounded to bf16 (to the nearest, ties to even) where the CPU's kernels take it.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn bf16_from_out_in(w: &Tensor) -> Result<Self> {
+        let (n, k) = w.dims2()?;
+        if !is_cpu_f32(w) || w.track_op() {
+            return Self::from_out_in(w);
+        }
+        with_f32(&w.contiguous()?, |w| Ok(Bf16::pack((k, n), |row, column| w[column * k + row]).into()))
+    }
+
+    /// The same from a matrix stored `[in, out]`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn bf16_from_in_out(w: &Tensor) -> Result<Self> {
+        let (k, n) = w.dims2()?;
+        if !is_cpu_f32(w) || w.track_op() {
+            return Self::from_in_out(w);
+        }
+        with_f32(&w.contiguous()?, |w| Ok(Bf16::pack((k, n), |row, column| w[row * n + column]).into()))
     }
 
     fn panels(data: Vec<f32>, in_dim: usize, out_dim: usize) -> Result<Self> {
@@ -112,6 +142,7 @@ impl Weight {
                 let rows = with_f32(w, |w| Ok(packed::columns(w, self.in_dim, ids)))?;
                 Tensor::from_vec(rows, shape, &Device::Cpu)
             }
+            Form::Bf16(w) => Tensor::from_vec(w.columns(ids), shape, &Device::Cpu),
             Form::Quantized(w) => Tensor::from_vec(w.columns(ids), shape, &Device::Cpu),
             Form::Joined(_) => bail!("lookup: several matrices are no table"),
         }
@@ -133,13 +164,13 @@ impl Weight {
     pub fn is_trained(&self) -> bool {
         match &self.form {
             Form::InOut(w) | Form::OutIn(w) | Form::Panels(w) => w.track_op(),
-            Form::Quantized(_) | Form::Joined(_) => false,
+            Form::Bf16(_) | Form::Quantized(_) | Form::Joined(_) => false,
         }
     }
 
     /// Whether it lies as the CPU's kernels take it.
     pub(super) fn has_kernels(&self) -> bool {
-        matches!(self.form, Form::Panels(_) | Form::Quantized(_) | Form::Joined(_))
+        matches!(self.form, Form::Panels(_) | Form::Bf16(_) | Form::Quantized(_) | Form::Joined(_))
     }
 
     /// Whether it shares a table as it lies.
@@ -152,6 +183,7 @@ impl Weight {
         match &self.form {
             Form::InOut(w) | Form::OutIn(w) => vec![WeightPart::of(w)],
             Form::Panels(w) => vec![WeightPart { numbers: self.elem_count(), ..WeightPart::of(w) }],
+            Form::Bf16(w) => vec![WeightPart { kind: "bf16", numbers: self.elem_count(), bytes: w.bytes() }],
             Form::Quantized(w) => {
                 vec![WeightPart { kind: w.kind().name(), numbers: self.elem_count(), bytes: w.bytes() }]
             }
@@ -179,6 +211,7 @@ impl Weight {
             Form::InOut(w) => Ok(w.clone()),
             Form::OutIn(w) => w.t(),
             Form::Panels(w) => Tensor::from_vec(with_f32(w, |w| Ok(packed::unpack(w, k, n)))?, (k, n), &Device::Cpu),
+            Form::Bf16(w) => Tensor::from_vec(w.unpack(), (k, n), &Device::Cpu),
             Form::Quantized(w) => Tensor::from_vec(w.unpack(), (k, n), &Device::Cpu),
             Form::Joined(parts) => Tensor::cat(&parts.iter().map(Self::as_in_out).collect::<Result<Vec<_>>>()?, 1),
         }
@@ -202,6 +235,7 @@ impl Weight {
         let shape = (rows, self.in_dim, self.out_dim);
         match &self.form {
             Form::Panels(w) => with_f32(w, |w| Ok(packed::product(x, w, bias, shape))),
+            Form::Bf16(w) => Ok(packed::product(x, &**w, bias, shape)),
             Form::Quantized(w) => Ok(w.product(x, bias, rows)),
             Form::Joined(parts) => {
                 let mut out = vec![0f32; rows * self.out_dim];
@@ -241,6 +275,7 @@ impl Weight {
         let (k, n) = (self.in_dim, self.out_dim);
         match &self.form {
             Form::Panels(w) => with_f32(w, |w| Ok(packed::product_t(g, w, (rows, k, n)))),
+            Form::Bf16(w) => Ok(packed::product_t(g, &**w, (rows, k, n))),
             Form::Quantized(w) => Ok(packed::product_t(g, &**w, (rows, k, n))),
             Form::Joined(parts) => {
                 let mut sum: Option<Vec<f32>> = None;
@@ -259,6 +294,12 @@ impl Weight {
             }
             Form::InOut(_) | Form::OutIn(_) => bail!("linear: a weight in panels is needed"),
         }
+    }
+}
+
+impl From<Bf16> for Weight {
+    fn from(w: Bf16) -> Self {
+        Self { in_dim: w.in_dim(), out_dim: w.out_dim(), form: Form::Bf16(Arc::new(w)) }
     }
 }
 

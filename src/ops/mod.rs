@@ -44,9 +44,9 @@ pub use nll::{head_kl, head_nll, head_nll_against, smoothed_nll};
 pub use norm::{Norm, norm};
 #[cfg(test)]
 pub(crate) use packed::asked;
-pub use packed::{Halves, in_step, permitting};
+pub use packed::{Activations, Halves, in_step, permitting, with_activations};
 pub use patch::{PatchRows, SitePatches, add_block_in_place, patch_in_place};
-pub use quantized::{Activations, QuantKind, Quantized, quantize, with_activations};
+pub use quantized::{QuantKind, Quantized, quantize};
 pub use rope::{RopeTable, rope, rope_leading};
 pub use scatter::write_rows;
 pub(crate) use team::each;

@@ -4,30 +4,32 @@
 //! read as it lies, a few columns of every row at a time, defeats the prefetcher. So the weight is kept in panels of
 //! [`PANEL`] columns, each a contiguous `[k, PANEL]`: every kernel here, for one row or for thousands, forward or
 //! backward, streams them from front to end. Where a panel is kept in fewer bits ([`Quantized`]), its blocks are expanded
-//! one by one into the first level, and the same kernels go on from there.
+//! one by one into the first level, and the same kernels go on from there. Panels of bf16 ([`Bf16`]) have kernels of their own
+//! for the forward.
 
+mod activations;
 mod backward;
+mod bf16;
 mod forward;
 mod halves;
+mod rows;
 
 use std::{borrow::Cow, mem::MaybeUninit, ops::Range};
 
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{
-    LINE,
-    memory::huge_pages,
-    prefetch,
-    quantized::Quantized,
-    team::{each, threads},
-};
+use super::{LINE, memory::huge_pages, prefetch, quantized::Quantized, team::each};
+use activations::activations;
+pub use activations::{Activations, with_activations};
 pub(super) use backward::product_t;
+pub(super) use bf16::Bf16;
 use forward::Forward;
 use halves::Factor;
 #[cfg(test)]
 pub(crate) use halves::asked;
 pub use halves::{Halves, in_step, permitting};
+use rows::Output;
 
 /// Columns of a panel: three vectors of 512 bits, six of 256.
 pub(super) const PANEL: usize = 48;
@@ -66,6 +68,12 @@ pub(super) trait Panels: Copy + Sync {
         rows: Range<usize>,
         scratch: &'a mut [f32],
     ) -> (&'a [f32], &'a [f32]);
+
+    /// `x [m, k] W + bias` -> `out [m, n]`, all of which is written. Each row's numbers are the same in any company.
+    fn multiply(self, x: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize), out: &mut [MaybeUninit<f32>]) {
+        let run = |x: &[f32], out: Output<'_>| Arch::new().dispatch(Forward { x, w: self, bias, k, out });
+        rows::share_out(x, (m, k, n), out, |x| blocked(x, k), run);
+    }
 }
 
 impl Panels for &[f32] {
@@ -130,37 +138,14 @@ pub(super) fn unpack(w: &[f32], k: usize, n: usize) -> Vec<f32> {
 #[allow(unsafe_code, reason = "an output is not filled with zeros before it is written")]
 pub(super) fn product<W: Panels>(x: &[f32], w: W, bias: Option<&[f32]>, (m, k, n): (usize, usize, usize)) -> Vec<f32> {
     assert_eq!(x.len(), m * k, "rows of a product"); // what is not computed would not be written
-    let threads = threads();
-    let panels = n.div_ceil(PANEL);
     let mut data = Vec::with_capacity(m * n);
     let all = &mut data.spare_capacity_mut()[..m * n];
     if halves::takes(m, k, n) {
         halves::product(x, (w, Factor::Straight), bias, (k, n), all);
-        // SAFETY: it has written all of them
-        unsafe { data.set_len(m * n) };
-        return data;
-    }
-    let run = |x: &[f32], panels: Range<usize>, out: Vec<&mut [MaybeUninit<f32>]>| {
-        Arch::new().dispatch(Forward { x, w, bias, k, n, panels, out });
-    };
-    if threads == 1 || m * k * n < WORTH_A_THREAD {
-        run(&blocked(x, k), 0..panels, all.chunks_mut(n.max(1)).collect());
-    } else if m >= SPLIT_ROWS {
-        let rows = m.div_ceil(2 * threads).next_multiple_of(8);
-        let parts = all.chunks_mut(rows * n).zip(x.chunks(rows * k)).collect();
-        each(parts, |(out, x): (&mut [_], &[f32])| run(&blocked(x, k), 0..panels, out.chunks_mut(n).collect()));
     } else {
-        // a part's first blocks are not asked for ahead
-        let per = panels.div_ceil(threads * 8).max(2);
-        let mut parts: Vec<Vec<&mut [_]>> = (0..panels.div_ceil(per)).map(|_| Vec::with_capacity(m)).collect();
-        for row in all.chunks_mut(n) {
-            parts.iter_mut().zip(row.chunks_mut(per * PANEL)).for_each(|(part, columns)| part.push(columns));
-        }
-        let x = blocked(x, k);
-        let part = |(i, out)| run(&x, i * per..panels.min((i + 1) * per), out);
-        each(parts.into_iter().enumerate().collect(), part);
+        w.multiply(x, bias, (m, k, n), all);
     }
-    // SAFETY: the panels of a product cover all columns and `Forward` writes each of theirs in every row it is given
+    // SAFETY: either has written all of them
     unsafe { data.set_len(m * n) };
     data
 }

@@ -18,7 +18,6 @@ use candle_core::{
 use rayon::prelude::*;
 
 use self::blocks::Block;
-pub use self::int8::{Activations, with_activations};
 use super::{packed::PANEL, par_rows, prefetch, with_f32};
 
 /// Bytes of codes that are asked of memory ahead of their use.

@@ -114,7 +114,7 @@ impl World {
                 constraint_bytes: 256 << 20,
                 speculative_ngram: 0,
                 max_queue: 64,
-                activations: Activations::Int8,
+                activations: Activations::AsWeights,
             },
             tenants: TenantConfig::default(),
             halves: Halves::Training,

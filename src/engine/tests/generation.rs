@@ -27,6 +27,25 @@ fn alone(base: &Arc<Base>, jobs: &[Job]) -> Vec<Answer> {
     jobs.iter().map(|job| Answer::read(engine.submit(job))).collect()
 }
 
+/// With activations rounded where the machine does so.
+#[test]
+fn a_mixed_batch_on_a_base_in_bf16_says_what_each_request_says_alone() {
+    let options = LoadOptions { dtype: candle_core::DType::BF16, ..LoadOptions::default() };
+    for config in [tiny_llama(), tiny_gpt2()] {
+        let base = Arc::new(random_base_as(&config, 7, &options).expect("base"));
+        let jobs = jobs(&base);
+        for activations in [Activations::F32, Activations::AsWeights] {
+            let config = EngineConfig { activations, ..roomy() };
+            let engine = Engine::new(&base, config);
+            let expected: Vec<Answer> = jobs.iter().map(|job| Answer::read(engine.submit(job))).collect();
+            assert_same(&engine.together(&jobs), &expected);
+            let narrow = EngineConfig { max_batch_tokens: 16, max_sequences: 5, prefill_chunk: 7, ..config };
+            assert_same(&Engine::new(&base, narrow).together(&jobs), &expected);
+            engine.settle();
+        }
+    }
+}
+
 #[test]
 fn a_mixed_batch_says_what_each_request_says_alone() {
     for config in [tiny_llama(), tiny_gpt2()] {
@@ -60,7 +79,7 @@ fn a_mixed_batch_on_8_bits_says_what_each_request_says_alone() {
         let jobs: Vec<Job> = (jobs(&base).into_iter())
             .chain((0..4).map(|i| Job::new(prompt(i, 30), Work::Score { from: 1 }).with(&delta(&base, i as u8, 0))))
             .collect();
-        let in_8_bits = EngineConfig { activations: Activations::Int8, ..roomy() };
+        let in_8_bits = EngineConfig { activations: Activations::AsWeights, ..roomy() };
         let engine = Engine::new(&base, in_8_bits);
         let expected: Vec<Answer> = jobs.iter().map(|job| Answer::read(engine.submit(job))).collect();
         assert_same(&engine.together(&jobs), &expected);

@@ -35,7 +35,7 @@ pub(in crate::model) fn apart(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest
 }
 
-fn families() -> Vec<(&'static str, Value)> {
+pub(in crate::model) fn families() -> Vec<(&'static str, Value)> {
     use testing::*;
     vec![
         ("llama", tiny_llama()),

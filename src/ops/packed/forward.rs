@@ -1,10 +1,10 @@
 //! The product's kernel: tiles of rows by columns whose sums stay in registers.
 
-use std::{mem::MaybeUninit, ops::Range};
+use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::{AHEAD, BLOCK, DEPTH, LINES, PANEL, Panels, STEP, prefetch_row, scratch};
+use super::{AHEAD, BLOCK, DEPTH, LINES, PANEL, Panels, STEP, prefetch_row, rows::Output, scratch};
 use crate::ops::{LINE, prefetch};
 
 /// Columns of the given panels for all rows of `x`.
@@ -14,10 +14,7 @@ pub(super) struct Forward<'a, W> {
     pub(super) w: W,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) k: usize,
-    pub(super) n: usize,
-    pub(super) panels: Range<usize>,
-    /// The panels' columns of each row; all of them are written.
-    pub(super) out: Vec<&'a mut [MaybeUninit<f32>]>,
+    pub(super) out: Output<'a>,
 }
 
 impl<W: Panels> WithSimd for Forward<'_, W> {
@@ -25,7 +22,7 @@ impl<W: Panels> WithSimd for Forward<'_, W> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match (S::F32_LANES, self.out.len()) {
+        match (S::F32_LANES, self.out.rows.len()) {
             (16, _) => self.run::<S, 8, 3>(simd),
             // 12 sums, 2 weights and a number of x: one more and the compiler keeps sums on the stack, at half the speed
             (8, 4..) => self.run::<S, 6, 2>(simd),
@@ -38,9 +35,9 @@ impl<W: Panels> WithSimd for Forward<'_, W> {
 impl<W: Panels> Forward<'_, W> {
     #[inline(always)]
     fn run<S: Simd, const R: usize, const V: usize>(mut self, simd: S) {
-        let (k, n, rows) = (self.k, self.n, self.out.len());
+        let (k, rows) = (self.k, self.out.rows.len());
         let (mut sums, mut scratch) = (vec![0f32; rows * PANEL], scratch::<W>());
-        for (i, panel) in self.panels.clone().enumerate() {
+        for (i, panel) in self.out.panels.clone().enumerate() {
             for from in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - from);
                 let (w, ahead) = self.w.block(k, panel, from..from + depth, &mut scratch);
@@ -57,15 +54,7 @@ impl<W: Panels> Forward<'_, W> {
                     tile.rows::<S, R, V>(simd, &mut sums);
                 }
             }
-            let (at, columns) = (i * PANEL, PANEL.min(n - panel * PANEL));
-            let bias = self.bias.map(|b| &b[panel * PANEL..][..columns]);
-            for (out, sums) in self.out.iter_mut().zip(sums.chunks_exact(PANEL)) {
-                let out = out[at..at + columns].iter_mut().zip(sums);
-                match bias {
-                    Some(bias) => out.zip(bias).for_each(|((o, s), b)| _ = o.write(s + b)),
-                    None => out.for_each(|(o, s)| _ = o.write(*s)),
-                }
-            }
+            self.out.write(i, &sums, self.bias);
         }
     }
 }

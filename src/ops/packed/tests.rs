@@ -3,7 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 
-fn numbers(n: usize, seed: u64) -> Vec<f32> {
+pub(super) fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut s = seed.wrapping_mul(2).wrapping_add(1);
     let mut next = || {
         s ^= s << 13;

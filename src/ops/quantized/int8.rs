@@ -11,13 +11,12 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::{cell::Cell, mem::MaybeUninit, ops::Range, str::FromStr, sync::LazyLock};
+use std::{mem::MaybeUninit, ops::Range, sync::LazyLock};
 
 use self::tile::{Step, TILE, Tile};
 use super::{QuantKind, Quantized};
 use crate::ops::{
-    Back,
-    packed::{self, PANEL},
+    packed::{self, Activations, PANEL, activations},
     team::{each, threads},
     vectorized,
 };
@@ -40,38 +39,6 @@ const _: () = {
     assert!(QuantKind::Q8_0.form().bytes() == BLOCK && QuantKind::Q8_0.form().quads);
     assert!(QuantKind::Q5_0.form().bytes() == BLOCK && QuantKind::Q5_0.form().quads);
 };
-
-/// What products with 8-bit weights take of their input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Activations {
-    /// Its numbers.
-    #[default]
-    F32,
-    /// 8 bits of each, with a scale per 32.
-    Int8,
-}
-
-impl FromStr for Activations {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "f32" => Ok(Self::F32),
-            "int8" => Ok(Self::Int8),
-            _ => Err(format!("is {s:?}; accepted are \"int8\" and \"f32\"")),
-        }
-    }
-}
-
-thread_local! {
-    static TAKEN: Cell<Activations> = const { Cell::new(Activations::F32) };
-}
-
-/// Has the ops that `f` calls on this thread take these activations; those that are differentiated take f32 in any case.
-pub fn with_activations<T>(activations: Activations, f: impl FnOnce() -> T) -> T {
-    let _back = Back(&TAKEN, TAKEN.replace(activations));
-    f()
-}
 
 /// Numbers of a row in 8 bits.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -146,11 +113,11 @@ static BEST: LazyLock<Tiles> = LazyLock::new(|| {
 });
 
 impl Quantized {
-    /// `x [rows, in] W + bias` -> `[rows, out]`, with the activations that this thread is to take ([`with_activations`]) where
+    /// `x [rows, in] W + bias` -> `[rows, out]`, with the activations that this thread is to take ([`crate::ops::with_activations`]) where
     /// the codes have 8 bits.
     pub(in crate::ops) fn product(&self, x: &[f32], bias: Option<&[f32]>, rows: usize) -> Vec<f32> {
         match self.kind {
-            QuantKind::Q8_0 | QuantKind::Q5_0 if TAKEN.get() == Activations::Int8 => {
+            QuantKind::Q8_0 | QuantKind::Q5_0 if activations() == Activations::AsWeights => {
                 self.product_in_8_bits(x, bias, rows, &BEST)
             }
             _ => packed::product(x, self, bias, (rows, self.in_dim, self.out_dim)),

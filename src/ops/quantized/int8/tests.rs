@@ -183,17 +183,17 @@ fn rows_are_rounded_where_it_is_permitted_and_nothing_is_differentiated() {
         let updated = |x: &Tensor| updated_linear(x, &weight, None, &[], Ending::default()).unwrap();
         let both = |x: &Tensor| [flat(linear(x, &weight, None).unwrap()), flat(updated(x))];
         let in_f32 = both(&x);
-        let in_8_bits = with_activations(Activations::Int8, || both(&x));
+        let in_8_bits = with_activations(Activations::AsWeights, || both(&x));
         let want = want.unwrap_or_else(|| in_f32[0].clone());
         assert_eq!(in_8_bits, [want.clone(), want], "{kind:?}");
         assert_eq!(in_8_bits != in_f32, rounds, "{kind:?}");
         let var = Var::from_tensor(&x).unwrap();
-        assert_eq!(with_activations(Activations::Int8, || both(var.as_tensor())), in_f32, "{kind:?}");
+        assert_eq!(with_activations(Activations::AsWeights, || both(var.as_tensor())), in_f32, "{kind:?}");
         // as it was before
         assert_eq!(both(&x), in_f32);
         let nll = |h: &Tensor| flat(head_nll(h, &weight, &[1, 2, 3], None, 0.0).unwrap());
         let plain = nll(&x);
-        let (served, trained) = with_activations(Activations::Int8, || (nll(&x), nll(var.as_tensor())));
+        let (served, trained) = with_activations(Activations::AsWeights, || (nll(&x), nll(var.as_tensor())));
         assert_eq!(served != plain, rounds, "{kind:?}");
         assert_eq!(trained, plain, "{kind:?}");
     }
@@ -207,14 +207,8 @@ fn a_joined_weight_s_parts_take_their_own_ways() {
     let want = [product(&eight, &x, None, rows), packed::product(&x, &four, None, (rows, k, 40))];
     let joined = Weight::joined(vec![eight.into(), four.into()]).unwrap();
     let x = tensor(x, (rows, k));
-    let got = with_activations(Activations::Int8, || linear(&x, &joined, None)).unwrap().to_vec2::<f32>().unwrap();
+    let got = with_activations(Activations::AsWeights, || linear(&x, &joined, None)).unwrap().to_vec2::<f32>().unwrap();
     for (row, got) in got.iter().enumerate() {
         assert_eq!((&got[..50], &got[50..]), (&want[0][row * 50..][..50], &want[1][row * 40..][..40]));
     }
-}
-
-#[test]
-fn what_is_taken_is_said_in_words() {
-    assert_eq!(("int8".parse(), "f32".parse()), (Ok(Activations::Int8), Ok(Activations::F32)));
-    assert!("q8".parse::<Activations>().unwrap_err().contains("accepted are \"int8\" and \"f32\""));
 }
