@@ -188,7 +188,8 @@ mod tests {
         // one that comes often, and ever new ones beside it
         let trace: Vec<u32> = (0..300).map(|i| if i % 4 == 0 { 0 } else { i }).collect();
         // what fades within a few requests is as the LRU, what never does as the LFU
-        let shifts: Vec<u32> = [zipf(50, 1.0, 3000, 1), zipf(50, 1.0, 3000, 2).iter().map(|id| 49 - id).collect()].concat();
+        let shifts: Vec<u32> =
+            [zipf(50, 1.0, 3000, 1), zipf(50, 1.0, 3000, 2).iter().map(|id| 49 - id).collect()].concat();
         assert_eq!(fading(&shifts, 8, 1e-2), lru(&shifts, 8));
         let (fades, never) = (fading(&shifts, 8, 200.0), fading(&shifts, 8, 1e9));
         assert!(never.abs_diff(lfu(&shifts, 8)) < 60 && fades > never, "{fades} {never}");
