@@ -65,7 +65,7 @@ pub struct ServeArgs {
     /// refused with the time after which the next may come. Unset = no limit.
     #[arg(long, env = "DELTASERVE_TENANT_RATE", value_name = "R[:BURST]")]
     pub tenant_rate: Option<String>,
-    /// Shares of the engine's service while several tenants wait: NAME=W, 1 to 1000; 1 for those that are not named.
+    /// Shares of the engine's service, and of starts of training jobs, while several tenants wait: NAME=W, 1 to 1000; 1 for those that are not named.
     #[arg(long, env = "DELTASERVE_TENANT_WEIGHT", value_name = "NAME=W,...", value_delimiter = ',')]
     pub tenant_weight: Vec<String>,
     /// Largest gRPC message, in MiB.
@@ -83,15 +83,20 @@ pub struct ServeArgs {
     /// Memory that a job of full fine-tuning may take, in MiB; more is refused. Unset = what the machine has free.
     #[arg(long, env = "DELTASERVE_MAX_TRAIN_MB", value_name = "MIB")]
     pub max_train_mb: Option<u64>,
-    /// Longest wait of training at one of its yield points while serving is busy, in milliseconds.
+    /// By what share training may raise the p99 of the time between tokens: what is measured beside it is held within that of
+    /// what is measured without, by how much training computes while serving is busy. 0 = training computes in idle time only,
+    /// and its floor.
+    #[arg(long, env = "DELTASERVE_TRAIN_MAX_SLOWDOWN", value_name = "SHARE", default_value_t = 0.1)]
+    pub train_max_slowdown: f64,
+    /// Longest wait of training at one of its yield points while serving is busy, in milliseconds, until the slowdown is measured.
     #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
     pub train_max_yield_ms: u64,
     /// Which products of many rows with frozen weights may be computed with each number as a sum of two bf16, where the
     /// machine has a matrix unit (Intel's AMX): `off`, `training` (steps, not evaluations) or `all` (long prompts, too).
     #[arg(long, env = "DELTASERVE_BF16X2", value_name = "off|training|all", default_value = "training")]
     pub bf16x2: String,
-    /// Share of the time in percent that training has at least while serving is always busy: for one layer at a time, serving
-    /// then waits. 0 = only what serving leaves.
+    /// Share of the time in percent that training has at least while serving is always busy: where it computed less, serving waits
+    /// for one layer at a time. 0 = only what serving leaves.
     #[arg(long, env = "DELTASERVE_TRAIN_FLOOR", value_name = "PERCENT", default_value_t = 3)]
     pub train_floor: u32,
     /// Niceness of training's threads beside those of serving, 0 to 19, or `idle`: only where no other thread of the machine
@@ -205,18 +210,20 @@ pub struct TenantConfig {
     pub max_concurrent: Option<usize>,
     /// Calls per second and how many at once; `None` = no limit.
     pub rate: Option<(f64, u32)>,
-    /// Shares of the engine's service of those that have another than 1.
+    /// Shares of the engine's service and of jobs' starts of those that have another than 1.
     pub weights: Vec<(TenantId, u32)>,
 }
 
 /// The trainer's limits.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TrainLimits {
     /// Jobs queued or running.
     pub max_jobs: usize,
     /// Paused jobs of one tenant.
     pub max_paused: usize,
-    /// Longest wait at a yield point.
+    /// By what share the p99 of the time between tokens may be higher beside training.
+    pub max_slowdown: f64,
+    /// Longest wait at a yield point, until that is measured.
     pub max_yield: Duration,
     /// Bytes that a job of full fine-tuning may take; `None` = what the machine has free.
     pub max_bytes: Option<u64>,
@@ -275,6 +282,9 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 const MIB: u64 = 1 << 20;
+
+/// The highest bound of training's slowdown: a p99 of eleven times that without it, which is as good as none.
+const MOST_SLOWDOWN: f64 = 10.0;
 
 impl TryFrom<ServeArgs> for Config {
     type Error = ConfigError;
@@ -342,6 +352,7 @@ impl TryFrom<ServeArgs> for Config {
             train: TrainLimits {
                 max_jobs: args.max_train_jobs,
                 max_paused: args.max_paused_jobs,
+                max_slowdown: args.train_max_slowdown,
                 max_yield: Duration::from_millis(args.train_max_yield_ms),
                 max_bytes: args.max_train_mb.map(|n| n * MIB),
                 share: args.train_share,
@@ -380,6 +391,12 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         if let Some(value) = value.filter(|v| !(low..=high).contains(v)) {
             problems.push(format!("{flag}: is {value}; accepted is {low} to {high}"));
         }
+    }
+    if !(0.0..=MOST_SLOWDOWN).contains(&args.train_max_slowdown) {
+        let given = args.train_max_slowdown;
+        problems.push(format!(
+            "--train-max-slowdown: is {given}; accepted is a share from 0 to {MOST_SLOWDOWN}, e.g. 0.1 for 10 %"
+        ));
     }
     if args.max_batch_tokens < args.max_sequences {
         problems.push(format!(

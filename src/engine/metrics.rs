@@ -40,6 +40,10 @@ pub(super) struct Metrics {
     pages_cached: Gauge,
     pages_free: Gauge,
     floor: Gauge,
+    duty: Gauge,
+    slowdown: Gauge,
+    p99: Gauge,
+    p99_off: Gauge,
 }
 
 impl Metrics {
@@ -65,6 +69,10 @@ impl Metrics {
             pages_cached: gauge!("deltaserve_kv_pages", "state" => "cached"),
             pages_free: gauge!("deltaserve_kv_pages", "state" => "free"),
             floor: gauge!("deltaserve_train_floor_seconds"),
+            duty: gauge!("deltaserve_train_duty"),
+            slowdown: gauge!("deltaserve_train_slowdown"),
+            p99: gauge!("deltaserve_train_inter_token_p99_seconds", "training" => "on"),
+            p99_off: gauge!("deltaserve_train_inter_token_p99_seconds", "training" => "off"),
         }
     }
 
@@ -77,5 +85,11 @@ impl Metrics {
         self.pages_cached.set(scheduler.pool().cached() as f64);
         self.pages_free.set(scheduler.pool().free() as f64);
         self.floor.set(pacer.given().as_secs_f64());
+        self.duty.set(pacer.duty());
+        if let Some(figures) = pacer.figures() {
+            self.slowdown.set(figures.slowdown());
+            self.p99.set(figures.p99);
+            self.p99_off.set(figures.p99_off);
+        }
     }
 }

@@ -178,6 +178,7 @@ impl Worker {
             return;
         }
         self.group_by_delta(&mut plan);
+        let mut next_tokens = 0;
         for share in &plan.shares {
             if let Some(sequence) = self.sequences.get_mut(&share.id)
                 && let Some(Begin { first, shares, found, missing }) = sequence.begin(share.context, start)
@@ -199,7 +200,7 @@ impl Worker {
         match self.compute(&plan.shares) {
             Ok((got, distinct)) => {
                 self.metrics.distinct_deltas.record(distinct as f64);
-                self.settle(&plan.shares, got);
+                next_tokens = self.settle(&plan.shares, got);
                 self.look_ahead();
             }
             Err(reason) => {
@@ -213,6 +214,7 @@ impl Worker {
         }
         self.metrics.batch_rows.record(plan.rows() as f64);
         self.metrics.step_seconds.record(start.elapsed().as_secs_f64());
+        self.pacer.stepped(plan.rows(), next_tokens);
         self.shared.steps.fetch_add(1, Ordering::Relaxed);
         self.observe();
     }
@@ -266,9 +268,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands results to their sequences.
-    fn settle(&mut self, shares: &[Share], got: Vec<Got>) {
+    /// Hands results to their sequences. How many have another token now.
+    fn settle(&mut self, shares: &[Share], got: Vec<Got>) -> usize {
         let now = Instant::now();
+        let mut next_tokens = 0;
         for (share, got) in shares.iter().zip(got) {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
             match sequence.take(got, share.completes, now) {
@@ -282,7 +285,10 @@ impl Worker {
                     }
                     match tick {
                         Some(Tick::First(seconds)) => self.metrics.time_to_first_token.record(seconds),
-                        Some(Tick::Next(seconds)) => self.metrics.inter_token.record(seconds),
+                        Some(Tick::Next(seconds)) => {
+                            self.metrics.inter_token.record(seconds);
+                            next_tokens += 1;
+                        }
                         None => {}
                     }
                     self.metrics.completion_tokens.increment(u64::from(tick.is_some()));
@@ -299,6 +305,7 @@ impl Worker {
                 Err(error) => self.fail(share.id, error),
             }
         }
+        next_tokens
     }
 
     /// Finds out what constrained sequences may say next: at once for all that got a token in this step. One whose constraint
