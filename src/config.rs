@@ -1,8 +1,8 @@
 //! `serve`'s flags and environment, checked all at once and grouped by the subsystem that gets them.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+mod args;
 
-use clap::{Args, ValueEnum};
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::{
     grpc::GrpcConfig,
@@ -11,182 +11,7 @@ use crate::{
     telemetry::LogFormat,
 };
 
-/// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
-#[derive(Debug, Clone, Args)]
-pub struct ServeArgs {
-    /// The base: a folder with config.json, *.safetensors and tokenizer.json, a GGUF file or a folder with one (a
-    /// tokenizer.json beside it stands for the file's own), or a hub id (org/name).
-    #[arg(long, env = "DELTASERVE_BASE", value_name = "DIR_OR_HUB_ID")]
-    pub base: String,
-    /// Where deltas, datasets and jobs are kept; made if missing.
-    #[arg(long, env = "DELTASERVE_DATA_DIR", value_name = "DIR", default_value = "deltaserve-data")]
-    pub data_dir: PathBuf,
-    /// Address of the gRPC server; port 0 = any. There is no authentication: beyond loopback, put a proxy in front.
-    #[arg(long, env = "DELTASERVE_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:50051")]
-    pub listen: String,
-    /// Address of metrics and probes; port 0 = any, `off` = none.
-    #[arg(long, env = "DELTASERVE_HTTP", value_name = "ADDR", default_value = "127.0.0.1:9464")]
-    pub http: String,
-    /// Where the base is kept: cpu, cuda:0 ...
-    #[arg(long, env = "DELTASERVE_DEVICE", value_name = "DEVICE", default_value = "cpu")]
-    pub device: String,
-    /// Number type of the resident weights; default f32 on the CPU, bf16 on a GPU. On the CPU, f32 or bf16: then matrices and
-    /// the embedding table, while everything else stays f32.
-    #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
-    pub dtype: Option<DtypeChoice>,
-    /// What the base's linears are quantised to at load, on the CPU; norms, biases and classification heads stay as they are,
-    /// as does an embedding table that is no language-model head.
-    #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
-    pub quantize: Option<QuantizeChoice>,
-    /// What products take of their input when requests are served: `weights` rounds it as the matrix is kept where that is
-    /// faster (8 bits with a scale per 32 beside linears of 8 bits, as llama.cpp does; bf16 beside bf16 on machines that
-    /// multiply it), `f32` loses none. Training takes f32 in any case, and so does an f32 base.
-    #[arg(long, env = "DELTASERVE_ACTIVATIONS", value_name = "weights|f32", default_value = "weights")]
-    pub activations: String,
-    /// Threads of a matrix product; default the physical cores.
-    #[arg(long, env = "DELTASERVE_THREADS", value_name = "N")]
-    pub threads: Option<usize>,
-    /// Most memory of resident deltas, in MiB.
-    #[arg(long, env = "DELTASERVE_MAX_RESIDENT_MB", value_name = "MIB", default_value_t = 1024)]
-    pub max_resident_mb: u64,
-    /// Most memory of constrained outputs, in MiB: half for compiled constraints, half for the states of the outputs that run.
-    #[arg(long, env = "DELTASERVE_MAX_CONSTRAINT_MB", value_name = "MIB", default_value_t = 512)]
-    pub max_constraint_mb: u64,
-    /// For how long a delta whose load failed is not loaded again: requests for it get the same error, and when it is tried again.
-    /// 0 = each request tries.
-    #[arg(long, env = "DELTASERVE_DELTA_RETRY_SECONDS", value_name = "S", default_value_t = 5)]
-    pub delta_retry_seconds: u64,
-    /// Rows (tokens) of one engine step.
-    #[arg(long, env = "DELTASERVE_MAX_BATCH_TOKENS", value_name = "N", default_value_t = 512)]
-    pub max_batch_tokens: usize,
-    /// Sequences in the batch.
-    #[arg(long, env = "DELTASERVE_MAX_SEQUENCES", value_name = "N", default_value_t = 32)]
-    pub max_sequences: usize,
-    /// Positions of the key-value cache over all sequences; default from the base's context length.
-    #[arg(long, env = "DELTASERVE_KV_POSITIONS", value_name = "N")]
-    pub kv_positions: Option<usize>,
-    /// Whether a prompt begins behind what is cached of it from earlier requests of the same tenant and delta version.
-    #[arg(long, env = "DELTASERVE_PREFIX_CACHE", value_name = "ON_OR_OFF", default_value = "on")]
-    pub prefix_cache: Switch,
-    /// Tokens guessed ahead per step, by n-gram lookup, for requests that do not say how many (`speculative_ngram`): up to 16.
-    /// 0 = none.
-    #[arg(long, env = "DELTASERVE_SPECULATIVE_NGRAM", value_name = "N", default_value_t = 0)]
-    pub speculative_ngram: u32,
-    /// Requests that may wait for the engine; more are refused. A tenant that has half of all places leaves an eighth of them to
-    /// others, where there are 16 or more.
-    #[arg(long, env = "DELTASERVE_MAX_QUEUE", value_name = "N", default_value_t = 256)]
-    pub max_queue: usize,
-    /// Calls of inference that one tenant may have in progress; more are refused until one ends. Unset = no limit.
-    #[arg(long, env = "DELTASERVE_TENANT_MAX_CONCURRENT", value_name = "N")]
-    pub tenant_max_concurrent: Option<usize>,
-    /// Calls of inference per second of one tenant, and how many may come at once (default: those of a second); more are
-    /// refused with the time after which the next may come. Unset = no limit.
-    #[arg(long, env = "DELTASERVE_TENANT_RATE", value_name = "R[:BURST]")]
-    pub tenant_rate: Option<String>,
-    /// Shares of the engine's service while several tenants wait: NAME=W, 1 to 1000; 1 for those that are not named.
-    #[arg(long, env = "DELTASERVE_TENANT_WEIGHT", value_name = "NAME=W,...", value_delimiter = ',')]
-    pub tenant_weight: Vec<String>,
-    /// Largest gRPC message, in MiB.
-    #[arg(long, env = "DELTASERVE_MAX_MESSAGE_MB", value_name = "MIB", default_value_t = 16)]
-    pub max_message_mb: u64,
-    /// Largest upload of a delta or dataset, in MiB.
-    #[arg(long, env = "DELTASERVE_MAX_UPLOAD_MB", value_name = "MIB", default_value_t = 1024)]
-    pub max_upload_mb: u64,
-    /// Training jobs that may be queued or running; more are refused. 0 = no training.
-    #[arg(long, env = "DELTASERVE_MAX_TRAIN_JOBS", value_name = "N", default_value_t = 64)]
-    pub max_train_jobs: usize,
-    /// Paused training jobs of one tenant; pausing more is refused.
-    #[arg(long, env = "DELTASERVE_MAX_PAUSED_JOBS", value_name = "N", default_value_t = 64)]
-    pub max_paused_jobs: usize,
-    /// Memory that a job of full fine-tuning may take, in MiB; more is refused. Unset = what the machine has free.
-    #[arg(long, env = "DELTASERVE_MAX_TRAIN_MB", value_name = "MIB")]
-    pub max_train_mb: Option<u64>,
-    /// Longest wait of training at one of its yield points while serving is busy, in milliseconds.
-    #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
-    pub train_max_yield_ms: u64,
-    /// Which products of many rows with frozen weights may be computed with each number as a sum of two bf16, where the
-    /// machine has a matrix unit (Intel's AMX): `off`, `training` (steps, not evaluations) or `all` (long prompts, too).
-    #[arg(long, env = "DELTASERVE_BF16X2", value_name = "off|training|all", default_value = "training")]
-    pub bf16x2: String,
-    /// Share of the time in percent that training has at least while serving is always busy: for one layer at a time, serving
-    /// then waits. 0 = only what serving leaves.
-    #[arg(long, env = "DELTASERVE_TRAIN_FLOOR", value_name = "PERCENT", default_value_t = 3)]
-    pub train_floor: u32,
-    /// Niceness of training's threads beside those of serving, 0 to 19, or `idle`: only where no other thread of the machine
-    /// wants the core.
-    #[arg(long, env = "DELTASERVE_TRAIN_NICE", value_name = "N|idle", default_value = "idle")]
-    pub train_nice: String,
-    /// Jobs whose small training steps may share one pass on the base, up to 8. 1 = each by itself; with more, what a job
-    /// comes to in company is what it comes to alone up to rounding, not bit for bit.
-    #[arg(long, env = "DELTASERVE_TRAIN_SHARE", value_name = "N", default_value_t = 1)]
-    pub train_share: usize,
-    /// After SIGTERM, running calls get this long to finish.
-    #[arg(long, env = "DELTASERVE_DRAIN_SECONDS", value_name = "S", default_value_t = 30)]
-    pub drain_seconds: u64,
-    /// Form of the log.
-    #[arg(long, env = "DELTASERVE_LOG_FORMAT", value_name = "FORM", default_value = "text")]
-    pub log_format: LogFormat,
-    /// What to log: `info`, `debug`, `deltaserve=debug,warn` ...
-    #[arg(long, env = "DELTASERVE_LOG", value_name = "FILTER", default_value = "info")]
-    pub log: String,
-    /// Sample deltas to register at start: each sub-folder (in PEFT's form) under its name, for the tenant `default`.
-    #[arg(long, env = "DELTASERVE_ADAPTERS_DIR", value_name = "DIR")]
-    pub adapters_dir: Option<PathBuf>,
-}
-
-impl ServeArgs {
-    /// The defaults of all flags, for this base.
-    pub fn for_base(base: &str) -> Self {
-        #[derive(clap::Parser)]
-        struct Only {
-            #[command(flatten)]
-            args: ServeArgs,
-        }
-        let mut only = <Only as clap::Parser>::parse_from(["serve", "--base", "unset"]);
-        base.clone_into(&mut only.args.base);
-        only.args
-    }
-}
-
-/// Number type of the weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DtypeChoice {
-    /// 32-bit.
-    F32,
-    /// 16-bit, 8 of exponent.
-    Bf16,
-    /// 16-bit, 5 of exponent.
-    F16,
-}
-
-/// Whether something is done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Switch {
-    /// It is.
-    On,
-    /// It is not.
-    Off,
-}
-
-/// Fewer bits for the frozen linears.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum QuantizeChoice {
-    /// 8.5 bits each: hardly to be told from f32.
-    #[value(name = "q8_0")]
-    Q8_0,
-    /// 4.6 bits each; q8_0 where an input is no multiple of 256 wide, and for a language-model head of its own.
-    #[value(name = "q4k")]
-    Q4K,
-}
-
-/// Where the base is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The CPU.
-    Cpu,
-    /// An NVIDIA GPU by index.
-    Cuda(usize),
-}
+pub use args::{DeviceChoice, DtypeChoice, QuantizeChoice, ServeArgs, Switch};
 
 /// What the base is and where it goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -229,18 +54,20 @@ pub struct TenantConfig {
     pub max_concurrent: Option<usize>,
     /// Calls per second and how many at once; `None` = no limit.
     pub rate: Option<(f64, u32)>,
-    /// Shares of the engine's service of those that have another than 1.
+    /// Shares of the engine's service and of jobs' starts of those that have another than 1.
     pub weights: Vec<(TenantId, u32)>,
 }
 
 /// The trainer's limits.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TrainLimits {
     /// Jobs queued or running.
     pub max_jobs: usize,
     /// Paused jobs of one tenant.
     pub max_paused: usize,
-    /// Longest wait at a yield point.
+    /// By what share the p99 of the time between tokens may be higher beside training.
+    pub max_slowdown: f64,
+    /// Longest wait at a yield point, until that is measured.
     pub max_yield: Duration,
     /// Bytes that a job of full fine-tuning may take; `None` = what the machine has free.
     pub max_bytes: Option<u64>,
@@ -301,6 +128,9 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 const MIB: u64 = 1 << 20;
+
+/// The highest bound of training's slowdown: a p99 of eleven times that without it, which is as good as none.
+const MOST_SLOWDOWN: f64 = 10.0;
 
 impl TryFrom<ServeArgs> for Config {
     type Error = ConfigError;
@@ -382,6 +212,7 @@ impl TryFrom<ServeArgs> for Config {
             train: TrainLimits {
                 max_jobs: args.max_train_jobs,
                 max_paused: args.max_paused_jobs,
+                max_slowdown: args.train_max_slowdown,
                 max_yield: Duration::from_millis(args.train_max_yield_ms),
                 max_bytes: args.max_train_mb.map(|n| n * MIB),
                 share: args.train_share,
@@ -424,6 +255,12 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
         if let Some(value) = value.filter(|v| !(low..=high).contains(v)) {
             problems.push(format!("{flag}: is {value}; accepted is {low} to {high}"));
         }
+    }
+    if !(0.0..=MOST_SLOWDOWN).contains(&args.train_max_slowdown) {
+        let given = args.train_max_slowdown;
+        problems.push(format!(
+            "--train-max-slowdown: is {given}; accepted is a share from 0 to {MOST_SLOWDOWN}, e.g. 0.1 for 10 %"
+        ));
     }
     if args.max_batch_tokens < args.max_sequences {
         problems.push(format!(

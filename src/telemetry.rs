@@ -115,6 +115,17 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (TRAIN_YIELDED, Kind::Gauge, "Seconds that training gave to serving; only grows."),
     ("deltaserve_train_floor_seconds", Kind::Gauge, "Seconds that serving waited for training's floor; only grows."),
     (
+        "deltaserve_train_slowdown",
+        Kind::Gauge,
+        "By what share the p99 of the time between tokens is higher beside training than without, as last measured.",
+    ),
+    (
+        "deltaserve_train_inter_token_p99_seconds",
+        Kind::Gauge,
+        "p99 of the time between tokens while a job trains, as last measured, and that of such steps without (training: on, off).",
+    ),
+    ("deltaserve_train_duty", Kind::Gauge, "Share of the time that training may compute at while serving is busy."),
+    (
         "deltaserve_train_shared_passes_total",
         Kind::Counter,
         "Training passes that several jobs shared, by outcome: done, apart (it failed, and was done job by job).",

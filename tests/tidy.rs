@@ -82,7 +82,7 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("anyhow", &["cli", "app", "main.rs"]),
     ("sqlx", &["store"]),
     ("object_store", &["store"]),
-    ("rustix", &["store"]),
+    ("rustix", &["store", "pacing/clock.rs"]),
     ("moka", &["registry"]),
     ("llguidance", &["grammar"]),
     ("minijinja", &["text"]),

@@ -129,7 +129,8 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let registry = Registry::open(store.clone(), base.fingerprint, loader(&base), registry_config)
         .await
         .context("open the registry")?;
-    let pacer = Arc::new(Pacer::new(config.train.max_yield, f64::from(config.train.floor_percent) / 100.0));
+    let pacer = Pacer::new(config.train.max_yield, f64::from(config.train.floor_percent) / 100.0);
+    let pacer = Arc::new(pacer.keeping(config.train.max_slowdown));
     let engine_config = engine_config(&config, &base);
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
     let trainer_parts = TrainerParts {
@@ -280,6 +281,7 @@ fn trainer_config(config: &Config) -> TrainerConfig {
         max_paused_per_tenant: config.train.max_paused,
         // as many as may share a pass must be able to run
         max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),
+        weights: Arc::new(config.tenants.weights.iter().cloned().collect()),
         share: config.train.share,
         priority: config.train.priority,
         halves: config.halves,

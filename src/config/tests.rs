@@ -47,6 +47,7 @@ fn all_problems_are_reported_at_once() {
         "--speculative-ngram=17",
         "--train-share=9",
         "--train-floor=80",
+        "--train-max-slowdown=10.5",
         "--train-nice=20",
         "--bf16x2=on",
         "--activations=int4",
@@ -72,6 +73,7 @@ fn all_problems_are_reported_at_once() {
         "--speculative-ngram",
         "--train-share",
         "--train-floor",
+        "--train-max-slowdown",
         "--train-nice",
         "--bf16x2",
         "--activations",
@@ -84,6 +86,17 @@ fn all_problems_are_reported_at_once() {
         assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");
     }
     assert_eq!(problems.len(), expected.len(), "{problems:?}");
+}
+
+#[test]
+fn the_slowdown_is_a_share() {
+    let bound = |flags: &[&str]| config(&[&["--base=x"], flags].concat()).map(|c| c.train.max_slowdown);
+    assert_eq!(bound(&[]), Ok(0.1));
+    assert_eq!([bound(&["--train-max-slowdown=0"]), bound(&["--train-max-slowdown=0.25"])], [Ok(0.0), Ok(0.25)]);
+    for bad in ["-0.1", "nan", "inf", "11"] {
+        let problems = bound(&[&format!("--train-max-slowdown={bad}")]).expect_err(bad).0;
+        assert!(problems.len() == 1 && problems[0].contains("0.1 for 10 %"), "{problems:?}");
+    }
 }
 
 #[test]

@@ -45,6 +45,10 @@ pub(super) struct Metrics {
     pages_free: Gauge,
     constraint_bytes: Gauge,
     floor: Gauge,
+    duty: Gauge,
+    slowdown: Gauge,
+    p99: Gauge,
+    p99_off: Gauge,
 }
 
 impl Metrics {
@@ -73,6 +77,10 @@ impl Metrics {
             pages_free: gauge!("deltaserve_kv_pages", "state" => "free"),
             constraint_bytes: gauge!("deltaserve_constraint_bytes"),
             floor: gauge!("deltaserve_train_floor_seconds"),
+            duty: gauge!("deltaserve_train_duty"),
+            slowdown: gauge!("deltaserve_train_slowdown"),
+            p99: gauge!("deltaserve_train_inter_token_p99_seconds", "training" => "on"),
+            p99_off: gauge!("deltaserve_train_inter_token_p99_seconds", "training" => "off"),
         }
     }
 
@@ -86,5 +94,11 @@ impl Metrics {
         self.pages_free.set(scheduler.pool().free() as f64);
         self.constraint_bytes.set(scheduler.constraint_bytes() as f64);
         self.floor.set(pacer.given().as_secs_f64());
+        self.duty.set(pacer.duty());
+        if let Some(figures) = pacer.figures() {
+            self.slowdown.set(figures.slowdown());
+            self.p99.set(figures.p99);
+            self.p99_off.set(figures.p99_off);
+        }
     }
 }

@@ -184,6 +184,7 @@ impl Worker {
         }
         let over = self.begin_constraints(&plan.shares);
         self.group_by_delta(&mut plan);
+        let mut next_tokens = 0;
         for share in &plan.shares {
             if let Some(sequence) = self.sequences.get_mut(&share.id)
                 && let Some(Begin { first, shares, found, missing }) = sequence.begin(share.context, start)
@@ -205,7 +206,7 @@ impl Worker {
         match self.compute(&plan.shares) {
             Ok((got, distinct)) => {
                 self.metrics.distinct_deltas.record(distinct as f64);
-                self.settle(&plan.shares, got, over);
+                next_tokens = self.settle(&plan.shares, got, over);
                 self.look_ahead();
                 self.draft(&plan.shares);
             }
@@ -220,6 +221,7 @@ impl Worker {
         }
         self.metrics.batch_rows.record(plan.rows() as f64);
         self.metrics.step_seconds.record(start.elapsed().as_secs_f64());
+        self.pacer.stepped(plan.rows(), next_tokens);
         self.shared.steps.fetch_add(1, Ordering::Relaxed);
         self.observe();
     }
@@ -275,9 +277,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands results to their sequences, and ends those whose constraints were `over` at their beginning.
-    fn settle(&mut self, shares: &[Share], got: Vec<Got>, mut over: HashMap<SeqId, Look>) {
+    /// Hands results to their sequences, and ends those whose constraints were `over` at their beginning. How many have another
+    /// token now.
+    fn settle(&mut self, shares: &[Share], got: Vec<Got>, mut over: HashMap<SeqId, Look>) -> usize {
         let now = Instant::now();
+        let mut next_tokens = 0;
         for (share, got) in shares.iter().zip(got) {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
             if let Some(look) = over.remove(&share.id) {
@@ -297,7 +301,10 @@ impl Worker {
                     match tick {
                         Some(tick) if tick.first => self.metrics.time_to_first_token.record(tick.seconds),
                         // tokens that come together took a part of the time each
-                        Some(tick) => self.metrics.inter_token.record_many(tick.seconds / tokens as f64, tokens),
+                        Some(tick) => {
+                            self.metrics.inter_token.record_many(tick.seconds / tokens as f64, tokens);
+                            next_tokens += 1;
+                        }
                         None => {}
                     }
                     self.metrics.completion_tokens.increment(tokens as u64);
@@ -314,6 +321,7 @@ impl Worker {
                 Err(error) => self.fail(share.id, error),
             }
         }
+        next_tokens
     }
 
     /// Pages that a share has filled can be found from now on.

@@ -1,9 +1,14 @@
 //! Limits of the trainer.
 
-use crate::ops::{Halves, Priority};
+use std::{collections::HashMap, sync::Arc};
+
+use crate::{
+    ids::TenantId,
+    ops::{Halves, Priority},
+};
 
 /// How many jobs there may be, and how they train beside each other.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TrainerConfig {
     /// Jobs that train at the same time, taking turns.
     pub max_concurrent_jobs: usize,
@@ -11,6 +16,8 @@ pub struct TrainerConfig {
     pub max_jobs: usize,
     /// Waiting and running jobs of one tenant.
     pub max_jobs_per_tenant: usize,
+    /// Shares of jobs' starts, while jobs of several tenants wait, of those that have another than 1.
+    pub weights: Arc<HashMap<TenantId, u32>>,
     /// Paused jobs of one tenant.
     pub max_paused_per_tenant: usize,
     /// Jobs whose small pieces may be trained in one pass on the base; 1 = each by itself, and so the same bits in any
@@ -28,6 +35,7 @@ impl Default for TrainerConfig {
             max_concurrent_jobs: 4,
             max_jobs: 64,
             max_jobs_per_tenant: 16,
+            weights: Arc::default(),
             max_paused_per_tenant: 64,
             share: 1,
             priority: Priority::Normal,

@@ -6,6 +6,7 @@
 mod pauses;
 mod publishing;
 mod starting;
+mod turns;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,6 +19,7 @@ use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
+use self::turns::Turns;
 use crate::{
     admission::{
         params::PublishPolicy,
@@ -190,6 +192,7 @@ pub(crate) struct Supervisor {
     pub(crate) to_self: mpsc::WeakSender<Command>,
     pub(crate) reports: mpsc::Receiver<Report>,
     queue: VecDeque<Pending>,
+    turns: Turns,
     running: HashMap<String, Running>,
     gauges: JobGauges,
     drained: Option<oneshot::Sender<()>>,
@@ -201,6 +204,8 @@ pub(crate) struct Parts {
     pub(crate) publisher: Publisher,
     pub(crate) memory: MemoryProbe,
     pub(crate) max_running: usize,
+    /// Shares of tenants that have another than 1.
+    pub(crate) weights: Arc<HashMap<TenantId, u32>>,
     /// Of one tenant.
     pub(crate) max_paused: usize,
     pub(crate) starts: SyncSender<Start>,
@@ -211,7 +216,8 @@ pub(crate) struct Parts {
 
 impl Supervisor {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { shared, publisher, memory, max_running, max_paused, starts, commands, to_self, reports } = parts;
+        let Parts { shared, publisher, memory, max_running, weights, max_paused, starts, commands, to_self, reports } =
+            parts;
         Self {
             shared,
             publisher,
@@ -223,6 +229,7 @@ impl Supervisor {
             to_self,
             reports,
             queue: VecDeque::new(),
+            turns: Turns::new(weights),
             running: HashMap::new(),
             gauges: JobGauges::new(),
             drained: None,

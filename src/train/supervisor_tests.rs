@@ -198,6 +198,29 @@ async fn jobs_of_several_tenants_take_turns() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_tenants_queue_does_not_go_ahead_of_anothers() {
+    let (_dir, log) = log().await;
+    let config = TrainerConfig { max_concurrent_jobs: 1, ..TrainerConfig::default() };
+    let trainer = trainer(&log, accept(&Arc::default()), config).await;
+    let make = async |name: &str, steps| {
+        let (p, prepared) = request(steps);
+        trainer.create(&tenant(name), &p, &prepared, Kept::default()).await.unwrap().id
+    };
+    let first = make("z", 1_000_000).await;
+    let mut jobs = Vec::new();
+    for name in ["a", "a", "a", "b", "c"] {
+        jobs.push((tenant(name), make(name, 2).await));
+    }
+    trainer.cancel(&tenant("z"), &first).await.unwrap();
+    let mut numbers = Vec::new();
+    for (t, id) in &jobs {
+        all(trainer.watch(t, id, 0).await.unwrap()).await;
+        numbers.push(trainer.get(t, id).await.unwrap().result.unwrap().number);
+    }
+    assert_eq!(numbers, [1, 4, 5, 2, 3], "in turns of tenants");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_publish_fails_the_job_and_keeps_its_weights() {
     let (_dir, log) = log().await;
     let refuse: Publisher = Arc::new(|_| {
@@ -294,6 +317,7 @@ async fn where_the_trainer_thread_has_ended_jobs_are_told_so_and_are_left_to_the
         shared: Arc::clone(&shared),
         publisher: accept(&Arc::default()),
         memory: MemoryProbe::of_machine(None, false),
+        weights: Arc::default(),
         max_running: 1,
         max_paused: 1,
         starts,

@@ -121,6 +121,7 @@ impl World {
             train: TrainLimits {
                 max_jobs: 8,
                 max_paused: 8,
+                max_slowdown: 0.1,
                 max_yield: Duration::from_millis(20),
                 max_bytes: None,
                 share: 1,

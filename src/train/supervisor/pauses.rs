@@ -41,6 +41,9 @@ impl Supervisor {
             other => return Err(TrainError::State { id, state: other, wanted: "queued or paused" }),
         }
         self.shared.set_paused(&id, false);
+        if !self.queue.iter().any(|j| j.tenant == job.tenant) {
+            self.turns.arrives(&job.tenant);
+        }
         self.queue.push_back(job);
         Ok(())
     }

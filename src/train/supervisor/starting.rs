@@ -20,7 +20,8 @@ use crate::{
 };
 
 impl Supervisor {
-    /// The place in the queue of the job to start: of the tenant with the fewest running jobs, the oldest among equals. A
+    /// The place in the queue of the job to start: of the tenant with the fewest running jobs, by its weight, then of the one
+    /// whose turn it is, then the oldest. A
     /// job that trains every weight waits while another does, and while anything runs that it has no room beside.
     fn next(&self) -> Option<usize> {
         let full_runs = self.running.values().any(|r| r.full);
@@ -34,7 +35,7 @@ impl Supervisor {
         let most = passed.then(|| self.queue.iter().position(waits)).flatten().unwrap_or(self.queue.len());
         let load = |tenant: &TenantId| self.running.values().filter(|r| r.tenant == *tenant).count();
         let jobs = self.queue.iter().enumerate().take(most).filter(|(_, job)| has_room(job));
-        jobs.min_by_key(|(i, job)| (load(&job.tenant), *i)).map(|(i, _)| i)
+        jobs.min_by_key(|(i, job)| (self.turns.place(&job.tenant, load(&job.tenant)), *i)).map(|(i, _)| i)
     }
 
     /// What stands against a job whose turn it is. Of one that trains every weight: memory that is not there though
@@ -70,6 +71,7 @@ impl Supervisor {
                 self.terminal(&job.id, JobState::Failed, None, Some(failure)).await;
                 continue;
             }
+            self.turns.starts(&job.tenant, self.queue.iter().map(|j| &j.tenant));
             let slot = (0..).find(|s| self.running.values().all(|r| r.slot != *s)).unwrap_or(0);
             let control = Arc::new(Control::default());
             let (step, from) = job.from.unzip();
