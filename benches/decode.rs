@@ -155,10 +155,8 @@ fn run(base: &Base, batch: usize, args: &Args, deltas: &[Option<Arc<Delta>>]) ->
         let plan = DeltaBatch::new(&rows, deltas, base.sites.len());
         let wanted = Wanted::of(&rows, &plan, rows.last_rows());
         let cx = Cx { kv: Some(&cache), wanted: wanted.as_ref(), ..Cx::new(&rows, &plan) };
-        last = with_activations(args.activations, || {
-            let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
-            greedy(&base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits"))
-        });
+        let hidden = base.transformer.forward(&Input::tokens(&tokens), &cx).expect("forward");
+        last = greedy(&base.transformer.logits(&hidden, &rows.last_rows(), &cx).expect("logits"));
         let spent = t.elapsed().as_secs_f64();
         if step == 0 { times.0 += spent } else { times.1 += spent }
     }

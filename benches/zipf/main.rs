@@ -123,7 +123,7 @@ async fn main() {
     let config = RegistryConfig { max_resident_bytes: args.room as u64 * spec.resident_bytes, ..Default::default() };
     let registry = Registry::open(store.clone(), base.fingerprint, loader, config).await.expect("opens");
     let tenant = TenantId::new("default").expect("a name");
-    let names: Vec<DeltaName> = (0..args.deltas).map(|i| DeltaName::new(format!("z{i}")).expect("a name")).collect();
+    let names: Vec<DeltaName> = (0..args.deltas).map(|i| DeltaName::new(&format!("z{i}")).expect("a name")).collect();
 
     let (before, start) = (resident_mib(), Instant::now());
     for (i, name) in names.iter().enumerate() {

@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// A generator of random numbers whose sequence is the same everywhere (Steele et al. 2014, SplitMix64).
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -17,13 +17,13 @@ impl Rng {
     }
 
     /// In `[0, 1)`.
-    pub fn uniform(&mut self) -> f64 {
+    pub(crate) fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
 /// `requests` draws of `0..deltas`, number `i` with a weight of `1 / (i + 1)^exponent` (Zipf's law), each for itself.
-pub fn zipf(deltas: usize, exponent: f64, requests: usize, seed: u64) -> Vec<u32> {
+pub(crate) fn zipf(deltas: usize, exponent: f64, requests: usize, seed: u64) -> Vec<u32> {
     let mut sum = 0.0;
     let cumulative: Vec<f64> = (1..=deltas)
         .map(|rank| {
@@ -42,7 +42,7 @@ pub fn zipf(deltas: usize, exponent: f64, requests: usize, seed: u64) -> Vec<u32
 
 /// Hits of the optimum (Belady 1966): what is needed last goes. Every request has to be held while it is served, as in the server,
 /// so that what is requested always comes in.
-pub fn belady(trace: &[u32], room: usize) -> u64 {
+pub(crate) fn belady(trace: &[u32], room: usize) -> u64 {
     let mut next = vec![usize::MAX; trace.len()];
     let mut seen = HashMap::new();
     for (i, id) in trace.iter().enumerate().rev() {
@@ -66,7 +66,7 @@ pub fn belady(trace: &[u32], room: usize) -> u64 {
 }
 
 /// Hits of an LRU: what was used longest ago goes.
-pub fn lru(trace: &[u32], room: usize) -> u64 {
+pub(crate) fn lru(trace: &[u32], room: usize) -> u64 {
     let (mut there, mut order): (HashMap<u32, usize>, BTreeMap<usize, u32>) = Default::default();
     let mut hits = 0;
     for (i, id) in trace.iter().enumerate() {
@@ -85,7 +85,7 @@ pub fn lru(trace: &[u32], room: usize) -> u64 {
 
 /// Hits of what keeps the most frequent ones so far, with counts of all requests; of equally frequent ones the longest unused goes.
 /// Among those that know only the past, none is better on independent draws once its counts are right (Aho et al. 1971).
-pub fn lfu(trace: &[u32], room: usize) -> u64 {
+pub(crate) fn lfu(trace: &[u32], room: usize) -> u64 {
     let mut counts: HashMap<u32, (u64, usize)> = HashMap::new();
     let mut order: BTreeSet<(u64, usize, u32)> = BTreeSet::new();
     let mut hits = 0;
@@ -104,7 +104,7 @@ pub fn lfu(trace: &[u32], room: usize) -> u64 {
 
 /// Hits of what keeps those with the most requests so far, where a request counts half after `half_life` others: it forgets what is no
 /// longer asked for. The score is the logarithm of that count at any moment, so that it only changes with a request for its own.
-pub fn fading(trace: &[u32], room: usize, half_life: f64) -> u64 {
+pub(crate) fn fading(trace: &[u32], room: usize, half_life: f64) -> u64 {
     let mut scores: HashMap<u32, f64> = HashMap::new();
     // scores are 0 or more, and such numbers are in the order of their bits
     let mut order: BTreeSet<(u64, u32)> = BTreeSet::new();
@@ -123,77 +123,4 @@ pub fn fading(trace: &[u32], room: usize, half_life: f64) -> u64 {
         order.insert((new.to_bits(), *id));
     }
     hits
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_optimum_is_that_of_the_textbook() {
-        // Belady's example in operating systems' textbooks: 20 references, 3 frames; 9 faults, 12 with LRU
-        let trace = [7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1];
-        assert_eq!((trace.len() as u64 - belady(&trace, 3), trace.len() as u64 - lru(&trace, 3)), (9, 12));
-        assert_eq!((belady(&trace, 6), lru(&trace, 6), lfu(&trace, 6)), (14, 14, 14), "six fit");
-        assert_eq!((belady(&[], 3), lru(&[], 3), lfu(&[], 3)), (0, 0, 0));
-    }
-
-    /// By trying all victims: nothing is better than the optimum.
-    #[test]
-    fn nothing_is_better_than_the_optimum() {
-        fn best(trace: &[u32], there: &[u32], room: usize) -> u64 {
-            let Some((id, rest)) = trace.split_first() else { return 0 };
-            if there.contains(id) {
-                return 1 + best(rest, there, room);
-            }
-            let with = |there: &[u32]| [there, &[*id]].concat();
-            if there.len() < room {
-                return best(rest, &with(there), room);
-            }
-            let without = |i: usize| {
-                let mut there = there.to_vec();
-                there.remove(i);
-                with(&there)
-            };
-            (0..there.len()).map(|i| best(rest, &without(i), room)).max().unwrap_or(0)
-        }
-        for seed in 0..40 {
-            let trace = zipf(6, 0.7, 14, seed);
-            for room in 1..4 {
-                let optimum = belady(&trace, room);
-                assert_eq!(optimum, best(&trace, &[], room), "{trace:?} {room}");
-                assert!(lru(&trace, room) <= optimum && lfu(&trace, room) <= optimum);
-            }
-        }
-    }
-
-    #[test]
-    fn draws_follow_zipfs_law_and_the_seed() {
-        let (deltas, n) = (1000, 200_000);
-        let trace = zipf(deltas, 1.0, n, 3);
-        assert_eq!(trace, zipf(deltas, 1.0, n, 3));
-        assert_ne!(trace, zipf(deltas, 1.0, n, 4));
-        let harmonic: f64 = (1..=deltas).map(|i| 1.0 / i as f64).sum();
-        for rank in [0, 1, 4, 30] {
-            let share = trace.iter().filter(|id| **id == rank).count() as f64 / n as f64;
-            let expected = 1.0 / (f64::from(rank + 1) * harmonic);
-            // five standard errors
-            assert!((share - expected).abs() < 5.0 * (expected / n as f64).sqrt(), "{rank}: {share} {expected}");
-        }
-        assert!(zipf(1, 1.0, 10, 0).iter().all(|id| *id == 0));
-    }
-
-    #[test]
-    fn the_frequent_stay_with_counts_and_the_recent_with_lru() {
-        // one that comes often, and ever new ones beside it
-        let trace: Vec<u32> = (0..300).map(|i| if i % 4 == 0 { 0 } else { i }).collect();
-        // what fades within a few requests is as the LRU, what never does as the LFU
-        let shifts: Vec<u32> =
-            [zipf(50, 1.0, 3000, 1), zipf(50, 1.0, 3000, 2).iter().map(|id| 49 - id).collect()].concat();
-        assert_eq!(fading(&shifts, 8, 1e-2), lru(&shifts, 8));
-        let (fades, never) = (fading(&shifts, 8, 200.0), fading(&shifts, 8, 1e9));
-        assert!(never.abs_diff(lfu(&shifts, 8)) < 60 && fades > never, "{fades} {never}");
-        // with counts, its first coming back still loses to one that came once and later
-        assert_eq!((lfu(&trace, 2), lru(&trace, 2), belady(&trace, 2)), (73, 0, 74));
-    }
 }

@@ -20,7 +20,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{LINE, memory::huge_pages, prefetch, quantized::Quantized, team::each};
-use activations::activations;
+pub(super) use activations::activations;
 pub use activations::{Activations, with_activations};
 pub(super) use backward::product_t;
 pub(super) use bf16::Bf16;

@@ -3,7 +3,7 @@
 use candle_core::{Tensor, Var};
 
 use super::*;
-use crate::ops::{Ending, Weight, head_nll, linear, quantized::quantize, updated_linear};
+use crate::ops::{Ending, Weight, head_nll, linear, quantized::quantize, updated_linear, with_activations};
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut s = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15) | 1;
