@@ -20,7 +20,7 @@ const REDUCTION: usize = 16;
 
 /// A method, as deltas of one batch may each have another.
 #[derive(Debug, Clone, Copy)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Of this rank, on all linears of the layers or on queries and values (where they lie in one matrix: on that).
     Lora { rank: usize, all: bool },
     /// Pfeiffer's, behind the MLP of each layer.
@@ -36,7 +36,7 @@ pub enum Kind {
 }
 
 /// Deltas of all kinds, one after the other.
-pub fn mixed(rank: usize) -> [Kind; 5] {
+pub(crate) fn mixed(rank: usize) -> [Kind; 5] {
     [Kind::Lora { rank, all: true }, Kind::Adapter, Kind::Prefix, Kind::Prompt, Kind::BitFit]
 }
 
@@ -87,7 +87,7 @@ impl Make {
 }
 
 /// A random delta of a kind, with a head of so many labels of its own, or for generation where that is 0.
-pub fn random(base: &Base, kind: Kind, labels: usize, seed: u64) -> Arc<Delta> {
+pub(crate) fn random(base: &Base, kind: Kind, labels: usize, seed: u64) -> Arc<Delta> {
     let mut make = Make(Rng(seed * 2 + 1));
     let mut patches = Vec::new();
     for (id, entry) in base.sites.iter() {
@@ -108,7 +108,7 @@ pub fn random(base: &Base, kind: Kind, labels: usize, seed: u64) -> Arc<Delta> {
 }
 
 /// The middle one.
-pub fn median(mut v: Vec<f64>) -> f64 {
+pub(crate) fn median(mut v: Vec<f64>) -> f64 {
     v.sort_by(f64::total_cmp);
     v.get(v.len() / 2).copied().unwrap_or(f64::NAN)
 }
