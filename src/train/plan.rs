@@ -381,6 +381,10 @@ pub(crate) mod tests {
         assert_eq!(run(&limited, &lines(100), None).unwrap().reply.resolved.total_steps, 7);
         limited.hyper.epochs = Some(1.0);
         assert_eq!(run(&limited, &lines(100), None).unwrap().reply.resolved.total_steps, 4);
+        let epochs = |task, methods| run(&params(task, methods), &lines(100), None).unwrap().reply.resolved.epochs;
+        let bitfit = || MethodPart::Bitfit(BitfitPart::default());
+        assert_eq!(epochs(Task::SeqCls, vec![bitfit()]), 8.0, "few numbers take more rounds");
+        assert_eq!(epochs(Task::SeqCls, [lora(), vec![bitfit()]].concat()), 4.0);
     }
 
     #[test]

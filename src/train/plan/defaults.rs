@@ -62,16 +62,29 @@ fn learning_rate(methods: &[MethodPart], task: Task, hidden: usize) -> f64 {
         MethodPart::Ia3(_) => 5e-3,
         MethodPart::Ln(_) => 2e-3,
         MethodPart::Adapter(_) if lm => 5e-4,
-        MethodPart::Adapter(_) => 1e-3,
+        MethodPart::Adapter(_) => 2e-3,
         MethodPart::Tokens(_) => 1e-2,
         MethodPart::Prefix(p) if p.projection => 3e-4,
-        MethodPart::Prefix(_) => 5e-3,
+        MethodPart::Prefix(_) if lm => 5e-3,
+        MethodPart::Prefix(_) => 1e-2,
         MethodPart::Prompt(_) => 1e-2,
         MethodPart::PTuning(_) => 1e-3,
         MethodPart::Full if lm => 5e-5,
         MethodPart::Full => 2e-5,
     };
     methods.iter().map(of).fold(None, |least: Option<f64>, lr| Some(least.map_or(lr, |l| l.min(lr)))).unwrap_or(5e-3)
+}
+
+/// Rounds through the data. Methods that train a few numbers per layer need more steps than those with matrices for the same
+/// score: on TweetEval's emotions, BitFit and prefixes gained two points of accuracy from the fifth round to the eighth.
+fn epochs_of(methods: &[MethodPart], task: Task) -> f64 {
+    let has_matrices =
+        |part: &MethodPart| matches!(part, MethodPart::Lora(_) | MethodPart::Adapter(_) | MethodPart::Full);
+    match task.generates() {
+        true => 3.0,
+        false if methods.is_empty() || methods.iter().any(has_matrices) => 4.0,
+        false => 8.0,
+    }
 }
 
 /// The share of that rate at which preferences are learned: the papers take about a twentieth of what texts are learned
@@ -119,8 +132,7 @@ impl Chosen<'_> {
         // a step limit alone decides how long a job is
         let epochs = h.epochs.unwrap_or(match h.max_steps {
             Some(steps) => f64::from(steps) / per_epoch.max(1) as f64,
-            None if lm => 3.0,
-            None => 4.0,
+            None => epochs_of(methods, params.task),
         });
         let total_steps = ((epochs * per_epoch as f64).ceil().max(1.0) as u32).min(cap);
         let warmup_ratio = h.warmup_ratio.unwrap_or(if lm { 0.03 } else { 0.06 });
