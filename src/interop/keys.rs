@@ -112,6 +112,11 @@ pub(super) fn unapplied(left: Vec<String>, applied: usize, base: &Base) -> Inter
     }
 }
 
+/// Whether a module's matrix lies `[in, out]` in files, as GPT-2's Conv1D keeps it; its head is a linear like others.
+pub(super) fn is_conv1d(site: SiteId, base: &Base) -> bool {
+    base.arch.conv1d && is_linear(site, base) && base.sites.get(site).is_some_and(|e| e.site != Site::LmHead)
+}
+
 /// Whether a site is a linear map; its weight is not touched.
 pub(super) fn is_linear(site: SiteId, base: &Base) -> bool {
     let kind = base.sites.get(site).map(|e| e.site);

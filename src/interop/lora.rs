@@ -156,37 +156,41 @@ fn module_patches(
 /// A matrix saved whole; `None` if there is none or it is the base's own. Takes the bias that was saved with it.
 fn own_matrix(site: SiteId, module: &mut Module, base: &Base) -> Result<Option<Matrix>, InteropError> {
     let Some(weight) = module.weight.take() else { return Ok(None) };
-    let (own, bias, embedding) = match base.linear(site)? {
-        Some((w, b)) => (w, b, false),
-        None => (base.table()?, None, true),
+    let name = format!("{}.weight", module.path);
+    let &[rows, columns] = weight.dims() else {
+        let message = format!("{name} is {:?}; two dimensions are accepted", weight.dims());
+        return Err(InteropError::invalid(super::WEIGHTS[0], message));
     };
-    if weight.rank() != 2 {
-        return Err(InteropError::invalid(
-            super::WEIGHTS[0],
-            format!("{}.weight is {:?}; two dimensions are accepted", module.path, weight.dims()),
-        ));
-    }
-    let weight = if embedding || base.arch.conv1d { weight } else { weight.t()?.contiguous()? };
-    if weight.dims() != own.dims() {
+    let Some(entry) = base.sites.get(site).filter(|_| has_matrix(site, base)) else {
+        return Err(InteropError::Unapplied(vec![name]));
+    };
+    let embedding = entry.site == Site::Embedding;
+    let (out, input) = if embedding { (base.arch.vocab, entry.out_dim) } else { (entry.out_dim, entry.in_dim) };
+    let conv1d = keys::is_conv1d(site, base);
+    // a head beside Conv1Ds was once written as they are
+    let once = base.arch.conv1d && !embedding && (rows, columns) == (input, out) && input != out;
+    let weight = if conv1d || once { weight.t()? } else { weight }; // [out, in]
+    if weight.dims() != [out, input] {
         return Err(InteropError::BaseMismatch(format!(
-            "{}.weight holds {:?} numbers, this server's base {} has {:?} there",
-            module.path,
-            weight.dims(),
+            "{name} holds {:?} numbers, this server's base {} has {:?} there",
+            [rows, columns],
             base.fingerprint.short(),
-            own.dims()
+            if conv1d { [input, out] } else { [out, input] }
         )));
     }
-    if base.holds(site, &if embedding { weight.clone() } else { weight.t()? })? {
+    if base.holds(site, &weight)? {
         return Ok(None);
     }
+    // linears are applied as [in, out], tables as they are
+    let weight = if embedding { weight } else { weight.t()?.contiguous()? };
     let put = |t: &Tensor| t.to_device(&base.device)?.to_dtype(base.dtype);
     let bias = match module.bias.take() {
         Some(_) if embedding => return Err(InteropError::Unapplied(vec![format!("{}.bias", module.path)])),
         Some(b) => {
-            keys::vector(&format!("{}.bias", module.path), &b, own.dim(1)?, base)?;
+            keys::vector(&format!("{}.bias", module.path), &b, out, base)?;
             Some(put(&b)?)
         }
-        None => bias,
+        None => base.bias(site)?,
     };
     Ok(Some(Matrix { weight: put(&weight)?, bias }))
 }

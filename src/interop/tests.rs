@@ -353,3 +353,57 @@ fn biases_go_to_peft_beside_a_pair_that_adds_nothing() {
     let norms = encode(&Delta::new(spec, norms, None), &base, &meta).unwrap();
     assert!(for_peft(norms, &base, &meta).unwrap_err().to_string().contains("norms alone"));
 }
+
+/// GPT-2's linears are Conv1Ds, saved `[in, out]`; its head is none, and is saved `[vocab, hidden]`.
+#[test]
+fn matrices_of_gpt2_are_saved_as_its_modules_have_them() {
+    let mut untied = tiny_gpt2();
+    untied["tie_word_embeddings"] = false.into();
+    for config in [tiny_gpt2(), untied] {
+        let base = random_base(&config, 3).unwrap();
+        for (module, shape, is_head) in [("lm_head", [128, 32], true), ("h.0.mlp.c_proj", [128, 32], false)] {
+            let site = base.sites.by_module(module).unwrap();
+            let key = format!("base_model.model.{}{module}.weight", if is_head { "" } else { "transformer." });
+            let with = |w: &Tensor| {
+                let mut tensors = pair("transformer.h.1.attn.c_attn", 4, 32, 96);
+                tensors.insert(key.clone(), w.contiguous().unwrap());
+                decode(&pack(&lora(4), &tensors), &base)
+            };
+            // as it is applied, [in, out]
+            let matrix = |delta: &Delta| {
+                let of = |(at, p): &(SiteId, Patch)| match p {
+                    Patch::Matrix(m) if *at == site => Some(m.weight.to_vec2::<f32>().unwrap()),
+                    _ => None,
+                };
+                delta.patches().iter().find_map(of)
+            };
+            let own = base.linear(site).unwrap().unwrap().0;
+            let saved = |w: &Tensor| if is_head { w.t().unwrap() } else { w.clone() };
+            assert_eq!(saved(&own).dims(), shape);
+            assert_eq!(matrix(&with(&saved(&own)).unwrap()), None, "{module}: the base's own");
+            let trained = (&own + random(own.dims(), 0.1)).unwrap();
+            let want = Some(trained.to_vec2::<f32>().unwrap());
+            let read = with(&saved(&trained)).unwrap();
+            assert_eq!(matrix(&read), want, "{module}");
+            let files = written(&read, &base);
+            let tensors =
+                candle_core::safetensors::load_buffer(&files.files["adapter_model.safetensors"], &Device::Cpu).unwrap();
+            assert_eq!(tensors[&key].to_vec2::<f32>().unwrap(), saved(&trained).to_vec2::<f32>().unwrap(), "{module}");
+            assert_eq!(matrix(&decode(&files, &base).unwrap()), want, "{module}");
+            let turned = with(&saved(&trained).t().unwrap());
+            if is_head {
+                // as versions have it that were stored before
+                assert_eq!(matrix(&turned.unwrap()), want);
+                assert_eq!(matrix(&with(&own).unwrap()), None);
+            } else {
+                let error = turned.unwrap_err();
+                assert!(
+                    matches!(error, InteropError::BaseMismatch(_)) && error.to_string().contains("[128, 32] there")
+                );
+            }
+        }
+        let tensors = HashMap::from([("base_model.model.lm_head.weight".to_owned(), random((120, 32), 1.0))]);
+        let error = decode(&pack(&lora(4), &tensors), &base).unwrap_err().to_string();
+        assert!(error.contains("[120, 32]") && error.contains("[128, 32] there"), "{error}");
+    }
+}

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{
     Architecture, ModelError, Quantize, Transformer, family,
     gguf::{self, GgufFile},
-    sites, table, weights,
+    sites, weights,
 };
 use crate::{
     delta::{SiteId, SiteTable},
@@ -236,21 +236,16 @@ impl Base {
         self.transformer.table().whole()
     }
 
-    /// Whether a site's matrix was made of this one, `[out, in]`, or `[vocab, hidden]` of the embedding: has its numbers, or comes
-    /// to the same codes where it is quantised.
+    /// Whether a site's matrix was made of this one, `[out, in]`, or `[vocab, hidden]` of the embedding: has its numbers, or
+    /// those that it comes to where it is rounded or quantised.
     ///
     /// # Errors
     /// Those of candle.
     pub fn holds(&self, site: SiteId, w: &Tensor) -> candle_core::Result<bool> {
-        let Some((linear, columns)) = self.transformer.linear_at(site) else {
-            return self.transformer.table().holds(w);
-        };
-        if columns.len() == linear.weight.out_dim()
-            && let Some(holds) = linear.weight.holds_quantized(w)?
-        {
-            return Ok(holds);
+        match self.transformer.linear_at(site) {
+            Some((linear, columns)) => linear.weight.holds(columns, w),
+            None => self.transformer.table().holds(w),
         }
-        table::same(&linear.weight.as_in_out()?.narrow(1, columns.start, columns.len())?.t()?, w)
     }
 
     /// Rows of the embedding table, `[ids, hidden]`.

@@ -8,7 +8,7 @@ use super::{
     testing::{self, gguf as writer},
 };
 use crate::{
-    delta::{DeltaBatch, Task},
+    delta::{DeltaBatch, Site, Task},
     nn::Cx,
     ops::QuantKind,
     rows::RowLayout,
@@ -139,4 +139,36 @@ fn what_is_not_kept_in_bf16_is_refused_by_name() {
     assert!(both.contains("bf16 or quantised"), "{both}");
     let f16 = refused(LoadOptions { dtype: DType::F16, ..LoadOptions::default() });
     assert!(f16.contains("F16") && f16.contains("[F32, BF16]"), "{f16}");
+}
+
+#[test]
+fn a_base_knows_the_matrices_that_it_rounded() {
+    for (config, stored) in [
+        (testing::tiny_llama(), DType::F32),
+        (testing::tiny_llama(), DType::F16),
+        (testing::tiny_gpt2(), DType::F32),
+        (testing::tiny_bert(), DType::F16),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        testing::write_random(dir.path(), &config, 8).unwrap();
+        let file = dir.path().join("model.safetensors");
+        let tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+        let stored = tensors.into_iter().map(|(name, t)| (name, t.to_dtype(stored).unwrap())).collect();
+        candle_core::safetensors::save(&stored, &file).unwrap();
+        let (base, plain) =
+            (Base::load(dir.path(), &in_bf16()).unwrap(), Base::load(dir.path(), &LoadOptions::default()).unwrap());
+        for (site, entry) in plain.sites.iter() {
+            let own = match plain.linear(site).unwrap() {
+                Some((w, _)) => w.t().unwrap(),
+                None if entry.site == Site::Embedding => plain.table().unwrap(),
+                None => continue,
+            };
+            let what = format!("{} {}", plain.arch.model_type, entry.label());
+            let rounded = own.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+            assert!(base.holds(site, &own).unwrap() && base.holds(site, &rounded).unwrap(), "{what}");
+            assert!(!base.holds(site, &(&own * 1.01).unwrap()).unwrap(), "{what}");
+            // what is kept as it is is not rounded
+            assert!(plain.holds(site, &own).unwrap() && !plain.holds(site, &rounded).unwrap(), "{what}");
+        }
+    }
 }

@@ -41,7 +41,7 @@ impl Transformer {
             (None, wanted) => {
                 let table = ckpt.get(n.embed, "weight", &[arch.vocab, h])?;
                 match wanted {
-                    Some(kind) => quantized(kind, &ops::quantize(&table, kind)?)?,
+                    Some(kind) => quantized(kind, &quantize::blocks(&table, kind, n.embed)?)?,
                     None => Table::Own(table),
                 }
             }

@@ -32,6 +32,14 @@ pub(super) fn of_head(in_dim: usize) -> Option<QuantKind> {
     Quantize::Q8_0.kind(in_dim)
 }
 
+/// The blocks of a module's matrix `[out, in]`.
+///
+/// # Errors
+/// The matrix's name, and why: a number that is not finite.
+pub(super) fn blocks(w: &Tensor, kind: QuantKind, module: &str) -> Result<Vec<u8>, ModelError> {
+    ops::quantize(w, kind).map_err(|e| ModelError::Checkpoint(format!("{module}.weight cannot be quantised: {e}")))
+}
+
 /// A part of a matrix, `[out, in]`.
 enum Rows {
     Floats(Tensor),
@@ -60,7 +68,7 @@ pub(super) fn weight(
                 let w = ckpt.get(module, "weight", &shape)?;
                 let w = if conv1d { w.t()? } else { w };
                 match wanted {
-                    Some(kind) => Rows::Blocks(kind, ops::quantize(&w, kind)?),
+                    Some(kind) => Rows::Blocks(kind, blocks(&w, kind, module)?),
                     None => Rows::Floats(w),
                 }
             }

@@ -1,19 +1,8 @@
 //! The embedding table, which may be the language-model head's weight, too.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use crate::ops::{Weight, WeightPart};
-
-/// Whether two matrices have the same numbers, whatever the types they are stored in.
-///
-/// # Errors
-/// Those of candle.
-pub(super) fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
-    let flat = |t: &Tensor| -> Result<Vec<f32>> {
-        t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?.flatten_all()?.to_vec1()
-    };
-    Ok(a.dims() == b.dims() && flat(a)? == flat(b)?)
-}
 
 /// A `[vocab, hidden]` table; a variable where every weight is trained, then as it is.
 pub(super) enum Table {
@@ -51,17 +40,16 @@ impl Table {
         }
     }
 
-    /// Whether it was made of this table `[vocab, hidden]`: has its numbers, or comes to the same codes where it is quantised.
+    /// Whether it was made of this table `[vocab, hidden]` ([`Weight::holds`]).
     ///
     /// # Errors
     /// Those of candle.
     pub(super) fn holds(&self, table: &Tensor) -> Result<bool> {
-        if let Self::Packed(weight) = self
-            && let Some(holds) = weight.holds_quantized(table)?
-        {
-            return Ok(holds);
-        }
-        same(&self.whole()?, table)
+        let weight = match self {
+            Self::Own(own) => Weight::view_of(own)?,
+            Self::Packed(weight) => weight.clone(),
+        };
+        weight.holds(0..weight.out_dim(), table)
     }
 
     /// Numbers in it.

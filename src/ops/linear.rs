@@ -4,6 +4,8 @@
 //! candle's matmul computes and keeps gradients of both operands, also of frozen ones (PR 3773); for a base model that is
 //! a second copy of the model per step.
 
+mod holds;
+
 use std::sync::Arc;
 
 use candle_core::{
@@ -145,18 +147,6 @@ impl Weight {
             Form::Bf16(w) => Tensor::from_vec(w.columns(ids), shape, &Device::Cpu),
             Form::Quantized(w) => Tensor::from_vec(w.columns(ids), shape, &Device::Cpu),
             Form::Joined(_) => bail!("lookup: several matrices are no table"),
-        }
-    }
-
-    /// Whether these are its numbers, `[out, in]`, where it is quantised: a matrix that comes to the same codes. `None` where it
-    /// is not.
-    ///
-    /// # Errors
-    /// Those of candle.
-    pub fn holds_quantized(&self, w: &Tensor) -> Result<Option<bool>> {
-        match &self.form {
-            Form::Quantized(own) => own.holds(w).map(Some),
-            _ => Ok(None),
         }
     }
 

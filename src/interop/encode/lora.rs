@@ -72,7 +72,8 @@ pub(super) fn lora(w: &Writer<'_>, patches: &Patches<'_>) -> Result<Part, Intero
                 g.tokens.insert(last(&path), json!(t.ids));
             }
             Patch::Matrix(m) => {
-                let weight = if embedding || w.base.arch.conv1d { plain(&m.weight)? } else { plain(&m.weight.t()?)? };
+                let as_it_is = embedding || keys::is_conv1d(*site, w.base);
+                let weight = if as_it_is { plain(&m.weight)? } else { plain(&m.weight.t()?)? };
                 tensors.insert(format!("{key}.weight"), weight);
                 if let Some(b) = &m.bias {
                     tensors.insert(format!("{key}.bias"), plain(b)?);

@@ -174,3 +174,53 @@ fn a_table_that_is_a_causal_head_is_quantised_as_one() {
         assert_eq!(flat(&plain), flat(&base));
     }
 }
+
+/// Also in parts of matrices that lie side by side, and where the numbers do not come to the same codes again.
+#[test]
+fn a_base_knows_what_its_matrices_were_made_of_and_what_they_became() {
+    for (config, quantize) in [
+        (testing::tiny_llama(), Quantize::Q8_0),
+        (wide(testing::tiny_llama()), Quantize::Q4K),
+        (wide(testing::tiny_gpt2()), Quantize::Q4K),
+        (testing::tiny_bert(), Quantize::Q8_0),
+    ] {
+        let load = |quantize| {
+            testing::random_base_as(&config, 3, &LoadOptions { quantize, ..LoadOptions::default() }).unwrap()
+        };
+        let (plain, base) = (load(None), load(Some(quantize)));
+        let matrix = |base: &Base, site| match base.linear(site).unwrap() {
+            Some((w, _)) => w.t().unwrap(),
+            None => base.table().unwrap(),
+        };
+        let sites =
+            plain.sites.iter().filter(|(_, e)| matches!(e.site, Site::Linear { .. } | Site::Embedding | Site::LmHead));
+        for (site, entry) in sites {
+            let what = format!("{} {} {quantize:?}", plain.arch.model_type, entry.label());
+            let own = matrix(&plain, site);
+            for numbers in [&own, &matrix(&base, site)] {
+                assert!(base.holds(site, numbers).unwrap(), "{what}");
+                assert!(!base.holds(site, &(numbers * 1.5).unwrap()).unwrap(), "{what}");
+            }
+            assert!(plain.holds(site, &own).unwrap(), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_number_that_is_not_finite_is_refused_by_the_name_of_its_matrix() {
+    let quantized = LoadOptions { quantize: Some(Quantize::Q8_0), ..LoadOptions::default() };
+    for (config, module) in [(testing::tiny_llama(), "mlp.down_proj"), (testing::tiny_gpt2(), "wte")] {
+        let dir = tempfile::tempdir().unwrap();
+        testing::write_random(dir.path(), &config, 8).unwrap();
+        let file = dir.path().join("model.safetensors");
+        let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+        let (name, t) = tensors.iter().find(|(name, _)| name.contains(module)).unwrap();
+        let mut numbers = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        numbers[77] = f32::NAN;
+        let (name, t) = (name.clone(), Tensor::from_vec(numbers, t.dims(), t.device()).unwrap());
+        tensors.insert(name, t);
+        candle_core::safetensors::save(&tensors, &file).unwrap();
+        let error = Base::load(dir.path(), &quantized).unwrap_err().to_string();
+        assert!(error.contains(&format!("{module}.weight")) && error.contains("NaN is not finite"), "{error}");
+    }
+}

@@ -109,6 +109,19 @@ fn what_is_no_matrix_is_an_error() {
     assert!(quantize(&random((2, 40)), QuantKind::Q8_0).is_err());
 }
 
+#[test]
+fn a_number_that_is_not_finite_is_refused_in_every_format() {
+    for (kind, bad) in QuantKind::ALL.into_iter().flat_map(|kind| [f32::NAN, f32::NEG_INFINITY].map(|bad| (kind, bad)))
+    {
+        // behind the rows that are quantised first
+        let mut numbers = flat(&random((70, 256)));
+        numbers[69 * 256 + 100] = bad;
+        let error = quantize(&Tensor::from_vec(numbers, (70, 256), &Device::Cpu).unwrap(), kind).unwrap_err();
+        let (error, want) = (error.to_string(), format!("{}: {bad} is not finite", kind.name()));
+        assert!(error.contains(&want), "{error} lacks {want}");
+    }
+}
+
 /// Joined as files of mixed quality have it: 4 bits, f32, and 6 bits, 40 columns each.
 fn mixed(k: usize) -> Weight {
     let part = |kind: Option<QuantKind>| {
