@@ -30,7 +30,8 @@ pub struct ServeArgs {
     #[arg(long, env = "DELTASERVE_DTYPE", value_name = "TYPE")]
     pub dtype: Option<DtypeChoice>,
     /// What the base's linears are quantised to at load, on the CPU; norms, biases and classification heads stay as they are,
-    /// as does an embedding table that is no language-model head.
+    /// as does an embedding table that is no language-model head (that of a causal checkpoint without a head, such as a
+    /// classifier's, counts as one).
     #[arg(long, env = "DELTASERVE_QUANTIZE", value_name = "FORMAT")]
     pub quantize: Option<QuantizeChoice>,
     /// What products take of their input when requests are served: `weights` rounds it as the matrix is kept where that is

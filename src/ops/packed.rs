@@ -69,6 +69,11 @@ pub(super) trait Panels: Copy + Sync {
         scratch: &'a mut [f32],
     ) -> (&'a [f32], &'a [f32]);
 
+    /// Whether [`Self::multiply`] rounds activations, which it then does for any number of rows.
+    fn rounds(self) -> bool {
+        false
+    }
+
     /// `x [m, k] W + bias` -> `out [m, n]`, all of which is written. Each row's numbers are the same in any company.
     fn multiply(self, x: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize), out: &mut [MaybeUninit<f32>]) {
         let run = |x: &[f32], out: Output<'_>| Arch::new().dispatch(Forward { x, w: self, bias, k, out });
@@ -140,7 +145,8 @@ pub(super) fn product<W: Panels>(x: &[f32], w: W, bias: Option<&[f32]>, (m, k, n
     assert_eq!(x.len(), m * k, "rows of a product"); // what is not computed would not be written
     let mut data = Vec::with_capacity(m * n);
     let all = &mut data.spare_capacity_mut()[..m * n];
-    if halves::takes(m, k, n) {
+    // where few rows are rounded, many are too: a row's numbers are the same in any company
+    if halves::takes(m, k, n) && !w.rounds() {
         halves::product(x, (w, Factor::Straight), bias, (k, n), all);
     } else {
         w.multiply(x, bias, (m, k, n), all);

@@ -165,8 +165,12 @@ impl Panels for &Bf16 {
         (out, &[])
     }
 
+    fn rounds(self) -> bool {
+        activations() == Activations::AsWeights && dot::available()
+    }
+
     fn multiply(self, x: &[f32], bias: Option<&[f32]>, (m, k, n): (usize, usize, usize), out: &mut [MaybeUninit<f32>]) {
-        if activations() == Activations::AsWeights && dot::available() {
+        if self.rounds() {
             let run = |x: &[_], out: Output<'_>| Dot { x, w: self, bias }.compute(out);
             rows::share_out(x, (m, k, n), out, |x| dot::rounded(x, k).into(), run);
         } else {

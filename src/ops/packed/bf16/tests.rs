@@ -2,10 +2,11 @@
 //! in f64 of rounded factors.
 
 use super::{
-    super::{pack, product, product_t, tests::numbers as random, with_activations},
+    super::{Halves, halves, pack, permitting, product, product_t, tests::numbers as random, with_activations},
     *,
 };
 use proptest::prelude::*;
+use pulp::Simd;
 
 fn rounded(numbers: &[f32]) -> Vec<f32> {
     numbers.iter().map(|x| bf16::from_f32(*x).to_f32()).collect()
@@ -55,6 +56,53 @@ proptest! {
             prop_assert_eq!(&alone[..], &all[i * n..(i + 1) * n]);
         }
     }
+}
+
+/// Machines with wider vectors never take the ways of 8 lanes otherwise.
+#[cfg(target_arch = "x86_64")]
+#[test]
+#[allow(unsafe_code, reason = "an output is read after it was written")]
+fn in_8_lanes_a_product_has_the_same_bits() {
+    let Some(simd) = pulp::x86::V3::try_new() else { return };
+    for (k, n) in [(3 * DEPTH, 2 * PANEL), (77, 101), (2 * DEPTH + 31, 5)] {
+        let (w, b) = (random(k * n, 5), random(n, 3));
+        let (packed, numbers) = (Bf16::pack((k, n), |r, c| w[r * n + c]), rounded(&w));
+        let plain = pack(k, n, |r, c| numbers[r * n + c]);
+        // few rows, every rest of a tile of 4, and rows for which a block is expanded
+        for m in [1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 40] {
+            let x = random(m * k, m as u64);
+            let mut all = vec![MaybeUninit::new(f32::NAN); m * n];
+            let out = Output { n, panels: 0..n.div_ceil(PANEL), rows: all.chunks_mut(n).collect() };
+            Simd::vectorize(simd, Exact { x: &blocked(&x, k), w: &packed, bias: Some(&b), out });
+            // SAFETY: all of them were made with a number
+            let got: Vec<f32> = all.iter().map(|number| unsafe { number.assume_init() }).collect();
+            assert_eq!(got, product(&x, &packed, Some(&b), (m, k, n)), "{m} {k} {n}");
+            assert_eq!(got, product(&x, &plain[..], Some(&b), (m, k, n)), "{m} {k} {n}");
+        }
+    }
+}
+
+/// The matrix unit would have nearly all of f32 from some number of rows on.
+#[test]
+fn rounded_rows_are_the_same_in_any_company_where_halves_are_permitted() {
+    let (m, k, n) = (130, 256, 600);
+    let (x, w) = (random(m * k, 1), random(k * n, 2));
+    let packed = Bf16::pack((k, n), |r, c| w[r * n + c]);
+    let plain = pack(k, n, |r, c| w[r * n + c]);
+    permitting(Halves::Always, || {
+        let all = rounding(&x, &packed, None, (m, k, n));
+        // where nothing is rounded, many rows are in halves and few are not
+        let apart = !dot::available() && halves::unit::available();
+        for rows in [0..1, 5..40, 3..67, 0..100] {
+            let own = rounding(&x[rows.start * k..rows.end * k], &packed, None, (rows.len(), k, n));
+            assert!(apart || own == all[rows.start * n..rows.end * n], "{rows:?}");
+        }
+    });
+    with_activations(Activations::AsWeights, || {
+        assert_eq!(packed.rounds(), dot::available());
+        assert!(!plain[..].rounds(), "f32 has nothing to round to");
+    });
+    assert!(!packed.rounds(), "only where it is permitted");
 }
 
 /// Enough columns and rows for every way of sharing out.
