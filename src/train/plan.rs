@@ -318,7 +318,7 @@ pub(crate) mod tests {
     use crate::{
         admission::{
             params::PublishPolicy,
-            train_params::{HyperParams, LoraPart, MethodPart, TrainData},
+            train_params::{BitfitPart, HyperParams, LoraPart, MethodPart, TrainData},
         },
         delta::{Problem, Task},
         train::{encode::tests::byte_codec, spec::tests::table},
