@@ -65,7 +65,7 @@ pub struct TrainLimits {
     pub max_jobs: usize,
     /// Paused jobs of one tenant.
     pub max_paused: usize,
-    /// By what share the p99 of the time between tokens may be higher beside training.
+    /// By what share the p99 of the time between steps of a sequence may be higher beside training.
     pub max_slowdown: f64,
     /// Longest wait at a yield point, until that is measured.
     pub max_yield: Duration,

@@ -2,8 +2,9 @@
 //! a floor.
 //!
 //! The engine marks when it is inside a busy period; the trainer calls [`Pacer::yield_now`] between layers of a forward
-//! and of a backward pass. While serving is busy it waits there, so that it computes for a share of the time, its *duty*. The
-//! engine tells of every step ([`Pacer::stepped`]), and a controller (`control`) finds the duty at which the p99 of the time between tokens
+//! and of a backward pass. While serving is busy it waits there, so that it computes for a share of the time, its *duty*; not where
+//! something is asked of its jobs, which they hear between two micro-steps ([`Pacer::hurry`]). The engine tells of every step
+//! ([`Pacer::stepped`]), and a controller (`control`) finds the duty at which the p99 of the time between steps of a sequence
 //! stays within a bound of what it is without training. In idle time nothing is held. Where the trainer's threads
 //! run only when no other wants a core ([`crate::ops::Priority`]), that alone would not keep it from starving: an engine that
 //! is busy all the time, and on every core, would leave it nothing. So between steps the engine asks [`Pacer::leave_floor`],
@@ -40,6 +41,8 @@ const LONGEST_GIFT: Duration = Duration::from_millis(250);
 const SHORTEST_SPELL: Duration = Duration::from_millis(200);
 /// How soon a trainer that is held sees that it is no more. It is not told, which would take a lock in the engine's steps.
 const LOOK: Duration = Duration::from_millis(2);
+/// How soon a trainer that waits sees that its duty has changed.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 /// The one shared switch between engine and trainer.
 ///
@@ -60,6 +63,8 @@ pub struct Pacer {
     gift: AtomicBool,
     /// The trainer is held, whatever its duty.
     held: AtomicBool,
+    /// Something is asked of a job, which is to come to the end of its micro-step.
+    hurries: AtomicBool,
     /// The duty, as the bits of an f64.
     duty: AtomicU64,
     /// Whether the duty follows from something measured.
@@ -129,6 +134,7 @@ impl Pacer {
             departures: zero(),
             gift: flag(),
             held: flag(),
+            hurries: flag(),
             duty: zero(),
             measured: flag(),
             points: zero(),
@@ -148,14 +154,14 @@ impl Pacer {
         }
     }
 
-    /// With a controller that keeps the p99 of the time between tokens within `bound`, a share, of what it is without training.
-    /// `max_wait` bounds a yield point's wait until that is measured. 0: training computes in idle time only, and its floor.
+    /// With a controller that keeps the p99 of the time between steps of a sequence within `bound`, a share, of what it is without
+    /// training. `max_wait` bounds a yield point's wait while that is not measured. 0: training computes in idle time only, and its floor.
     #[must_use]
     pub fn keeping(mut self, bound: f64) -> Self {
         let control = Control::new(bound, self.floor);
         self.controlled = true;
         self.duty.store(control.duty().to_bits(), SeqCst);
-        self.measured.store(bound <= 0.0, SeqCst);
+        self.measured.store(control.is_measured(), SeqCst);
         self.books = Mutex::new(Books { control, last: None });
         self
     }
@@ -191,9 +197,22 @@ impl Pacer {
             self.departures.fetch_add(1, SeqCst);
         }
         if !training {
-            drop(self.waiting.lock());
-            self.passed.notify_all();
+            self.tell();
         }
+    }
+
+    /// Whoever asks something of a job: no yield point holds training until [`Self::calm`]. It hears what is asked once its
+    /// micro-step is done, which takes what it takes alone.
+    pub fn hurry(&self) {
+        self.hurries.store(true, SeqCst);
+        // without the lock, which a trainer may hold that gets no core: one that does not hear it looks soon
+        self.open.notify_all();
+    }
+
+    /// Trainer side: it is about to look at what is asked of its jobs. What is asked from here on hurries it again.
+    pub fn calm(&self) {
+        // a swap, which sees what was asked before the flag that it clears was set
+        self.hurries.swap(false, SeqCst);
     }
 
     /// Trainer side: waits while serving is busy and lets nothing through, for as long as the duty says.
@@ -201,35 +220,36 @@ impl Pacer {
         self.points.fetch_add(1, SeqCst);
         let gift = self.gift.load(SeqCst);
         if gift {
-            drop(self.waiting.lock());
-            self.passed.notify_all();
+            self.tell();
         }
         let start = Instant::now();
         let computed = self.lap_ends();
-        if gift || !self.is_busy() {
+        if (gift && !self.held.load(SeqCst)) || !self.is_shut() {
             return;
         }
-        let wait = self.wait_after(computed);
-        if wait.is_some_and(|wait| wait.is_zero()) && !self.held.load(SeqCst) {
+        if self.wait_after(computed).is_some_and(|wait| wait.is_zero()) && !self.held.load(SeqCst) {
             return;
         }
-        let deadline = wait.map(|wait| start + wait);
         self.rests.store(true, SeqCst);
         while self.is_shut() {
             if self.held.load(SeqCst) {
-                std::thread::sleep(LOOK);
-            } else if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                break;
-            } else {
-                let mut waiting = self.waiting.lock();
-                match deadline {
-                    // looked at with the lock: who opens takes it before it tells
-                    _ if !self.is_shut() => {}
-                    Some(deadline) => {
-                        self.open.wait_until(&mut waiting, deadline);
-                    }
-                    None => self.open.wait(&mut waiting),
+                if self.gift.load(SeqCst) {
+                    self.tell();
                 }
+                std::thread::sleep(LOOK);
+                continue;
+            }
+            let now = Instant::now();
+            // by the duty of now, which may be another than when it began to wait
+            let deadline = self.wait_after(computed).and_then(|wait| start.checked_add(wait));
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                break;
+            }
+            let look = now + LONGEST_WAIT;
+            let mut waiting = self.waiting.lock();
+            // looked at with the lock: serving takes it before it tells that it is idle, or waits
+            if self.is_shut() {
+                self.open.wait_until(&mut waiting, deadline.map_or(look, |deadline| deadline.min(look)));
             }
         }
         // in this order: a step that has not seen the second yet has seen no more than a trainer that rests
@@ -239,9 +259,16 @@ impl Pacer {
         *self.lap.lock() = Lap::now();
     }
 
-    /// Serving is busy and does not wait for the trainer.
+    /// Serving is busy, nothing is asked of a job, and serving does not wait for the trainer to compute.
     fn is_shut(&self) -> bool {
-        self.is_busy() && !self.gift.load(SeqCst)
+        let given = self.gift.load(SeqCst) && !self.held.load(SeqCst);
+        self.is_busy() && !given && !self.hurries.load(SeqCst)
+    }
+
+    /// Wakes an engine that waits for the trainer.
+    fn tell(&self) {
+        drop(self.waiting.lock());
+        self.passed.notify_all();
     }
 
     /// What the trainer has computed since it left the last yield point, as far as serving was busy.
@@ -270,9 +297,14 @@ impl Pacer {
 
     /// Engine side, between two steps: lets training through where serving has been busy beside it for so long that it has computed
     /// less than its floor, and waits for that, at most 250 ms: until the trainer has had what it lacked, and is at a
-    /// yield point. Costs two looks where nothing trains.
+    /// yield point. One that is held is let through no yield point, but has to come to one. Costs two looks where nothing trains.
     pub fn leave_floor(&self) {
-        if self.floor == 0.0 || !self.training.load(SeqCst) || !self.is_busy() || self.held.load(SeqCst) {
+        if self.floor == 0.0 || !self.training.load(SeqCst) || !self.is_busy() {
+            return;
+        }
+        // by the engine's steps only: it stays so in here
+        let held = self.held.load(SeqCst);
+        if held && self.rests.load(SeqCst) {
             return;
         }
         let now = Instant::now();
@@ -294,7 +326,10 @@ impl Pacer {
         let mut waiting = self.waiting.lock();
         self.open.notify_all();
         // whole layers: the last one is not left half done
-        let done = || Instant::now() >= least && self.points.load(SeqCst) > begun;
+        let done = || match held {
+            true => self.rests.load(SeqCst),
+            false => Instant::now() >= least && self.points.load(SeqCst) > begun,
+        };
         while self.training.load(SeqCst) && !done() {
             if self.passed.wait_until(&mut waiting, deadline).timed_out() {
                 break;
@@ -309,7 +344,7 @@ impl Pacer {
         self.given_us.fetch_add(given.as_micros() as u64, Relaxed);
     }
 
-    /// Engine side: a step ended, of so many rows; so many sequences waited for it to get their next token.
+    /// Engine side: a step ended, of so many rows; so many sequences waited for it to get their next tokens.
     pub fn stepped(&self, rows: usize, tokens: usize) {
         let (departures, given) = (self.departures.load(SeqCst), self.given_us.load(Relaxed));
         let trains = self.training.load(SeqCst);
@@ -328,9 +363,7 @@ impl Pacer {
         books.control.note(Step { gap, trains, without });
         let control = &books.control;
         self.duty.store(control.duty().to_bits(), SeqCst);
-        if control.figures().is_some() {
-            self.measured.store(true, SeqCst);
-        }
+        self.measured.store(control.is_measured(), SeqCst);
         self.held.store(control.holds(), SeqCst);
     }
 
@@ -339,7 +372,7 @@ impl Pacer {
         f64::from_bits(self.duty.load(SeqCst))
     }
 
-    /// Engine side: what was last measured of time between tokens.
+    /// Engine side: what was last measured of the time between steps of a sequence; `None`: nothing, or nothing that still holds.
     pub fn figures(&self) -> Option<Figures> {
         self.books.lock().control.figures()
     }

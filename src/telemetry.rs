@@ -117,12 +117,14 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (
         "deltaserve_train_slowdown",
         Kind::Gauge,
-        "By what share the p99 of the time between tokens is higher beside training than without, as last measured.",
+        "By what share the p99 of the time between steps per sequence is higher beside training than without, \
+         as last measured; NaN: not measured.",
     ),
     (
         "deltaserve_train_inter_token_p99_seconds",
         Kind::Gauge,
-        "p99 of the time between tokens while a job trains, as last measured, and that of such steps without (training: on, off).",
+        "p99 of the time between steps per sequence (of one token, or several with drafts) while a job trains, \
+         as last measured, and that of such steps without (training: on, off); NaN: not measured.",
     ),
     ("deltaserve_train_duty", Kind::Gauge, "Share of the time that training may compute at while serving is busy."),
     (

@@ -97,12 +97,12 @@ pub struct ServeArgs {
     /// Memory that a job of full fine-tuning may take, in MiB; more is refused. Unset = what the machine has free.
     #[arg(long, env = "DELTASERVE_MAX_TRAIN_MB", value_name = "MIB")]
     pub max_train_mb: Option<u64>,
-    /// By what share training may raise the p99 of the time between tokens: what is measured beside it is held within that of
-    /// what is measured without, by how much training computes while serving is busy. 0 = training computes in idle time only,
-    /// and its floor.
+    /// By what share training may raise the p99 of the time between steps of a sequence: what is measured beside it is held within
+    /// that of what is measured without, by how much training computes while serving is busy. 0 = training computes in idle time
+    /// only, and its floor.
     #[arg(long, env = "DELTASERVE_TRAIN_MAX_SLOWDOWN", value_name = "SHARE", default_value_t = 0.1)]
     pub train_max_slowdown: f64,
-    /// Longest wait of training at one of its yield points while serving is busy, in milliseconds, until the slowdown is measured.
+    /// Longest wait of training at one of its yield points while serving is busy, in milliseconds, while the slowdown is not measured.
     #[arg(long, env = "DELTASERVE_TRAIN_MAX_YIELD_MS", value_name = "MS", default_value_t = 50)]
     pub train_max_yield_ms: u64,
     /// Which products of many rows with frozen weights may be computed with each number as a sum of two bf16, where the

@@ -3,7 +3,7 @@
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::scheduler::Scheduler;
-use crate::pacing::Pacer;
+use crate::pacing::{Figures, Pacer};
 
 /// Handles of all engine metrics; names are described in telemetry.
 pub(super) struct Metrics {
@@ -95,10 +95,11 @@ impl Metrics {
         self.constraint_bytes.set(scheduler.constraint_bytes() as f64);
         self.floor.set(pacer.given().as_secs_f64());
         self.duty.set(pacer.duty());
-        if let Some(figures) = pacer.figures() {
-            self.slowdown.set(figures.slowdown());
-            self.p99.set(figures.p99);
-            self.p99_off.set(figures.p99_off);
-        }
+        // what holds no more is no number
+        let figures = pacer.figures();
+        let figure = |of: fn(&Figures) -> f64| figures.as_ref().map_or(f64::NAN, of);
+        self.slowdown.set(figure(Figures::slowdown));
+        self.p99.set(figure(|figures| figures.p99));
+        self.p99_off.set(figure(|figures| figures.p99_off));
     }
 }

@@ -1,9 +1,9 @@
-//! The controller: how much training may compute while serving is busy, so that the p99 of the time between tokens stays within
-//! a bound of what it is without training.
+//! The controller: how much training may compute while serving is busy, so that the p99 of the time between steps of a sequence
+//! stays within a bound of what it is without training. A step gives a sequence one token, or several where some were guessed.
 //!
-//! A state machine over the engine's steps; its only clock is the time it is told. It compares the gaps between tokens while a
+//! A state machine over the engine's steps; its only clock is the time it is told. It compares the gaps between steps while a
 //! job trains with those while none did, and where these are few or old, training is held for a probe: a few percent of the busy
-//! time. What it moves is the
+//! time. What could not be measured again for long is forgotten. What it moves is the
 //! *duty*: the share of the time that training computes at while serving is busy, from the least to 1. Below the goal the duty
 //! grows by steps that shrink towards it; above, it falls by as much as the slowdown is too large, at most to half.
 
@@ -40,11 +40,15 @@ const TAIL: f64 = 0.99;
 const BEYOND: f64 = 4.0;
 /// A probe is due where so many gaps without training of this last time are missing.
 const FRESH: (usize, Duration) = (200, Duration::from_secs(60));
-/// A probe ends with so many gaps without training, or after this busy time.
+/// A probe ends with so many gaps without training, or after this busy time with the trainer at rest.
 const PROBE: (usize, Duration) = (25, Duration::from_millis(400));
 const FIRST_PROBE: (usize, Duration) = (150, Duration::from_millis(1500));
 /// Most of the busy time that is probed.
 const PROBED: f64 = 0.03;
+/// Busy time that the trainer has to come to rest: layers may be longer than probes, and get no core for long.
+const ARRIVES: Duration = Duration::from_secs(10);
+/// What was measured holds no more after so many steps, and this busy time, in which nothing could be compared.
+const STALE: (usize, Duration) = (400, Duration::from_secs(60));
 
 /// What is known of a step that followed another.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +64,7 @@ pub(super) struct Step {
 /// What was measured last.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Figures {
-    /// p99 of the time between tokens while a job trains, in seconds.
+    /// p99 of the time between steps of a sequence while a job trains, in seconds.
     pub p99: f64,
     /// The same quantile without training, of steps of the same numbers of rows, in seconds.
     pub p99_off: f64,
@@ -85,6 +89,8 @@ pub(super) struct Control {
     calm: u32,
     gaps: Gaps,
     figures: Option<Figures>,
+    /// Steps beside training, and their busy time, since it was last compared.
+    since: (usize, Duration),
     /// Time in which serving was busy beside training.
     busy: Duration,
     /// Up to when, in this time, it is not looked at gaps.
@@ -97,7 +103,9 @@ pub(super) struct Control {
 /// A time in which training is held.
 #[derive(Debug, Clone, Copy)]
 struct Probe {
-    begun: Duration,
+    asked: Duration,
+    /// From when the trainer rests.
+    begun: Option<Duration>,
     gaps: usize,
 }
 
@@ -109,11 +117,12 @@ impl Control {
         Self {
             bound,
             least,
-            duty: if bound > 0.0 { FIRST_DUTY.max(least) } else { 0.0 },
+            duty: first_duty(bound, least),
             known: 1.0,
             calm: 0,
             gaps: Gaps::new(),
             figures: None,
+            since: (0, Duration::ZERO),
             busy: Duration::ZERO,
             look: WINDOW,
             probe: None,
@@ -131,9 +140,14 @@ impl Control {
         self.probe.is_some()
     }
 
-    /// What was measured last.
+    /// What was measured last, if that still holds.
     pub(super) fn figures(&self) -> Option<Figures> {
         self.figures
+    }
+
+    /// Whether the duty follows from something measured, or from nothing at all being permitted.
+    pub(super) fn is_measured(&self) -> bool {
+        self.bound <= 0.0 || self.figures.is_some()
     }
 
     /// Takes what a step tells.
@@ -148,24 +162,44 @@ impl Control {
             self.probe = None;
             return;
         }
-        self.busy += Duration::try_from_secs_f32(gap.length).unwrap_or_default();
+        let (before, length) = (self.busy, Duration::try_from_secs_f32(gap.length).unwrap_or_default());
+        self.busy += length;
+        self.since = (self.since.0 + 1, self.since.1 + length);
+        if self.figures.is_some() && self.since.0 >= STALE.0 && self.since.1 >= STALE.1 {
+            self.forget();
+        }
         if let Some(probe) = &mut self.probe {
-            probe.gaps += usize::from(without && gap.tokens > 0);
-            let length = self.busy.saturating_sub(probe.begun);
+            if without {
+                probe.begun.get_or_insert(before);
+                probe.gaps += usize::from(gap.tokens > 0);
+            }
             // the first may take longer: until something is known, training may do little anyway
             let (gaps, most) = if self.figures.is_some() { PROBE } else { FIRST_PROBE };
-            if probe.gaps >= gaps || length >= most {
+            let over = match probe.begun.map(|begun| self.busy.saturating_sub(begun)) {
+                Some(held) if probe.gaps >= gaps || held >= most => Some(held.mul_f64(1.0 / PROBED - 1.0)),
+                None if self.busy.saturating_sub(probe.asked) >= ARRIVES => Some(FRESH.1),
+                _ => None,
+            };
+            if let Some(rest) = over {
                 self.probe = None;
-                self.rest = self.busy + length.mul_f64(1.0 / PROBED - 1.0);
+                self.rest = self.busy + rest;
             }
             return;
         }
+        // where nobody waits for tokens there is nothing new to look at
         if gap.tokens > 0 {
             self.gaps.beside(gap);
+            if self.busy >= self.look && self.gaps.len() >= FEWEST_GAPS {
+                self.look(gap.at);
+            }
         }
-        if self.busy >= self.look && self.gaps.len() >= FEWEST_GAPS {
-            self.look(gap.at);
-        }
+    }
+
+    /// As at the beginning: what was measured is of another traffic.
+    fn forget(&mut self) {
+        self.figures = None;
+        (self.duty, self.known, self.calm) = (first_duty(self.bound, self.least), 1.0, 0);
+        self.begin_anew();
     }
 
     fn begin_anew(&mut self) {
@@ -186,6 +220,7 @@ impl Control {
                 let (likely, least) = (slower(0.0), slower(ERRORS));
                 if figures.slowdown().is_finite() && likely.is_finite() && least.is_finite() {
                     self.figures = Some(figures);
+                    self.since = (0, Duration::ZERO);
                     self.move_duty(likely, least);
                 }
                 self.look = self.busy + WINDOW;
@@ -195,7 +230,7 @@ impl Control {
         // where training may compute nothing beside serving, nearly every gap is one without it
         let due = self.bound > 0.0 && self.gaps.fresh(now.saturating_sub(FRESH.1)) < FRESH.0;
         if due && self.busy >= self.rest {
-            self.probe = Some(Probe { begun: self.busy, gaps: 0 });
+            self.probe = Some(Probe { asked: self.busy, begun: None, gaps: 0 });
         }
     }
 
@@ -221,6 +256,11 @@ impl Control {
         };
         self.duty = duty.clamp(self.least, 1.0);
     }
+}
+
+/// The duty before anything is known, where `bound` permits any.
+fn first_duty(bound: f64, least: f64) -> f64 {
+    if bound > 0.0 { FIRST_DUTY.max(least) } else { 0.0 }
 }
 
 #[cfg(test)]

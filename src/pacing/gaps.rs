@@ -1,4 +1,4 @@
-//! Gaps between tokens, with and without training beside them, and how their quantiles compare.
+//! Gaps between steps that sequences wait for, with and without training beside them, and how their quantiles compare.
 //!
 //! How long a step takes depends on its rows first of all, and what is served while training rests is not what is served while
 //! it computes. So gaps without training are kept by class of rows, and weighed as often as that class is there beside training
@@ -12,7 +12,7 @@ const CLASSES: usize = 14;
 const MOST_OF_CLASS: usize = 1024;
 /// Most gaps beside training that are kept: the last.
 const MOST_BESIDE: usize = 2048;
-/// Gaps without training are forgotten after this: machines and what else they do change.
+/// Gaps are forgotten after this: machines and what else they do change.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(300);
 /// Fewest gaps without training of a class, for its gaps beside training to be compared.
 const FEWEST_OF_CLASS: usize = 8;
@@ -30,7 +30,7 @@ pub(super) struct Gap {
     pub(super) length: f32,
     /// Of the step that ended it.
     pub(super) rows: usize,
-    /// Sequences that waited for it to get their next token.
+    /// Sequences that waited for it to get their next token, or several where some were guessed.
     pub(super) tokens: usize,
     /// Serving waited in it for training's floor.
     pub(super) gift: bool,
@@ -90,6 +90,9 @@ impl Gaps {
     /// Both kinds, for the mix of steps that was beside training; `None` where there are too few.
     pub(super) fn compare(&mut self, now: Duration) -> Option<Compared> {
         let oldest = now.saturating_sub(FORGOTTEN_AFTER);
+        while self.beside.front().is_some_and(|gap| gap.at < oldest) {
+            self.beside.pop_front();
+        }
         let mut mix = [0.0; CLASSES];
         for gap in &self.beside {
             mix[gap.class()] += gap.tokens as f64;
@@ -224,6 +227,8 @@ mod tests {
         assert!(filled(&[(500, off)], &[(500, gap(11, 5.0, 64, 4))]).compare(at).is_none(), "of other rows");
         let late = at + FORGOTTEN_AFTER;
         assert!(filled(&[(500, off)], &[(500, on)]).compare(late).is_none(), "long ago");
+        let now = gap(late.as_secs(), 4.0, 4, 4);
+        assert!(filled(&[(500, now)], &[(500, on)]).compare(late).is_none(), "beside training long ago");
         assert_eq!(filled(&[(500, off), (7, on)], &[]).fresh(Duration::from_secs(11)), 7);
         // gaps that count for hundreds of tokens are not many gaps
         assert!(filled(&[(500, off)], &[(20, gap(11, 5.0, 4, 400)), (100, gap(11, 5.0, 4, 1))]).compare(at).is_none());

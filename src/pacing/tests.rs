@@ -148,6 +148,83 @@ fn until_it_is_measured_no_wait_is_longer_than_permitted() {
 }
 
 #[test]
+fn a_wait_ends_when_the_duty_rises() {
+    let pacer = Pacer::new(Duration::from_secs(3600), 0.0).keeping(0.1);
+    pacer.set_busy(true);
+    pacer.measured.store(true, SeqCst);
+    pacer.duty.store(1e-4_f64.to_bits(), SeqCst);
+    let t = Instant::now();
+    std::thread::scope(|s| {
+        let waits = s.spawn(|| {
+            // the first is where this thread's time begins
+            pacer.yield_now();
+            compute(Duration::from_millis(20));
+            pacer.yield_now();
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!waits.is_finished());
+        pacer.duty.store(1.0_f64.to_bits(), SeqCst);
+    });
+    assert!(t.elapsed() < Duration::from_secs(60), "of 200 s that it would have been");
+}
+
+#[test]
+fn a_trainer_that_is_asked_something_is_not_held() {
+    for (bound, held) in [(0.0, false), (0.1, true)] {
+        let pacer = Pacer::new(Duration::from_secs(3600), 0.0).keeping(bound);
+        pacer.set_busy(true);
+        pacer.held.store(held, SeqCst);
+        std::thread::scope(|s| {
+            let waits = s.spawn(|| pacer.yield_now());
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            pacer.hurry();
+        });
+        let before = pacer.yielded();
+        pacer.yield_now();
+        assert_eq!(pacer.yielded(), before, "nor at the yield points that follow");
+        pacer.calm();
+        std::thread::scope(|s| {
+            let waits = s.spawn(|| pacer.yield_now());
+            std::thread::sleep(Duration::from_millis(50));
+            let held = !waits.is_finished();
+            pacer.set_busy(false);
+            assert!(held, "until it has heard");
+        });
+    }
+}
+
+/// Where serving takes every core, a trainer that is held in the middle of a layer would never come to rest.
+#[test]
+fn a_trainer_that_is_to_rest_is_given_time_to_come_there_and_no_more() {
+    let pacer = Pacer::new(Duration::from_secs(3600), 0.5).keeping(0.1);
+    pacer.set_training(true);
+    pacer.set_busy(true);
+    pacer.held.store(true, SeqCst);
+    pacer.leave_floor();
+    std::thread::sleep(SHORTEST_SPELL);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !pacer.gift.load(SeqCst) && !over.load(SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            pacer.yield_now();
+        });
+        pacer.leave_floor();
+        let given = pacer.given();
+        let rests = pacer.rests.load(SeqCst);
+        std::thread::sleep(SHORTEST_SPELL + LONGEST_GIFT);
+        pacer.leave_floor();
+        let again = pacer.given();
+        over.store(true, SeqCst);
+        pacer.set_busy(false);
+        assert!(rests && !given.is_zero(), "it came to rest in what was given: {given:?}");
+        assert_eq!(again, given, "one that rests is given nothing");
+    });
+}
+
+#[test]
 fn without_traffic_nothing_is_held() {
     for bound in [0.0, 0.1] {
         let pacer = Pacer::new(Duration::from_secs(3600), 0.1).keeping(bound);
@@ -222,6 +299,7 @@ fn steps_are_measured_beside_training_and_without_it() {
         probed
     });
     assert!(probed > 0, "gaps without training are not those between two of its layers");
+    assert!(pacer.measured.load(SeqCst));
     let figures = pacer.figures().expect("measured");
     assert!(figures.p99 > 0.001 && figures.p99_off > 0.001, "{figures:?}");
 }

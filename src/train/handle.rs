@@ -247,11 +247,12 @@ impl TrainerHandle {
         let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
         let (report, reports) = mpsc::channel(256);
         let (commands, commanded) = mpsc::channel(64);
-        let thread = worker::spawn((base, pacer), config.clone(), starting, report)?;
+        let thread = worker::spawn((base, Arc::clone(&pacer)), config.clone(), starting, report)?;
         let supervisor = Supervisor::new(Parts {
             shared: Arc::clone(&shared),
             publisher,
             memory: memory.clone(),
+            pacer,
             max_running,
             weights: Arc::clone(&config.weights),
             max_paused: config.max_paused_per_tenant,

@@ -30,6 +30,7 @@ use crate::{
     delta::Delta,
     ids::{DeltaId, TenantId},
     model::ModelFolder,
+    pacing::Pacer,
     train::{
         beginning::{Beginning, Shelved},
         control::{Ask, Control},
@@ -184,6 +185,8 @@ pub(crate) struct Supervisor {
     pub(crate) shared: Arc<Shared>,
     pub(crate) publisher: Publisher,
     pub(crate) memory: MemoryProbe,
+    /// Holds training while serving is busy.
+    pub(crate) pacer: Arc<Pacer>,
     pub(crate) max_running: usize,
     pub(crate) max_paused: usize,
     pub(crate) starts: Option<SyncSender<Start>>,
@@ -203,6 +206,8 @@ pub(crate) struct Parts {
     pub(crate) shared: Arc<Shared>,
     pub(crate) publisher: Publisher,
     pub(crate) memory: MemoryProbe,
+    /// Holds training while serving is busy.
+    pub(crate) pacer: Arc<Pacer>,
     pub(crate) max_running: usize,
     /// Shares of tenants that have another than 1.
     pub(crate) weights: Arc<HashMap<TenantId, u32>>,
@@ -216,12 +221,13 @@ pub(crate) struct Parts {
 
 impl Supervisor {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { shared, publisher, memory, max_running, weights, max_paused, starts, commands, to_self, reports } =
-            parts;
+        let Parts { shared, publisher, memory, pacer, max_running, weights, max_paused, starts, commands, .. } = parts;
+        let (to_self, reports) = (parts.to_self, parts.reports);
         Self {
             shared,
             publisher,
             memory,
+            pacer,
             max_running,
             max_paused,
             starts: Some(starts),

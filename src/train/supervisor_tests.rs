@@ -68,7 +68,10 @@ pub(super) fn accept(count: &Arc<AtomicUsize>) -> Publisher {
 }
 
 pub(super) async fn trainer(log: &JobLog, publisher: Publisher, config: TrainerConfig) -> TrainerHandle {
-    let pacer = Arc::new(Pacer::new(Duration::from_millis(5), 0.0));
+    paced(Arc::new(Pacer::new(Duration::from_millis(5), 0.0)), log, publisher, config).await
+}
+
+async fn paced(pacer: Arc<Pacer>, log: &JobLog, publisher: Publisher, config: TrainerConfig) -> TrainerHandle {
     let memory = MemoryProbe::of_machine(None, false);
     let parts = TrainerParts { base: tiny("llama"), pacer, log: log.clone(), publisher, memory };
     TrainerHandle::spawn(parts, config).await.unwrap().0
@@ -165,6 +168,39 @@ async fn cancel_ends_waiting_and_running_jobs_and_frees_their_place() {
     let (p, prepared) = request(2);
     let next = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
     assert_eq!(states(&all(trainer.watch(&a, &next.id, 0).await.unwrap()).await).last(), Some(&JobState::Succeeded));
+}
+
+/// Serving is always busy, and no slowdown is permitted: training would wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_that_serving_holds_are_cancelled_paused_and_stopped() {
+    let (_dir, log) = log().await;
+    let pacer = Arc::new(Pacer::new(Duration::from_secs(3600), 0.0).keeping(0.0));
+    let config = TrainerConfig { max_concurrent_jobs: 3, ..TrainerConfig::default() };
+    let trainer = paced(Arc::clone(&pacer), &log, accept(&Arc::default()), config).await;
+    let (a, (p, prepared)) = (tenant("a"), request(1_000_000));
+    let mut jobs = Vec::new();
+    for _ in 0..3 {
+        let job = trainer.create(&a, &p, &prepared, Kept::default()).await.unwrap();
+        let mut watch = trainer.watch(&a, &job.id, 0).await.unwrap();
+        reaches(&mut watch, 0).await;
+        jobs.push((job.id, watch));
+    }
+    pacer.set_busy(true);
+    let Ok([(cancelled, mut first), (paused, mut second), (stopped, _)]) = <[_; 3]>::try_from(jobs) else {
+        panic!("three jobs");
+    };
+    trainer.cancel(&a, &cancelled).await.unwrap();
+    for (id, watch, to) in [(&cancelled, &mut first, JobState::Cancelled), (&paused, &mut second, JobState::Paused)] {
+        if to == JobState::Paused {
+            trainer.pause(&a, id).await.unwrap();
+        }
+        while !matches!(&next(watch).await.unwrap().expect("goes on").body, JobEventBody::State(s) if s.state == to) {}
+    }
+    trainer.drain(PATIENCE).await;
+    let left = log.get(&a, &stopped).await.unwrap().expect("kept");
+    assert_eq!(left.state, JobState::Queued);
+    assert!(log.checkpoint(&stopped).await.unwrap().is_some(), "it goes on where it was");
+    assert!(pacer.is_busy());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -317,6 +353,7 @@ async fn where_the_trainer_thread_has_ended_jobs_are_told_so_and_are_left_to_the
         shared: Arc::clone(&shared),
         publisher: accept(&Arc::default()),
         memory: MemoryProbe::of_machine(None, false),
+        pacer: Arc::new(Pacer::new(Duration::from_millis(5), 0.0)),
         weights: Arc::default(),
         max_running: 1,
         max_paused: 1,

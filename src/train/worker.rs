@@ -180,6 +180,7 @@ impl Worker {
     fn round(&mut self) -> bool {
         self.active.iter_mut().for_each(|job| job.had = false);
         while let Some(at) = self.active.iter().position(|job| !job.had) {
+            self.calm();
             let jobs = self.company(at);
             let turns = if jobs.len() > 1 { self.turn_together(&jobs) } else { vec![self.turn(at)] };
             // from the last, so that places stay right
@@ -198,6 +199,16 @@ impl Worker {
             }
         }
         true
+    }
+
+    /// Lets training be held again, unless a job has still to hear what is asked of it.
+    fn calm(&self) {
+        // first this: what is asked after the look hurries it anew
+        self.pacer.calm();
+        let asked = |job: &Active| matches!(job.stage, Stage::Run(_)) && job.control.ask() != Ask::GoOn;
+        if self.active.iter().any(asked) {
+            self.pacer.hurry();
+        }
     }
 
     fn begin(&mut self, start: Start) {
@@ -239,6 +250,8 @@ impl Worker {
             },
         };
         let id = id.clone();
+        // before it asks: it may be held for long, and what ends that is often that something is asked
+        self.pacer.yield_now();
         match control.ask() {
             Ask::GoOn => {}
             Ask::Cancel => return Turn::Over(End::Cancelled),
@@ -251,7 +264,6 @@ impl Worker {
                 return Turn::Over(end);
             }
         }
-        self.pacer.yield_now();
         let came = guarded(run.step() + 1, || run.advance());
         self.told(at, came)
     }

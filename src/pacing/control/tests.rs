@@ -196,6 +196,67 @@ fn few_gaps_change_nothing() {
 }
 
 #[test]
+fn a_measure_that_cannot_be_had_again_is_forgotten() {
+    for (bound, cost) in [(0.1, 10.0), (0.0, 0.3)] {
+        let mut machine = Machine::new(bound, 0.0, cost, 0.0002);
+        machine.run(60);
+        assert!(machine.control.figures().is_some() && machine.control.is_measured());
+        let duty = machine.control.duty();
+        assert!(duty < 0.08, "{duty}");
+        // nobody waits for tokens any more
+        machine.tokens = 0;
+        machine.run(50);
+        assert!(machine.control.figures().is_some());
+        assert_eq!(machine.control.duty(), duty, "no duty follows from what is not new");
+        machine.run(30);
+        let first = if bound > 0.0 { FIRST_DUTY } else { 0.0 };
+        assert_eq!((machine.control.figures(), machine.control.duty()), (None, first));
+        assert_eq!(machine.control.is_measured(), bound == 0.0, "nothing is permitted, whatever is known");
+        machine.tokens = 4;
+        machine.run(60);
+        assert!(machine.control.figures().is_some() && machine.control.duty() < 0.08);
+    }
+}
+
+/// Steps of 4 ms beside layers of 3 s.
+#[test]
+fn a_probe_waits_for_the_end_of_the_layer() {
+    let (mut control, mut now) = (Control::new(0.1, 0.03), 0.0);
+    let mut step = |control: &mut Control, without: bool| {
+        now += 0.004;
+        let gap = Gap { at: Duration::from_secs_f64(now), length: 0.004, rows: 4, tokens: 4, gift: false };
+        control.note(Step { gap, trains: true, without });
+    };
+    // the first probe is due when it is first looked
+    while !control.holds() && control.busy < 2 * WINDOW {
+        step(&mut control, false);
+    }
+    for _ in 0..750 {
+        step(&mut control, false);
+        assert!(control.holds(), "until the layer ends");
+    }
+    let mut gaps = 0;
+    while control.holds() {
+        step(&mut control, true);
+        gaps += 1;
+    }
+    assert_eq!((gaps, control.figures()), (FIRST_PROBE.0, None));
+    (0..1000).for_each(|_| step(&mut control, false));
+    assert!(control.figures().is_some_and(|figures| figures.slowdown().abs() < 0.01), "measured");
+    // one that never comes to rest is not waited for without end
+    let mut held = Duration::ZERO;
+    let mut control = Control::new(0.1, 0.03);
+    while !control.holds() && control.busy < 2 * WINDOW {
+        step(&mut control, false);
+    }
+    while control.holds() && held < 2 * ARRIVES {
+        step(&mut control, false);
+        held += Duration::from_millis(4);
+    }
+    assert!(held.abs_diff(ARRIVES) < Duration::from_millis(100), "{held:?}");
+}
+
+#[test]
 fn without_a_job_nothing_is_held_and_the_figure_is_there_before_it_comes() {
     let mut machine = Machine::new(0.1, 0.03, 0.0, 0.002);
     for _ in 0..5000 {

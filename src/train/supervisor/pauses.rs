@@ -48,6 +48,13 @@ impl Supervisor {
         Ok(())
     }
 
+    /// A job hears what is asked of it between two micro-steps, and serving may hold it within one.
+    fn hurry(&self, job: &Running) {
+        if matches!(job.phase, Phase::Training) {
+            self.pacer.hurry();
+        }
+    }
+
     fn is_loading(&self, id: &str) -> bool {
         self.running.get(id).is_some_and(|job| job.phase.is_loading())
     }
@@ -66,6 +73,7 @@ impl Supervisor {
         } else if let Some(job) = self.running.get(id) {
             // too late once it is being published: that ends by itself
             job.control.cancel();
+            self.hurry(job);
         } else if let Ok(JobState::Queued | JobState::Paused) = self.state_of(id).await {
             // paused, or of an earlier process and being prepared
             self.terminal(id, JobState::Cancelled, None, None).await;
@@ -96,6 +104,7 @@ impl Supervisor {
                 Phase::Training if job.full => Err(TrainError::FullRuns(id.to_owned())),
                 Phase::Loading { .. } | Phase::Training | Phase::Stopping => {
                     job.control.pause();
+                    self.hurry(job);
                     Ok(())
                 }
                 Phase::Publishing { .. } => Err(TrainError::State {
@@ -229,7 +238,10 @@ impl Supervisor {
         // those that wait stay queued, and are prepared again at the next start
         self.queue.clear();
         self.running.retain(|_, job| !job.phase.is_loading());
-        self.running.values().for_each(|job| job.control.stop());
+        for job in self.running.values() {
+            job.control.stop();
+            self.hurry(job);
+        }
         let running: Vec<String> = self.running.keys().cloned().collect();
         self.shared.forget_all_but(&running);
         self.drained = Some(done);

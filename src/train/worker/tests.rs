@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, mpsc::sync_channel},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc::{Receiver, channel};
@@ -32,9 +32,12 @@ struct Rounds {
 impl Rounds {
     /// Jobs `0`, `1`, ...
     fn of(base: &Arc<Base>, share: usize, inputs: &[RunInput]) -> Self {
+        Self::paced(Arc::new(Pacer::new(Duration::from_millis(1), 0.0)), base, share, inputs)
+    }
+
+    fn paced(pacer: Arc<Pacer>, base: &Arc<Base>, share: usize, inputs: &[RunInput]) -> Self {
         let (_, starts) = sync_channel(1);
         let (send, reports) = channel(4096);
-        let pacer = Arc::new(Pacer::new(Duration::from_millis(1), 0.0));
         let mut worker = Worker::new((Arc::clone(base), pacer), share, starts, send);
         let mut controls = Vec::new();
         for (i, input) in inputs.iter().enumerate() {
@@ -202,6 +205,41 @@ fn one_that_is_paused_or_cancelled_leaves_at_once_and_the_others_go_on() {
     for (id, input) in [("0", &inputs[0]), ("2", &inputs[2]), ("again", &inputs[3])] {
         assert_as_alone(&base, input, &rounds.ends[id]);
     }
+}
+
+/// Serving is busy all the time, and no slowdown is permitted.
+#[test]
+fn a_round_that_serving_holds_ends_when_something_is_asked() {
+    let base = tiny("llama");
+    let pacer = Arc::new(Pacer::new(Duration::from_secs(3600), 0.0).keeping(0.0));
+    let mut rounds = Rounds::paced(Arc::clone(&pacer), &base, 1, &jobs(&base, 3, 50));
+    let asked = Arc::clone(&rounds.controls[2]);
+    pacer.set_busy(true);
+    std::thread::scope(|s| {
+        let round = s.spawn(|| rounds.round());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!round.is_finished(), "it is held");
+        asked.cancel();
+        pacer.hurry();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !round.is_finished() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let heard = round.is_finished();
+        pacer.set_busy(false);
+        assert!(heard, "the jobs before it in the round are not held either");
+    });
+    assert!(matches!(rounds.ends["2"], End::Cancelled));
+    assert_eq!(rounds.steps(), [1, 1]);
+    // and from then on it is held as before
+    pacer.set_busy(true);
+    std::thread::scope(|s| {
+        let round = s.spawn(|| rounds.round());
+        std::thread::sleep(Duration::from_millis(100));
+        let held = !round.is_finished();
+        pacer.set_busy(false);
+        assert!(held);
+    });
 }
 
 /// A token that the base does not have is an error of the forward; a mask longer than its text is a panic of the losses.
