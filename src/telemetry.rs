@@ -18,18 +18,18 @@ pub mod names {
     pub const REFUSALS: &str = "deltaserve_refusals_total";
     /// Calls in progress.
     pub const CALLS: &str = "deltaserve_calls_in_progress";
-    /// Requests whose delta was there, by `tier`.
+    /// Requests whose delta was there.
     pub const CACHE_HITS: &str = "deltaserve_cache_hits_total";
-    /// Requests whose delta was not there, by `tier`.
+    /// Requests whose delta was not there.
     pub const CACHE_MISSES: &str = "deltaserve_cache_misses_total";
-    /// Deltas evicted, by `tier`.
+    /// Deltas evicted.
     pub const CACHE_EVICTIONS: &str = "deltaserve_cache_evictions_total";
     /// Bytes of deltas, by `tier`.
     pub const CACHE_BYTES: &str = "deltaserve_cache_bytes";
     /// Deltas in memory.
-    pub const CACHE_DELTAS: &str = "deltaserve_cache_deltas";
-    /// Time of loading a delta, by `tier` it came from.
-    pub const LOAD_SECONDS: &str = "deltaserve_load_seconds";
+    pub const RESIDENT_DELTAS: &str = "deltaserve_resident_deltas";
+    /// Time of loading a delta.
+    pub const LOAD_SECONDS: &str = "deltaserve_delta_load_seconds";
     /// Resident memory of the process.
     pub const PROCESS_BYTES: &str = "deltaserve_process_resident_bytes";
     /// Most resident memory of the process so far.
@@ -98,17 +98,21 @@ const METRICS: &[(&str, Kind, &str)] = &[
         Kind::Counter,
         "Times that the idle engine found the key-value cache damaged, and emptied it.",
     ),
-    (names::CACHE_HITS, Kind::Counter, "Requests whose delta was there, by tier."),
-    (names::CACHE_MISSES, Kind::Counter, "Requests whose delta was not there, by tier."),
-    (names::CACHE_EVICTIONS, Kind::Counter, "Deltas evicted, by tier."),
+    (names::CACHE_HITS, Kind::Counter, "Requests whose delta was there."),
+    (names::CACHE_MISSES, Kind::Counter, "Requests whose delta was not there."),
+    (names::CACHE_EVICTIONS, Kind::Counter, "Deltas evicted."),
     (names::CACHE_BYTES, Kind::Gauge, "Bytes of deltas by tier; evicted but leased ones included."),
-    (names::CACHE_DELTAS, Kind::Gauge, "Deltas by tier."),
+    (names::RESIDENT_DELTAS, Kind::Gauge, "Deltas in memory; evicted but leased ones included."),
     (
         "deltaserve_delta_load_failures_total",
         Kind::Counter,
         "Loads of deltas by outcome: failed, refused (the last one failed a moment ago, the store was not asked).",
     ),
-    (names::LOAD_SECONDS, Kind::Histogram, "Time of loading a delta, by the tier it came from."),
+    (
+        names::LOAD_SECONDS,
+        Kind::Histogram,
+        "Time of loading a delta: reading and decoding it, and waiting for room and for a turn.",
+    ),
     ("deltaserve_train_step_seconds", Kind::Histogram, "Time of optimizer steps."),
     ("deltaserve_train_loss", Kind::Gauge, "Loss of the last optimizer step, by slot (0 to 7) of the running job."),
     ("deltaserve_train_tokens_total", Kind::Counter, "Tokens trained on."),
@@ -219,6 +223,8 @@ fn describe() {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -243,6 +249,25 @@ mod tests {
         assert_eq!(status_bytes(status, "VmRSS"), Some(1_048_576.0));
         assert_eq!(status_bytes(status, "VmHWM"), Some(2_097_152.0));
         assert_eq!((status_bytes(status, "Threads"), status_bytes(status, "VmPeak")), (None, None));
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_metrics_that_there_are() {
+        let dashboard = include_str!("../deploy/grafana/dashboard.json");
+        let of_a_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        let asked: BTreeSet<&str> = dashboard
+            .match_indices("deltaserve_")
+            .map(|(at, _)| &dashboard[at..])
+            .map(|rest| &rest[..rest.find(|c| !of_a_name(c)).unwrap_or(rest.len())])
+            .collect();
+        assert!(asked.len() > 20, "{asked:?}");
+        for name in asked {
+            let is = |(known, kind, _): &(&str, Kind, &str)| match kind {
+                Kind::Histogram => name.strip_prefix(known).is_some_and(|p| ["_bucket", "_sum", "_count"].contains(&p)),
+                Kind::Counter | Kind::Gauge => name == *known,
+            };
+            assert!(METRICS.iter().any(is), "{name}");
+        }
     }
 
     #[test]

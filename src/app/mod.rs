@@ -335,7 +335,7 @@ mod tests {
     use crate::{
         config::ServeArgs,
         model::testing::{random_base, tiny_llama},
-        ops::Halves,
+        ops::{Activations, Halves},
     };
 
     #[test]
@@ -349,6 +349,10 @@ mod tests {
             assert_eq!(limits(&config, &engine).grammar_bytes, 32 << 20);
             let trainer = trainer_config(&config);
             assert_eq!(trainer.halves, halves);
+        }
+        for (said, activations) in [("weights", Activations::AsWeights), ("f32", Activations::F32)] {
+            let config = Config::try_from(ServeArgs { activations: said.into(), ..ServeArgs::for_base("x") })?;
+            assert_eq!(engine_config(&config, &base).activations, activations);
         }
         Ok(())
     }

@@ -287,7 +287,7 @@ impl Scheduler {
 
     fn plan_turn(&mut self, plan: &mut StepPlan) {
         self.step += 1;
-        let line = self.with_room_for_constraints(self.line());
+        let line = self.line();
         let mut allowed = self.allowed_deltas(&line);
         let mut budget = self.limits.max_batch_tokens;
         self.plan_decode(&allowed, &mut budget, plan);

@@ -258,6 +258,11 @@ impl Residency {
         self.shared.failures.forget(id);
     }
 
+    /// Blobs of the store have changed: how any version failed says nothing any more.
+    pub(super) fn forget_all(&self) {
+        self.shared.failures.forget_all();
+    }
+
     /// Reads and decodes within a reservation made before.
     async fn load_now(&self, version: &Arc<VersionRecord>) -> Result<Hold, RegistryError> {
         let shared = &self.shared;

@@ -92,6 +92,13 @@ impl Failures {
             *forgotten = true;
         }
     }
+
+    /// Bytes were written to the store, and versions share them: the next load of each is a new matter.
+    pub(super) fn forget_all(&self) {
+        let state = &mut *self.state.lock();
+        state.kept.clear();
+        state.loading.values_mut().for_each(|forgotten| *forgotten = true);
+    }
 }
 
 fn is_of_the_version(error: &RegistryError) -> bool {
@@ -128,6 +135,11 @@ mod tests {
         failures.forget(&id(1));
         failures.end(id(1), &failed());
         assert!(failures.find(&id(1)).is_none());
+        failures.end(id(1), &failed());
+        failures.begin(id(2));
+        failures.forget_all();
+        failures.end(id(2), &failed());
+        assert!(failures.find(&id(1)).is_none() && failures.find(&id(2)).is_none());
         failures.end(id(1), &failed());
         std::thread::sleep(Duration::from_millis(210));
         assert!(failures.find(&id(1)).is_none(), "its time is over");

@@ -2,6 +2,8 @@
 
 use metrics::{Counter, Gauge, Histogram};
 
+use crate::telemetry::names;
+
 pub(super) struct Metrics {
     pub(super) hits: Counter,
     pub(super) misses: Counter,
@@ -14,12 +16,12 @@ pub(super) struct Metrics {
 impl Metrics {
     pub(super) fn new() -> Self {
         Self {
-            hits: metrics::counter!("deltaserve_cache_hits_total"),
-            misses: metrics::counter!("deltaserve_cache_misses_total"),
-            evictions: metrics::counter!("deltaserve_cache_evictions_total"),
-            load_seconds: metrics::histogram!("deltaserve_delta_load_seconds"),
-            resident: metrics::gauge!("deltaserve_resident_deltas"),
-            bytes: metrics::gauge!("deltaserve_cache_bytes", "tier" => "resident"),
+            hits: metrics::counter!(names::CACHE_HITS),
+            misses: metrics::counter!(names::CACHE_MISSES),
+            evictions: metrics::counter!(names::CACHE_EVICTIONS),
+            load_seconds: metrics::histogram!(names::LOAD_SECONDS),
+            resident: metrics::gauge!(names::RESIDENT_DELTAS),
+            bytes: metrics::gauge!(names::CACHE_BYTES, "tier" => "resident"),
         }
     }
 }

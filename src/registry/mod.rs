@@ -284,7 +284,13 @@ impl Registry {
         let new = NewVersion { tenant: tenant.clone(), name, base: self.base, spec, files, policy, origin };
         let this = self.clone();
         let task = async move {
-            let (version, name) = this.store.publish(new).await?;
+            let before = this.store.blobs_written();
+            let published = this.store.publish(new).await;
+            // also where the name was refused: a blob that went bad was written anew before, and any version may have it
+            if this.store.blobs_written() != before {
+                this.residency.forget_all();
+            }
+            let (version, name) = published?;
             this.take_over(name).await;
             tracing::info!(
                 tenant = %version.tenant, delta = %version.name, number = version.number, id = %version.id.short(),

@@ -7,7 +7,10 @@
 use std::{
     fs::File,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -23,6 +26,8 @@ const INLINE_DIGEST: usize = 128 * 1024;
 pub(super) struct Blobs {
     objects: Arc<dyn ObjectStore>,
     root: PathBuf,
+    /// Times that one was written.
+    written: AtomicU64,
 }
 
 impl Blobs {
@@ -31,7 +36,7 @@ impl Blobs {
         std::fs::create_dir_all(root).map_err(StoreError::io(root))?;
         sweep(root)?;
         let objects = LocalFileSystem::new_with_prefix(root)?.with_fsync(true);
-        Ok(Self { objects: Arc::new(objects), root: root.to_owned() })
+        Ok(Self { objects: Arc::new(objects), root: root.to_owned(), written: AtomicU64::new(0) })
     }
 
     /// Stores the bytes unless they are there already. A blob whose stored bytes went bad is written anew.
@@ -41,8 +46,16 @@ impl Blobs {
             // Whoever wrote it may not have reached its directory fsync yet, or was killed before it.
             return self.sync_dir(id).await;
         }
-        self.objects.put(&key, bytes.into()).await?;
+        let put = self.objects.put(&key, bytes.into()).await;
+        // an error may come after the bytes
+        self.written.fetch_add(1, Ordering::AcqRel);
+        put?;
         Ok(())
+    }
+
+    /// How many times one was written since this was opened.
+    pub(super) fn written(&self) -> u64 {
+        self.written.load(Ordering::Acquire)
     }
 
     async fn holds_already(&self, key: &Key, bytes: &Bytes) -> Result<bool, StoreError> {
@@ -153,7 +166,11 @@ mod tests {
             assert!(matches!(blobs.get(id, Some(bytes.len() as u64)).await, Err(StoreError::Corrupt { .. })));
             blobs.put(id, bytes.clone()).await.unwrap();
             assert_eq!(blobs.get(id, None).await.unwrap(), bytes);
+            let written = blobs.written();
+            blobs.put(id, bytes.clone()).await.unwrap();
+            assert_eq!(blobs.written(), written, "it was there");
         }
+        assert_eq!(blobs.written(), 3);
         assert_eq!(blobs.list().await.unwrap(), [(id, bytes.len() as u64)]);
     }
 

@@ -120,6 +120,11 @@ impl Store {
         &self.inner.db
     }
 
+    /// How many times a blob was written since the store was opened, be it a new one or one whose bytes had gone bad.
+    pub fn blobs_written(&self) -> u64 {
+        self.blobs().written()
+    }
+
     fn blobs(&self) -> &Blobs {
         &self.inner.blobs
     }

@@ -232,8 +232,8 @@ mod tests {
         assert!(server(&figures)[0].contains("hit rate 75.0 %"));
         assert_eq!(server(&figures).len(), 2);
         let metrics = [
-            ("deltaserve_load_seconds_sum{tier=\"disk\"}", 0.5),
-            ("deltaserve_load_seconds_count{tier=\"disk\"}", 4.0),
+            ("deltaserve_delta_load_seconds_sum", 0.5),
+            ("deltaserve_delta_load_seconds_count", 4.0),
             (telemetry::names::PROCESS_BYTES, 2048.0),
         ];
         figures.metrics = metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();

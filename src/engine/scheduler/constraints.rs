@@ -1,22 +1,22 @@
 //! The memory of constraints' states: one for every sequence that has begun, also while its pages are lost.
 //!
 //! A newcomer whose state has no room waits, and no newcomer with a state passes it: what runs ends, so it gets its room. Those
-//! without one pass. A state may grow while its sequence runs; where all together exceed the limit, the largest has to go.
+//! without one pass, however many wait so: these are not in the line. A state may grow while its sequence runs; where all
+//! together exceed the limit, the largest has to go.
 
 use super::{Entry, Scheduler, SeqId};
 
 impl Scheduler {
-    /// Those of the line whose constraints' states have room, if they begin in its order.
-    pub(super) fn with_room_for_constraints(&self, mut line: Vec<SeqId>) -> Vec<SeqId> {
+    /// Says of newcomers, one after the other in the order in which they begin, whether their constraints' states have room.
+    pub(super) fn room_for_constraints(&self) -> impl FnMut(SeqId) -> bool {
         let mut room = self.limits.constraint_bytes.checked_sub(self.constraint_bytes());
-        line.retain(|id| match self.waiting.get(id).filter(|e| e.ticket.is_none()).map_or(0, |e| e.constraint_bytes) {
+        move |id| match self.waiting.get(&id).map_or(0, |e| e.constraint_bytes) {
             0 => true,
             bytes => {
                 room = room.and_then(|room| room.checked_sub(bytes));
                 room.is_some()
             }
-        });
-        line
+        }
     }
 
     /// Bytes of all states that are there.

@@ -190,8 +190,14 @@ impl Accounts {
         }
     }
 
-    /// The first `most` of those that wait, in the order in which they begin if each is charged `cost` when it does.
-    pub(super) fn line(&self, most: usize, cost: impl Fn(SeqId) -> u64) -> Vec<SeqId> {
+    /// The first `most` of those that wait and that `may` begin, in the order in which they do if each is charged `cost` when it
+    /// does. `may` is asked in this order, of each once; who may not is charged nothing, and those behind it move up.
+    pub(super) fn line(
+        &self,
+        most: usize,
+        mut may: impl FnMut(SeqId) -> bool,
+        cost: impl Fn(SeqId) -> u64,
+    ) -> Vec<SeqId> {
         let mut lines: Vec<_> = self.all.values().map(|a| (a.weight, a.begun, a.counter, a.waiting.iter())).collect();
         // of equal counters, that of the tenant with fewer under way: a flood gives way to a single one
         let head = |(at, (_, begun, counter, line)): (usize, &mut (u64, usize, u64, Iter<'_, _>))| {
@@ -201,10 +207,12 @@ impl Accounts {
         let mut out = Vec::with_capacity(most.min(self.waiting));
         while out.len() < most {
             let Some(Reverse((_, _, id, at))) = heads.pop() else { break };
-            out.push(id);
             let Some(line) = lines.get_mut(at) else { continue };
-            line.1 += 1;
-            line.2 = line.2.saturating_add(scaled(cost(id), line.0));
+            if may(id) {
+                out.push(id);
+                line.1 += 1;
+                line.2 = line.2.saturating_add(scaled(cost(id), line.0));
+            }
             heads.extend(head((at, line)));
         }
         out

@@ -24,13 +24,13 @@ impl Entry {
 }
 
 impl Scheduler {
-    /// Those that may begin in this step, in the order in which they do.
+    /// Those that may begin in this step, in the order in which they do; newcomers whose constraints' states have no room are none.
     pub(super) fn line(&self) -> Vec<SeqId> {
         let places = self.places();
         let returning = self.returning.values().copied();
         let most = if places == 0 { 1 } else { places + LOOKAHEAD };
         let cost = |id: SeqId| self.waiting.get(&id).map_or(0, |e| e.input(self.there(e)));
-        returning.chain(self.fair.line(most, cost)).take(most).collect()
+        returning.chain(self.fair.line(most, self.room_for_constraints(), cost)).take(most).collect()
     }
 
     /// Deltas of this step: all that want to run, or those that waited longest.

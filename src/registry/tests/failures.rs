@@ -45,3 +45,30 @@ async fn with_its_time_over_or_without_one_a_load_is_tried_again() {
         w.lease("bad").await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn bytes_that_are_put_back_are_seen_by_all_that_have_them_also_if_the_name_is_refused() {
+    let w = World::with(RegistryConfig { retry_after: Duration::from_secs(3600), ..config(4) }).await;
+    let bad = w.publish("bad", "1").await;
+    let mut shares = publication("shares", SIZE, "1");
+    shares.files.files.insert("README.md".into(), Bytes::from_static(b"another version"));
+    let shares = w.registry.publish(&tenant(), shares).await.unwrap();
+    assert!(shares.id != bad.id && shares.files.iter().any(|file| file.blob == bad.files[0].blob));
+    w.publish("odd", "invalid").await;
+    assert!(matches!(w.lease("odd").await, Err(RegistryError::Corrupt { .. })));
+    let refused = async |name: &str, text: &str| {
+        let again = Publication { policy: PublishPolicy::Create, ..publication(name, SIZE, text) };
+        let told = ServeError::from(w.registry.publish(&tenant(), again).await.unwrap_err());
+        assert!(matches!(told, ServeError::AlreadyExists(_)), "{told}");
+    };
+    refused("odd", "invalid").await;
+    assert!(matches!(w.lease("odd").await, Err(RegistryError::Failing { .. })), "nothing was written");
+    std::fs::write(w.blob_path(bad.files[0].blob), b"4096 x").unwrap();
+    for name in ["bad", "shares"] {
+        assert!(matches!(w.lease(name).await, Err(RegistryError::Corrupt { .. })));
+        assert!(matches!(w.lease(name).await, Err(RegistryError::Failing { .. })));
+    }
+    refused("bad", "1").await;
+    assert_eq!(w.lease("bad").await.unwrap().id(), bad.id);
+    assert_eq!(w.lease("shares").await.unwrap().id(), shares.id);
+}

@@ -64,3 +64,22 @@ fn a_sequence_that_lost_its_pages_still_has_its_state() {
     submit(&mut s, 2, 1);
     assert_eq!((s.constraint_bytes(), s.waiting()), (100, 2));
 }
+
+#[test]
+fn those_without_a_state_pass_however_many_wait_for_room() {
+    let mut s = Scheduler::new(Limits { max_batch_tokens: 512, ..limits() });
+    // more than the line has
+    (0..60).for_each(|id| submit(&mut s, id, 50));
+    (60..63).for_each(|id| submit(&mut s, id, 0));
+    assert_eq!((ids(&s.plan()), s.constraint_bytes()), (vec![0, 1, 60, 61, 62], 100));
+    // with all places taken, and then one
+    (63..67).for_each(|id| submit(&mut s, id, 0));
+    s.plan();
+    assert_eq!((s.running(), s.waiting()), (8, 59));
+    s.remove(62);
+    assert!(ids(&s.plan()).contains(&66));
+    // room goes to the one that came first
+    s.remove(0);
+    let begun = ids(&s.plan());
+    assert!(begun.contains(&2) && s.constraint_bytes() == 100, "{begun:?}");
+}

@@ -374,7 +374,8 @@ fn who_asks_one_by_one_keeps_its_count_while_others_wait() {
     accounts.end(&one);
     accounts.join(&one, 1, (0, 4));
     assert_eq!(accounts.counter(&one), Some(500.0), "coming back does not make it new");
-    assert_eq!(accounts.line(4, |_| 100), [0, 1, 2, 4]);
+    assert_eq!(accounts.line(4, |_| true, |_| 100), [0, 1, 2, 4]);
+    assert_eq!(accounts.line(2, |id| id != 0, |_| 600), [1, 4], "who may not begin takes no place and costs nothing");
     // and whoever comes now begins between them
     let new = TenantId::new("new").ok();
     accounts.join(&new, 1, (0, 5));
