@@ -3,6 +3,16 @@
 
 use crate::admission::params::NgramSpeculation;
 
+/// Last tokens of a text that are searched: a guess costs some microseconds at most, however long the text is.
+const WINDOW: usize = 8192;
+/// Most bytes of logits that the drafts of a step have.
+const LOGIT_BYTES: usize = 64 << 20;
+
+/// Most drafts of a step on a base of this vocabulary: each has a row of f32 logits.
+pub(super) fn most(vocab: usize) -> usize {
+    (LOGIT_BYTES / (size_of::<f32>() * vocab.max(1))).max(1)
+}
+
 /// Guesses the next tokens from those of a source (of an encoder-decoder; else none) and those known so far.
 pub(super) type Guess = fn(&[u32], &[u32], &NgramSpeculation) -> Vec<u32>;
 
@@ -42,8 +52,9 @@ impl Drafts {
 
 /// Prompt lookup: finds the longest run of last tokens, within bounds, that came before, in the tokens or else in the source, there
 /// where it came last, and says what followed. What follows the end of the tokens is what was guessed to: a run that overlaps
-/// its own repetition is repeated on (as LZ77 copies).
+/// its own repetition is repeated on (as LZ77 copies). What is further than [`WINDOW`] tokens from an end is not searched.
 pub(super) fn lookup(source: &[u32], tokens: &[u32], how: &NgramSpeculation) -> Vec<u32> {
+    let [source, tokens] = [source, tokens].map(|text| &text[text.len().saturating_sub(WINDOW)..]);
     let wanted = how.tokens as usize;
     let own = latest(tokens, tokens, how);
     let other = latest(source, tokens, how).filter(|(_, len)| own.is_none_or(|(_, own)| *len > own));
@@ -104,6 +115,26 @@ mod tests {
         assert_eq!(lookup(&source, &[2, 9, 2], &how(2, 4, 1)), [9, 2], "of equal ones, the output's");
         assert_eq!(lookup(&source, &[2, 9, 1, 2], &how(1, 4, 1)), [3]);
         assert_eq!(lookup(&source, &[8], &how(2, 4, 1)), [0; 0], "nothing follows");
+    }
+
+    #[test]
+    fn what_was_said_long_ago_is_not_searched() {
+        // each token once, but the last two
+        let text = |between: u32| [vec![1, 2, 3], (4..4 + between).collect(), vec![1, 2]].concat();
+        let window = WINDOW as u32;
+        for source in [vec![], text(window)] {
+            assert_eq!(lookup(&source, &text(window - 5), &how(2, 4, 2)), [3, 4], "the whole text is within bounds");
+            assert_eq!(lookup(&source, &text(window - 4), &how(2, 4, 2)), [0; 0]);
+        }
+        let source = |more: usize| [vec![1, 2, 3], vec![9; more]].concat();
+        assert_eq!(lookup(&source(WINDOW - 3), &[1, 2], &how(2, 4, 2)), [3, 9]);
+        assert_eq!(lookup(&source(WINDOW - 2), &[1, 2], &how(2, 4, 2)), [0; 0]);
+    }
+
+    #[test]
+    fn drafts_of_a_large_vocabulary_are_fewer() {
+        assert_eq!([most(1 << 15), most(1 << 18), most(usize::MAX / 8)], [512, 64, 1]);
+        assert!([50_257, 151_936, 262_144].iter().all(|vocab| most(*vocab) * vocab * 4 <= LOGIT_BYTES));
     }
 
     proptest! {

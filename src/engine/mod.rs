@@ -8,6 +8,7 @@ mod beam;
 mod branches;
 mod constraint;
 mod drafts;
+mod guard;
 mod metrics;
 mod request;
 mod sampler;
@@ -228,6 +229,7 @@ pub fn spawn(
         prefill_chunk: config.prefill_chunk,
         pages: arch.is_causal().then_some(pages),
         constraint_bytes: config.constraint_bytes,
+        max_drafts: drafts::most(arch.vocab),
     };
     let queue = config.queue.max(1);
     let sequences = config.max_sequences.min(config.max_batch_tokens).max(1);

@@ -60,6 +60,8 @@ pub(super) struct Limits {
     pub(super) pages: Option<usize>,
     /// Most bytes of all states of constraints.
     pub(super) constraint_bytes: u64,
+    /// Most drafts of a step: each has a row of logits.
+    pub(super) max_drafts: usize,
 }
 
 impl Limits {
@@ -162,6 +164,7 @@ impl Scheduler {
             prefill_chunk: at_least_one(limits.prefill_chunk),
             pages: limits.pages,
             constraint_bytes: limits.constraint_bytes,
+            max_drafts: limits.max_drafts,
         };
         let pool = PagePool::new(limits.pages.unwrap_or(0));
         Self {

@@ -3,14 +3,17 @@
 
 use std::time::Instant;
 
+use candle_core::D;
+
 use super::{
     branches::{Branches, Move},
     constraint::{Constrained, TokenSet},
     drafts::{Drafts, Guess},
+    guard::caught,
     request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
     scheduler::{Claim, Demand, Names},
-    step::{Chosen, Got, choose},
+    step::{Chosen, Got, choose, with_numbers},
 };
 use crate::{
     admission::params::{FinishReason, Pooling, Timings, Usage},
@@ -21,7 +24,7 @@ use crate::{
 };
 
 /// Whether a sequence goes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Fate {
     /// More rows are to be computed.
     GoesOn {
@@ -34,7 +37,12 @@ pub(super) enum Fate {
     Branches(usize),
     /// The last event was sent, or nobody listens any more.
     Ends,
+    /// It has to be told that it failed; tokens may have been told before.
+    Fails(EngineError),
 }
+
+/// What became of a sequence with a step: whether it goes on and when tokens came. An error: nothing came of it.
+pub(super) type Taken = Result<(Fate, Option<Tick>), EngineError>;
 
 /// Tokens of a sequence that begins, or begins anew because it lost its pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,6 +207,11 @@ impl Sequence {
         self.drafts.as_ref().map(Drafts::tokens).unwrap_or_default()
     }
 
+    /// Whether its tokens are guessed at all.
+    pub(super) fn speculates(&self) -> bool {
+        self.drafts.is_some()
+    }
+
     /// Guesses what follows its tokens; how many guesses there are. Nothing is guessed that is known not to be allowed.
     pub(super) fn draft(&mut self, guess: Guess) -> usize {
         let Some(drafts) = &mut self.drafts else { return 0 };
@@ -295,15 +308,10 @@ impl Sequence {
     }
 
     /// Takes what a step computed.
-    pub(super) fn take(
-        &mut self,
-        got: Got,
-        completes: bool,
-        now: Instant,
-    ) -> Result<(Fate, Option<Tick>), EngineError> {
+    pub(super) fn take(&mut self, got: Got, completes: bool, now: Instant) -> Taken {
         match got {
             Got::Nothing => {}
-            Got::Tokens(chosen) => return self.take_tokens(chosen, now),
+            Got::Tokens(chosen) => return Ok(self.take_tokens(chosen, now)),
             Got::Candidates(found) => return self.search_on(found, now),
             Got::NonFinite => return Err(EngineError::NonFinite),
             Got::NoHead => return Err(EngineError::NoHead),
@@ -344,7 +352,7 @@ impl Sequence {
     }
 
     /// Takes a branch's continuations; with those of the last, the next beams are chosen.
-    fn search_on(&mut self, found: Vec<(u32, f32)>, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
+    fn search_on(&mut self, found: Vec<(u32, f32)>, now: Instant) -> Taken {
         let strange = || EngineError::Internal("continuations for work that searches none".into());
         let search = self.search.as_mut().ok_or_else(strange)?;
         if !search.collect(found) {
@@ -366,39 +374,57 @@ impl Sequence {
         Ok((Fate::Ends, Some(tick)))
     }
 
-    /// Takes the token that was due and those that were found to follow it, one by one.
-    fn take_tokens(&mut self, chosen: Chosen, now: Instant) -> Result<(Fate, Option<Tick>), EngineError> {
-        let Chosen { drafted, tokens, rest, non_finite } = chosen;
+    /// Takes the token that was due and those that follow it. A panic among them is a failure, and tokens told before one count.
+    fn take_tokens(&mut self, chosen: Chosen, now: Instant) -> (Fate, Option<Tick>) {
         let tick = self.tick(now);
         let before = self.request.tokens.len();
+        let appended = caught(|| self.append_all(chosen)).map_err(EngineError::Internal);
+        let fate = match appended.flatten() {
+            Ok(true) => Fate::GoesOn { grew: true },
+            Ok(false) => Fate::Ends,
+            Err(error) => Fate::Fails(error),
+        };
+        let tokens = self.request.tokens.len() - before;
+        (fate, (tokens > 0).then_some(Tick { tokens, ..tick }))
+    }
+
+    /// Takes them one by one; whether more may follow.
+    fn append_all(&mut self, chosen: Chosen) -> Result<bool, EngineError> {
+        let Chosen { drafted, tokens, rest, non_finite } = chosen;
         self.drafts.iter_mut().for_each(|drafts| drafts.drafted += drafted as u32);
-        let mut goes_on = true;
         for (i, token) in tokens.into_iter().enumerate() {
             self.drafts.iter_mut().for_each(|drafts| drafts.accepted += u32::from(i > 0));
-            goes_on = self.append(token)?;
-            if !goes_on {
-                break;
+            if !self.append(token)? {
+                return Ok(false);
             }
         }
-        if goes_on && non_finite {
+        if non_finite {
             return Err(EngineError::NonFinite);
         }
-        // what a constraint allows next is known only when it was told of the token before
-        for (i, logits) in rest.into_iter().enumerate() {
-            if !goes_on || self.request.tokens.last() != self.drafts().get(i) {
+        let Some(rest) = rest else { return Ok(true) };
+        let broken = |e: candle_core::Error| EngineError::Internal(e.to_string());
+        let vocab = rest.dim(D::Minus1).map_err(broken)?;
+        with_numbers(&rest, |rows| self.append_allowed(rows.chunks_exact(vocab))).map_err(broken)?
+    }
+
+    /// Takes what a constraint allows of drafts' rows, as long as drafts are right: it is known only when it was told of the token
+    /// before.
+    fn append_allowed<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) -> Result<bool, EngineError> {
+        for (i, logits) in rows.enumerate() {
+            if self.request.tokens.last() != self.drafts().get(i) {
                 break;
             }
             if !self.look()? {
                 self.finish(FinishReason::StopToken);
-                goes_on = false;
-                break;
+                return Ok(false);
             }
-            let token = choose(&logits, self, self.history(0)).ok_or(EngineError::NonFinite)?;
+            let token = choose(logits, self, self.history(0)).ok_or(EngineError::NonFinite)?;
             self.drafts.iter_mut().for_each(|drafts| drafts.accepted += 1);
-            goes_on = self.append(token)?;
+            if !self.append(token)? {
+                return Ok(false);
+            }
         }
-        let tick = Tick { tokens: self.request.tokens.len() - before, ..tick };
-        Ok((if goes_on { Fate::GoesOn { grew: true } } else { Fate::Ends }, Some(tick)))
+        Ok(true)
     }
 
     /// Takes the next token; whether more may follow.

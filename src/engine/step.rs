@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{D, DType, Result, Storage, Tensor};
+use candle_core::{D, DType, Device, Result, Storage, Tensor};
 
 use super::{
     request::{TokenOut, Work},
@@ -33,7 +33,7 @@ pub(super) struct Task<'a> {
 }
 
 /// What a sequence gets out of a step.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(super) enum Got {
     /// Its rows are in the cache, and nothing else was due.
     Nothing,
@@ -53,16 +53,23 @@ pub(super) enum Got {
     Rows(Vec<Vec<f32>>),
 }
 
+impl Got {
+    /// Whether tokens are still to be chosen, behind a constraint that is told of those before.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self, Self::Tokens(Chosen { rest: Some(_), .. }))
+    }
+}
+
 /// The tokens of a sequence that a step gives.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Chosen {
     /// Drafts that were computed with the token that was due.
     pub(super) drafted: usize,
     /// The token that was due and, while drafts were right, those behind it. What ends an output may be among them.
     pub(super) tokens: Vec<TokenOut>,
-    /// Of a constrained sequence whose first draft was right: logits of the rows of all drafts. What may come there is not known
-    /// yet.
-    pub(super) rest: Vec<Vec<f32>>,
+    /// Of a constrained sequence whose first draft was right: logits `[drafts, vocab]` in host memory, a view of the step's. What
+    /// may come there is not known yet.
+    pub(super) rest: Option<Tensor>,
     /// No token could be chosen behind them.
     pub(super) non_finite: bool,
 }
@@ -191,20 +198,27 @@ impl Reader<'_> {
         let last = self.rows.last_rows();
         let rows = |i: usize| last[i] - self.tasks[i].share.drafts as u32..=last[i];
         let pick: Vec<u32> = which.iter().flat_map(|&i| rows(i)).collect();
-        let logits = self.base.transformer.logits(self.hidden, &pick, self.cx)?; // [pick, vocab]
+        let logits = self.base.transformer.logits(self.hidden, &pick, self.cx)?.to_device(&Device::Cpu)?; // [pick, vocab]
         let vocab = logits.dim(D::Minus1)?;
+        let mut at = 0;
+        let mut behind = Vec::with_capacity(which.len()); // views of the rows of drafts
+        for &i in &which {
+            let drafts = self.tasks[i].share.drafts;
+            behind.push((drafts > 0).then(|| logits.narrow(0, at + 1, drafts)).transpose()?);
+            at += drafts + 1;
+        }
         let chosen = with_numbers(&logits, |numbers| {
-            let mut chosen: Vec<(Got, &[f32])> = Vec::with_capacity(which.len());
+            let mut chosen: Vec<(Got, &[f32], Option<Tensor>)> = Vec::with_capacity(which.len());
             let mut rest = numbers;
-            for &i in &which {
+            for (&i, behind) in which.iter().zip(behind) {
                 let (own, others) = rest.split_at((self.tasks[i].share.drafts + 1) * vocab);
-                chosen.push((Got::Nothing, own));
+                chosen.push((Got::Nothing, own, behind));
                 rest = others;
             }
-            each(chosen.iter_mut().zip(&which).collect(), |((chosen, rows), &i)| {
-                *chosen = chosen_of(rows, vocab, &self.tasks[i]);
+            each(chosen.iter_mut().zip(&which).collect(), |((chosen, rows, behind), &i)| {
+                *chosen = chosen_of(rows, behind.take(), vocab, &self.tasks[i]);
             });
-            chosen.into_iter().map(|(chosen, _)| chosen).collect::<Vec<Got>>()
+            chosen.into_iter().map(|(chosen, ..)| chosen).collect::<Vec<Got>>()
         })?;
         which.into_iter().zip(chosen).for_each(|(i, token)| got[i] = token);
         Ok(())
@@ -292,8 +306,8 @@ impl Reader<'_> {
 }
 
 /// The next tokens of one sequence, from the rows `[drafts + 1, vocab]` behind its last known token and its drafts, or the likeliest
-/// ones of its branch.
-fn chosen_of(logits: &[f32], vocab: usize, task: &Task<'_>) -> Got {
+/// ones of its branch. `rest`: the rows behind its drafts again, as what may be kept.
+fn chosen_of(logits: &[f32], rest: Option<Tensor>, vocab: usize, task: &Task<'_>) -> Got {
     let (sequence, share) = (task.sequence, task.share);
     let Work::Generate(how) = &sequence.request.work else { return Got::Nothing };
     if let Some(n) = sequence.candidates() {
@@ -312,7 +326,7 @@ fn chosen_of(logits: &[f32], vocab: usize, task: &Task<'_>) -> Got {
             break;
         }
         if sequence.allowed().is_some() {
-            chosen.rest = behind.chunks_exact(vocab).map(<[f32]>::to_vec).collect();
+            chosen.rest = rest;
             break;
         }
         known.push(*draft);
@@ -343,7 +357,7 @@ pub(super) fn choose(logits: &[f32], sequence: &Sequence, history: History<'_>) 
 }
 
 /// Reads a tensor's numbers, without a copy where they lie in host memory.
-fn with_numbers<R>(t: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
+pub(super) fn with_numbers<R>(t: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
     {
         let (storage, layout) = t.storage_and_layout();
         if let (Storage::Cpu(cpu), Some((from, to))) = (&*storage, layout.contiguous_offsets()) {

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering, mpsc},
     time::Instant,
 };
@@ -10,10 +9,11 @@ use std::{
 use super::{
     Command, Shared,
     drafts::Guess,
+    guard::computed,
     metrics::Metrics,
     request::{EngineError, Request},
     scheduler::{Scheduler, SeqId, Share, StepPlan},
-    sequence::{Begin, Fate, Sequence},
+    sequence::{Begin, Fate, Sequence, Taken},
     step::{Got, Stepper, Task},
 };
 use crate::{
@@ -251,7 +251,7 @@ impl Worker {
         let run = || ops::permitting(halves, || ops::with_activations(activations, || stepper.run(&tasks)));
         // a torn value could only be the compiled batch, which is forgotten after an error
         // a device's context may be another thread, so what is permitted is said inside
-        caught(|| device.with_context(run))
+        computed(|| device.with_context(run))
     }
 
     /// Gives the beams of this step the keys and values that they go on from, and takes pages back of beams that are no more.
@@ -272,15 +272,16 @@ impl Worker {
             sequence.moved();
         }
         let (stepper, device) = (&self.stepper, &self.base.device);
-        caught(|| device.with_context(|| stepper.copy(&from, &to)))?;
+        computed(|| device.with_context(|| stepper.copy(&from, &to)))?;
         shares.iter().filter(|share| share.branch == 0).for_each(|share| self.scheduler.trim(share.id));
         Ok(())
     }
 
     /// Hands results to their sequences, and ends those whose constraints were `over` at their beginning. How many have another
     /// token now.
-    fn settle(&mut self, shares: &[Share], got: Vec<Got>, mut over: HashMap<SeqId, Look>) -> usize {
+    fn settle(&mut self, shares: &[Share], mut got: Vec<Got>, mut over: HashMap<SeqId, Look>) -> usize {
         let now = Instant::now();
+        let mut ahead = self.take_drafts(shares, &mut got, now);
         let mut next_tokens = 0;
         for (share, got) in shares.iter().zip(got) {
             let Some(sequence) = self.sequences.get_mut(&share.id) else { continue };
@@ -290,14 +291,18 @@ impl Worker {
                 self.conclude(share.id, look);
                 continue;
             }
-            match sequence.take(got, share.completes, now) {
+            let taken = ahead.remove(&share.id);
+            match taken.unwrap_or_else(|| sequence.take(got, share.completes, now)) {
                 Ok((fate, tick)) => {
                     let tokens = tick.map_or(0, |tick| tick.tokens);
                     let whole = share;
                     let share = &self.scheduler.keep(whole, tokens);
                     self.metrics.drafts_accepted.increment(share.drafts as u64);
                     self.metrics.drafts_rejected.increment((whole.drafts - share.drafts) as u64);
-                    self.publish(share);
+                    // what a failure left in its pages nobody else is to find
+                    if !matches!(fate, Fate::Fails(_)) {
+                        self.publish(share);
+                    }
                     match tick {
                         Some(tick) if tick.first => self.metrics.time_to_first_token.record(tick.seconds),
                         // tokens that come together took a part of the time each
@@ -316,12 +321,28 @@ impl Worker {
                             self.scheduler.branch(share.id, open);
                         }
                         Fate::Ends => drop(self.retire(share.id)),
+                        Fate::Fails(error) => self.fail(share.id, error),
                     }
                 }
                 Err(error) => self.fail(share.id, error),
             }
         }
         next_tokens
+    }
+
+    /// What became of the constrained sequences of which a draft was right. Each looks and chooses for every token more, so they do
+    /// it side by side.
+    fn take_drafts(&mut self, shares: &[Share], got: &mut [Got], now: Instant) -> HashMap<SeqId, Taken> {
+        let open = shares.iter().zip(got).filter(|(_, got)| got.is_open());
+        let mut open: HashMap<SeqId, Got> =
+            open.map(|(share, got)| (share.id, std::mem::replace(got, Got::Nothing))).collect();
+        let due = self.sequences.iter_mut().filter_map(|(id, sequence)| Some((*id, sequence, open.remove(id)?, None)));
+        let mut due: Vec<_> = due.collect();
+        each(due.iter_mut().collect(), |(_, sequence, got, taken)| {
+            // only of one that had its last known position computed there are tokens
+            *taken = Some(sequence.take(std::mem::replace(got, Got::Nothing), true, now));
+        });
+        due.into_iter().filter_map(|(id, _, _, taken)| Some((id, taken?))).collect()
     }
 
     /// Pages that a share has filled can be found from now on.
@@ -373,13 +394,15 @@ impl Worker {
         }
     }
 
-    /// Guesses what the sequences that speculate say next, where they go on.
+    /// Guesses what the sequences that speculate say next, where they go on; side by side.
     fn draft(&mut self, shares: &[Share]) {
-        for share in shares.iter().filter(|share| share.completes) {
-            let drafts = self.sequences.get_mut(&share.id).map_or(0, |sequence| sequence.draft(self.guess));
-            if drafts > 0 {
-                self.scheduler.propose(share.id, drafts);
-            }
+        let go_on: HashSet<SeqId> = shares.iter().filter(|share| share.completes).map(|share| share.id).collect();
+        let speculate = self.sequences.iter_mut().filter(|(id, s)| go_on.contains(id) && s.speculates());
+        let mut drafts: Vec<_> = speculate.map(|(id, sequence)| (*id, sequence, 0)).collect();
+        let guess = self.guess;
+        each(drafts.iter_mut().collect(), |(_, sequence, drafts)| *drafts = sequence.draft(guess));
+        for (id, _, drafts) in drafts.into_iter().filter(|(_, _, drafts)| *drafts > 0) {
+            self.scheduler.propose(id, drafts);
         }
     }
 
@@ -393,33 +416,5 @@ impl Worker {
         shared.pages_cached.store(pool.cached(), Ordering::Relaxed);
         let before = shared.evictions.swap(pool.evictions(), Ordering::Relaxed);
         self.metrics.cache_evictions.increment(pool.evictions().saturating_sub(before));
-    }
-}
-
-/// Runs a computation; its error or panic as text.
-fn caught<T>(compute: impl FnOnce() -> candle_core::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(compute)) {
-        Ok(result) => result.map_err(|e| e.to_string()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            Err(format!("panic: {}", text.unwrap_or("of unknown kind")))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::caught;
-
-    #[test]
-    fn a_panic_is_an_error_also_across_the_thread_pool() {
-        let device = candle_core::Device::Cpu;
-        let outcome = caught(|| device.with_context(|| -> candle_core::Result<()> { panic!("row {}", 3) }));
-        assert_eq!(outcome, Err("panic: row 3".into()));
-        assert_eq!(caught(|| device.with_context(|| Ok(1))), Ok(1), "the pool goes on");
-        // with RUST_BACKTRACE set, the library appends a backtrace
-        let refused = caught(|| -> candle_core::Result<()> { candle_core::bail!("no") });
-        assert!(refused.is_err_and(|e| e.starts_with("no")));
     }
 }

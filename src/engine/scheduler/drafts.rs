@@ -1,6 +1,7 @@
 //! Drafts: rows of guessed tokens behind a sequence's last known position. They get what is left of a step when everybody has
-//! what is theirs: rows of the budget and free pages, not cached ones, and nobody waits or loses pages for them. What of them
-//! turns out wrong is forgotten before anybody could find it.
+//! what is theirs: rows of the budget and free pages, not cached ones, and nobody waits or loses pages for them. All of a
+//! step are at most `max_drafts`, since each has a row of logits there. What of them turns out wrong is forgotten before anybody
+//! could find it.
 
 use super::{OUTPUT, Scheduler, SeqId, Share, StepPlan};
 use crate::kv::PAGE_SIZE;
@@ -14,7 +15,8 @@ impl Scheduler {
     }
 
     /// Puts drafts behind the shares that compute a last known position, in the order of the shares, with what is left.
-    pub(super) fn plan_drafts(&mut self, mut budget: usize, plan: &mut StepPlan) {
+    pub(super) fn plan_drafts(&mut self, budget: usize, plan: &mut StepPlan) {
+        let mut budget = budget.min(self.limits.max_drafts);
         let prefill_chunk = self.limits.prefill_chunk;
         for share in plan.shares.iter_mut().filter(|share| share.completes) {
             let Some(entry) = self.running.get_mut(&share.id).filter(|e| e.generates && e.width == 1) else { continue };
@@ -72,6 +74,7 @@ mod tests {
             (limits(), 40, 5),
             (Limits { max_batch_tokens: 4, max_sequences: 4, ..limits() }, 40, 3),
             (Limits { prefill_chunk: 3, ..limits() }, 40, 2),
+            (Limits { max_drafts: 1, ..limits() }, 40, 1),
             (limits(), 6, 2),
             (limits(), 4, 0),
         ] {
@@ -87,6 +90,16 @@ mod tests {
         s.submit(2, None, demand(7, 20)).expect("fits");
         s.propose(1, 5);
         assert_eq!(planned(&mut s), [(1, 3, 2), (2, 7, 0)]);
+    }
+
+    #[test]
+    fn all_drafts_of_a_step_are_bounded_together() {
+        let mut s = decoding(Limits { max_drafts: 7, ..limits() }, 4, 40);
+        s.submit(2, None, demand(3, 40)).expect("fits");
+        go(&mut s);
+        (1..3).for_each(|id| s.propose(id, 5));
+        let drafts: Vec<usize> = planned(&mut s).into_iter().map(|(_, _, drafts)| drafts).collect();
+        assert_eq!(drafts, [5, 2]);
     }
 
     #[test]

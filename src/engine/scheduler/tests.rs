@@ -47,6 +47,7 @@ pub(super) fn limits() -> Limits {
         prefill_chunk: 32,
         pages: Some(64),
         constraint_bytes: 100,
+        max_drafts: 64,
     }
 }
 
@@ -112,14 +113,15 @@ fn jobs() -> impl Strategy<Value = Vec<Job>> {
 
 fn any_limits() -> impl Strategy<Value = Limits> {
     let pages = prop_oneof![Just(None), (7usize..30).prop_map(Some)];
-    (1usize..80, 1usize..9, 1usize..4, 1usize..40, pages).prop_map(
-        |(max_batch_tokens, max_sequences, max_deltas, prefill_chunk, pages)| Limits {
+    (1usize..80, 1usize..9, 1usize..4, 1usize..40, pages, 0usize..20).prop_map(
+        |(max_batch_tokens, max_sequences, max_deltas, prefill_chunk, pages, max_drafts)| Limits {
             max_batch_tokens,
             max_sequences,
             max_deltas,
             prefill_chunk,
             pages,
             constraint_bytes: 100,
+            max_drafts,
         },
     )
 }
