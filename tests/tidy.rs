@@ -78,7 +78,7 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("prost", &["grpc"]),
     ("prost_types", &["grpc"]),
     ("axum", &["http"]),
-    ("clap", &["cli", "config.rs", "config/tests.rs", "main.rs", "telemetry.rs"]),
+    ("clap", &["cli", "config.rs", "config/args.rs", "config/tests.rs", "main.rs", "telemetry.rs"]),
     ("anyhow", &["cli", "app", "main.rs"]),
     ("sqlx", &["store"]),
     ("object_store", &["store"]),

@@ -3,8 +3,6 @@
 
 use std::time::Instant;
 
-use candle_core::D;
-
 use super::{
     branches::{Branches, Move},
     constraint::{Constrained, TokenSet},
@@ -13,7 +11,7 @@ use super::{
     request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
     sampler::History,
     scheduler::{Claim, Demand, Names},
-    step::{Chosen, Got, choose, with_numbers},
+    step::{Chosen, Got, choose},
 };
 use crate::{
     admission::params::{FinishReason, Pooling, Timings, Usage},
@@ -402,9 +400,7 @@ impl Sequence {
             return Err(EngineError::NonFinite);
         }
         let Some(rest) = rest else { return Ok(true) };
-        let broken = |e: candle_core::Error| EngineError::Internal(e.to_string());
-        let vocab = rest.dim(D::Minus1).map_err(broken)?;
-        with_numbers(&rest, |rows| self.append_allowed(rows.chunks_exact(vocab))).map_err(broken)?
+        rest.read(|rows| self.append_allowed(rows)).map_err(EngineError::Internal)?
     }
 
     /// Takes what a constraint allows of drafts' rows, as long as drafts are right: it is known only when it was told of the token

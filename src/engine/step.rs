@@ -1,6 +1,6 @@
 //! One step: shares of sequences to packed rows, one forward, and what each sequence gets out of it.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, slice::ChunksExact, sync::Arc};
 
 use candle_core::{D, DType, Device, Result, Storage, Tensor};
 
@@ -69,9 +69,24 @@ pub(super) struct Chosen {
     pub(super) tokens: Vec<TokenOut>,
     /// Of a constrained sequence whose first draft was right: logits `[drafts, vocab]` in host memory, a view of the step's. What
     /// may come there is not known yet.
-    pub(super) rest: Option<Tensor>,
+    pub(super) rest: Option<Logits>,
     /// No token could be chosen behind them.
     pub(super) non_finite: bool,
+}
+
+/// Rows of a step's logits that are still to be chosen from: `[rows, vocab]`.
+#[derive(Debug, Clone)]
+pub(super) struct Logits(pub(super) Tensor);
+
+impl Logits {
+    /// Hands the rows to `read`, in order.
+    ///
+    /// # Errors
+    /// Those of candle, in words.
+    pub(super) fn read<R>(&self, read: impl FnOnce(ChunksExact<'_, f32>) -> R) -> std::result::Result<R, String> {
+        let vocab = self.0.dim(D::Minus1).map_err(|e| e.to_string())?;
+        with_numbers(&self.0, |numbers| read(numbers.chunks_exact(vocab))).map_err(|e| e.to_string())
+    }
 }
 
 /// Which delta each span has, and its length: what a compiled batch depends on.
@@ -204,11 +219,11 @@ impl Reader<'_> {
         let mut behind = Vec::with_capacity(which.len()); // views of the rows of drafts
         for &i in &which {
             let drafts = self.tasks[i].share.drafts;
-            behind.push((drafts > 0).then(|| logits.narrow(0, at + 1, drafts)).transpose()?);
+            behind.push((drafts > 0).then(|| logits.narrow(0, at + 1, drafts).map(Logits)).transpose()?);
             at += drafts + 1;
         }
         let chosen = with_numbers(&logits, |numbers| {
-            let mut chosen: Vec<(Got, &[f32], Option<Tensor>)> = Vec::with_capacity(which.len());
+            let mut chosen: Vec<(Got, &[f32], Option<Logits>)> = Vec::with_capacity(which.len());
             let mut rest = numbers;
             for (&i, behind) in which.iter().zip(behind) {
                 let (own, others) = rest.split_at((self.tasks[i].share.drafts + 1) * vocab);
@@ -307,7 +322,7 @@ impl Reader<'_> {
 
 /// The next tokens of one sequence, from the rows `[drafts + 1, vocab]` behind its last known token and its drafts, or the likeliest
 /// ones of its branch. `rest`: the rows behind its drafts again, as what may be kept.
-fn chosen_of(logits: &[f32], rest: Option<Tensor>, vocab: usize, task: &Task<'_>) -> Got {
+fn chosen_of(logits: &[f32], rest: Option<Logits>, vocab: usize, task: &Task<'_>) -> Got {
     let (sequence, share) = (task.sequence, task.share);
     let Work::Generate(how) = &sequence.request.work else { return Got::Nothing };
     if let Some(n) = sequence.candidates() {
@@ -357,7 +372,7 @@ pub(super) fn choose(logits: &[f32], sequence: &Sequence, history: History<'_>) 
 }
 
 /// Reads a tensor's numbers, without a copy where they lie in host memory.
-pub(super) fn with_numbers<R>(t: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
+fn with_numbers<R>(t: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
     {
         let (storage, layout) = t.storage_and_layout();
         if let (Storage::Cpu(cpu), Some((from, to))) = (&*storage, layout.contiguous_offsets()) {

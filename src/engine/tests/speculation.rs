@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use super::{
     constraint::{by_sevens, constrained},
     sequence::{Fate, Sequence},
-    step::{Chosen, Got},
+    step::{Chosen, Got, Logits},
     *,
 };
 use crate::{
@@ -191,7 +191,7 @@ fn tokens_told_ahead_of_a_failure_count() {
         assert_eq!(sequence.look(), Ok(true));
         assert_eq!(sequence.draft(five_to_nine), 5);
         let due = TokenOut { id: 5, logprob: 0.0, top: vec![] };
-        let chosen = Chosen { drafted: 5, tokens: vec![due], rest: Some(rest), non_finite: false };
+        let chosen = Chosen { drafted: 5, tokens: vec![due], rest: Some(Logits(rest)), non_finite: false };
         let (fate, tick) = sequence.take(Got::Tokens(chosen), true, Instant::now()).expect("tokens");
         let sent = std::iter::from_fn(|| events.try_recv().ok()).count();
         assert_eq!(tick.map_or(0, |tick| tick.tokens), sent);
