@@ -182,7 +182,7 @@ impl Grammars {
         }
         let state_bytes = begin.bytes();
         let taken = self.take(state_bytes + 64 * source as u64)?;
-        Ok(Grammar { begin: Mutex::new(begin), vocabulary: Arc::clone(vocabulary), state_bytes, taken: taken })
+        Ok(Grammar { begin: Mutex::new(begin), vocabulary: Arc::clone(vocabulary), state_bytes, taken })
     }
 }
 

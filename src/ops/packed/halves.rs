@@ -97,7 +97,10 @@ pub(crate) mod asked {
 
     use super::{Halves, IN_STEP, PERMITTED};
 
-    static ASKED: Mutex<Option<HashSet<(ThreadId, usize, Halves, bool)>>> = Mutex::new(None);
+    /// Thread, rows, what was permitted, whether in a step.
+    type Asked = (ThreadId, usize, Halves, bool);
+
+    static ASKED: Mutex<Option<HashSet<Asked>>> = Mutex::new(None);
 
     pub(super) fn note(rows: usize) {
         let asked = (current().id(), rows, PERMITTED.get(), IN_STEP.get());
