@@ -8,6 +8,7 @@
 //! (huggingface/candle issues 2168, 3011, 3569), and its matmul computes gradients of frozen weights (PR 3773).
 
 mod activation;
+mod adamw;
 mod adapter;
 mod attention;
 mod attention_cpu;
@@ -29,6 +30,7 @@ mod team;
 mod updated;
 
 pub use activation::{Act, activate, gate};
+pub use adamw::{AdamStep, adamw_in_place, sum_of_squares};
 pub use adapter::{AdapterRows, RowScale, adapt_in_place};
 pub use attention::{
     AttnMask, AttnPlan, AttnSpan, KeyRows, RelativeBias, attends_own_rows, attention, attention_of_joined,

@@ -5,7 +5,10 @@
 
 use candle_core::{DType, Result, Tensor, Var};
 
-use crate::admission::train_params::Schedule;
+use crate::{
+    admission::train_params::Schedule,
+    ops::{self, AdamStep},
+};
 
 /// Fixed numbers of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,8 +47,8 @@ impl AdamW {
     /// Allocation of the moments.
     pub fn new(params: AdamParams, vars: impl IntoIterator<Item = (Var, bool)>) -> Result<Self> {
         let slot = |(var, decays): (Var, bool)| {
-            let zero = Tensor::zeros(var.shape(), DType::F32, var.device())?;
-            Ok(Slot { decays, rate: 1.0, m: zero.clone(), v: zero, var })
+            let zeros = || Tensor::zeros(var.shape(), DType::F32, var.device());
+            Ok(Slot { decays, rate: 1.0, m: zeros()?, v: zeros()?, var })
         };
         Ok(Self { params, step: 0, slots: vars.into_iter().map(slot).collect::<Result<_>>()? })
     }
@@ -57,7 +60,7 @@ impl AdamW {
         self
     }
 
-    /// First and second moments, in order.
+    /// First and second moments, in order: the storages that the next update writes into.
     pub fn moments(&self) -> impl Iterator<Item = (&Tensor, &Tensor)> {
         self.slots.iter().map(|s| (&s.m, &s.v))
     }
@@ -89,17 +92,18 @@ impl AdamW {
         let AdamParams { beta1, beta2, eps, weight_decay } = self.params;
         let correct1 = 1.0 - beta1.powi(self.step);
         let correct2 = (1.0 - beta2.powi(self.step)).sqrt();
-        for (slot, grad) in self.slots.iter_mut().zip(grads) {
-            let grad = grad.to_dtype(DType::F32)?.detach();
+        for (slot, grad) in self.slots.iter().zip(grads) {
             let lr = lr * slot.rate;
-            let grad = if scale == 1.0 { grad } else { (grad * scale)? };
-            slot.m = ((&slot.m * beta1)? + (&grad * (1.0 - beta1))?)?;
-            slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-            let denom = ((slot.v.sqrt()? / correct2)? + eps)?;
-            let update = ((&slot.m / denom)? * (lr / correct1))?;
             let decay = if slot.decays { 1.0 - lr * weight_decay } else { 1.0 };
-            let value = slot.var.as_detached_tensor();
-            slot.var.set(&((value.to_dtype(DType::F32)? * decay)? - update)?.to_dtype(slot.var.dtype())?)?;
+            let step = AdamStep { beta1, beta2, eps, correct1, correct2, lr, scale, decay };
+            let var = slot.var.as_detached_tensor();
+            if var.dtype() == DType::F32 {
+                ops::adamw_in_place(&var, &slot.m, &slot.v, grad, &step)?;
+            } else {
+                let wide = var.to_dtype(DType::F32)?;
+                ops::adamw_in_place(&wide, &slot.m, &slot.v, grad, &step)?;
+                slot.var.set(&wide.to_dtype(var.dtype())?)?;
+            }
         }
         Ok(())
     }
@@ -110,13 +114,19 @@ impl AdamW {
 /// # Errors
 /// The device.
 pub fn global_norm<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
-    let sums: Vec<Tensor> =
-        tensors.into_iter().map(|t| t.detach().to_dtype(DType::F32)?.sqr()?.sum_all()).collect::<Result<_>>()?;
-    if sums.is_empty() {
-        return Ok(0.0);
+    let mut sum = 0.0;
+    let mut others = Vec::new(); // on a device: one transfer for all
+    for t in tensors {
+        if t.device().is_cpu() {
+            sum += ops::sum_of_squares(t)?;
+        } else {
+            others.push(t.detach().to_dtype(DType::F32)?.sqr()?.sum_all()?);
+        }
     }
-    let sums = Tensor::stack(&sums, 0)?.to_vec1::<f32>()?; // one transfer from the device
-    Ok(sums.iter().map(|s| f64::from(*s)).sum::<f64>().sqrt())
+    if !others.is_empty() {
+        sum += Tensor::stack(&others, 0)?.to_vec1::<f32>()?.iter().map(|s| f64::from(*s)).sum::<f64>();
+    }
+    Ok(sum.sqrt())
 }
 
 /// The factor that brings a gradient of this norm to at most `clip` (torch's `clip_grad_norm_`); `clip` 0 = off.
