@@ -71,3 +71,24 @@ fn the_frequent_stay_with_counts_and_the_recent_with_lru() {
     // with counts, its first coming back still loses to one that came once and later
     assert_eq!((lfu(&trace, 2), lru(&trace, 2), belady(&trace, 2)), (73, 0, 74));
 }
+
+#[test]
+fn popularity_shifts_and_scans_come_where_they_are_wanted() {
+    assert_eq!(shifting(&[0, 9, 0, 9, 0], 10, 2), [0, 9, 2, 1, 4]);
+    assert_eq!(scanning(&[9; 12], 2, 1), [9, 9, 9, 9, 0, 9, 9, 9, 9, 1, 9, 9]);
+    assert_eq!(scanning(&[9; 11], 5, 2)[6..], [9, 9, 0, 1, 9]);
+}
+
+#[test]
+fn the_most_popular_have_their_share_of_the_draws() {
+    assert!((most_popular(10_000, 1.0, 256) - 0.6257).abs() < 1e-4);
+    assert_eq!((most_popular(10, 0.0, 3), most_popular(5, 1.0, 9)), (0.3, 1.0));
+    let trace = zipf(10_000, 1.0, 50_000, 1);
+    let popular = trace.iter().filter(|id| **id < 256).count() as f64 / trace.len() as f64;
+    assert!((popular - most_popular(10_000, 1.0, 256)).abs() < 0.01, "{popular}");
+    // what knows the past alone stays below, what knows the future does not
+    let rate = |hits: u64| hits as f64 / trace.len() as f64;
+    assert!(
+        rate(lru(&trace, 256)) < popular && rate(lfu(&trace, 256)) < popular && rate(belady(&trace, 256)) > popular
+    );
+}

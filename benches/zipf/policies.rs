@@ -40,6 +40,26 @@ pub(crate) fn zipf(deltas: usize, exponent: f64, requests: usize, seed: u64) -> 
         .collect()
 }
 
+/// Another trace of as many requests, in which others are popular after every `every` of them.
+pub(crate) fn shifting(trace: &[u32], deltas: usize, every: usize) -> Vec<u32> {
+    let moved = |(i, id): (usize, &u32)| ((*id as usize + i / every * (deltas / 7 + 1)) % deltas) as u32;
+    trace.iter().enumerate().map(moved).collect()
+}
+
+/// Another trace of as many requests, in which after every four times `length` of them, `length` are for all deltas in turn.
+pub(crate) fn scanning(trace: &[u32], deltas: usize, length: usize) -> Vec<u32> {
+    let mut next = (0..deltas as u32).cycle();
+    let scanned = |(i, id): (usize, &u32)| if i % (5 * length) < 4 * length { Some(*id) } else { next.next() };
+    trace.iter().enumerate().filter_map(scanned).collect()
+}
+
+/// The share of independent draws by Zipf's law that are for the `room` most popular: what none that knows only the past exceeds on
+/// average (Aho et al. 1971), since what comes next does not depend on it.
+pub(crate) fn most_popular(deltas: usize, exponent: f64, room: usize) -> f64 {
+    let weight = |most: usize| (1..=most.min(deltas)).map(|rank| (rank as f64).powf(-exponent)).sum::<f64>();
+    weight(room) / weight(deltas)
+}
+
 /// Hits of the optimum (Belady 1966): what is needed last goes. Every request has to be held while it is served, as in the server,
 /// so that what is requested always comes in.
 pub(crate) fn belady(trace: &[u32], room: usize) -> u64 {

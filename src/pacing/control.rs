@@ -3,7 +3,8 @@
 //!
 //! A state machine over the engine's steps; its only clock is the time it is told. It compares the gaps between steps while a
 //! job trains with those while none did, and where these are few or old, training is held for a probe: a few percent of the busy
-//! time. What could not be measured again for long is forgotten. What it moves is the
+//! time. Steps that are slower have more sequences in them, which makes them slower again; that is worked out, since no probe is long
+//! enough to show it. What could not be measured again for long is forgotten. What it moves is the
 //! *duty*: the share of the time that training computes at while serving is busy, from the least to 1. Below the goal the duty
 //! grows by steps that shrink towards it; above, it falls by as much as the slowdown is too large, at most to half.
 
@@ -27,7 +28,7 @@ const MOST_FALL: f64 = 0.5;
 const KNOWN: f64 = 0.75;
 const CALM: f64 = 0.03;
 /// By how many standard errors both quantiles must be off for a slowdown above the goal not to be one.
-const ERRORS: f64 = 1.0;
+const ERRORS: f64 = 1.5;
 /// Busy time beside training between two looks at what the duty has cost.
 const WINDOW: Duration = Duration::from_secs(2);
 /// Gaps beside training, the last there were, before it falls, and before it grows.
@@ -66,11 +67,18 @@ pub(super) struct Step {
 pub struct Figures {
     /// p99 of the time between steps of a sequence while a job trains, in seconds.
     pub p99: f64,
-    /// The same quantile without training, of steps of the same numbers of rows, in seconds.
+    /// The same quantile without training, in seconds: that of steps of the same numbers of rows, and then of as many fewer rows
+    /// as there would be if steps were done sooner.
     pub p99_off: f64,
 }
 
 impl Figures {
+    /// Of quantiles for the same numbers of rows; `company`: how much more than that is known to be slower it is in all.
+    fn of(p99: f64, p99_off: f64, company: f64) -> Self {
+        let slower = (p99 / p99_off - 1.0).max(0.0);
+        Self { p99, p99_off: p99_off * (1.0 + slower) / (1.0 + slower * company) }
+    }
+
     /// By how much the p99 is higher with training, as a share; below 0 where it is lower.
     pub fn slowdown(&self) -> f64 {
         self.p99 / self.p99_off - 1.0
@@ -210,12 +218,13 @@ impl Control {
     fn look(&mut self, now: Duration) {
         match self.gaps.compare(now) {
             Some(compared) => {
-                let figures = Figures { p99: compared.beside.quantile(TAIL), p99_off: compared.off.quantile(TAIL) };
+                let figures =
+                    Figures::of(compared.beside.quantile(TAIL), compared.off.quantile(TAIL), compared.company);
                 let tail = TAIL.min(1.0 - BEYOND / compared.effective());
                 // serving's waits for the floor are guaranteed to training: they are reported, and no duty changes them
                 let slower = |errors: f64| {
                     let of = |q: f64| compared.ungiven.about(q, -errors) / compared.off.about(q, errors) - 1.0;
-                    of(tail).max(of(0.5))
+                    of(tail).max(of(0.5)) * compared.company
                 };
                 let (likely, least) = (slower(0.0), slower(ERRORS));
                 if figures.slowdown().is_finite() && likely.is_finite() && least.is_finite() {

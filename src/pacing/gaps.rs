@@ -3,6 +3,9 @@
 //! How long a step takes depends on its rows first of all, and what is served while training rests is not what is served while
 //! it computes. So gaps without training are kept by class of rows, and weighed as often as that class is there beside training
 //! (post-stratification): their quantile is that of the same mix of steps, had nothing trained.
+//!
+//! That is not all that training costs. Where requests come whether or not those before are done, slower steps are steps of more
+//! rows, since more sequences are there at a time, and so slower again: [`Compared::company`].
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -18,6 +21,8 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(300);
 const FEWEST_OF_CLASS: usize = 8;
 /// Least share of the tokens beside training whose class can be compared.
 const LEAST_COVERED: f64 = 0.8;
+/// Most of the time that is taken to grow with the rows: near all of it, nothing holds the queue, and nothing is to be worked out.
+const MOST_GROWING: f64 = 0.5;
 /// Fewest gaps on each side of a comparison, weights evened out ([`Sorted::effective`]).
 const FEWEST: f64 = 100.0;
 
@@ -98,7 +103,7 @@ impl Gaps {
             mix[gap.class()] += gap.tokens as f64;
         }
         let (all, mut covered) = (mix.iter().sum::<f64>(), 0.0);
-        let mut off = Vec::new();
+        let (mut off, mut line) = (Vec::new(), Line::default());
         for (class, mix) in self.off.iter_mut().zip(&mut mix) {
             while class.front().is_some_and(|gap| gap.at < oldest) {
                 class.pop_front();
@@ -109,7 +114,11 @@ impl Gaps {
             if *mix > 0.0 {
                 covered += *mix;
                 let tokens: f64 = class.iter().map(|gap| gap.tokens as f64).sum();
-                off.extend(class.iter().map(|gap| (gap.length, gap.tokens as f64 * *mix / tokens)));
+                for gap in class.iter() {
+                    let weight = gap.tokens as f64 * *mix / tokens;
+                    off.push((gap.length, weight));
+                    line.take(gap.rows as f64, f64::from(gap.length), weight);
+                }
             }
         }
         if covered < LEAST_COVERED * all || covered == 0.0 {
@@ -119,8 +128,48 @@ impl Gaps {
             let gaps = self.beside.iter().filter(|gap| mix[gap.class()] > 0.0 && (gifts || !gap.gift));
             Sorted::of(gaps.map(|gap| (gap.length, gap.tokens as f64)).collect())
         };
-        let compared = Compared { off: Sorted::of(off), beside: beside(true), ungiven: beside(false) };
+        let growing = (line.slope() * self.rows_per_second()).clamp(0.0, MOST_GROWING);
+        let company = 1.0 / (1.0 - growing);
+        let compared = Compared { off: Sorted::of(off), beside: beside(true), ungiven: beside(false), company };
         (compared.effective() >= FEWEST).then_some(compared)
+    }
+
+    /// Rows that were computed beside training, by all the time that went by, idle times included.
+    fn rows_per_second(&self) -> f64 {
+        let (Some(first), Some(last)) = (self.beside.front(), self.beside.back()) else { return 0.0 };
+        let seconds = last.at.saturating_sub(first.at).as_secs_f64() + f64::from(first.length);
+        let rows: usize = self.beside.iter().map(|gap| gap.rows).sum();
+        if seconds > 0.0 { rows as f64 / seconds } else { 0.0 }
+    }
+}
+
+/// A straight line through weighed points, by least squares.
+#[derive(Debug, Default)]
+struct Line {
+    weight: f64,
+    x: f64,
+    y: f64,
+    xx: f64,
+    xy: f64,
+}
+
+impl Line {
+    fn take(&mut self, x: f64, y: f64, weight: f64) {
+        self.weight += weight;
+        self.x += weight * x;
+        self.y += weight * y;
+        self.xx += weight * x * x;
+        self.xy += weight * x * y;
+    }
+
+    /// By how much y grows with x; 0 where all x are the same.
+    fn slope(&self) -> f64 {
+        let spread = self.weight * self.xx - self.x * self.x;
+        // all the same, but for rounding
+        if spread <= 1e-9 * self.weight * self.xx {
+            return 0.0;
+        }
+        (self.weight * self.xy - self.x * self.y) / spread
     }
 }
 
@@ -133,6 +182,10 @@ pub(super) struct Compared {
     pub(super) beside: Sorted,
     /// The same without those in which serving waited for training's floor.
     pub(super) ungiven: Sorted,
+    /// By which factor sequences are slowed more than steps of the same rows, where as many requests come as ever: with n rows in
+    /// all per second, and steps that take a + b rows, there are n s rows in a step that takes s (Little 1961). So s = a / (1 - b n),
+    /// and s grows by 1 / (1 - b n) percent where a and b do by one.
+    pub(super) company: f64,
 }
 
 impl Compared {
@@ -210,6 +263,31 @@ mod tests {
             let ratio = compared.beside.quantile(share) / compared.off.quantile(share);
             assert!((ratio - 1.1).abs() < 1e-3, "{share}: {ratio}");
         }
+    }
+
+    /// Steps of 1 ms and 0.1 ms for each row, 4000 rows per second: a slowdown of one percent is one of 1 / (1 - 0.4).
+    #[test]
+    fn what_grows_with_the_rows_is_found_with_idle_times_between() {
+        let filled = |lengths: fn(usize) -> f32, idle: f64| {
+            let (mut gaps, mut now) = (Gaps::new(), 0.0);
+            for i in 0..400 {
+                let rows = 4 + i % 5;
+                let millis = lengths(rows);
+                // 6 rows on average in 1.5 ms
+                now += 0.0015 + idle;
+                let gap = Gap { at: Duration::from_secs_f64(now), ..gap(0, millis, rows, rows) };
+                gaps.without(gap);
+                gaps.beside(gap);
+            }
+            gaps.compare(Duration::from_secs_f64(now)).expect("enough").company
+        };
+        let close = |company: f64, expected: f64| assert!((company - expected).abs() < 0.02, "{company} {expected}");
+        close(filled(|rows| 1.0 + 0.1 * rows as f32, 0.0), 1.0 / 0.6);
+        close(filled(|rows| 1.0 + 0.1 * rows as f32, 0.0045), 1.0 / 0.9);
+        close(filled(|_| 1.0, 0.0), 1.0);
+        // fewer rows that take longer, and nothing but rows, are neither less nor without bound
+        close(filled(|rows| 2.0 - 0.1 * rows as f32, 0.0), 1.0);
+        close(filled(|rows| rows as f32, 0.0), 2.0);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Residency: which deltas are in memory. Loads one at a time per id, within the budget, and evicts the longest unused.
+//! Residency: which deltas are in memory. Loads one at a time per id, within the budget, and evicts what is asked for least
+//! (see `demand`).
 //!
 //! The map and the single flight are moka's; its own eviction never comes to act, because an eviction must spare what
 //! is leased (it would free nothing) and what is pinned: the victims are chosen from the idle list (see `seat`). Knows
@@ -326,8 +327,10 @@ impl Residency {
         let dead: Vec<Arc<Seat>> = seats.filter(|seat| seat.id == *id || seat.parts.contains(id)).collect();
         for seat in dead {
             self.shared.idle.retire(&seat);
+            self.shared.idle.forget(&seat.id);
             self.remove(&seat).await;
         }
+        self.shared.idle.forget(id);
     }
 
     /// Takes a seat out of the map, unless another has its place.

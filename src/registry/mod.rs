@@ -11,6 +11,7 @@ mod budget;
 mod cache;
 mod catalog;
 mod compose;
+mod demand;
 mod error;
 mod failures;
 mod kept;

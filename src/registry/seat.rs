@@ -1,4 +1,4 @@
-//! A seat: one delta's place among the resident. Who holds it, when it was let go, and what it may be evicted for.
+//! A seat: one delta's place among the resident. Who holds it, and when it may be evicted.
 //!
 //! The seat owns the delta and its reservation until it is evicted *and* nobody holds it; both then go in that order,
 //! inside one call, so that the budget never counts less than there is. moka holds seats, not deltas: it drops removed
@@ -7,7 +7,7 @@
 //! Locks: a seat's state first, the idle list inside it. Neither is held across an await.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -17,7 +17,10 @@ use std::{
 use metrics::Gauge;
 use parking_lot::Mutex;
 
-use super::budget::{Reservation, ResidentBudget};
+use super::{
+    budget::{Reservation, ResidentBudget},
+    demand::{Demand, Score},
+};
 use crate::{delta::Delta, ids::DeltaId};
 
 /// A delta in memory. The tensors go before the bytes are given back: fields drop in this order.
@@ -43,20 +46,57 @@ struct State {
     idle_at: Option<u64>,
 }
 
-/// The seats that nobody holds, longest unused first, and the counts over all seats.
+/// The seats that nobody holds, those first that are asked for least, and the counts over all seats.
 pub(super) struct Idle {
-    seats: Mutex<BTreeMap<u64, Arc<Seat>>>,
-    clock: AtomicU64,
+    list: Mutex<List>,
     budget: Arc<ResidentBudget>,
     resident: AtomicU64,
     leased: AtomicU64,
     gauge: Gauge,
 }
 
+struct List {
+    demand: Demand,
+    /// By how much they are asked for; where that is the same, by when they were let go.
+    order: BTreeMap<(Score, u64), Arc<Seat>>,
+    /// The score that each is in the order by.
+    scores: HashMap<u64, Score>,
+    /// How often a seat was let go so far.
+    clock: u64,
+}
+
+impl List {
+    fn insert(&mut self, seat: &Arc<Seat>) -> u64 {
+        let at = self.clock;
+        self.clock += 1;
+        let score = self.demand.score(&seat.id);
+        self.scores.insert(at, score);
+        self.order.insert((score, at), Arc::clone(seat));
+        at
+    }
+
+    fn remove(&mut self, at: u64) -> Option<Arc<Seat>> {
+        let score = self.scores.remove(&at)?;
+        self.order.remove(&(score, at))
+    }
+
+    /// Counts a request for a seat that is not in the list.
+    fn ask(&mut self, id: DeltaId, bytes: u64) {
+        if self.demand.asked(id, bytes) {
+            for ((_, at), seat) in std::mem::take(&mut self.order) {
+                let score = self.demand.score(&seat.id);
+                self.scores.insert(at, score);
+                self.order.insert((score, at), seat);
+            }
+        }
+    }
+}
+
 impl Idle {
     pub(super) fn new(budget: Arc<ResidentBudget>, gauge: Gauge) -> Arc<Self> {
-        let (clock, resident, leased) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        Arc::new(Self { seats: Mutex::new(BTreeMap::new()), clock, budget, resident, leased, gauge })
+        let demand = Demand::new(budget.limit());
+        let list = Mutex::new(List { demand, order: BTreeMap::new(), scores: HashMap::new(), clock: 0 });
+        Arc::new(Self { list, budget, resident: AtomicU64::new(0), leased: AtomicU64::new(0), gauge })
     }
 
     /// Deltas in memory, evicted but leased ones included.
@@ -69,7 +109,7 @@ impl Idle {
         self.leased.load(Ordering::Relaxed)
     }
 
-    /// Seats a loaded delta and holds it.
+    /// Seats a loaded delta and holds it. That is no request yet: those who asked for it hold it themselves.
     pub(super) fn seat(
         self: &Arc<Self>,
         id: DeltaId,
@@ -84,31 +124,37 @@ impl Idle {
         self.resident.fetch_add(1, Ordering::Relaxed);
         self.gauge.increment(1.0);
         self.leased.fetch_add(1, Ordering::Relaxed);
+        self.list.lock().demand.seated(id);
         Hold { seat: Arc::new(Seat { id, parts, weight_kib, state }), idle: Arc::clone(self) }
     }
 
-    /// Holds a seat's delta; `None` if it has been evicted. Finding it and holding it is one step.
+    /// Holds a seat's delta for a request, which is counted; `None` if it has been evicted. Finding it and holding it is one step.
     pub(super) fn hold(self: &Arc<Self>, seat: &Arc<Seat>) -> Option<(Arc<Delta>, Hold)> {
         let mut state = seat.state.lock();
-        let delta = match &state.resident {
-            Some(resident) if !state.evicted => Arc::clone(&resident.delta),
+        let (delta, bytes) = match &state.resident {
+            Some(resident) if !state.evicted => (Arc::clone(&resident.delta), resident.reservation.bytes()),
             _ => return None,
         };
-        if let Some(at) = state.idle_at.take() {
-            self.seats.lock().remove(&at);
+        let idle_at = state.idle_at.take();
+        {
+            let mut list = self.list.lock();
+            if let Some(at) = idle_at {
+                list.remove(at);
+            }
+            list.ask(seat.id, bytes);
         }
         self.add_holder(&mut state);
         drop(state);
         Some((delta, Hold { seat: Arc::clone(seat), idle: Arc::clone(self) }))
     }
 
-    /// Evicts the longest unused seat that is not kept.
+    /// Evicts the seat that is asked for least, of those that nobody holds and that are not kept.
     pub(super) fn evict_one(&self, keep: &HashSet<DeltaId>) -> Option<Arc<Seat>> {
         loop {
             let (at, seat) = {
-                let mut seats = self.seats.lock();
-                let at = seats.iter().find(|(_, seat)| !keep.contains(&seat.id)).map(|(at, _)| *at)?;
-                (at, seats.remove(&at)?)
+                let mut list = self.list.lock();
+                let at = list.order.iter().find(|(_, seat)| !keep.contains(&seat.id)).map(|((_, at), _)| *at)?;
+                (at, list.remove(at)?)
             };
             let mut state = seat.state.lock();
             // Held, or held and let go again, since it was taken from the list.
@@ -119,7 +165,7 @@ impl Idle {
             state.evicted = true;
             let resident = state.resident.take();
             drop(state);
-            self.free(resident);
+            self.free(seat.id, resident);
             return Some(seat);
         }
     }
@@ -129,11 +175,16 @@ impl Idle {
         let mut state = seat.state.lock();
         state.evicted = true;
         if let Some(at) = state.idle_at.take() {
-            self.seats.lock().remove(&at);
+            self.list.lock().remove(at);
         }
         let resident = if state.holders == 0 { state.resident.take() } else { None };
         drop(state);
-        self.free(resident);
+        self.free(seat.id, resident);
+    }
+
+    /// Nobody can ask for the id any more: how much it was asked for counts no more.
+    pub(super) fn forget(&self, id: &DeltaId) {
+        self.list.lock().demand.forget(id);
     }
 
     fn add_holder(&self, state: &mut State) {
@@ -153,19 +204,18 @@ impl Idle {
         if state.evicted {
             let resident = state.resident.take();
             drop(state);
-            self.free(resident);
+            self.free(seat.id, resident);
             return;
         }
-        let at = self.clock.fetch_add(1, Ordering::Relaxed);
-        state.idle_at = Some(at);
-        self.seats.lock().insert(at, Arc::clone(seat));
+        state.idle_at = Some(self.list.lock().insert(seat));
         drop(state);
         self.budget.room().notify_waiters();
     }
 
-    fn free(&self, resident: Option<Resident>) {
+    fn free(&self, id: DeltaId, resident: Option<Resident>) {
         if let Some(Resident { delta, reservation }) = resident {
             drop(delta);
+            self.list.lock().demand.left(id);
             self.resident.fetch_sub(1, Ordering::Relaxed);
             self.gauge.decrement(1.0);
             drop(reservation);

@@ -17,6 +17,7 @@ use crate::{
 };
 
 mod compose;
+mod evictions;
 mod failures;
 mod random;
 
@@ -230,7 +231,7 @@ async fn a_caller_that_goes_away_does_not_break_off_the_load_or_keep_its_bytes()
 }
 
 #[tokio::test]
-async fn the_longest_unused_goes_and_leased_and_pinned_ones_stay() {
+async fn the_least_asked_for_goes_and_leased_and_pinned_ones_stay() {
     let w = World::new(4).await;
     for name in ["a", "b", "c", "d", "e", "f", "g"] {
         w.publish(name, name).await;
