@@ -67,7 +67,7 @@ const DOMAIN_TYPES: &[&str] =
 const ABOVE_ADMISSION: &[&str] = &["admission", "grpc", "http", "cli", "app", "main.rs", "lib.rs"];
 
 /// Everything may be named from here.
-const ROOTS: &[&str] = &["main.rs", "lib.rs", "cli", "app"];
+const ROOTS: &[&str] = &["main.rs", "lib.rs", "cli", "app", "fuzzing.rs", "fuzzing"];
 
 /// Crate -> the only places in `src/` that may name it.
 const CRATE_ONLY_IN: &[(&str, &[&str])] = &[

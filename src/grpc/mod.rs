@@ -4,6 +4,8 @@
 
 mod convert;
 mod deltas;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod gate;
 mod inference;
 pub mod proto;

@@ -5,6 +5,7 @@
 //! either applied or named in an error; nothing is ignored silently.
 
 mod adapterhub;
+mod archive;
 mod bitfit;
 mod check;
 mod config;
@@ -12,11 +13,14 @@ mod container;
 mod convert;
 mod encode;
 mod folder;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod head;
 mod ia3;
 mod keys;
 mod ln_tuning;
 mod lora;
+mod pickle;
 mod tensors;
 mod tokens;
 mod virtual_tokens;
