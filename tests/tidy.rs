@@ -118,6 +118,17 @@ const NEVER_IN: &[(&str, &[&str])] = &[
     ("tokio", &["ops", "delta", "nn", "model", "kv", "rows.rs", "ids.rs"]),
 ];
 
+/// Where `unsafe` may stand: what instructions and system calls need is in `ops`, and nothing else is, but for these.
+const UNSAFE_IN: &[(&str, &str)] = &[
+    ("ops", "instructions, system calls, outputs that are written before they are read"),
+    ("model/weights.rs", "maps the operator's checkpoint"),
+    ("model/gguf/mod.rs", "maps the operator's checkpoint"),
+    ("app/base.rs", "asks whether there is a CUDA driver"),
+    ("main.rs", "sets variables of the environment before there are threads"),
+];
+/// How many lines above an `unsafe` its reason may stand.
+const REASON_ABOVE: usize = 6;
+
 const MAX_LINES: usize = 500;
 /// Longer files, with the reason.
 const LONGER: &[(&str, &str)] = &[];
@@ -373,6 +384,40 @@ fn the_engine_thread_never_awaits_and_does_no_io() {
     none_of(problems);
 }
 
+/// Lines with `unsafe` that nothing says the reason of: no `SAFETY:` above it; of a function, no `# Safety` and no attribute that
+/// says which instructions it needs.
+fn unexplained(text: &str) -> Vec<usize> {
+    let lines: Vec<&str> = text.lines().collect();
+    let code = |i: usize| lines[i].split("//").next().unwrap_or_default();
+    let names = |i: usize| code(i).split(|c: char| !(c.is_alphanumeric() || c == '_')).any(|word| word == "unsafe");
+    let explained = |i: usize| {
+        let above = &lines[i.saturating_sub(REASON_ABOVE)..=i];
+        let function = code(i).contains("unsafe fn ");
+        let reasons: &[&str] = if function { &["# Safety", "#[target_feature"] } else { &["SAFETY:"] };
+        // a type of functions calls none
+        code(i).trim_start().starts_with("type ") || above.iter().any(|l| reasons.iter().any(|r| l.contains(r)))
+    };
+    (0..lines.len()).filter(|i| names(*i) && !explained(*i)).map(|i| i + 1).collect()
+}
+
+#[test]
+fn unsafe_code_is_where_it_must_be_and_says_why_it_may() {
+    let mut problems = Vec::new();
+    let places: Vec<&str> = UNSAFE_IN.iter().map(|(place, _)| *place).collect();
+    for source in &sources() {
+        problems.extend(unexplained(&source.text).iter().map(|n| format!("src/{}:{n}: no reason", source.path)));
+        let allowed = source.text.contains("allow(unsafe_code");
+        if allowed && !source.is_in(&places) {
+            problems.push(format!("src/{}: unsafe is only for {}", source.path, places.join(", ")));
+        }
+    }
+    let seen: Vec<String> = sources().into_iter().filter(|s| s.text.contains("unsafe {")).map(|s| s.path).collect();
+    let within = |place: &str| seen.iter().any(|path| path == place || path.starts_with(&format!("{place}/")));
+    problems
+        .extend(places.iter().filter(|place| !within(place)).map(|place| format!("{place} has no unsafe any more")));
+    none_of(problems);
+}
+
 #[test]
 fn every_file_says_what_it_owns() {
     let silent = sources().into_iter().filter(|s| !s.text.starts_with("//! "));
@@ -479,6 +524,10 @@ fn the_checks_see_what_they_check() {
     assert!(names_crate("let s = tonic::Status::ok;", |n| n == "tonic"));
     assert!(!names_crate("let s = my::tonic::Status;", |n| n == "tonic"));
     assert!(!names_crate("let s = tonic_types::Status;", |n| n == "tonic"));
+    let fine =
+        "// SAFETY: x\nunsafe { f() }\n#[target_feature(enable = \"a\")]\nunsafe fn f() {}\ntype F = unsafe fn();\n";
+    assert!(unexplained(fine).is_empty() && unexplained("#![allow(unsafe_code)] // unsafe").is_empty());
+    assert_eq!(unexplained("fn g() {\n    unsafe { f() }\n}\nunsafe fn h() {}"), [2, 4]);
     assert!(waits("let x = rx.recv().await;").is_some() && waits("events.try_send(event)").is_none());
     assert!(source.is_in(&["grpc"]) && !source.is_in(&["gr"]) && source.is_in(&["grpc/x.rs"]));
 }
