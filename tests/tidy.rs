@@ -503,6 +503,49 @@ fn every_invariant_names_a_test_that_exists() {
     none_of(problems);
 }
 
+/// How many groups of bad inputs and faults SECURITY.md answers for.
+const GROUPS: usize = 72;
+
+/// Rows of tables: the cells between bars.
+fn rows(text: &str) -> impl Iterator<Item = Vec<&str>> {
+    let lines = text.lines().filter(|line| line.starts_with('|') && !line.starts_with("|---"));
+    lines.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+}
+
+#[test]
+fn every_group_of_bad_inputs_has_a_row_and_its_tests_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let Ok(security) = fs::read_to_string(root.join("SECURITY.md")) else {
+        println!("skipped: SECURITY.md is absent");
+        return;
+    };
+    let mut files = Vec::new();
+    collect(&root.join("src"), &mut files);
+    collect(&root.join("tests"), &mut files);
+    let code: Vec<String> = files.iter().map(|f| fs::read_to_string(f).expect("a readable source")).collect();
+    let (mut problems, mut next) = (Vec::new(), 1);
+    for row in rows(&security) {
+        let tests: Vec<&str> = row[row.len() - 1].split('`').skip(1).step_by(2).collect();
+        let numbered = row[0].parse::<usize>().is_ok();
+        if numbered {
+            if row[0] != next.to_string() {
+                problems.push(format!("SECURITY.md: row {} stands where {next} should", row[0]));
+            }
+            next += 1;
+            if tests.is_empty() && !row[row.len() - 1].contains("*None*") {
+                problems.push(format!("SECURITY.md: row {} names no test and no reason", row[0]));
+            }
+        }
+        // the tables of tests: groups, and what was found
+        let missing = tests.iter().filter(|test| (numbered || row.len() == 4) && !exists(test, &code));
+        problems.extend(missing.map(|test| format!("SECURITY.md: {test} does not exist")));
+    }
+    if next != GROUPS + 1 {
+        problems.push(format!("SECURITY.md: {} groups of {GROUPS}", next - 1));
+    }
+    none_of(problems);
+}
+
 #[test]
 fn invariants_are_read_as_they_are_written() {
     let text = "# Invariants\n- **I1 order** a law. Test: `a::b::keeps_order`\n- **I2 isolation** a `b` law that goes\n  \

@@ -207,10 +207,7 @@ fn decode_parts(
         other => {
             return Err(InteropError::invalid(
                 file,
-                format!(
-                    "peft_type {other:?} is not supported; supported are LORA, IA3, LN_TUNING, TRAINABLE_TOKENS, \
-                     PREFIX_TUNING, PROMPT_TUNING, P_TUNING, BITFIT"
-                ),
+                format!("peft_type {other:?} is not supported; supported are {}", config::KINDS.join(", ")),
             ));
         }
     };
