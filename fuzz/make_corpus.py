@@ -184,6 +184,7 @@ def texts():
     put(t, "large", "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}\0x")
     put(t, "nested", "{% set n = namespace(x=[]) %}{% for a in range(2000) %}{% set n.x = [n.x] %}{% endfor %}"
                      "{{ n.x | tojson }}\0x")
+    put(t, "deep", "{% set n = namespace(x=[]) %}{% for a in range(50000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}\0x")
     put(t, "macro", "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}\0x")
     put(t, "generation", "{% generation %}{{ messages | length }}{%- endgeneration -%}\0x")
     put(t, "include", "{% include '/etc/passwd' %}{% import 'os' as os %}\0x")

@@ -4,7 +4,7 @@
 //! do is bounded, in work and in bytes together ([`FUEL`]). What users write is not trusted at all: special tokens in messages
 //! become plain text (see [`ChatTemplate::encode`]).
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, path::Path, thread};
 
 use minijinja::{
     Environment, Error, ErrorKind, Value,
@@ -24,8 +24,10 @@ use crate::admission::params::ChatMessage;
 const NAME: &str = "chat";
 
 /// What a rendering may use up: one for an instruction, and one for each 64 bytes that it makes. Conversations of the longest
-/// accepted text take a tenth of it.
-const FUEL: u64 = 4 << 20;
+/// accepted text take a fifth of it.
+const FUEL: u64 = 2 << 20;
+/// Stack of the thread that renders: lists in lists, as deep as [`FUEL`] pays for, are shown and dropped level by level.
+const STACK: usize = 128 << 20;
 /// Deepest nesting of a value that is written as JSON.
 const MAX_DEPTH: usize = 64;
 
@@ -99,6 +101,15 @@ impl ChatTemplate {
     /// # Errors
     /// A conversation that the template refuses or fails on.
     pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ChatError> {
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("chat".into()).stack_size(STACK);
+            let rendering = thread.spawn_scoped(scope, || self.render_here(messages, add_generation_prompt));
+            let rendering = rendering.map_err(|e| ChatError::Render(e.to_string()))?;
+            rendering.join().map_err(|_| ChatError::Render("a panic".into()))?
+        })
+    }
+
+    fn render_here(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ChatError> {
         let template = self.env.get_template(NAME).map_err(|e| ChatError::Template(describe(&e)))?;
         let message = |m: &ChatMessage| -> Value {
             Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])
@@ -331,7 +342,9 @@ mod tests {
         let itself = "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}";
         let nested = "{% set n = namespace(x=[]) %}{% for a in range(2000) %}{% set n.x = [n.x] %}{% endfor %}\
             {{ n.x | tojson }}";
-        for source in [endless, large, itself, nested] {
+        let deep = "{% set n = namespace(x=[]) %}{% for a in range(999) %}{% for b in range(9999) %}{% set n.x = [n.x] %}\
+            {% endfor %}{% endfor %}{{ n.x }}";
+        for source in [endless, large, itself, nested, deep] {
             let template = ChatTemplate::new(source, &Json::Null).expect("parses");
             let refused = template.render(&chat(&[("user", "hi")]), true).expect_err("stopped");
             assert!(matches!(refused, ChatError::Render(_)), "{refused}");
