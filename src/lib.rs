@@ -32,6 +32,9 @@ pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grammar;
 pub mod grpc;
 pub mod http;

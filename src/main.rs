@@ -35,6 +35,7 @@ fn set_compute_threads(asked: Option<usize>) {
         None if std::env::var_os(VARIABLE).is_some() => return,
         None => default_threads(),
     };
+    // SAFETY: no other thread runs yet
     unsafe { std::env::set_var(VARIABLE, threads.max(1).to_string()) };
 }
 
@@ -44,6 +45,7 @@ fn set_compute_threads(asked: Option<usize>) {
 fn set_elementwise_threads() {
     const VARIABLE: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(VARIABLE).is_none() {
+        // SAFETY: as above
         unsafe { std::env::set_var(VARIABLE, "1") };
     }
 }

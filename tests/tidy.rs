@@ -67,7 +67,7 @@ const DOMAIN_TYPES: &[&str] =
 const ABOVE_ADMISSION: &[&str] = &["admission", "grpc", "http", "cli", "app", "main.rs", "lib.rs"];
 
 /// Everything may be named from here.
-const ROOTS: &[&str] = &["main.rs", "lib.rs", "cli", "app"];
+const ROOTS: &[&str] = &["main.rs", "lib.rs", "cli", "app", "fuzzing.rs", "fuzzing"];
 
 /// Crate -> the only places in `src/` that may name it.
 const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
@@ -117,6 +117,17 @@ const NEVER_IN: &[(&str, &[&str])] = &[
     ("rayon", &["admission", "grpc", "http", "registry", "store"]),
     ("tokio", &["ops", "delta", "nn", "model", "kv", "rows.rs", "ids.rs"]),
 ];
+
+/// Where `unsafe` may stand: what instructions and system calls need is in `ops`, and nothing else is, but for these.
+const UNSAFE_IN: &[(&str, &str)] = &[
+    ("ops", "instructions, system calls, outputs that are written before they are read"),
+    ("model/weights.rs", "maps the operator's checkpoint"),
+    ("model/gguf/mod.rs", "maps the operator's checkpoint"),
+    ("app/base.rs", "asks whether there is a CUDA driver"),
+    ("main.rs", "sets variables of the environment before there are threads"),
+];
+/// How many lines above an `unsafe` its reason may stand.
+const REASON_ABOVE: usize = 6;
 
 const MAX_LINES: usize = 500;
 /// Longer files, with the reason.
@@ -373,6 +384,40 @@ fn the_engine_thread_never_awaits_and_does_no_io() {
     none_of(problems);
 }
 
+/// Lines with `unsafe` that nothing says the reason of: no `SAFETY:` above it; of a function, no `# Safety` and no attribute that
+/// says which instructions it needs.
+fn unexplained(text: &str) -> Vec<usize> {
+    let lines: Vec<&str> = text.lines().collect();
+    let code = |i: usize| lines[i].split("//").next().unwrap_or_default();
+    let names = |i: usize| code(i).split(|c: char| !(c.is_alphanumeric() || c == '_')).any(|word| word == "unsafe");
+    let explained = |i: usize| {
+        let above = &lines[i.saturating_sub(REASON_ABOVE)..=i];
+        let function = code(i).contains("unsafe fn ");
+        let reasons: &[&str] = if function { &["# Safety", "#[target_feature"] } else { &["SAFETY:"] };
+        // a type of functions calls none
+        code(i).trim_start().starts_with("type ") || above.iter().any(|l| reasons.iter().any(|r| l.contains(r)))
+    };
+    (0..lines.len()).filter(|i| names(*i) && !explained(*i)).map(|i| i + 1).collect()
+}
+
+#[test]
+fn unsafe_code_is_where_it_must_be_and_says_why_it_may() {
+    let mut problems = Vec::new();
+    let places: Vec<&str> = UNSAFE_IN.iter().map(|(place, _)| *place).collect();
+    for source in &sources() {
+        problems.extend(unexplained(&source.text).iter().map(|n| format!("src/{}:{n}: no reason", source.path)));
+        let allowed = source.text.contains("allow(unsafe_code");
+        if allowed && !source.is_in(&places) {
+            problems.push(format!("src/{}: unsafe is only for {}", source.path, places.join(", ")));
+        }
+    }
+    let seen: Vec<String> = sources().into_iter().filter(|s| s.text.contains("unsafe {")).map(|s| s.path).collect();
+    let within = |place: &str| seen.iter().any(|path| path == place || path.starts_with(&format!("{place}/")));
+    problems
+        .extend(places.iter().filter(|place| !within(place)).map(|place| format!("{place} has no unsafe any more")));
+    none_of(problems);
+}
+
 #[test]
 fn every_file_says_what_it_owns() {
     let silent = sources().into_iter().filter(|s| !s.text.starts_with("//! "));
@@ -458,6 +503,49 @@ fn every_invariant_names_a_test_that_exists() {
     none_of(problems);
 }
 
+/// How many groups of bad inputs and faults SECURITY.md answers for.
+const GROUPS: usize = 72;
+
+/// Rows of tables: the cells between bars.
+fn rows(text: &str) -> impl Iterator<Item = Vec<&str>> {
+    let lines = text.lines().filter(|line| line.starts_with('|') && !line.starts_with("|---"));
+    lines.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+}
+
+#[test]
+fn every_group_of_bad_inputs_has_a_row_and_its_tests_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let Ok(security) = fs::read_to_string(root.join("SECURITY.md")) else {
+        println!("skipped: SECURITY.md is absent");
+        return;
+    };
+    let mut files = Vec::new();
+    collect(&root.join("src"), &mut files);
+    collect(&root.join("tests"), &mut files);
+    let code: Vec<String> = files.iter().map(|f| fs::read_to_string(f).expect("a readable source")).collect();
+    let (mut problems, mut next) = (Vec::new(), 1);
+    for row in rows(&security) {
+        let tests: Vec<&str> = row[row.len() - 1].split('`').skip(1).step_by(2).collect();
+        let numbered = row[0].parse::<usize>().is_ok();
+        if numbered {
+            if row[0] != next.to_string() {
+                problems.push(format!("SECURITY.md: row {} stands where {next} should", row[0]));
+            }
+            next += 1;
+            if tests.is_empty() && !row[row.len() - 1].contains("*None*") {
+                problems.push(format!("SECURITY.md: row {} names no test and no reason", row[0]));
+            }
+        }
+        // the tables of tests: groups, and what was found
+        let missing = tests.iter().filter(|test| (numbered || row.len() == 4) && !exists(test, &code));
+        problems.extend(missing.map(|test| format!("SECURITY.md: {test} does not exist")));
+    }
+    if next != GROUPS + 1 {
+        problems.push(format!("SECURITY.md: {} groups of {GROUPS}", next - 1));
+    }
+    none_of(problems);
+}
+
 #[test]
 fn invariants_are_read_as_they_are_written() {
     let text = "# Invariants\n- **I1 order** a law. Test: `a::b::keeps_order`\n- **I2 isolation** a `b` law that goes\n  \
@@ -479,6 +567,10 @@ fn the_checks_see_what_they_check() {
     assert!(names_crate("let s = tonic::Status::ok;", |n| n == "tonic"));
     assert!(!names_crate("let s = my::tonic::Status;", |n| n == "tonic"));
     assert!(!names_crate("let s = tonic_types::Status;", |n| n == "tonic"));
+    let fine =
+        "// SAFETY: x\nunsafe { f() }\n#[target_feature(enable = \"a\")]\nunsafe fn f() {}\ntype F = unsafe fn();\n";
+    assert!(unexplained(fine).is_empty() && unexplained("#![allow(unsafe_code)] // unsafe").is_empty());
+    assert_eq!(unexplained("fn g() {\n    unsafe { f() }\n}\nunsafe fn h() {}"), [2, 4]);
     assert!(waits("let x = rx.recv().await;").is_some() && waits("events.try_send(event)").is_none());
     assert!(source.is_in(&["grpc"]) && !source.is_in(&["gr"]) && source.is_in(&["grpc/x.rs"]));
 }

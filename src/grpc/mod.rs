@@ -4,6 +4,8 @@
 
 mod convert;
 mod deltas;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod gate;
 mod inference;
 pub mod proto;
@@ -30,6 +32,17 @@ use proto::{
 /// Calls of one connection at a time; clients open another connection or wait.
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// Longest frame: the least that the protocol permits.
+const MAX_FRAME_BYTES: u32 = 16 * 1024;
+/// What one call, and all of a connection, may send ahead of being read.
+const CALL_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
+/// Streams that a client reset before anybody looked at them; with more, the connection is closed.
+const MAX_PENDING_RESETS: usize = 32;
+/// Streams that were reset because of what a client did; with more, the connection is closed.
+const MAX_ERROR_RESETS: usize = 1024;
+/// A peer that has vanished is noticed by the system, too, where no frame is due.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -87,6 +100,11 @@ pub async fn serve(
     let router = Server::builder()
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .initial_stream_window_size(CALL_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_local_error_reset_streams(Some(MAX_ERROR_RESETS))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .layer(gate::GateLayer::new(config.max_calls))
@@ -96,7 +114,7 @@ pub async fn serve(
         .add_service(limited!(DeltaServiceServer, deltas))
         .add_service(limited!(TrainingServiceServer, training))
         .add_service(limited!(ServerServiceServer, server_info::Server { service }));
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE));
     let server = router.serve_with_incoming_shutdown(incoming, drain.begun());
     tokio::select! {
         served = server => served?,

@@ -1,4 +1,4 @@
-//! `adapter_config.json`: what it says, what it may not say, and what is passed over with a warning.
+//! `adapter_config.json`: what it says, and what it may not say. The schema is closed: an option that is set is known, or refused.
 
 use regex::Regex;
 use serde_json::Value;
@@ -78,6 +78,10 @@ const KNOWN: &[&str] = &[
     "use_rslora",
 ];
 
+/// Kinds of configurations that are read; of another one the kind is what is refused.
+pub(super) const KINDS: &[&str] =
+    &["LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BITFIT"];
+
 fn off(v: &Value) -> bool {
     match v {
         Value::Null | Value::Bool(false) => true,
@@ -106,11 +110,22 @@ pub(super) fn kind(file: &str, config: &Value) -> Result<String, InteropError> {
             ),
         ));
     }
-    for key in map.keys().filter(|k| !KNOWN.contains(&k.as_str()) && !UNSUPPORTED.contains(&k.as_str())) {
-        tracing::warn!(key, file, "unknown key in a delta's configuration is ignored, as PEFT does");
-    }
     let kind = map.get("peft_type").or_else(|| map.get("delta_type")).and_then(Value::as_str);
-    kind.map(str::to_owned).ok_or_else(|| InteropError::invalid(file, "peft_type is missing"))
+    let kind = kind.ok_or_else(|| InteropError::invalid(file, "peft_type is missing"))?;
+    let known = |key: &str| KNOWN.contains(&key) || UNSUPPORTED.contains(&key);
+    // a later PEFT writes all its options: those that are off change nothing, any other may change what is computed
+    if KINDS.contains(&kind)
+        && let Some((key, value)) = map.iter().find(|(key, value)| !known(key) && !off(value))
+    {
+        let (key, value) = (key.chars().take(100).collect::<String>(), value.to_string());
+        let value: String = value.chars().take(100).collect();
+        let message = format!(
+            "{key:?} is {value}, an option that this server does not know; without it, or where it is null, false or empty, the \
+             file is accepted"
+        );
+        return Err(InteropError::invalid(file, message));
+    }
+    Ok(kind.to_owned())
 }
 
 /// The task, if the config says one.

@@ -1,10 +1,15 @@
-//! Pickled folders to safetensors, on the client's side: candle's pickle reader builds tensors and runs nothing.
+//! Pickled folders to safetensors, on the client's side: the reader of pickles runs nothing.
 
 use std::{collections::BTreeMap, path::Path};
 
-use candle_core::{DType, Tensor, pickle};
+use candle_core::{DType, Device, Tensor};
 
-use super::{InteropError, encode::serialize, folder};
+use super::{
+    InteropError,
+    encode::serialize,
+    folder,
+    pickle::{self, Kind},
+};
 use crate::delta::DeltaFiles;
 
 /// Pickles that libraries write, and what the same tensors are called as safetensors.
@@ -41,15 +46,21 @@ pub fn convert(folder: &Path) -> Result<DeltaFiles, InteropError> {
 }
 
 fn tensors(name: &str, path: &Path) -> Result<Vec<u8>, InteropError> {
-    let all = pickle::read_all(path).map_err(|e| InteropError::invalid(name, format!("is no map of tensors: {e}")))?;
+    let file = folder::read(path, name)?;
+    let all = pickle::read(&file).map_err(|e| InteropError::invalid(name, format!("is no map of tensors: {e}")))?;
     let mut map: BTreeMap<String, Tensor> = BTreeMap::new();
-    for (key, tensor) in all {
-        let tensor = match tensor.dtype() {
-            DType::F32 | DType::F16 | DType::BF16 => tensor,
-            DType::F64 => tensor.to_dtype(DType::F32)?,
-            other => return Err(InteropError::invalid(name, format!("{key} is {other:?}; floats are accepted"))),
+    for (key, numbers) in all {
+        let kind = match numbers.kind {
+            Kind::F16 => DType::F16,
+            Kind::Bf16 => DType::BF16,
+            Kind::F32 => DType::F32,
+            Kind::F64 => DType::F64,
         };
-        map.insert(key, tensor.contiguous()?);
+        let tensor = Tensor::from_raw_buffer(&numbers.bytes, kind, &numbers.shape, &Device::Cpu)?;
+        let tensor = if kind == DType::F64 { tensor.to_dtype(DType::F32)? } else { tensor };
+        if map.insert(key.clone(), tensor).is_some() {
+            return Err(InteropError::invalid(name, format!("{key} is there twice")));
+        }
     }
     if map.is_empty() {
         return Err(InteropError::invalid(name, "holds no tensors"));

@@ -5,6 +5,7 @@
 //! either applied or named in an error; nothing is ignored silently.
 
 mod adapterhub;
+mod archive;
 mod bitfit;
 mod check;
 mod config;
@@ -12,11 +13,14 @@ mod container;
 mod convert;
 mod encode;
 mod folder;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod head;
 mod ia3;
 mod keys;
 mod ln_tuning;
 mod lora;
+mod pickle;
 mod tensors;
 mod tokens;
 mod virtual_tokens;
@@ -203,10 +207,7 @@ fn decode_parts(
         other => {
             return Err(InteropError::invalid(
                 file,
-                format!(
-                    "peft_type {other:?} is not supported; supported are LORA, IA3, LN_TUNING, TRAINABLE_TOKENS, \
-                     PREFIX_TUNING, PROMPT_TUNING, P_TUNING, BITFIT"
-                ),
+                format!("peft_type {other:?} is not supported; supported are {}", config::KINDS.join(", ")),
             ));
         }
     };

@@ -74,7 +74,12 @@ fn files_that_would_be_applied_wrongly_are_refused_by_name() {
     let mut qalora = lora(4);
     qalora["use_qalora"] = json!(true);
     expect(pack(&qalora, &good), "use_qalora");
-    expect(pack(&json!({"peft_type": "VERA"}), &good), "VERA");
+    let mut newer = lora(4);
+    newer["option_of_a_later_peft"] = json!({});
+    assert!(decode(&pack(&newer, &good), &base).is_ok(), "an option that is off changes nothing");
+    newer["option_of_a_later_peft"] = json!(0.5);
+    expect(pack(&newer, &good), "option_of_a_later_peft");
+    expect(pack(&json!({"peft_type": "VERA", "projection_prng_key": 7}), &good), "VERA");
     expect(pack(&json!({}), &good), "peft_type is missing");
     let mut pickle = pack(&lora(4), &good);
     pickle.files.remove("adapter_model.safetensors");

@@ -8,6 +8,8 @@ mod bf16_tests;
 mod copy;
 mod export;
 pub mod family;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod gguf;
 mod heads;
 mod load;

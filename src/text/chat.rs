@@ -1,9 +1,10 @@
 //! Chat templates: a conversation to the text that the base was trained on, as Hugging Face renders it.
 //!
-//! The template comes with the base and is trusted like its weights; what users write is not: special tokens in
-//! messages become plain text (see [`ChatTemplate::encode`]).
+//! The template comes with the base; a delta's is never run. It cannot reach files or the network, and what a rendering may
+//! do is bounded, in work and in bytes together ([`FUEL`]). What users write is not trusted at all: special tokens in messages
+//! become plain text (see [`ChatTemplate::encode`]).
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, path::Path, thread};
 
 use minijinja::{
     Environment, Error, ErrorKind, Value,
@@ -21,6 +22,14 @@ use super::{
 use crate::admission::params::ChatMessage;
 
 const NAME: &str = "chat";
+
+/// What a rendering may use up: one for an instruction, and one for each 64 bytes that it makes. Conversations of the longest
+/// accepted text take a fifth of it.
+const FUEL: u64 = 2 << 20;
+/// Stack of the thread that renders: lists in lists, as deep as [`FUEL`] pays for, are shown and dropped level by level.
+const STACK: usize = 128 << 20;
+/// Deepest nesting of a value that is written as JSON.
+const MAX_DEPTH: usize = 64;
 
 /// Why a conversation could not be rendered.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +82,7 @@ impl ChatTemplate {
         let mut env = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.map_err(|e| ChatError::Template(describe(&e)))?);
+        env.set_fuel(Some(FUEL));
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Refusal))
@@ -91,6 +101,15 @@ impl ChatTemplate {
     /// # Errors
     /// A conversation that the template refuses or fails on.
     pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ChatError> {
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("chat".into()).stack_size(STACK);
+            let rendering = thread.spawn_scoped(scope, || self.render_here(messages, add_generation_prompt));
+            let rendering = rendering.map_err(|e| ChatError::Render(e.to_string()))?;
+            rendering.join().map_err(|_| ChatError::Render("a panic".into()))?
+        })
+    }
+
+    fn render_here(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ChatError> {
         let template = self.env.get_template(NAME).map_err(|e| ChatError::Template(describe(&e)))?;
         let message = |m: &ChatMessage| -> Value {
             Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])
@@ -226,6 +245,9 @@ fn to_json(value: Value, kwargs: Kwargs) -> Result<Value, Error> {
 }
 
 fn write_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(Error::new(ErrorKind::BadSerialization, format!("a value nests deeper than {MAX_DEPTH}")));
+    }
     let newline = |out: &mut String, depth: usize| {
         if let Some(n) = indent {
             out.push('\n');
@@ -311,6 +333,40 @@ mod tests {
         );
         let error = template.render(&chat(&[("assistant", "x")]), true).expect_err("roles do not alternate");
         assert!(matches!(&error, ChatError::Refused(m) if m.starts_with("Conversation roles")), "{error}");
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_or_grows_without_bound_is_stopped() {
+        let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let large = "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}";
+        let itself = "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}";
+        let nested = "{% set n = namespace(x=[]) %}{% for a in range(2000) %}{% set n.x = [n.x] %}{% endfor %}\
+            {{ n.x | tojson }}";
+        let deep = "{% set n = namespace(x=[]) %}{% for a in range(999) %}{% for b in range(9999) %}{% set n.x = [n.x] %}\
+            {% endfor %}{% endfor %}{{ n.x }}";
+        for source in [endless, large, itself, nested, deep] {
+            let template = ChatTemplate::new(source, &Json::Null).expect("parses");
+            let refused = template.render(&chat(&[("user", "hi")]), true).expect_err("stopped");
+            assert!(matches!(refused, ChatError::Render(_)), "{refused}");
+        }
+        // a conversation as long as any is far from it
+        let template = ChatTemplate::new(CHATML, &Json::Null).expect("parses");
+        let long = "x".repeat(1024);
+        let turns: Vec<(&str, &str)> = (0..4096).map(|_| ("user", long.as_str())).collect();
+        assert!(template.render(&chat(&turns), true).expect("renders").len() > 4 << 20);
+    }
+
+    #[test]
+    fn a_template_reaches_no_files() {
+        let dir = tempfile::tempdir().expect("folder");
+        let path = dir.path().join("secret");
+        std::fs::write(&path, "secret").expect("written");
+        for source in ["{% include 'P' %}", "{% import 'P' as p %}{{ p }}", "{% extends 'P' %}"] {
+            let source = source.replace('P', &path.display().to_string());
+            let rendered =
+                ChatTemplate::new(&source, &Json::Null).and_then(|t| t.render(&chat(&[("user", "hi")]), true));
+            assert!(rendered.is_err(), "{rendered:?}");
+        }
     }
 
     #[test]

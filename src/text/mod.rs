@@ -17,7 +17,8 @@ pub use stop::{StopOutcome, StopStrings};
 pub use token_bytes::TokenBytes;
 pub use tokenizer::{Encoded, MAX_TEXT_BYTES, SpecialIds, TextError, TextModel};
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(clippy::expect_used, dead_code, reason = "for tests and fuzz targets; these need a part of it")]
 pub(crate) mod testing {
     //! Real tokenizers for tests, where the folder with shared models is at hand.
 

@@ -166,6 +166,16 @@ fn unpermuted(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     (0..rows).flat_map(|row| &bytes[source(row) * width..(source(row) + 1) * width]).copied().collect()
 }
 
+/// What a whole file says, without its numbers: as [`GgufFile::open`] reads it, and [`tokenizer_metadata`].
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn look(file: &[u8]) -> Result<(Json, Map<String, Json>), String> {
+    let header = Header::read(file)?;
+    let tokenizer = header.tokenizer(file)?;
+    let (layout, config) = config::read(&header).map_err(|e| e.to_string())?;
+    entries(header, layout, &config)?;
+    Ok((config, tokenizer))
+}
+
 /// Tensors under their Hugging Face names.
 fn entries(header: Header, layout: &Layout, config: &Json) -> Result<BTreeMap<String, Entry>, String> {
     let number = |key: &str| config.get(key).and_then(Json::as_u64).and_then(|n| usize::try_from(n).ok());
