@@ -12,6 +12,7 @@ use std::{
 
 use candle_core::{Device, Tensor};
 use deltaserve::{
+    access::AccessConfig,
     app,
     config::{BaseConfig, Config, DeviceChoice, EngineLimits, TenantConfig, TrainLimits},
     delta::{Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Task},
@@ -105,6 +106,7 @@ impl World {
             data_dir: root.path().join("data"),
             listen: any,
             http: None,
+            access: AccessConfig::default(),
             grpc: GrpcConfig { max_message_bytes: 4 << 20, max_upload_bytes: 16 << 20, max_calls: 512 },
             engine: EngineLimits {
                 max_batch_tokens: 256,
