@@ -1,6 +1,11 @@
 //! How a client proves who it is, and knows the server: flags, files, and what may be sent over which connection.
 
-use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
@@ -121,7 +126,7 @@ fn is_loopback(host: &str) -> bool {
     host == "localhost" || address.is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-async fn read(flag: &str, path: &PathBuf) -> anyhow::Result<Vec<u8>> {
+async fn read(flag: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
     tokio::fs::read(path).await.with_context(|| format!("{flag}: read {}", path.display()))
 }
 
