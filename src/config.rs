@@ -1,16 +1,19 @@
 //! `serve`'s flags and environment, checked all at once and grouped by the subsystem that gets them.
 
+mod access;
 mod args;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::{
+    access::AccessConfig,
     grpc::GrpcConfig,
     ids::TenantId,
     ops::{Activations, Halves, Priority},
     telemetry::LogFormat,
 };
 
+pub use access::{AccessArgs, ClientAuth};
 pub use args::{DeviceChoice, DtypeChoice, QuantizeChoice, ServeArgs, Switch};
 
 /// What the base is and where it goes.
@@ -90,6 +93,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// HTTP address; `None` = off.
     pub http: Option<SocketAddr>,
+    /// Who may call.
+    pub access: AccessConfig,
     /// Limits of the gRPC edge.
     pub grpc: GrpcConfig,
     /// Which products may be computed in halves.
@@ -183,6 +188,7 @@ impl TryFrom<ServeArgs> for Config {
         if device != DeviceChoice::Cpu && args.quantize.is_some() {
             problems.push("--quantize: is supported with --device cpu only; a GPU keeps bf16, f16 or f32".to_owned());
         }
+        let access = access::access(args.access, listen, &mut problems);
         if !problems.is_empty() {
             return Err(ConfigError(problems));
         }
@@ -191,6 +197,7 @@ impl TryFrom<ServeArgs> for Config {
             data_dir: args.data_dir,
             listen,
             http,
+            access,
             grpc: GrpcConfig {
                 max_message_bytes: (args.max_message_mb * MIB) as usize,
                 max_upload_bytes: args.max_upload_mb * MIB,

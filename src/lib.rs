@@ -26,6 +26,7 @@
 //!
 //! ARCHITECTURE.md in the repository has the code map, the two data flows, and the invariants with their tests.
 
+pub mod access;
 pub mod admission;
 pub mod app;
 pub mod cli;

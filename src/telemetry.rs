@@ -16,6 +16,14 @@ pub mod names {
     pub const REQUEST_SECONDS: &str = "deltaserve_request_seconds";
     /// Calls refused because of a bound, by `reason`.
     pub const REFUSALS: &str = "deltaserve_refusals_total";
+    /// Calls refused because of who made them, by `reason`.
+    pub const ACCESS_REFUSALS: &str = "deltaserve_access_refusals_total";
+    /// Files of credentials and certificates that changed, by `outcome`.
+    pub const ACCESS_RELOADS: &str = "deltaserve_access_reloads_total";
+    /// TLS handshakes that came to nothing, by `reason`.
+    pub const TLS_FAILURES: &str = "deltaserve_tls_handshake_failures_total";
+    /// Time until the server's certificate runs out.
+    pub const TLS_EXPIRES: &str = "deltaserve_tls_certificate_expires_seconds";
     /// Calls in progress.
     pub const CALLS: &str = "deltaserve_calls_in_progress";
     /// Requests whose delta was there.
@@ -61,6 +69,22 @@ const METRICS: &[(&str, Kind, &str)] = &[
         Kind::Counter,
         "Calls refused at a bound, by reason: calls, places, bulk_places, tenant_share, tenant_concurrency, tenant_rate.",
     ),
+    (
+        names::ACCESS_REFUSALS,
+        Kind::Counter,
+        "Calls refused because of who made them, by reason: no_credentials, bad_credentials, permission, tenant, unknown_method.",
+    ),
+    (
+        names::ACCESS_RELOADS,
+        Kind::Counter,
+        "Files of credentials and certificates that changed, by outcome: done, failed (what was read before is in force).",
+    ),
+    (
+        names::TLS_FAILURES,
+        Kind::Counter,
+        "TLS handshakes that came to nothing, by reason: failed, timeout, crowded (made room for newer ones).",
+    ),
+    (names::TLS_EXPIRES, Kind::Gauge, "Seconds until the server's certificate runs out; negative behind it."),
     (
         "deltaserve_queue_wait_seconds",
         Kind::Histogram,

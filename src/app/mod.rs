@@ -10,6 +10,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 use crate::{
+    access::Access,
     admission::{
         Rate, Service, ServiceLimits, ServiceParts, TenantLimits,
         params::{NgramSpeculation, PublishPolicy, ServeError, UploadParams},
@@ -117,6 +118,7 @@ impl Server {
 /// If a part cannot start.
 pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow::Result<Server> {
     crate::train::metrics::describe();
+    let access = Arc::new(Access::open(&config.access)?);
     let parts = base::load(&config.base).await?;
     let base = Arc::clone(&parts.base);
     crate::ops::keep_freed_memory();
@@ -162,13 +164,14 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let (ready, readiness) = watch::channel(false);
     let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let grpc = listener.local_addr()?;
+    access.announce(grpc);
     let http = match (config.http, metrics) {
         (Some(address), Some(metrics)) => {
             Some(probes(address, metrics, (readiness.clone(), service.training()), &drain).await?)
         }
         _ => None,
     };
-    let edge = drain.spawn(grpc::serve(listener, service.clone(), config.grpc, readiness, drain.clone()));
+    let edge = drain.spawn(grpc::serve(listener, service.clone(), config.grpc, access, readiness, drain.clone()));
     tokio::spawn({
         let (service, drain) = (service.clone(), drain.clone());
         async move {

@@ -7,7 +7,7 @@ use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
+    transport::Channel,
 };
 use tonic_types::StatusExt;
 
@@ -20,19 +20,24 @@ use crate::grpc::{
     },
 };
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_MESSAGE: usize = 1 << 30;
 
-/// Puts the tenant and the deadline on every call.
+/// Puts credentials, the tenant and the deadline on every call.
 #[derive(Debug, Clone)]
 pub(super) struct Identify {
-    tenant: MetadataValue<Ascii>,
+    authorization: Option<MetadataValue<Ascii>>,
+    tenant: Option<MetadataValue<Ascii>>,
     timeout: Option<Duration>,
 }
 
 impl Interceptor for Identify {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert(TENANT_KEY, self.tenant.clone());
+        if let Some(authorization) = &self.authorization {
+            request.metadata_mut().insert("authorization", authorization.clone());
+        }
+        if let Some(tenant) = &self.tenant {
+            request.metadata_mut().insert(TENANT_KEY, tenant.clone());
+        }
         if let Some(timeout) = self.timeout {
             request.set_timeout(timeout);
         }
@@ -47,25 +52,18 @@ pub(super) type Connection = InterceptedService<Channel, Identify>;
 pub(super) struct Client {
     connection: Connection,
     channel: Channel,
-    timeout: Option<Duration>,
+    identify: Identify,
 }
 
 impl Client {
     /// Connects to `common.server`.
     pub(super) async fn connect(common: &Common) -> anyhow::Result<Self> {
-        let address = match common.server.contains("://") {
-            true => common.server.clone(),
-            false => format!("http://{}", common.server),
-        };
-        let tenant = common.tenant.parse().context("--tenant")?;
+        let tenant = common.tenant.as_ref().map(|tenant| tenant.parse()).transpose().context("--tenant")?;
         let timeout = common.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
-        let endpoint = Endpoint::from_shared(address.clone()).context("--server")?.connect_timeout(CONNECT_TIMEOUT);
-        let channel = endpoint.connect().await.with_context(|| format!("connect to a server at {address}"))?;
-        Ok(Self {
-            connection: InterceptedService::new(channel.clone(), Identify { tenant, timeout }),
-            channel,
-            timeout,
-        })
+        let endpoint = common.credentials.endpoint(&common.server).await?;
+        let authorization = common.credentials.authorization(&endpoint).await?;
+        let channel = endpoint.connect().await.with_context(|| format!("connect to a server at {}", endpoint.uri()))?;
+        Ok(Self::over(channel, Identify { authorization, tenant, timeout }))
     }
 
     /// Another tenant's client over the same connection.
@@ -74,9 +72,11 @@ impl Client {
     /// A name that cannot be in a call's metadata.
     pub(super) fn with_tenant(&self, tenant: &str) -> anyhow::Result<Self> {
         let tenant = tenant.parse().with_context(|| format!("--tenant {tenant:?}"))?;
-        let identify = Identify { tenant, timeout: self.timeout };
-        let connection = InterceptedService::new(self.channel.clone(), identify);
-        Ok(Self { connection, channel: self.channel.clone(), timeout: self.timeout })
+        Ok(Self::over(self.channel.clone(), Identify { tenant: Some(tenant), ..self.identify.clone() }))
+    }
+
+    fn over(channel: Channel, identify: Identify) -> Self {
+        Self { connection: InterceptedService::new(channel.clone(), identify.clone()), channel, identify }
     }
 
     pub(super) fn inference(&self) -> InferenceServiceClient<Connection> {

@@ -6,12 +6,14 @@ mod bench;
 mod chart;
 mod classify;
 mod client;
+mod credentials;
 mod deltas;
 mod demo;
 mod files;
 mod generate;
 mod infer;
 mod jobs;
+mod keys;
 mod merge;
 mod models;
 mod output;
@@ -41,15 +43,25 @@ pub(crate) struct Common {
     /// Address of the server.
     #[arg(long, global = true, env = "DELTASERVE_SERVER", default_value = "http://127.0.0.1:50051")]
     pub(crate) server: String,
-    /// Who is calling.
-    #[arg(long, global = true, env = "DELTASERVE_TENANT", default_value = crate::grpc::DEFAULT_TENANT)]
-    pub(crate) tenant: String,
+    /// Who is calling; default the tenant of the credentials, or `default` where the server asks for none.
+    #[arg(long, global = true, env = "DELTASERVE_TENANT")]
+    pub(crate) tenant: Option<String>,
     /// Give up after this many seconds.
     #[arg(long, global = true, value_name = "S")]
     pub(crate) timeout: Option<f64>,
     /// Print JSON, one value per line.
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) credentials: credentials::Credentials,
+}
+
+impl Common {
+    /// A server that asks for no credentials, and who calls it.
+    pub(crate) fn plain(server: String, tenant: &str, json: bool) -> Self {
+        let credentials = credentials::Credentials::default();
+        Self { server, tenant: Some(tenant.to_owned()), timeout: None, json, credentials }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -61,6 +73,8 @@ enum Command {
     Demo(DemoArgs),
     /// Compare methods on tasks and bases of a plan, and write a report.
     Study(StudyArgs),
+    /// Make API keys for a server's file of keys.
+    Keys(keys::KeysArgs),
     #[command(flatten)]
     Client(ClientCommand),
     /// Print a completion script, e.g. `deltaserve completions bash > /etc/bash_completion.d/deltaserve`.
@@ -111,7 +125,11 @@ impl Cli {
     pub fn threads(&self) -> Option<usize> {
         match &self.command {
             Command::Serve(args) => args.threads,
-            Command::Demo(_) | Command::Study(_) | Command::Client(_) | Command::Completions { .. } => None,
+            Command::Demo(_)
+            | Command::Study(_)
+            | Command::Keys(_)
+            | Command::Client(_)
+            | Command::Completions { .. } => None,
         }
     }
 
@@ -124,6 +142,7 @@ impl Cli {
             Command::Serve(args) => crate::app::serve(Config::try_from(*args)?).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Study(args) => study::run(args).await,
+            Command::Keys(args) => keys::run(args),
             Command::Client(command) => command.run().await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "deltaserve", &mut std::io::stdout());

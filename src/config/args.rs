@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::AccessArgs;
 use crate::telemetry::LogFormat;
 
 /// Flags of `serve`. Each is also read from the environment: `--max-queue` is `DELTASERVE_MAX_QUEUE`.
@@ -16,7 +17,7 @@ pub struct ServeArgs {
     /// Where deltas, datasets and jobs are kept; made if missing.
     #[arg(long, env = "DELTASERVE_DATA_DIR", value_name = "DIR", default_value = "deltaserve-data")]
     pub data_dir: PathBuf,
-    /// Address of the gRPC server; port 0 = any. There is no authentication: beyond loopback, put a proxy in front.
+    /// Address of the gRPC server; port 0 = any. One that other machines can reach needs credentials, and TLS.
     #[arg(long, env = "DELTASERVE_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:50051")]
     pub listen: String,
     /// Address of metrics and probes; port 0 = any, `off` = none.
@@ -133,6 +134,9 @@ pub struct ServeArgs {
     /// Sample deltas to register at start: each sub-folder (in PEFT's form) under its name, for the tenant `default`.
     #[arg(long, env = "DELTASERVE_ADAPTERS_DIR", value_name = "DIR")]
     pub adapters_dir: Option<PathBuf>,
+    /// Who may call.
+    #[command(flatten)]
+    pub access: AccessArgs,
 }
 
 impl ServeArgs {

@@ -28,7 +28,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<Streaming<proto::UploadRequest>>,
     ) -> Result<Response<proto::UploadResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let place = self.receiver.place()?;
         let params = self.receiver.delta(request.into_inner()).await?;
         let service = self.service.clone();
@@ -40,7 +40,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<proto::GetDeltaRequest>,
     ) -> Result<Response<proto::GetDeltaResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let reference = convert::required("delta", request.into_inner().delta)?;
         let detail = self.service.get_delta(&tenant, &reference).await?;
         Ok(Response::new(proto::GetDeltaResponse {
@@ -53,7 +53,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<proto::ListDeltasRequest>,
     ) -> Result<Response<proto::ListDeltasResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::ListDeltasRequest { page_size, page_token, name_prefix } = request.into_inner();
         let page = self.service.list_deltas(&tenant, convert::page(page_size, page_token)?, &name_prefix).await?;
         Ok(Response::new(proto::ListDeltasResponse {
@@ -66,7 +66,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<proto::DeleteDeltaRequest>,
     ) -> Result<Response<proto::DeleteDeltaResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::DeleteDeltaRequest { name, expected_id } = request.into_inner();
         let name = convert::required("name", name)?;
         let expected = convert::expected("expected_id", expected_id.as_deref())?;
@@ -78,7 +78,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<proto::PinDeltaRequest>,
     ) -> Result<Response<proto::PinDeltaResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::PinDeltaRequest { name, pinned } = request.into_inner();
         let info = self.service.pin(&tenant, &convert::required("name", name)?, pinned).await?;
         Ok(Response::new(proto::PinDeltaResponse { delta: Some(convert::delta(info)) }))
@@ -88,7 +88,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<proto::SetAliasRequest>,
     ) -> Result<Response<proto::SetAliasResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::SetAliasRequest { name, version, expected_id } = request.into_inner();
         let params = AliasParams {
             name: convert::required("name", name)?,
@@ -103,7 +103,7 @@ impl DeltaService for Deltas {
         &self,
         request: Request<proto::MergeDeltasRequest>,
     ) -> Result<Response<proto::MergeDeltasResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let params = convert::merge(request.into_inner())?;
         let info = self.service.merge(&tenant, params).await?;
         Ok(Response::new(proto::MergeDeltasResponse { delta: Some(convert::delta(info)) }))
@@ -116,7 +116,7 @@ impl DeltaService for Deltas {
         request: Request<proto::DownloadRequest>,
     ) -> Result<Response<Self::DownloadStream>, Status> {
         use proto::download_response::Message;
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let request = request.into_inner();
         let for_peft = match proto::DeltaForm::try_from(request.form) {
             Ok(proto::DeltaForm::Unspecified) => false,

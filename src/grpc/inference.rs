@@ -32,7 +32,7 @@ impl InferenceService for Inference {
         &self,
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
+        let (tenant, timeout) = (tenant(&request)?, timeout(request.metadata()));
         let params = convert::generate(request.into_inner(), timeout)?;
         let pieces = self.service.generate(&tenant, params).await?;
         let stream = pieces.map_ok(convert::generate_response).map_err(Status::from);
@@ -43,7 +43,7 @@ impl InferenceService for Inference {
         &self,
         request: Request<proto::GenerateBatchRequest>,
     ) -> Result<Response<proto::GenerateBatchResponse>, Status> {
-        let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
+        let (tenant, timeout) = (tenant(&request)?, timeout(request.metadata()));
         let all = convert::generate_batch(request.into_inner(), timeout)?;
         let at_a_time = self.service.prompts_at_a_time(all.first().map_or(1, GenerateParams::sequences));
         let arrived = Instant::now();
@@ -57,19 +57,19 @@ impl InferenceService for Inference {
         &self,
         request: Request<proto::ClassifyRequest>,
     ) -> Result<Response<proto::ClassifyResponse>, Status> {
-        let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
+        let (tenant, timeout) = (tenant(&request)?, timeout(request.metadata()));
         let params = convert::classify(request.into_inner(), timeout)?;
         Ok(Response::new(convert::classify_response(self.service.classify(&tenant, params).await?)))
     }
 
     async fn embed(&self, request: Request<proto::EmbedRequest>) -> Result<Response<proto::EmbedResponse>, Status> {
-        let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
+        let (tenant, timeout) = (tenant(&request)?, timeout(request.metadata()));
         let params = convert::embed(request.into_inner(), timeout)?;
         Ok(Response::new(convert::embed_response(self.service.embed(&tenant, params).await?)))
     }
 
     async fn score(&self, request: Request<proto::ScoreRequest>) -> Result<Response<proto::ScoreResponse>, Status> {
-        let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
+        let (tenant, timeout) = (tenant(&request)?, timeout(request.metadata()));
         let params = convert::score(request.into_inner(), timeout)?;
         Ok(Response::new(convert::score_response(self.service.score(&tenant, params).await?)))
     }
@@ -78,7 +78,7 @@ impl InferenceService for Inference {
         &self,
         request: Request<proto::TokenizeRequest>,
     ) -> Result<Response<proto::TokenizeResponse>, Status> {
-        tenant(request.metadata())?;
+        tenant(&request)?;
         let proto::TokenizeRequest { text, add_special_tokens } = request.into_inner();
         let reply = self.service.tokenize(text, add_special_tokens.unwrap_or(true)).await?;
         Ok(Response::new(proto::TokenizeResponse { ids: reply.ids, tokens: reply.tokens }))

@@ -7,7 +7,10 @@ mod deltas;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
 mod gate;
+mod guard;
+mod incoming;
 mod inference;
+pub mod policy;
 pub mod proto;
 mod server_info;
 mod status;
@@ -15,15 +18,15 @@ mod tenant;
 mod training;
 mod upload;
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::watch};
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 pub use tenant::{DEFAULT_TENANT, TENANT_KEY};
 
-use crate::{admission::Service, shutdown::Drain};
+use crate::{access::Access, admission::Service, shutdown::Drain};
 use proto::{
     delta_service_server::DeltaServiceServer, inference_service_server::InferenceServiceServer,
     server_service_server::ServerServiceServer, training_service_server::TrainingServiceServer,
@@ -41,8 +44,6 @@ const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
 const MAX_PENDING_RESETS: usize = 32;
 /// Streams that were reset because of what a client did; with more, the connection is closed.
 const MAX_ERROR_RESETS: usize = 1024;
-/// A peer that has vanished is noticed by the system, too, where no frame is due.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -68,7 +69,8 @@ pub enum GrpcError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves until `drain` begins and its grace period is over, or all calls have ended. `ready` is what health checks say:
+/// Serves until `drain` begins and its grace period is over, or all calls have ended, to callers that `access` knows.
+/// `ready` is what health checks say:
 /// SERVING while true and not draining;
 /// of training, while its thread lives.
 ///
@@ -78,6 +80,7 @@ pub async fn serve(
     listener: TcpListener,
     service: Service,
     config: GrpcConfig,
+    access: Arc<Access>,
     ready: watch::Receiver<bool>,
     drain: Drain,
 ) -> Result<(), GrpcError> {
@@ -108,20 +111,36 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .layer(gate::GateLayer::new(config.max_calls))
+        .layer(guard::GuardLayer::new(Arc::clone(&access)))
         .add_service(health)
         .add_service(reflection)
         .add_service(limited!(InferenceServiceServer, inference))
         .add_service(limited!(DeltaServiceServer, deltas))
         .add_service(limited!(TrainingServiceServer, training))
         .add_service(limited!(ServerServiceServer, server_info::Server { service }));
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE));
+    let incoming = incoming::connections(listener, Arc::clone(&access));
     let server = router.serve_with_incoming_shutdown(incoming, drain.begun());
     tokio::select! {
         served = server => served?,
         () = drain.expired() => tracing::warn!("calls were cut off at the end of the grace period"),
         () = follow => {}
+        () = follow_files(access) => {}
     }
     Ok(())
+}
+
+/// Has the files of credentials and certificates read again where they change; never ends.
+async fn follow_files(access: Arc<Access>) {
+    let Some(every) = access.reload_every() else { return std::future::pending().await };
+    let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let access = Arc::clone(&access);
+        if let Err(error) = tokio::task::spawn_blocking(move || access.look_again()).await {
+            tracing::error!(%error, "files of credentials and certificates could not be looked at");
+        }
+    }
 }
 
 /// Its health is its own: the rest serves on where the trainer thread has ended.

@@ -24,7 +24,7 @@ impl TrainingService for Training {
         &self,
         request: Request<Streaming<proto::UploadDatasetRequest>>,
     ) -> Result<Response<proto::UploadDatasetResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let place = self.receiver.place()?;
         let upload = self.receiver.dataset(request.into_inner()).await?;
         let service = self.service.clone();
@@ -36,7 +36,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::ListDatasetsRequest>,
     ) -> Result<Response<proto::ListDatasetsResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::ListDatasetsRequest { page_size, page_token } = request.into_inner();
         let page = self.service.list_datasets(&tenant, convert::page(page_size, page_token)?).await?;
         Ok(Response::new(proto::ListDatasetsResponse {
@@ -49,7 +49,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::GetDatasetRequest>,
     ) -> Result<Response<proto::GetDatasetResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         let dataset = self.service.get_dataset(&tenant, &id).await?;
         Ok(Response::new(proto::GetDatasetResponse { dataset: Some(convert::dataset(dataset)) }))
@@ -59,14 +59,14 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::DeleteDatasetRequest>,
     ) -> Result<Response<proto::DeleteDatasetResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         self.service.delete_dataset(&tenant, &id).await?;
         Ok(Response::new(proto::DeleteDatasetResponse {}))
     }
 
     async fn plan(&self, request: Request<proto::PlanRequest>) -> Result<Response<proto::PlanResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let params = convert::train(request.into_inner().spec, String::new())?;
         Ok(Response::new(convert::plan_response(self.service.plan(&tenant, params).await?)))
     }
@@ -75,7 +75,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::CreateJobRequest>,
     ) -> Result<Response<proto::CreateJobResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::CreateJobRequest { spec, idempotency_key } = request.into_inner();
         let params = convert::train(spec, idempotency_key)?;
         let job = self.service.create_job(&tenant, params).await?;
@@ -83,7 +83,7 @@ impl TrainingService for Training {
     }
 
     async fn get_job(&self, request: Request<proto::GetJobRequest>) -> Result<Response<proto::GetJobResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         let job = self.service.get_job(&tenant, &id).await?;
         Ok(Response::new(proto::GetJobResponse { job: Some(convert::job(job)) }))
@@ -93,7 +93,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::ListJobsRequest>,
     ) -> Result<Response<proto::ListJobsResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::ListJobsRequest { page_size, page_token, state } = request.into_inner();
         let state = convert::job_state_filter(state)?;
         let page = self.service.list_jobs(&tenant, convert::page(page_size, page_token)?, state).await?;
@@ -109,7 +109,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::WatchJobRequest>,
     ) -> Result<Response<Self::WatchJobStream>, Status> {
-        let (tenant, timeout) = (tenant(request.metadata())?, timeout(request.metadata()));
+        let (tenant, timeout) = (tenant(&request)?, timeout(request.metadata()));
         let proto::WatchJobRequest { id, from_seq } = request.into_inner();
         let params = WatchParams { job: convert::required("id", id)?, from_seq, timeout };
         let events = self.service.watch_job(&tenant, params).await?;
@@ -123,7 +123,7 @@ impl TrainingService for Training {
         request: Request<proto::DownloadModelRequest>,
     ) -> Result<Response<Self::DownloadModelStream>, Status> {
         use proto::download_model_response::Message;
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         let (model, files) = self.service.download_model(&tenant, &id).await?;
         let reply = |message| proto::DownloadModelResponse { message: Some(message) };
@@ -136,7 +136,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::DeleteModelRequest>,
     ) -> Result<Response<proto::DeleteModelResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         self.service.delete_model(&tenant, &id).await?;
         Ok(Response::new(proto::DeleteModelResponse {}))
@@ -146,7 +146,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::PauseJobRequest>,
     ) -> Result<Response<proto::PauseJobResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         let job = self.service.pause_job(&tenant, &id).await?;
         Ok(Response::new(proto::PauseJobResponse { job: Some(convert::job(job)) }))
@@ -156,7 +156,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::ResumeJobRequest>,
     ) -> Result<Response<proto::ResumeJobResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         let job = self.service.resume_job(&tenant, &id).await?;
         Ok(Response::new(proto::ResumeJobResponse { job: Some(convert::job(job)) }))
@@ -166,7 +166,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::PublishCheckpointRequest>,
     ) -> Result<Response<proto::PublishCheckpointResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let proto::PublishCheckpointRequest { id, name, policy, step } = request.into_inner();
         let id = convert::required("id", id)?;
         let (name, policy) = convert::publish_target(name, policy)?;
@@ -178,7 +178,7 @@ impl TrainingService for Training {
         &self,
         request: Request<proto::CancelJobRequest>,
     ) -> Result<Response<proto::CancelJobResponse>, Status> {
-        let tenant = tenant(request.metadata())?;
+        let tenant = tenant(&request)?;
         let id = convert::required("id", request.into_inner().id)?;
         let job = self.service.cancel_job(&tenant, &id).await?;
         Ok(Response::new(proto::CancelJobResponse { job: Some(convert::job(job)) }))

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests stop where anything fails")]
 
+mod access;
 mod bad_input;
 mod bench;
 mod cancel;
@@ -39,5 +40,6 @@ mod speculation;
 mod study;
 mod support;
 mod sweep;
+mod tls;
 mod train;
 mod transfer;

@@ -12,6 +12,7 @@ use std::{
 
 use candle_core::{Device, Tensor};
 use deltaserve::{
+    access::AccessConfig,
     app,
     config::{BaseConfig, Config, DeviceChoice, EngineLimits, TenantConfig, TrainLimits},
     delta::{Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Task},
@@ -105,6 +106,7 @@ impl World {
             data_dir: root.path().join("data"),
             listen: any,
             http: None,
+            access: AccessConfig::default(),
             grpc: GrpcConfig { max_message_bytes: 4 << 20, max_upload_bytes: 16 << 20, max_calls: 512 },
             engine: EngineLimits {
                 max_batch_tokens: 256,
@@ -145,7 +147,7 @@ impl World {
     pub(crate) async fn start(&self) -> Running {
         let server = app::start(self.config.clone(), None).await.expect("the server starts");
         let channel = Channel::from_shared(format!("http://{}", server.grpc)).expect("an address").connect_lazy();
-        Running { server, client: Client { channel, tenant: "default".into() } }
+        Running { server, client: Client { channel, tenant: "default".into(), key: None } }
     }
 
     /// The real binary on this world, once it serves.
@@ -165,7 +167,7 @@ impl World {
         let log = child.stderr.take().expect("its log is piped");
         let client = |address: &str| {
             let channel = Channel::from_shared(address.to_owned()).expect("an address").connect_lazy();
-            Client { channel, tenant: "default".into() }
+            Client { channel, tenant: "default".into(), key: None }
         };
         // from here on it ends with the test, also if it never serves
         let (address, http) = (String::new(), String::new());
@@ -290,7 +292,10 @@ impl Drop for Spawned {
 #[derive(Clone)]
 pub(crate) struct Client {
     pub(crate) channel: Channel,
+    /// Empty = calls name none.
     pub(crate) tenant: String,
+    /// An API key or token.
+    pub(crate) key: Option<String>,
 }
 
 /// What a generate stream said.
@@ -321,9 +326,19 @@ impl Client {
         Self { tenant: name.into(), ..self.clone() }
     }
 
+    /// With a key or token, naming no tenant.
+    pub(crate) fn with_key(&self, key: &str) -> Self {
+        Self { tenant: String::new(), key: Some(key.into()), ..self.clone() }
+    }
+
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        request.metadata_mut().insert(TENANT_KEY, self.tenant.parse().expect("ASCII"));
+        if !self.tenant.is_empty() {
+            request.metadata_mut().insert(TENANT_KEY, self.tenant.parse().expect("ASCII"));
+        }
+        if let Some(key) = &self.key {
+            request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().expect("ASCII"));
+        }
         request
     }
 

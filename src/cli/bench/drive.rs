@@ -310,7 +310,7 @@ mod tests {
         let server = listener.local_addr()?.to_string();
         let serve = tonic::transport::Server::builder().add_service(InferenceServiceServer::new(Slow));
         let serving = tokio::spawn(serve.serve_with_incoming(TcpListenerStream::new(listener)));
-        let common = Common { server, tenant: "a".into(), timeout: None, json: false };
+        let common = Common::plain(server, "a", false);
         let words = ["--op", "classify", "--requests", "5", "--warmup", "0"];
         let args = parse(&words).map_err(anyhow::Error::msg)?;
         let plan = Arc::new(of_base(&words, Client::connect(&common).await?).await?);

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     cli::{Common, client::Client, output},
-    grpc::proto,
+    grpc::{DEFAULT_TENANT, proto},
 };
 
 /// Calls of a connection, so that its limit on streams is not what is measured.
@@ -84,13 +84,18 @@ impl Plan {
     /// # Errors
     /// A server that cannot be reached; names that are not there; operations that no delta can do; lengths that never fit.
     pub(super) async fn new(common: &Common, args: &BenchArgs, loads: &[Load]) -> anyhow::Result<Self> {
-        let tenants = tenants(&common.tenant)?;
+        let named = common.tenant.as_deref().map(tenants).transpose()?;
         let most = loads.iter().map(|load| load.most_in_flight(args.max_in_flight)).max().unwrap_or(1);
         let mut clients = Vec::new();
         for _ in 0..most.div_ceil(CALLS_PER_CONNECTION).clamp(1, MAX_CONNECTIONS) {
-            let client = Client::connect(&Common { tenant: tenants[0].clone(), ..common.clone() }).await?;
-            clients.push(tenants.iter().map(|t| client.with_tenant(t)).collect::<anyhow::Result<Vec<_>>>()?);
+            let client = Client::connect(&Common { tenant: None, ..common.clone() }).await?;
+            clients.push(match &named {
+                Some(tenants) => tenants.iter().map(|t| client.with_tenant(t)).collect::<anyhow::Result<Vec<_>>>()?,
+                None => vec![client],
+            });
         }
+        // unnamed, it is the credentials' own
+        let tenants = named.unwrap_or_else(|| vec![DEFAULT_TENANT.to_owned()]);
         let connections: Vec<Client> = clients.iter().filter_map(|of| of.first().cloned()).collect();
         let first = connections.first().context("no connection")?;
         let info = first.server().get_server_info(proto::GetServerInfoRequest {}).await?.into_inner();

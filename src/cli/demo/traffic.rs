@@ -32,8 +32,7 @@ pub(super) struct Traffic {
 impl Traffic {
     /// Starts sending `rate` requests per second.
     pub(super) async fn start(address: SocketAddr, rate: f64) -> anyhow::Result<Self> {
-        let common =
-            Common { server: format!("http://{address}"), tenant: "default".into(), timeout: None, json: false };
+        let common = Common::plain(format!("http://{address}"), "default", false);
         let client = Client::connect(&common).await?;
         let answers = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&answers);

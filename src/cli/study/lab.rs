@@ -61,8 +61,7 @@ impl Lab {
         // nothing is served beside the jobs
         serve.train_nice = "0".into();
         let server = app::start(Config::try_from(serve)?, None).await?;
-        let common =
-            Common { server: format!("http://{}", server.grpc), tenant: TENANT.into(), timeout: None, json: true };
+        let common = Common::plain(format!("http://{}", server.grpc), TENANT, true);
         let client = Client::connect(&common).await?;
         let info = client.server().get_server_info(proto::GetServerInfoRequest {}).await?.into_inner();
         let proto::BaseInfo { parameters, fingerprint, .. } = info.base.context("a reply without a base")?;
