@@ -56,7 +56,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("grpc", &["admission", "delta", "ids", "shutdown", "telemetry"]),
     ("http", &["admission", "ids", "shutdown", "telemetry"]),
-    ("config", &["grpc", "ids", "ops", "telemetry"]),
+    ("config", &["grpc", "ids", "ops", "store", "telemetry"]),
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.

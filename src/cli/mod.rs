@@ -2,6 +2,7 @@
 //!
 //! Answers go to standard output, notes and progress to standard error. `--json` prints one JSON value per line.
 
+mod backup;
 mod bench;
 mod chart;
 mod classify;
@@ -61,6 +62,10 @@ enum Command {
     Demo(DemoArgs),
     /// Compare methods on tasks and bases of a plan, and write a report.
     Study(StudyArgs),
+    /// Write all that is stored into a folder, also while a server runs.
+    Backup(backup::BackupArgs),
+    /// Put a backup into an empty place, verified.
+    Restore(backup::RestoreArgs),
     #[command(flatten)]
     Client(ClientCommand),
     /// Print a completion script, e.g. `deltaserve completions bash > /etc/bash_completion.d/deltaserve`.
@@ -111,7 +116,7 @@ impl Cli {
     pub fn threads(&self) -> Option<usize> {
         match &self.command {
             Command::Serve(args) => args.threads,
-            Command::Demo(_) | Command::Study(_) | Command::Client(_) | Command::Completions { .. } => None,
+            _ => None,
         }
     }
 
@@ -124,6 +129,8 @@ impl Cli {
             Command::Serve(args) => crate::app::serve(Config::try_from(*args)?).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Study(args) => study::run(args).await,
+            Command::Backup(args) => backup::backup(args).await,
+            Command::Restore(args) => backup::restore(args).await,
             Command::Client(command) => command.run().await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "deltaserve", &mut std::io::stdout());

@@ -31,6 +31,7 @@ mod prefix_cache;
 mod quantized;
 mod restart;
 mod seq2seq;
+mod servers;
 mod sharing;
 mod speculation;
 mod study;

@@ -103,6 +103,7 @@ impl World {
                 quantize: None,
             },
             data_dir: root.path().join("data"),
+            store: Default::default(),
             listen: any,
             http: None,
             grpc: GrpcConfig { max_message_bytes: 4 << 20, max_upload_bytes: 16 << 20, max_calls: 512 },
