@@ -3,13 +3,19 @@
 mod access;
 mod args;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use crate::{
     access::AccessConfig,
     grpc::GrpcConfig,
     ids::TenantId,
     ops::{Activations, Halves, Priority},
+    store::{DatabaseUrl, Places, Verify, check_blobs_url},
     telemetry::LogFormat,
 };
 
@@ -61,6 +67,25 @@ pub struct TenantConfig {
     pub weights: Vec<(TenantId, u32)>,
 }
 
+/// Where the store is, and how it is verified.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoreConfig {
+    /// A PostgreSQL database; `None`: SQLite in the data directory.
+    pub database: Option<DatabaseUrl>,
+    /// URL of the blobs; `None`: a folder of the data directory.
+    pub blobs: Option<String>,
+    /// How thoroughly it is verified at start.
+    pub verify: Verify,
+}
+
+impl Config {
+    /// Where everything is stored.
+    pub fn places(&self) -> Places {
+        let StoreConfig { database, blobs, .. } = &self.store;
+        Places { dir: self.data_dir.clone(), database: database.clone(), blobs: blobs.clone() }
+    }
+}
+
 /// The trainer's limits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainLimits {
@@ -87,8 +112,10 @@ pub struct TrainLimits {
 pub struct Config {
     /// The base.
     pub base: BaseConfig,
-    /// Where everything is stored.
+    /// Where everything is stored, unless `store` says otherwise.
     pub data_dir: PathBuf,
+    /// The store.
+    pub store: StoreConfig,
     /// gRPC address.
     pub listen: SocketAddr,
     /// HTTP address; `None` = off.
@@ -149,6 +176,12 @@ impl TryFrom<ServeArgs> for Config {
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&args.log) {
             problems.push(format!("--log: {error}"));
         }
+        let verify = args.verify.parse::<Verify>().unwrap_or_else(|error| {
+            problems.push(format!("--verify: {error}"));
+            Verify::default()
+        });
+        let Places { database, blobs, .. } =
+            places(&args.data_dir, args.database.as_deref(), args.blobs.as_deref(), &mut problems);
         let listen = address("--listen", &args.listen, &mut problems);
         let http = match args.http.as_str() {
             "off" => None,
@@ -195,6 +228,7 @@ impl TryFrom<ServeArgs> for Config {
         Ok(Self {
             base: BaseConfig { source: args.base, device, dtype: args.dtype, quantize: args.quantize },
             data_dir: args.data_dir,
+            store: StoreConfig { database, blobs, verify },
             listen,
             http,
             access,
@@ -275,6 +309,18 @@ fn check_numbers(args: &ServeArgs, problems: &mut Vec<String>) {
             args.max_batch_tokens, args.max_sequences
         ));
     }
+}
+
+/// Where everything is kept. Of a database's URL nothing is repeated: it may have a password in it.
+pub(crate) fn places(dir: &Path, database: Option<&str>, blobs: Option<&str>, problems: &mut Vec<String>) -> Places {
+    let database = database.filter(|url| !url.is_empty()).and_then(|url| {
+        url.parse::<DatabaseUrl>().inspect_err(|error| problems.push(format!("--database: {error}"))).ok()
+    });
+    let blobs = blobs.filter(|url| !url.is_empty());
+    if let Some(Err(error)) = blobs.map(check_blobs_url) {
+        problems.push(format!("--blobs: {error}"));
+    }
+    Places { dir: dir.to_owned(), database, blobs: blobs.map(str::to_owned) }
 }
 
 fn address(flag: &str, text: &str, problems: &mut Vec<String>) -> SocketAddr {

@@ -42,6 +42,8 @@ pub mod names {
     pub const PROCESS_BYTES: &str = "deltaserve_process_resident_bytes";
     /// Most resident memory of the process so far.
     pub const PROCESS_PEAK_BYTES: &str = "deltaserve_process_peak_resident_bytes";
+    /// Time from the start of the process's work to its first answer.
+    pub const START_SECONDS: &str = "deltaserve_start_seconds";
     /// Always 1; the label `version` tells.
     pub const BUILD_INFO: &str = "deltaserve_build_info";
 }
@@ -163,6 +165,13 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (TRAIN_SHARED_JOBS, Kind::Histogram, "Jobs of a shared training pass."),
     ("deltaserve_train_jobs", Kind::Gauge, "Jobs that have not ended, by state."),
     ("deltaserve_train_jobs_ended_total", Kind::Counter, "Jobs that ended, by terminal state."),
+    (
+        "deltaserve_store_corrupt_blobs",
+        Kind::Gauge,
+        "Stored blobs that were found missing or changed, and not healed since.",
+    ),
+    ("deltaserve_store_repairs_total", Kind::Counter, "Rows of the store that were put right at start."),
+    (names::START_SECONDS, Kind::Gauge, "Time from the start of the server to its readiness: loading and verifying."),
     (names::PROCESS_BYTES, Kind::Gauge, "Resident memory of the process, as the system says; Linux only."),
     (names::PROCESS_PEAK_BYTES, Kind::Gauge, "Most resident memory of the process since its start; Linux only."),
     (names::BUILD_INFO, Kind::Gauge, "Always 1; the label version tells."),

@@ -57,7 +57,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("grpc", &["access", "admission", "delta", "ids", "shutdown", "telemetry"]),
     ("http", &["admission", "ids", "shutdown", "telemetry"]),
-    ("config", &["access", "grpc", "ids", "ops", "telemetry"]),
+    ("config", &["access", "grpc", "ids", "ops", "store", "telemetry"]),
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.

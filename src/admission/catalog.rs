@@ -36,6 +36,7 @@ fn info(status: &DeltaStatus) -> DeltaInfo {
         pinned: status.pinned,
         origin: v.origin.clone(),
         created_ms: v.created_ms,
+        corrupt: status.corrupt,
         problem: (v.spec.task == Task::SeqCls).then_some(v.spec.problem),
     }
 }

@@ -365,4 +365,6 @@ pub struct DeltaInfo {
     pub origin: String,
     /// Unix milliseconds.
     pub created_ms: i64,
+    /// Its stored bytes were found missing or changed.
+    pub corrupt: bool,
 }

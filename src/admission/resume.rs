@@ -137,6 +137,7 @@ impl Service {
         self.check_trains()?;
         let trainer = &self.parts().trainer;
         let kept = trainer.kept(tenant, id).await?;
+        trainer.claim_paused(&kept.info).await?;
         let place = trainer.place(tenant, &kept.info)?;
         let (prepared, from) = self.prepare_again(tenant, &kept).await?;
         Ok(trainer.go_on(place, tenant, kept, &prepared, from).await?)
@@ -203,7 +204,8 @@ impl Service {
         }
         for (tenant, id) in self.parts().trainer.take_left() {
             match self.take_up(&tenant, &id).await {
-                Ok(()) | Err(Obstacle::Now(ServeError::Draining)) => {}
+                // the second: it ended meanwhile, or is another server's
+                Ok(()) | Err(Obstacle::Now(ServeError::Draining | ServeError::Conflict(_))) => {}
                 Err(obstacle) => {
                     let refusal = Refusal::from(obstacle);
                     tracing::warn!(job = id, ?refusal, "a job of an earlier process does not go on");
@@ -211,6 +213,11 @@ impl Service {
                 }
             }
         }
+    }
+
+    /// Waits until servers that are gone have left more jobs to [`Self::take_up_jobs`].
+    pub async fn more_jobs_left(&self) {
+        self.parts().trainer.more_left().await;
     }
 
     async fn take_up(&self, tenant: &TenantId, id: &str) -> Result<(), Obstacle> {

@@ -106,6 +106,10 @@ pub enum ServeError {
     /// The trainer thread has ended; the rest serves. UNAVAILABLE, `TRAINING_DOWN`.
     #[error("training is down until the server is restarted; its jobs go on then")]
     TrainingDown,
+    /// The database or the blob store does not answer; the text is logged, not sent. UNAVAILABLE, `STORE_UNAVAILABLE`,
+    /// RetryInfo.
+    #[error("the store does not answer; the server's log has the details")]
+    StoreUnavailable(String),
     /// The deadline passed. DEADLINE_EXCEEDED, `DEADLINE_EXCEEDED`.
     #[error("the deadline passed after {0:?}")]
     DeadlineExceeded(Duration),
@@ -154,6 +158,7 @@ impl ServeError {
             Self::Failing { error, .. } => error.reason(),
             Self::Draining => "DRAINING",
             Self::TrainingDown => "TRAINING_DOWN",
+            Self::StoreUnavailable(_) => "STORE_UNAVAILABLE",
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",
             Self::Cancelled => "CANCELLED",
             Self::Internal(_) => "INTERNAL",

@@ -381,6 +381,7 @@ impl From<TrainError> for ServeError {
             TrainError::State { .. } | TrainError::FullRuns(_) => Self::JobState(e.to_string()),
             TrainError::Memory(Shortage { message, lasting }) => Self::NotEnoughMemory { message, lasting },
             TrainError::Log(LogError::IdempotencyConflict(key)) => Self::IdempotencyConflict(key),
+            TrainError::Elsewhere(_) | TrainError::Log(LogError::NotOwner(_)) => Self::Conflict(e.to_string()),
             TrainError::Log(LogError::Ended(id)) => Self::Conflict(format!("job {id} has ended")),
             TrainError::Log(LogError::Store(e)) => e.into(),
             TrainError::Log(e) => Self::Internal(e.to_string()),

@@ -48,7 +48,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let metrics = telemetry::init_metrics().context("start the metrics")?;
     let started = std::time::Instant::now();
     let server = start(config, Some(metrics)).await?;
-    tracing::info!(grpc = %server.grpc, http = ?server.http, seconds = started.elapsed().as_secs_f32(), "ready");
+    let seconds = started.elapsed().as_secs_f64();
+    metrics::gauge!(telemetry::names::START_SECONDS).set(seconds);
+    tracing::info!(grpc = %server.grpc, http = ?server.http, seconds, "ready");
     let engine = server.engine.clone();
     let dead = async move {
         while engine.is_alive() {
@@ -122,7 +124,8 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let parts = base::load(&config.base).await?;
     let base = Arc::clone(&parts.base);
     crate::ops::keep_freed_memory();
-    let store = Store::open(&config.data_dir).await.context("open the data directory")?;
+    let store = Store::open_at(&config.places()).await.context("open the store")?;
+    store.verify(config.store.verify).await.context("verify the store")?;
     let registry_config = RegistryConfig {
         max_resident_bytes: config.max_resident_bytes,
         retry_after: config.delta_retry,
@@ -176,7 +179,12 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         let (service, drain) = (service.clone(), drain.clone());
         async move {
             tokio::select! {
-                () = service.take_up_jobs() => {}
+                () = async {
+                    loop {
+                        service.take_up_jobs().await;
+                        service.more_jobs_left().await;
+                    }
+                } => {}
                 () = drain.begun() => {}
             }
         }
@@ -281,6 +289,7 @@ fn trainer_config(config: &Config) -> TrainerConfig {
     let defaults = TrainerConfig::default();
     TrainerConfig {
         max_jobs: config.train.max_jobs.max(1),
+        takes_over: config.train.max_jobs > 0,
         max_paused_per_tenant: config.train.max_paused,
         // as many as may share a pass must be able to run
         max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),

@@ -181,11 +181,8 @@ pub(super) fn print(common: &Common, deltas: &[proto::Delta]) -> anyhow::Result<
         return deltas.iter().try_for_each(output::json);
     }
     let row = |d: &proto::Delta| {
-        let mark = match (d.current, d.pinned) {
-            (true, true) => "current pinned",
-            (true, false) => "current",
-            (false, _) => "",
-        };
+        let marks = [("current", d.current), ("pinned", d.current && d.pinned), ("corrupt", d.corrupt)];
+        let mark = marks.iter().filter(|(_, is)| *is).map(|(mark, _)| *mark).collect::<Vec<_>>().join(" ");
         let resident = if d.resident_bytes > 0 { output::bytes(d.resident_bytes) } else { "-".to_owned() };
         vec![
             format!("{}@{}", d.name, d.number),
@@ -195,7 +192,7 @@ pub(super) fn print(common: &Common, deltas: &[proto::Delta]) -> anyhow::Result<
             d.parameters.to_string(),
             resident,
             d.leases.to_string(),
-            mark.to_owned(),
+            mark,
             output::ago(d.created_ms),
         ]
     };

@@ -2,6 +2,7 @@
 //!
 //! Answers go to standard output, notes and progress to standard error. `--json` prints one JSON value per line.
 
+mod backup;
 mod bench;
 mod chart;
 mod classify;
@@ -75,6 +76,10 @@ enum Command {
     Study(StudyArgs),
     /// Make API keys for a server's file of keys.
     Keys(keys::KeysArgs),
+    /// Write all that is stored into a folder, also while a server runs.
+    Backup(backup::BackupArgs),
+    /// Put a backup into an empty place, verified.
+    Restore(backup::RestoreArgs),
     #[command(flatten)]
     Client(ClientCommand),
     /// Print a completion script, e.g. `deltaserve completions bash > /etc/bash_completion.d/deltaserve`.
@@ -125,11 +130,7 @@ impl Cli {
     pub fn threads(&self) -> Option<usize> {
         match &self.command {
             Command::Serve(args) => args.threads,
-            Command::Demo(_)
-            | Command::Study(_)
-            | Command::Keys(_)
-            | Command::Client(_)
-            | Command::Completions { .. } => None,
+            _ => None,
         }
     }
 
@@ -143,6 +144,8 @@ impl Cli {
             Command::Demo(args) => demo::run(args).await,
             Command::Study(args) => study::run(args).await,
             Command::Keys(args) => keys::run(args),
+            Command::Backup(args) => backup::backup(args).await,
+            Command::Restore(args) => backup::restore(args).await,
             Command::Client(command) => command.run().await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "deltaserve", &mut std::io::stdout());

@@ -17,6 +17,19 @@ pub struct ServeArgs {
     /// Where deltas, datasets and jobs are kept; made if missing.
     #[arg(long, env = "DELTASERVE_DATA_DIR", value_name = "DIR", default_value = "deltaserve-data")]
     pub data_dir: PathBuf,
+    /// Where names, versions, datasets and jobs are kept: a URL of PostgreSQL, which several servers may share
+    /// (`postgres://USER:PASSWORD@HOST/DATABASE`). Unset = SQLite in the data directory.
+    #[arg(long, env = "DELTASERVE_DATABASE", value_name = "URL", hide_env_values = true)]
+    pub database: Option<String>,
+    /// Where the bytes of deltas, datasets and checkpoints are kept: `file:///FOLDER`, `s3://BUCKET/PREFIX`, `gs://...` or
+    /// `az://...`, with credentials from the environment. Unset = a folder of the data directory. Servers that share a
+    /// database share this, too.
+    #[arg(long, env = "DELTASERVE_BLOBS", value_name = "URL")]
+    pub blobs: Option<String>,
+    /// What is verified at start: `quick` (every stored blob is there, with its size) or `full` (its digest, too: reads
+    /// everything). What is corrupt is taken out of service, and the rest is served.
+    #[arg(long, env = "DELTASERVE_VERIFY", value_name = "quick|full", default_value = "quick")]
+    pub verify: String,
     /// Address of the gRPC server; port 0 = any. One that other machines can reach needs credentials, and TLS.
     #[arg(long, env = "DELTASERVE_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:50051")]
     pub listen: String,

@@ -32,6 +32,9 @@ fn the_defaults_are_valid() -> Result<(), ConfigError> {
 fn all_problems_are_reported_at_once() {
     let flags = [
         "--base=",
+        "--database=mysql://user:secret@host/db",
+        "--blobs=ftp://host/x",
+        "--verify=maybe",
         "--listen=nowhere",
         "--http=9090",
         "--device=tpu",
@@ -59,6 +62,9 @@ fn all_problems_are_reported_at_once() {
     let ConfigError(problems) = config(&flags).expect_err("nearly everything is wrong");
     let expected = [
         "--base",
+        "--database",
+        "--blobs",
+        "--verify",
         "--listen",
         "--http",
         "--device",
@@ -86,6 +92,15 @@ fn all_problems_are_reported_at_once() {
         assert!(problems.iter().any(|p| p.starts_with(&format!("{flag}:"))), "{flag} is not in {problems:?}");
     }
     assert_eq!(problems.len(), expected.len(), "{problems:?}");
+    assert!(!problems.concat().contains("secret"), "a database's URL is not repeated: {problems:?}");
+}
+
+#[test]
+fn a_databases_password_is_not_in_what_is_logged() -> Result<(), ConfigError> {
+    let config = config(&["--base=x", "--database=postgres://user:secret@host/db", "--blobs=s3://bucket/prefix"])?;
+    assert!(!format!("{config:?}").contains("secret"));
+    assert_eq!(config.places().blobs.as_deref(), Some("s3://bucket/prefix"));
+    Ok(())
 }
 
 #[test]

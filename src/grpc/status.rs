@@ -25,6 +25,9 @@ impl From<ServeError> for Status {
         if let ServeError::Internal(detail) = &error {
             tracing::error!(detail, "internal error");
         }
+        if let ServeError::StoreUnavailable(detail) = &error {
+            tracing::error!(detail, "the store does not answer");
+        }
         let code = code(&error);
         let message = match &error {
             ServeError::Internal(_) => INTERNAL.to_owned(),
@@ -38,6 +41,7 @@ impl From<ServeError> for Status {
             ServeError::Invalid(violations) => add_violations(&mut details, violations),
             ServeError::Overloaded(_)
             | ServeError::ResidentBudget(_)
+            | ServeError::StoreUnavailable(_)
             | ServeError::ConstraintMemory { lasting: false, .. }
             | ServeError::NotEnoughMemory { lasting: false, .. } => {
                 details.set_retry_info(Some(RETRY_AFTER));
@@ -71,7 +75,7 @@ fn code(error: &ServeError) -> Code {
         | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
         ServeError::Failing { error, .. } => self::code(error),
         ServeError::Corrupt(_) => Code::DataLoss,
-        ServeError::Draining | ServeError::TrainingDown => Code::Unavailable,
+        ServeError::Draining | ServeError::TrainingDown | ServeError::StoreUnavailable(_) => Code::Unavailable,
         ServeError::DeadlineExceeded(_) => Code::DeadlineExceeded,
         ServeError::Cancelled => Code::Cancelled,
         ServeError::Internal(_) => Code::Internal,
@@ -142,6 +146,7 @@ mod tests {
             (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
             (ServeError::Draining, Code::Unavailable, "DRAINING"),
             (ServeError::TrainingDown, Code::Unavailable, "TRAINING_DOWN"),
+            (ServeError::StoreUnavailable(s()), Code::Unavailable, "STORE_UNAVAILABLE"),
             (ServeError::DeadlineExceeded(Duration::from_secs(1)), Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (ServeError::Cancelled, Code::Cancelled, "CANCELLED"),
             (ServeError::Internal(s()), Code::Internal, "INTERNAL"),

@@ -26,7 +26,7 @@ impl Registry {
     pub async fn keep(&self, tenant: &TenantId, wanted: &DeltaRef) -> Result<KeptVersion, RegistryError> {
         let version = self.resolve(tenant, wanted)?;
         self.check_base(&version, wanted)?;
-        let files = Arc::new(self.store.hold_files(&version).await);
+        let files = Arc::new(self.store.hold_files(&version).await?);
         Ok(KeptVersion { version, _files: files })
     }
 

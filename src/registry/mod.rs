@@ -14,6 +14,7 @@ mod compose;
 mod demand;
 mod error;
 mod failures;
+mod follow;
 mod kept;
 mod metrics;
 mod reference;
@@ -144,6 +145,8 @@ pub struct DeltaStatus {
     pub resident_bytes: u64,
     /// Leases held on it now.
     pub leases: u64,
+    /// Its stored bytes were found missing or changed.
+    pub corrupt: bool,
 }
 
 /// What to list.
@@ -217,12 +220,17 @@ impl Registry {
         config: RegistryConfig,
     ) -> Result<Self, RegistryError> {
         let budget = config.max_resident_bytes;
+        // before the names: what changes in between is taken over twice, not never
+        let seen = store.last_change().await?;
         let catalog = Arc::new(Catalog::new(store.all_names().await?, budget / 2));
         let pins = Arc::clone(&catalog);
         let residency = Residency::new(store.clone(), loader, Arc::new(move || pins.pinned()), config);
         let turns = Arc::new(Turns::new());
         let registry = Self { store, base, catalog, residency, turns, budget };
         tokio::spawn(registry.clone().warm());
+        if registry.store.is_shared() {
+            tokio::spawn(registry.clone().follow(seen));
+        }
         Ok(registry)
     }
 
@@ -456,7 +464,9 @@ impl Registry {
 
     async fn status(&self, found: Found) -> DeltaStatus {
         let (resident_bytes, leases) = self.residency.usage(&found.version.id).await;
-        DeltaStatus { version: found.version, current: found.current, pinned: found.pinned, resident_bytes, leases }
+        let corrupt = self.store.is_corrupt(&found.version);
+        let Found { version, current, pinned } = found;
+        DeltaStatus { version, current, pinned, resident_bytes, leases, corrupt }
     }
 
     fn check_base(&self, version: &VersionRecord, wanted: &DeltaRef) -> Result<(), RegistryError> {

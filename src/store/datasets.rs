@@ -1,10 +1,8 @@
 //! Datasets: what a tenant uploaded for training. The rows are in one blob; how to read them is the trainer's matter.
 
-use sqlx::{Row, sqlite::SqliteRow};
-
 use super::{
     Store, StoreError,
-    db::{from_db, now_ms, parse, to_db},
+    db::{Row, check_text, from_db, now_ms, parse, query, to_db},
 };
 use crate::ids::{BlobId, TenantId};
 
@@ -55,7 +53,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`] if the blob is not stored.
     pub async fn put_dataset(&self, tenant: &TenantId, new: NewDataset) -> Result<DatasetRecord, StoreError> {
-        let _hold = self.inner.holds.hold(new.blob).await;
+        check_text("name", new.name.as_deref().unwrap_or_default())?;
+        let _hold = self.hold(&[new.blob]).await?;
         self.require_blob(new.blob).await?;
         let record = DatasetRecord {
             id: uuid::Uuid::now_v7().to_string(),
@@ -68,9 +67,10 @@ impl Store {
             created_ms: now_ms(),
         };
         let mut tx = self.db().begin().await?;
+        self.check_held(&mut tx, &[new.blob]).await?;
         let sql = "INSERT INTO datasets (id, tenant, name, blob, format, row_count, bytes, created_ms) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
-        let insert = sqlx::query(sql).bind(&record.id).bind(tenant.as_str()).bind(&record.name);
+        let insert = query(sql).bind(&record.id).bind(tenant.as_str()).bind(&record.name);
         let insert = insert.bind(record.blob.to_string()).bind(&record.format).bind(to_db(record.rows));
         insert.bind(to_db(record.bytes)).bind(record.created_ms).execute(&mut *tx).await?;
         tx.commit().await?;
@@ -82,7 +82,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], also for another tenant's.
     pub async fn get_dataset(&self, tenant: &TenantId, id: &str) -> Result<DatasetRecord, StoreError> {
-        let row = sqlx::query(SELECT_ONE).bind(tenant.as_str()).bind(id).fetch_optional(self.db().readers()).await?;
+        let row = query(SELECT_ONE).bind(tenant.as_str()).bind(id).fetch_optional(self.db().readers()).await?;
         record(&row.ok_or_else(|| not_found(id))?)
     }
 
@@ -91,7 +91,7 @@ impl Store {
     /// # Errors
     /// What the database refuses.
     pub async fn list_datasets(&self, tenant: &TenantId) -> Result<Vec<DatasetRecord>, StoreError> {
-        let rows = sqlx::query(SELECT_ALL).bind(tenant.as_str()).fetch_all(self.db().readers()).await?;
+        let rows = query(SELECT_ALL).bind(tenant.as_str()).fetch_all(self.db().readers()).await?;
         rows.iter().map(record).collect()
     }
 
@@ -102,8 +102,8 @@ impl Store {
     pub async fn delete_dataset(&self, tenant: &TenantId, id: &str) -> Result<(), StoreError> {
         let mut tx = self.db().begin().await?;
         let sql = "DELETE FROM datasets WHERE tenant = $1 AND id = $2";
-        let done = sqlx::query(sql).bind(tenant.as_str()).bind(id).execute(&mut *tx).await?;
-        if done.rows_affected() == 0 {
+        let done = query(sql).bind(tenant.as_str()).bind(id).execute(&mut *tx).await?;
+        if done == 0 {
             return Err(not_found(id));
         }
         tx.commit().await?;
@@ -123,7 +123,7 @@ fn not_found(id: &str) -> StoreError {
     StoreError::NotFound { kind: "dataset", name: id.to_owned() }
 }
 
-fn record(row: &SqliteRow) -> Result<DatasetRecord, StoreError> {
+fn record(row: &Row) -> Result<DatasetRecord, StoreError> {
     let tenant: String = row.try_get("tenant")?;
     Ok(DatasetRecord {
         id: row.try_get("id")?,
@@ -142,11 +142,12 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
+    use crate::store::testing::{Place, on_each_database};
 
-    #[tokio::test]
-    async fn datasets_belong_to_their_tenant_and_their_blobs_must_exist() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).await.unwrap();
+    on_each_database!(datasets_belong_to_their_tenant_and_their_blobs_must_exist);
+
+    async fn datasets_belong_to_their_tenant_and_their_blobs_must_exist(place: Place) {
+        let store = place.open().await;
         let (mine, other) = (TenantId::new("mine").unwrap(), TenantId::new("other").unwrap());
         let new = |blob| NewDataset { name: None, blob, format: "jsonl".into(), rows: 2, bytes: 3 };
         let absent = store.put_dataset(&mine, new(BlobId::of(b"absent"))).await;
@@ -160,6 +161,8 @@ mod tests {
             assert!(matches!(store.get_dataset(&other, id).await, Err(StoreError::NotFound { .. })));
             assert!(matches!(store.delete_dataset(&other, id).await, Err(StoreError::NotFound { .. })));
         }
+        let odd = NewDataset { name: Some("a\0b".into()), ..new(blob) };
+        assert!(matches!(store.put_dataset(&mine, odd).await, Err(StoreError::Invalid { field: "name", .. })));
         store.delete_dataset(&mine, &a.id).await.unwrap();
         assert!(matches!(store.get_dataset(&mine, &a.id).await, Err(StoreError::NotFound { .. })));
     }

@@ -1,6 +1,6 @@
 //! What can go wrong in the store, and what a client is told of it.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use crate::{
     admission::params::ServeError,
@@ -35,6 +35,37 @@ pub enum StoreError {
     /// The database is of another version, or its migration failed.
     #[error("database migration: {0}")]
     Migrate(#[from] sqlx::migrate::MigrateError),
+    /// A newer version of this program has made the database.
+    #[error(
+        "the database has the format {found}, and this version of deltaserve knows those up to {known}: \
+         run the version that made it, or a newer one"
+    )]
+    TooNew {
+        /// Its format.
+        found: u64,
+        /// The newest that is known.
+        known: u64,
+    },
+    /// The database or the blob store is too slow or gone.
+    #[error("{of} did not answer within {waited:?}")]
+    NoAnswer {
+        /// Which.
+        of: &'static str,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The job belongs to another server now: what this one says of it no longer counts.
+    #[error("job {0} belongs to another server")]
+    NotOwner(String),
+    /// Bytes were named so late that they may have been collected.
+    #[error("too much time passed between storing bytes and naming them; they must be stored again")]
+    HoldExpired,
+    /// Another process of the same server has taken over.
+    #[error("another process of this server has taken its place")]
+    Replaced,
+    /// Database and blob store are not of each other.
+    #[error("{0}")]
+    Mismatch(String),
     /// The blob store refused.
     #[error("blob store: {0}")]
     Blob(#[from] object_store::Error),
@@ -113,6 +144,20 @@ impl StoreError {
         move |source| Self::Io { path, source }
     }
 
+    /// Whether the database or a bucket is out of reach or overloaded, so that the same may go well a moment later.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            Self::NoAnswer { .. } | Self::HoldExpired => true,
+            Self::Database(sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed) => true,
+            // PostgreSQL's classes of five characters: connection, resources, intervention (timeouts, too), time in transaction
+            Self::Database(sqlx::Error::Database(e)) => e.code().is_some_and(|code| {
+                code.len() == 5 && (["08", "53", "57"].iter().any(|class| code.starts_with(class)) || code == "25P03")
+            }),
+            Self::Blob(object_store::Error::Generic { store, .. }) => ["S3", "GCS", "MicrosoftAzure"].contains(store),
+            _ => false,
+        }
+    }
+
     pub(crate) fn row(table: &'static str, detail: impl ToString) -> Self {
         Self::Row { table, detail: detail.to_string() }
     }
@@ -140,7 +185,14 @@ impl From<&StoreError> for ServeError {
             }
             StoreError::IdempotencyConflict(key) => Self::IdempotencyConflict(key.clone()),
             StoreError::Invalid { field, message } => Self::field(*field, message.clone()),
+            StoreError::NotOwner(_) => Self::Conflict(e.to_string()),
+            e if e.may_pass() => Self::StoreUnavailable(e.to_string()),
             StoreError::Locked(_)
+            | StoreError::TooNew { .. }
+            | StoreError::NoAnswer { .. }
+            | StoreError::HoldExpired
+            | StoreError::Replaced
+            | StoreError::Mismatch(_)
             | StoreError::Io { .. }
             | StoreError::DiskFull { .. }
             | StoreError::Database(_)

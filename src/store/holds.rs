@@ -3,7 +3,8 @@
 //! A publisher holds its blobs from before the first byte until its rows are committed. The collector claims a blob,
 //! looks for rows once more, and only then deletes it. A claim is refused while anyone holds the blob; a holder waits
 //! while the collector has it claimed, and then finds it absent and writes it again. So at every instant either a row
-//! or a hold protects a blob, or nobody needs it. The directory lock makes this process the only one.
+//! or a hold protects a blob, or nobody needs it. In a shared database a hold is a row, too, which runs out by itself, and
+//! so is a claim: the same holds among servers. A row that names a blob is written only while the hold has not run out.
 
 use std::{
     collections::HashMap,
@@ -14,13 +15,23 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::{Store, VersionRecord};
+use super::{
+    Store, StoreError, VersionRecord,
+    db::{Conn, query},
+    leases::milliseconds,
+};
 use crate::ids::BlobId;
 
 /// How long a blob written without a row stays safe from the collector: the time in which its writer names it.
 pub(super) const GRACE: Duration = Duration::from_secs(3600);
 /// Entries kept before those past their grace are thrown out.
 const SWEEP_AT: usize = 8192;
+/// How long a hold among servers lasts; those that are still needed are renewed at each collection, hourly.
+const HOLD: Duration = Duration::from_secs(3 * 3600);
+/// How long a claim among servers counts: beyond the longest wait for the removal of a blob.
+pub(super) const CLAIM: Duration = Duration::from_secs(300);
+/// Longest wait of a holder for a server that is removing the blob.
+const CLAIMED: Duration = Duration::from_secs(60);
 
 struct Held {
     holders: usize,
@@ -108,12 +119,85 @@ pub struct HeldFiles {
 
 impl Store {
     /// Keeps the files of a version from the collector; takes no memory for them.
-    pub async fn hold_files(&self, version: &VersionRecord) -> HeldFiles {
-        let mut blobs = Vec::with_capacity(version.files.len());
-        for file in &version.files {
-            blobs.push(self.inner.holds.hold(file.blob).await);
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn hold_files(&self, version: &VersionRecord) -> Result<HeldFiles, StoreError> {
+        let blobs: Vec<BlobId> = version.files.iter().map(|file| file.blob).collect();
+        Ok(HeldFiles { _blobs: self.hold(&blobs).await? })
+    }
+
+    /// Protects blobs from every server's collector until what this returns is dropped, and for a while after. Waits for a
+    /// collector that is removing one.
+    pub(super) async fn hold(&self, blobs: &[BlobId]) -> Result<Vec<Hold>, StoreError> {
+        let mut held = Vec::with_capacity(blobs.len());
+        for blob in blobs {
+            held.push(self.inner.holds.hold(*blob).await);
         }
-        HeldFiles { _blobs: blobs }
+        if self.is_shared() && !blobs.is_empty() {
+            self.hold_among_servers(blobs).await?;
+        }
+        Ok(held)
+    }
+
+    async fn hold_among_servers(&self, blobs: &[BlobId]) -> Result<(), StoreError> {
+        let began = Instant::now();
+        loop {
+            let mut tx = self.db().begin().await?;
+            let now = tx.now_ms().await?;
+            let mut claimed = false;
+            for blob in blobs {
+                let blob = blob.to_string();
+                // not garbage any more; a claim that is old is of a server that died at it
+                let sql = "DELETE FROM garbage WHERE blob = $1 AND claimed_ms < $2";
+                query(sql).bind(&blob).bind(now - milliseconds(CLAIM)).execute(&mut *tx).await?;
+                let row = query("SELECT 1 FROM garbage WHERE blob = $1").bind(&blob).fetch_optional(&mut *tx).await?;
+                claimed |= row.is_some();
+                let sql = "INSERT INTO blob_holds (blob, owner, until_ms) VALUES ($1, $2, $3) \
+                           ON CONFLICT (blob, owner) DO UPDATE SET until_ms = excluded.until_ms";
+                let insert = query(sql).bind(&blob).bind(self.server()).bind(now + milliseconds(HOLD));
+                insert.execute(&mut *tx).await?;
+            }
+            if !claimed {
+                return tx.commit().await;
+            }
+            drop(tx);
+            if began.elapsed() > CLAIMED {
+                return Err(StoreError::NoAnswer { of: "a server that removes unused blobs", waited: CLAIMED });
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Renews the holds that are still needed.
+    pub(super) async fn renew_holds(&self) -> Result<(), StoreError> {
+        if !self.is_shared() {
+            return Ok(());
+        }
+        let held: Vec<BlobId> = {
+            let held = self.inner.holds.held.lock();
+            held.iter().filter(|(_, h)| h.holders > 0).map(|(blob, _)| *blob).collect()
+        };
+        for some in held.chunks(100) {
+            self.hold_among_servers(some).await?;
+        }
+        Ok(())
+    }
+
+    /// Refuses to name a blob whose hold has run out: it may have been collected. Within the transaction that names it.
+    pub(super) async fn check_held(&self, tx: &mut Conn, blobs: &[BlobId]) -> Result<(), StoreError> {
+        if !self.is_shared() {
+            return Ok(());
+        }
+        let now = tx.now_ms().await?;
+        for blob in blobs {
+            let sql = "SELECT 1 FROM blob_holds WHERE blob = $1 AND owner = $2 AND until_ms > $3";
+            let query = query(sql).bind(blob.to_string()).bind(self.server()).bind(now);
+            if query.fetch_optional(&mut *tx).await?.is_none() {
+                return Err(StoreError::HoldExpired);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -5,11 +5,10 @@
 mod changes;
 
 pub use changes::{CheckpointRecord, JobChange};
-use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use super::{
     Store, StoreError,
-    db::{from_db, now_ms, parse, to_db},
+    db::{Conn, Row, check_text, from_db, now_ms, parse, query, to_db},
 };
 use crate::ids::{BlobId, DeltaId, TenantId};
 
@@ -103,15 +102,24 @@ pub struct JobPage {
     pub next_page_token: String,
 }
 
+/// Jobs that have not ended.
+macro_rules! unfinished {
+    () => {
+        "state IN ('queued', 'running', 'paused', 'publishing')"
+    };
+}
+pub(super) use unfinished;
+
 macro_rules! select_jobs {
-    ($rest:literal) => {
+    ($($rest:expr),+) => {
         concat!(
             "SELECT id, tenant, output_name, state, request_json, resolved_json, result_json, created_ms, updated_ms, ",
             "last_seq, base FROM jobs ",
-            $rest
+            $($rest),+
         )
     };
 }
+pub(super) use select_jobs;
 
 impl Store {
     /// Creates a job in state `queued`, once per idempotency key.
@@ -120,15 +128,17 @@ impl Store {
     /// [`StoreError::IdempotencyConflict`] if the key came with another request before; [`StoreError::NotFound`] for a blob
     /// that is not stored.
     pub async fn create_job(&self, new: NewJob) -> Result<CreateJob, StoreError> {
-        let mut held = Vec::with_capacity(new.blobs.len());
-        for (_, blob) in &new.blobs {
-            held.push(self.inner.holds.hold(*blob).await);
+        check_text("idempotency_key", new.idempotency_key.as_deref().unwrap_or_default())?;
+        let blobs: Vec<BlobId> = new.blobs.iter().map(|(_, blob)| *blob).collect();
+        let _held = self.hold(&blobs).await?;
+        for blob in &blobs {
             self.require_blob(*blob).await?;
         }
         let mut tx = self.db().begin().await?;
+        self.check_held(&mut tx, &blobs).await?;
         if let Some(key) = &new.idempotency_key {
             let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
-            if let Some(row) = sqlx::query(sql).bind(new.tenant.as_str()).bind(key).fetch_optional(&mut *tx).await? {
+            if let Some(row) = query(sql).bind(new.tenant.as_str()).bind(key).fetch_optional(&mut *tx).await? {
                 if row.try_get::<String, _>(0)? != new.request_digest {
                     return Err(StoreError::IdempotencyConflict(key.clone()));
                 }
@@ -137,17 +147,18 @@ impl Store {
         }
         let now = now_ms();
         let sql = "INSERT INTO jobs (id, tenant, output_name, state, request_json, resolved_json, created_ms, \
-                   updated_ms, base) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $6, $7)";
-        let insert = sqlx::query(sql).bind(&new.id).bind(new.tenant.as_str()).bind(&new.output_name);
-        insert.bind(&new.request_json).bind(&new.resolved_json).bind(now).bind(&new.base).execute(&mut *tx).await?;
+                   updated_ms, base, owner) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $6, $7, $8)";
+        let insert = query(sql).bind(&new.id).bind(new.tenant.as_str()).bind(&new.output_name);
+        let insert = insert.bind(&new.request_json).bind(&new.resolved_json).bind(now).bind(&new.base);
+        insert.bind(self.server()).execute(&mut *tx).await?;
         for (name, blob) in &new.blobs {
             let sql = "INSERT INTO job_blobs (job_id, name, blob) VALUES ($1, $2, $3)";
-            sqlx::query(sql).bind(&new.id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
+            query(sql).bind(&new.id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
         }
         if let Some(key) = &new.idempotency_key {
             let sql = "INSERT INTO idempotency (tenant, idempotency_key, request_digest, job_id, created_ms) \
                        VALUES ($1, $2, $3, $4, $5)";
-            let insert = sqlx::query(sql).bind(new.tenant.as_str()).bind(key).bind(&new.request_digest);
+            let insert = query(sql).bind(new.tenant.as_str()).bind(key).bind(&new.request_digest);
             insert.bind(&new.id).bind(now).execute(&mut *tx).await?;
         }
         let job = find(&mut tx, &new.id).await?;
@@ -166,7 +177,7 @@ impl Store {
         digest: &str,
     ) -> Result<Option<JobRecord>, StoreError> {
         let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
-        let query = sqlx::query(sql).bind(tenant.as_str()).bind(key);
+        let query = query(sql).bind(tenant.as_str()).bind(key);
         let Some(row) = query.fetch_optional(self.db().readers()).await? else { return Ok(None) };
         if row.try_get::<String, _>(0)? != digest {
             return Err(StoreError::IdempotencyConflict(key.to_owned()));
@@ -185,7 +196,7 @@ impl Store {
         job_id: &str,
     ) -> Result<Option<(u64, DeltaId)>, StoreError> {
         let sql = "SELECT number, id FROM versions WHERE tenant = $1 AND name = $2 AND origin = $3";
-        let query = sqlx::query(sql).bind(tenant.as_str()).bind(name);
+        let query = query(sql).bind(tenant.as_str()).bind(name);
         let query = query.bind(super::Origin::Job(job_id.to_owned()).to_string());
         let Some(row) = query.fetch_optional(self.db().readers()).await? else { return Ok(None) };
         Ok(Some((from_db("versions", row.try_get(0)?)?, parse("versions", row.try_get(1)?)?)))
@@ -214,9 +225,9 @@ impl Store {
     /// What the database refuses. An unknown job has no events.
     pub async fn events(&self, job_id: &str, from_seq: u64, limit: u32) -> Result<Vec<EventRecord>, StoreError> {
         let sql = "SELECT seq, at_ms, body_json FROM job_events WHERE job_id = $1 AND seq >= $2 ORDER BY seq LIMIT $3";
-        let query = sqlx::query(sql).bind(job_id).bind(to_db(from_seq)).bind(i64::from(limit.min(MAX_PAGE)));
+        let query = query(sql).bind(job_id).bind(to_db(from_seq)).bind(i64::from(limit.min(MAX_PAGE)));
         let rows = query.fetch_all(self.db().readers()).await?;
-        let event = |row: &SqliteRow| {
+        let event = |row: &Row| {
             let seq = from_db("job_events", row.try_get(0)?)?;
             Ok(EventRecord { seq, at_ms: row.try_get(1)?, body_json: row.try_get(2)? })
         };
@@ -228,7 +239,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], also for another tenant's.
     pub async fn get_job(&self, tenant: &TenantId, id: &str) -> Result<JobRecord, StoreError> {
-        let query = sqlx::query(select_jobs!("WHERE tenant = $1 AND id = $2")).bind(tenant.as_str()).bind(id);
+        let query = query(select_jobs!("WHERE tenant = $1 AND id = $2")).bind(tenant.as_str()).bind(id);
         record(&query.fetch_optional(self.db().readers()).await?.ok_or_else(|| not_found(id))?)
     }
 
@@ -237,7 +248,7 @@ impl Store {
     /// # Errors
     /// What the database refuses.
     pub async fn any_job(&self, id: &str) -> Result<Option<JobRecord>, StoreError> {
-        let query = sqlx::query(select_jobs!("WHERE id = $1")).bind(id);
+        let query = query(select_jobs!("WHERE id = $1")).bind(id);
         query.fetch_optional(self.db().readers()).await?.as_ref().map(record).transpose()
     }
 
@@ -259,7 +270,7 @@ impl Store {
         let sql = select_jobs!(
             "WHERE tenant = $1 AND ($2 = '' OR id < $2) AND ($3 = '' OR state = $3) ORDER BY id DESC LIMIT $4"
         );
-        let query = sqlx::query(sql).bind(tenant.as_str()).bind(page_token).bind(state.unwrap_or_default());
+        let query = query(sql).bind(tenant.as_str()).bind(page_token).bind(state.unwrap_or_default());
         let rows = query.bind(i64::from(limit) + 1).fetch_all(self.db().readers()).await?;
         let mut jobs = rows.iter().map(record).collect::<Result<Vec<_>, _>>()?;
         let more = jobs.len() > limit as usize;
@@ -273,8 +284,8 @@ impl Store {
     /// # Errors
     /// What the database refuses.
     pub async fn unfinished_jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
-        let sql = select_jobs!("WHERE state IN ('queued', 'running', 'paused', 'publishing') ORDER BY id");
-        sqlx::query(sql).fetch_all(self.db().readers()).await?.iter().map(record).collect()
+        let sql = select_jobs!("WHERE ", unfinished!(), " ORDER BY id");
+        query(sql).fetch_all(self.db().readers()).await?.iter().map(record).collect()
     }
 
     /// Lets a job keep a stored blob alive under a name of its own (`dataset`, `checkpoint`); replaces the one before.
@@ -282,13 +293,15 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`] for an unknown job or a blob that is not stored.
     pub async fn set_job_blob(&self, job_id: &str, name: &str, blob: BlobId) -> Result<(), StoreError> {
-        let _hold = self.inner.holds.hold(blob).await;
+        let _hold = self.hold(&[blob]).await?;
         self.require_blob(blob).await?;
         let mut tx = self.db().begin().await?;
+        self.check_held(&mut tx, &[blob]).await?;
         find(&mut tx, job_id).await?;
+        self.fence(&mut tx, job_id).await?;
         let sql = "INSERT INTO job_blobs (job_id, name, blob) VALUES ($1, $2, $3) \
                    ON CONFLICT (job_id, name) DO UPDATE SET blob = excluded.blob";
-        sqlx::query(sql).bind(job_id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
+        query(sql).bind(job_id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
         tx.commit().await?;
         Ok(())
     }
@@ -299,7 +312,7 @@ impl Store {
     /// What the database refuses. An unknown job keeps none.
     pub async fn job_blobs(&self, job_id: &str) -> Result<Vec<(String, BlobId)>, StoreError> {
         let sql = "SELECT name, blob FROM job_blobs WHERE job_id = $1 ORDER BY name";
-        let rows = sqlx::query(sql).bind(job_id).fetch_all(self.db().readers()).await?;
+        let rows = query(sql).bind(job_id).fetch_all(self.db().readers()).await?;
         rows.iter().map(|row| Ok((row.try_get(0)?, parse("job_blobs", row.try_get(1)?)?))).collect()
     }
 
@@ -309,7 +322,7 @@ impl Store {
     /// What the database refuses.
     pub async fn clear_job_blobs(&self, job_id: &str) -> Result<(), StoreError> {
         let mut tx = self.db().begin().await?;
-        sqlx::query("DELETE FROM job_blobs WHERE job_id = $1").bind(job_id).execute(&mut *tx).await?;
+        query("DELETE FROM job_blobs WHERE job_id = $1").bind(job_id).execute(&mut *tx).await?;
         tx.commit().await?;
         Ok(())
     }
@@ -329,12 +342,12 @@ fn not_found(id: &str) -> StoreError {
     StoreError::NotFound { kind: "job", name: id.to_owned() }
 }
 
-async fn find(tx: &mut SqliteConnection, id: &str) -> Result<JobRecord, StoreError> {
-    let row = sqlx::query(select_jobs!("WHERE id = $1")).bind(id).fetch_optional(tx).await?;
+async fn find(tx: &mut Conn, id: &str) -> Result<JobRecord, StoreError> {
+    let row = query(select_jobs!("WHERE id = $1")).bind(id).fetch_optional(tx).await?;
     record(&row.ok_or_else(|| not_found(id))?)
 }
 
-fn record(row: &SqliteRow) -> Result<JobRecord, StoreError> {
+pub(super) fn record(row: &Row) -> Result<JobRecord, StoreError> {
     let tenant: String = row.try_get("tenant")?;
     Ok(JobRecord {
         id: row.try_get("id")?,

@@ -8,11 +8,10 @@ mod rows;
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use bytes::Bytes;
-use sqlx::{Row, SqliteConnection};
 
 use super::{
     Store, StoreError, blobs,
-    db::{from_db, now_ms, parse},
+    db::{Conn, Tx, from_db, now_ms, parse, query, to_db},
 };
 use crate::{
     admission::params::PublishPolicy,
@@ -22,6 +21,8 @@ use crate::{
 
 /// Most files of a version.
 const MAX_FILES: usize = 64;
+/// Most changed names that are read at a time.
+const CHANGES: i64 = 256;
 
 /// Where a version came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,16 +136,22 @@ impl Store {
     /// names; what the database or the blob store refuses. Nothing is visible then.
     pub async fn publish(&self, new: NewVersion) -> Result<(Arc<VersionRecord>, NameRecord), StoreError> {
         check_files(&new.files)?;
-        let mut holds = Vec::new();
         let mut files = Vec::new();
         for (name, bytes) in &new.files.files {
             let blob = blobs::digest(bytes).await?;
-            holds.push(self.inner.holds.hold(blob).await);
-            self.blobs().put(blob, bytes.clone()).await?;
             files.push(StoredFile { name: name.clone(), blob, bytes: bytes.len() as u64 });
+        }
+        let held: Vec<BlobId> = files.iter().map(|file| file.blob).collect();
+        let holds = self.hold(&held).await?;
+        for (blob, bytes) in held.iter().zip(new.files.files.values()) {
+            self.blobs().put(*blob, bytes.clone()).await?;
         }
         let record = self.draft(new.base, files, &new).await?;
         let mut tx = self.db().begin().await?;
+        self.check_held(&mut tx, &held).await?;
+        if let Origin::Job(id) = &new.origin {
+            self.fence(&mut tx, id).await?;
+        }
         let number = record.insert(&mut tx, new.policy).await?;
         let name = rows::read_name(&mut tx, &new.tenant, &new.name).await?;
         tx.commit().await?;
@@ -256,7 +263,37 @@ impl Store {
     /// # Errors
     /// What the database refuses.
     pub async fn all_names(&self) -> Result<Vec<NameRecord>, StoreError> {
-        rows::read_all(self.db().readers()).await
+        rows::read_all(&mut *self.db().snapshot().await?).await
+    }
+
+    /// The number of the last change of any name.
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn last_change(&self) -> Result<u64, StoreError> {
+        let row = query("SELECT COALESCE(MAX(change), 0) FROM deltas").fetch_one(self.db()).await?;
+        from_db("deltas", row.try_get(0)?)
+    }
+
+    /// Names that changed after the change of this number, as they are now, and the number of the last change seen: what
+    /// other servers did. Call again from there until none comes.
+    ///
+    /// # Errors
+    /// What the database refuses.
+    pub async fn changed_names(&self, after: u64) -> Result<(Vec<NameRecord>, u64), StoreError> {
+        let mut tx = self.db().snapshot().await?;
+        let sql = "SELECT tenant, name, change FROM deltas WHERE change > $1 ORDER BY change LIMIT $2";
+        let rows = query(sql).bind(to_db(after)).bind(CHANGES).fetch_all(&mut *tx).await?;
+        let (mut names, mut last) = (Vec::with_capacity(rows.len()), after);
+        for row in &rows {
+            last = from_db("deltas", row.try_get("change")?)?;
+            let (tenant, name) = (row.try_get::<String, _>("tenant")?, row.try_get::<String, _>("name")?);
+            match (TenantId::new(&tenant), DeltaName::new(&name)) {
+                (Ok(tenant), Ok(name)) => names.push(rows::read_name(&mut tx, &tenant, &name).await?),
+                _ => tracing::error!(%tenant, %name, "unreadable delta row left out"),
+            }
+        }
+        Ok((names, last))
     }
 
     /// Reads a version's files, each verified against its digest and size.
@@ -274,12 +311,12 @@ impl Store {
 
 impl VersionRecord {
     /// Writes the rows of this draft under the policy; returns the number that the name now stands at.
-    async fn insert(&self, tx: &mut SqliteConnection, policy: PublishPolicy) -> Result<u64, StoreError> {
+    async fn insert(&self, tx: &mut Conn, policy: PublishPolicy) -> Result<u64, StoreError> {
         let (tenant, name) = (self.tenant.as_str(), self.name.as_str());
         let sql = "SELECT d.next_number, v.id FROM deltas d LEFT JOIN versions v \
                    ON v.tenant = d.tenant AND v.name = d.name AND v.number = d.current \
                    WHERE d.tenant = $1 AND d.name = $2";
-        let row = sqlx::query(sql).bind(tenant).bind(name).fetch_optional(&mut *tx).await?;
+        let row = query(sql).bind(tenant).bind(name).fetch_optional(&mut *tx).await?;
         let (next, current) = match &row {
             None => (1, None),
             Some(row) => (row.try_get::<i64, _>(0)?, row.try_get::<Option<String>, _>(1)?),
@@ -288,10 +325,10 @@ impl VersionRecord {
         check_policy(name, policy, current)?;
         if row.is_none() {
             let sql = "INSERT INTO deltas (tenant, name, created_ms, updated_ms) VALUES ($1, $2, $3, $3)";
-            sqlx::query(sql).bind(tenant).bind(name).bind(self.created_ms).execute(&mut *tx).await?;
+            query(sql).bind(tenant).bind(name).bind(self.created_ms).execute(&mut *tx).await?;
         }
         let sql = "SELECT number FROM versions WHERE tenant = $1 AND name = $2 AND id = $3 AND deleted_ms IS NULL";
-        let same = sqlx::query(sql).bind(tenant).bind(name).bind(self.id.to_string());
+        let same = query(sql).bind(tenant).bind(name).bind(self.id.to_string());
         let number = match same.fetch_optional(&mut *tx).await? {
             Some(row) => row.try_get::<i64, _>(0)?,
             None => {
@@ -299,19 +336,18 @@ impl VersionRecord {
                 next
             }
         };
-        let sql = "UPDATE deltas SET current = $3, next_number = $4, revision = revision + 1, updated_ms = $5 \
-                   WHERE tenant = $1 AND name = $2";
-        let update = sqlx::query(sql).bind(tenant).bind(name).bind(number).bind(next.max(number + 1));
+        let sql = concat!(
+            "UPDATE deltas SET current = $3, next_number = $4, revision = revision + 1, updated_ms = $5, change = ",
+            rows::next_change!(),
+            " WHERE tenant = $1 AND name = $2"
+        );
+        let update = query(sql).bind(tenant).bind(name).bind(number).bind(next.max(number + 1));
         update.bind(self.created_ms).execute(&mut *tx).await?;
         from_db("versions", number)
     }
 }
 
-async fn finish(
-    mut tx: sqlx::Transaction<'static, sqlx::Sqlite>,
-    tenant: &TenantId,
-    name: &DeltaName,
-) -> Result<NameRecord, StoreError> {
+async fn finish(mut tx: Tx, tenant: &TenantId, name: &DeltaName) -> Result<NameRecord, StoreError> {
     let after = rows::read_name(&mut tx, tenant, name).await?;
     tx.commit().await?;
     Ok(after)

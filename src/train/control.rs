@@ -24,6 +24,7 @@ pub(crate) enum Ask {
 pub(crate) struct Control {
     ask: AtomicU8,
     saving: AtomicBool,
+    lost: AtomicBool,
 }
 
 impl Control {
@@ -49,6 +50,16 @@ impl Control {
 
     pub(crate) fn cancel(&self) {
         self.ask.store(CANCEL, Ordering::Relaxed);
+    }
+
+    /// The job is another server's now: it leaves the thread, and nothing more is said of it.
+    pub(crate) fn lose(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+        self.cancel();
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// Whether a checkpoint is being written.

@@ -13,7 +13,7 @@ use std::{
 
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::{
     admission::train_params::{JobEventBody, JobInfo, JobState, MethodPart, StateEvent, TrainParams},
@@ -22,11 +22,12 @@ use crate::{
     pacing::Pacer,
     train::{
         joblog::{JobLog, LogError, NewJob, StoredJob},
-        left::{Left, take_over},
+        left::Left,
         limits::TrainerConfig,
         memory::{MemoryProbe, Shortage},
         plan::Prepared,
         run::RunInput,
+        servers::Keeper,
         supervisor::{Command, Parts, Pending, Publisher, Supervisor},
         watch::JobWatch,
         worker,
@@ -58,6 +59,9 @@ pub enum TrainError {
         /// The states that do.
         wanted: &'static str,
     },
+    /// Another server has the job, and has not done yet what it was asked.
+    #[error("job {0} is run by another server, which has not paused it yet")]
+    Elsewhere(String),
     /// Full fine-tuning has no checkpoints.
     #[error("job {0} trains every weight and has begun: it cannot be paused, only cancelled")]
     FullRuns(String),
@@ -91,6 +95,8 @@ pub(crate) struct Shared {
     pub(super) alive: watch::Sender<bool>,
     /// Jobs of an earlier process that are to be prepared again.
     pub(super) left: Mutex<Vec<(TenantId, String)>>,
+    /// Told when there are more of them.
+    pub(super) more_left: Notify,
 }
 
 impl Shared {
@@ -101,6 +107,7 @@ impl Shared {
             draining: AtomicBool::new(false),
             alive: watch::Sender::new(true),
             left: Mutex::default(),
+            more_left: Notify::new(),
         }
     }
 
@@ -149,7 +156,7 @@ impl Shared {
     }
 
     /// Enters a job of an earlier process, which has its tenant's place already.
-    fn enter_left(&self, job: &StoredJob, left: Left) {
+    pub(super) fn enter_left(&self, job: &StoredJob, left: Left) {
         let (step, paused) = match left {
             Left::Ended => return,
             Left::Waits(step) => (step, false),
@@ -160,6 +167,7 @@ impl Shared {
         self.live.lock().insert(job.info.id.clone(), entry);
         if !paused {
             self.left.lock().push((job.tenant.clone(), job.info.id.clone()));
+            self.more_left.notify_one();
         }
     }
 
@@ -231,17 +239,15 @@ pub struct TrainerHandle {
 impl TrainerHandle {
     /// Takes over the jobs that an earlier process left behind (those that had published succeed, those with nothing to go
     /// on from end, others are to be prepared again: [`Self::take_left`]) and removes models that no job made, then starts
-    /// the trainer thread and its supervisor (on the current tokio runtime). The thread ends after [`Self::drain`], or when every handle is gone.
+    /// the trainer thread and its supervisor on this runtime. The thread ends after [`Self::drain`] or the last handle.
     ///
     /// # Errors
     /// The log's, or no thread.
     pub async fn spawn(parts: TrainerParts, config: TrainerConfig) -> Result<(Self, JoinHandle<()>), SpawnError> {
         let TrainerParts { base, pacer, log, publisher, memory } = parts;
         let shared = Arc::new(Shared::new(log));
-        for job in shared.log.unfinished().await? {
-            let left = take_over(&shared.log, &job).await?;
-            shared.enter_left(&job, left);
-        }
+        let fingerprint = base.fingerprint.to_string();
+        shared.claim_left(&fingerprint, config.takes_over).await?;
         shared.log.sweep_models().await?;
         let max_running = config.max_concurrent_jobs.max(1);
         let (starts, starting) = std::sync::mpsc::sync_channel(max_running);
@@ -262,6 +268,11 @@ impl TrainerHandle {
             reports,
         });
         tokio::spawn(supervisor.run());
+        if shared.log.is_shared() {
+            let (shared, commands) = (Arc::clone(&shared), commands.downgrade());
+            let keeper = Keeper { shared, commands, base: fingerprint, takes_over: config.takes_over };
+            tokio::spawn(keeper.run());
+        }
         let room = Arc::new(Semaphore::new(config.max_jobs.max(1)));
         Ok((Self { shared, commands, room, memory, config }, thread))
     }
@@ -404,6 +415,9 @@ impl TrainerHandle {
         if job.state.is_terminal() {
             return Ok(job);
         }
+        if self.cancel_elsewhere(tenant, id).await? {
+            return self.get(tenant, id).await;
+        }
         self.shared.check_alive()?; // asked first: where nothing trains, no cancel is half taken
         let (done, marked) = oneshot::channel();
         if self.commands.send(Command::Cancel(id.to_owned(), done)).await.is_ok() {
@@ -448,7 +462,7 @@ impl TrainerHandle {
         let news = self.shared.subscribe(id);
         self.get(tenant, id).await?;
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
-        Ok(JobWatch { shared, id, next: from_seq.max(1), ready: VecDeque::new(), news, over: false })
+        Ok(JobWatch { shared, id, next: from_seq.max(1), ready: VecDeque::new(), news, ended: false, over: false })
     }
 
     /// Stops taking jobs, stops what runs, to go on at the next start, and waits until all of it is written, at most `grace`.

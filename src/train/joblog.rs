@@ -1,6 +1,7 @@
 //! Jobs and their events in the store. The one place of `train` that knows the store's form of them: rows with JSON.
 
 mod resume;
+mod servers;
 
 use std::collections::BTreeSet;
 
@@ -26,6 +27,9 @@ pub enum LogError {
     /// The job is over: nothing may follow.
     #[error("job {0} has ended")]
     Ended(String),
+    /// The job is another server's now.
+    #[error("job {0} belongs to another server")]
+    NotOwner(String),
     /// A stored row cannot be read.
     #[error("job {id}: stored {what} is unreadable: {message}")]
     Unreadable {
@@ -49,6 +53,7 @@ impl From<StoreError> for LogError {
         match e {
             StoreError::IdempotencyConflict(key) => Self::IdempotencyConflict(key),
             StoreError::JobEnded { id, .. } => Self::Ended(id),
+            StoreError::NotOwner(id) => Self::NotOwner(id),
             other => Self::Store(other),
         }
     }

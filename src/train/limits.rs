@@ -12,6 +12,8 @@ use crate::{
 pub struct TrainerConfig {
     /// Jobs that train at the same time, taking turns.
     pub max_concurrent_jobs: usize,
+    /// Whether jobs of other servers are taken over.
+    pub takes_over: bool,
     /// Jobs that may wait or run, those included that are being published.
     pub max_jobs: usize,
     /// Waiting and running jobs of one tenant.
@@ -33,6 +35,7 @@ impl Default for TrainerConfig {
     fn default() -> Self {
         Self {
             max_concurrent_jobs: 4,
+            takes_over: true,
             max_jobs: 64,
             max_jobs_per_tenant: 16,
             weights: Arc::default(),

@@ -62,6 +62,7 @@ mod resume_laws;
 mod resume_tests;
 mod resuming;
 pub mod run;
+mod servers;
 #[cfg(test)]
 mod sharing_laws;
 pub mod spec;

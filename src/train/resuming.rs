@@ -1,6 +1,6 @@
 //! The trainer from outside: pausing jobs and letting them go on, after a pause or a restart.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -11,12 +11,16 @@ use super::{
     plan::Prepared,
     run::RunInput,
     supervisor::{Command, Pending, Refusal},
+    watch::JobWatch,
 };
 use crate::{
     admission::train_params::{JobEventBody, JobEventInfo, JobInfo, JobState, MethodPart},
     ids::{BlobId, TenantId},
     store::CheckpointRecord,
 };
+
+/// Longest wait for another server to pause a job.
+const ELSEWHERE: Duration = Duration::from_secs(30);
 
 /// A place in the queue for a job that is being prepared again.
 #[derive(Debug)]
@@ -72,9 +76,18 @@ impl TrainerHandle {
         let job = self.get(tenant, id).await?;
         // from here on: whoever resumes it at once does not hide that it was paused
         let mut news = self.watch(tenant, id, job.last_seq + 1).await?;
+        if self.pause_elsewhere(tenant, &job).await? {
+            let paused = tokio::time::timeout(ELSEWHERE, self.until_paused(tenant, id, &mut news)).await;
+            return paused.unwrap_or_else(|_| Err(TrainError::Elsewhere(id.to_owned())));
+        }
         let (done, marked) = oneshot::channel();
         self.commands.send(Command::Pause(id.to_owned(), done)).await.map_err(|_| self.shared.gone())?;
         marked.await.map_err(|_| self.shared.gone())??;
+        self.until_paused(tenant, id, &mut news).await
+    }
+
+    /// The job when it is paused or has come to its end.
+    async fn until_paused(&self, tenant: &TenantId, id: &str, news: &mut JobWatch) -> Result<JobInfo, TrainError> {
         loop {
             let job = self.get(tenant, id).await?;
             if !matches!(job.state, JobState::Queued | JobState::Running) {

@@ -3,6 +3,7 @@
 //! All state changes of a job go through here, one after the other, so each job gets exactly one terminal state. It never
 //! waits for the trainer thread and never computes.
 
+mod losing;
 mod pauses;
 mod publishing;
 mod starting;
@@ -133,6 +134,8 @@ pub(crate) enum Command {
     Published(String, Result<Published, PublishFailure>),
     /// A job's last checkpoint is stored, and it has left the trainer.
     Stopped(String, Result<u64, LogError>),
+    /// This server's lease has run out or may have: its jobs stop here, and nothing is said of them.
+    Fence,
     /// No more starts; running jobs stop where they are, to go on at the next start; answered when none is left.
     Drain(oneshot::Sender<()>),
 }
@@ -287,12 +290,15 @@ impl Supervisor {
             Command::Loaded(id, result) => self.loaded(&id, result).await,
             Command::Published(id, result) => self.published(&id, result).await,
             Command::Stopped(id, result) => self.stopped(&id, result).await,
+            Command::Fence => self.fence(),
             Command::Drain(done) => self.drain(done),
         }
     }
 
     async fn report(&mut self, report: Report) {
         match report {
+            Report::Event(id, _) | Report::Saved(id, _) if self.is_lost(&id) => {}
+            Report::Ended(id, _) if self.is_lost(&id) => self.leave(&id),
             Report::Event(id, body) => {
                 match body.as_ref() {
                     JobEventBody::Metrics(m) => self.shared.progress(&id, m.step),
@@ -324,6 +330,7 @@ impl Supervisor {
         let step = self.shared.step(id);
         match self.shared.log.append(id, step, body).await {
             Ok(seq) => self.shared.notify(id, seq),
+            Err(LogError::NotOwner(_)) => self.lose(id),
             // progress is lost, the job is not: its end is tried again
             Err(e) => tracing::error!(job = id, error = %e, "a training event could not be stored"),
         }
@@ -340,6 +347,12 @@ impl Supervisor {
                 Ok(seq) => {
                     tracing::info!(job = id, state = to.as_str(), "training job ended");
                     self.shared.notify(id, seq);
+                    self.gauges.ended(to);
+                    break;
+                }
+                // whoever has it now writes its end, or has written it
+                Err(e @ (LogError::NotOwner(_) | LogError::Ended(_))) => {
+                    tracing::warn!(job = id, state = to.as_str(), error = %e, "a job's end was not stored");
                     break;
                 }
                 Err(e) => {
@@ -348,7 +361,6 @@ impl Supervisor {
                 }
             }
         }
-        self.gauges.ended(to);
         self.shared.forget(id);
     }
 

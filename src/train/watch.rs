@@ -1,11 +1,14 @@
 //! Watching a job: its events from the log, as they come.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
 use super::handle::{Shared, TrainError};
 use crate::admission::train_params::{JobEventBody, JobEventInfo};
+
+/// How often the log is asked about a job of another server.
+const POLL: Duration = Duration::from_millis(500);
 
 /// A gap-free stream of a job's events: always read from the log, woken by the supervisor. A slow reader delays nobody
 /// and misses nothing.
@@ -16,6 +19,8 @@ pub struct JobWatch {
     pub(super) next: u64,
     pub(super) ready: VecDeque<JobEventInfo>,
     pub(super) news: Option<watch::Receiver<u64>>,
+    /// A job of another server was seen to have ended.
+    pub(super) ended: bool,
     pub(super) over: bool,
 }
 
@@ -51,6 +56,14 @@ impl JobWatch {
                 }
                 // it goes on at the next start
                 None if self.shared.is_draining() => return Err(self.shared.gone()),
+                // another server has it, or takes it: one more look after its end
+                None if self.shared.log.is_shared() && !self.ended => {
+                    let state = self.shared.log.state(&self.id).await?;
+                    self.ended = state.is_none_or(|state| state.is_terminal());
+                    if !self.ended {
+                        tokio::time::sleep(POLL).await;
+                    }
+                }
                 None => return Ok(None),
             }
         }

@@ -461,9 +461,15 @@ async fn a_corrupt_stored_delta_is_data_loss_and_the_others_serve() {
         assert_eq!(client.text("good", "once", 8).await, said);
     }
     assert_eq!(kind(&client.download("bad").await.expect_err("corrupt")), lost);
+    let corrupt = async || {
+        let listed = client.list().await.into_iter().filter(|d| d.corrupt).map(|d| d.name);
+        listed.collect::<Vec<_>>()
+    };
+    assert_eq!(corrupt().await, ["bad"]);
     still_answers(client).await;
     // a new upload of the same files repairs it
     client.upload("bad", &bad).await.expect("an upload");
     assert_eq!(client.generate(ask("bad", "once", 8)).await.expect("it serves again").ids.len(), 8);
+    assert!(corrupt().await.is_empty());
     running.stop().await;
 }

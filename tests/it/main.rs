@@ -35,6 +35,7 @@ mod prefix_cache;
 mod quantized;
 mod restart;
 mod seq2seq;
+mod servers;
 mod sharing;
 mod speculation;
 mod study;

@@ -104,6 +104,7 @@ impl World {
                 quantize: None,
             },
             data_dir: root.path().join("data"),
+            store: Default::default(),
             listen: any,
             http: None,
             access: AccessConfig::default(),

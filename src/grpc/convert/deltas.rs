@@ -74,6 +74,7 @@ pub(in crate::grpc) fn delta(info: DeltaInfo) -> proto::Delta {
         pinned: info.pinned,
         origin: info.origin,
         created_ms: info.created_ms,
+        corrupt: info.corrupt,
         problem_type: info.problem.map(|p| p.as_str().to_owned()).unwrap_or_default(),
     }
 }

@@ -2,14 +2,12 @@
 
 use std::time::Duration;
 
-use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
-
 use super::{check_state, find, is_terminal, not_found};
 use crate::{
     ids::{BlobId, TenantId},
     store::{
         Store, StoreError,
-        db::{from_db, now_ms, parse, to_db},
+        db::{Conn, On, Row, from_db, now_ms, parse, query, to_db},
     },
 };
 
@@ -64,7 +62,7 @@ impl Store {
         }
         let _hold = match change.checkpoint {
             Some((_, blob)) => {
-                let hold = self.inner.holds.hold(blob).await;
+                let hold = self.hold(&[blob]).await?;
                 self.require_blob(blob).await?;
                 Some(hold)
             }
@@ -75,23 +73,27 @@ impl Store {
         if is_terminal(&job.state) {
             return Err(StoreError::JobEnded { id: job.id, state: job.state });
         }
-        let before = checkpoint(&mut tx, job_id).await?;
+        self.fence(&mut tx, job_id).await?;
+        if let Some((_, blob)) = change.checkpoint {
+            self.check_held(&mut tx, &[blob]).await?;
+        }
+        let before = checkpoint(&mut *tx, job_id).await?;
         if let (Some((step, blob)), before) = (change.checkpoint, &before) {
             if before.is_some_and(|b| b.step > step) {
                 return Ok(job.last_seq);
             }
             let sql = "INSERT INTO job_checkpoints (job_id, step, blob) VALUES ($1, $2, $3) ON CONFLICT (job_id) \
                        DO UPDATE SET step = excluded.step, blob = excluded.blob, resumes = 0";
-            let insert = sqlx::query(sql).bind(job_id).bind(to_db(step)).bind(blob.to_string());
+            let insert = query(sql).bind(job_id).bind(to_db(step)).bind(blob.to_string());
             insert.execute(&mut *tx).await?;
         }
         if change.resumes {
             let sql = "UPDATE job_checkpoints SET resumes = resumes + 1 WHERE job_id = $1";
-            sqlx::query(sql).bind(job_id).execute(&mut *tx).await?;
+            query(sql).bind(job_id).execute(&mut *tx).await?;
         }
         let over = change.state.as_deref().is_some_and(is_terminal);
         let goes_on = before.is_some() || change.checkpoint.is_some();
-        let has_best = over && !bests(&mut tx, job_id).await?.is_empty();
+        let has_best = over && !bests(&mut *tx, job_id).await?.is_empty();
         let keeps = match change.state.as_deref() {
             Some("failed" | "interrupted") => goes_on || has_best,
             Some("succeeded") => has_best,
@@ -101,7 +103,7 @@ impl Store {
         if over && !keeps {
             freed.extend(let_go(&mut tx, job_id).await?);
         } else if change.state.as_deref() == Some("succeeded") {
-            freed.extend(forget_checkpoint(&mut tx, job_id).await?); // it has nothing to go on to
+            freed.extend(forget_checkpoint(&mut *tx, job_id).await?); // it has nothing to go on to
         } else if let (Some(before), Some((_, new))) = (&before, change.checkpoint) {
             freed.extend((before.blob != new).then_some(before.blob));
         }
@@ -114,10 +116,10 @@ impl Store {
         for body in change.events {
             seq += 1;
             let sql = "INSERT INTO job_events (job_id, seq, at_ms, body_json) VALUES ($1, $2, $3, $4)";
-            sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(body).execute(&mut *tx).await?;
+            query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(body).execute(&mut *tx).await?;
         }
         let sql = "UPDATE jobs SET last_seq = $2, updated_ms = $3, state = $4, result_json = $5 WHERE id = $1";
-        let update = sqlx::query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(change.state.unwrap_or(job.state));
+        let update = query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(change.state.unwrap_or(job.state));
         update.bind(change.result_json.or(job.result_json)).execute(&mut *tx).await?;
         tx.commit().await?;
         for blob in freed {
@@ -133,10 +135,11 @@ impl Store {
     /// [`StoreError::NotFound`], or what the database refuses.
     pub async fn count_try(&self, job_id: &str, begins: bool) -> Result<u64, StoreError> {
         let mut tx = self.db().begin().await?;
-        let row = sqlx::query("SELECT tries FROM jobs WHERE id = $1").bind(job_id).fetch_optional(&mut *tx).await?;
+        self.fence(&mut tx, job_id).await?;
+        let row = query("SELECT tries FROM jobs WHERE id = $1").bind(job_id).fetch_optional(&mut *tx).await?;
         let tries = row.ok_or_else(|| not_found(job_id))?.try_get::<i64, _>(0)?;
         let after = if begins { tries.saturating_add(1) } else { 0 };
-        sqlx::query("UPDATE jobs SET tries = $2 WHERE id = $1").bind(job_id).bind(after).execute(&mut *tx).await?;
+        query("UPDATE jobs SET tries = $2 WHERE id = $1").bind(job_id).bind(after).execute(&mut *tx).await?;
         tx.commit().await?;
         from_db("jobs", tries)
     }
@@ -146,7 +149,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], or what the database refuses.
     pub async fn job_tries(&self, job_id: &str) -> Result<u64, StoreError> {
-        let query = sqlx::query("SELECT tries FROM jobs WHERE id = $1").bind(job_id);
+        let query = query("SELECT tries FROM jobs WHERE id = $1").bind(job_id);
         let row = query.fetch_optional(self.db().readers()).await?.ok_or_else(|| not_found(job_id))?;
         from_db("jobs", row.try_get(0)?)
     }
@@ -156,8 +159,7 @@ impl Store {
     /// # Errors
     /// What the database refuses. An unknown job has none.
     pub async fn job_checkpoint(&self, job_id: &str) -> Result<Option<CheckpointRecord>, StoreError> {
-        let mut reader = self.db().readers().acquire().await?;
-        checkpoint(&mut reader, job_id).await
+        checkpoint(self.db(), job_id).await
     }
 
     /// Keeps the weights that a job had after a step, one of its best evaluations, beside what it goes on from; replaces what
@@ -174,58 +176,50 @@ impl Store {
     /// # Errors
     /// What the database refuses. An unknown job keeps none.
     pub async fn job_bests(&self, job_id: &str) -> Result<Vec<(u64, BlobId)>, StoreError> {
-        let mut reader = self.db().readers().acquire().await?;
-        bests(&mut reader, job_id).await
+        bests(self.db(), job_id).await
     }
 
     /// Removes a blob of a job's own that no row names any more, at once: the next one is as large. If it cannot, the
     /// hourly collection does.
     async fn free(&self, blob: BlobId) {
-        // who is about to name these bytes holds them
-        let Some(_claim) = self.inner.holds.claim(blob, Duration::ZERO) else { return };
-        let freed = match self.is_named(blob).await {
-            Ok(true) => return,
-            Ok(false) => self.blobs().delete(blob).await,
-            Err(e) => Err(e),
-        };
-        if let Err(error) = freed {
+        if let Err(error) = self.collect(blob, Duration::ZERO).await {
             tracing::warn!(%blob, %error, "a replaced checkpoint could not be removed");
         }
     }
 }
 
 /// Takes from a job that has ended what it kept to go on and of its best evaluations; the blobs that were its own.
-async fn let_go(tx: &mut SqliteConnection, job_id: &str) -> Result<Vec<BlobId>, StoreError> {
-    let mut own: Vec<BlobId> = bests(tx, job_id).await?.into_iter().map(|(_, blob)| blob).collect();
+async fn let_go(tx: &mut Conn, job_id: &str) -> Result<Vec<BlobId>, StoreError> {
+    let mut own: Vec<BlobId> = bests(&mut *tx, job_id).await?.into_iter().map(|(_, blob)| blob).collect();
     own.extend(forget_checkpoint(tx, job_id).await?);
     let sql = "DELETE FROM job_blobs WHERE job_id = $1 AND name <> $2";
-    sqlx::query(sql).bind(job_id).bind(KEPT).execute(tx).await?;
+    query(sql).bind(job_id).bind(KEPT).execute(tx).await?;
     Ok(own)
 }
 
 /// Takes its checkpoint from a job; its blob, if it had one.
-async fn forget_checkpoint(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<BlobId>, StoreError> {
-    let had = checkpoint(tx, job_id).await?;
-    sqlx::query("DELETE FROM job_checkpoints WHERE job_id = $1").bind(job_id).execute(tx).await?;
+async fn forget_checkpoint(tx: &mut Conn, job_id: &str) -> Result<Option<BlobId>, StoreError> {
+    let had = checkpoint(&mut *tx, job_id).await?;
+    query("DELETE FROM job_checkpoints WHERE job_id = $1").bind(job_id).execute(tx).await?;
     Ok(had.map(|c| c.blob))
 }
 
 /// The jobs of a tenant that ended and kept something, and are too many beside this one, which ends so now.
-async fn keepers(tx: &mut SqliteConnection, job_id: &str, tenant: &TenantId) -> Result<Vec<String>, StoreError> {
+async fn keepers(tx: &mut Conn, job_id: &str, tenant: &TenantId) -> Result<Vec<String>, StoreError> {
     let sql = "SELECT id FROM jobs WHERE tenant = $1 AND id <> $2 AND state IN ('failed', 'interrupted', 'succeeded') AND \
                (EXISTS (SELECT 1 FROM job_checkpoints WHERE job_id = jobs.id) OR EXISTS \
                (SELECT 1 FROM job_blobs WHERE job_id = jobs.id AND name LIKE $4)) \
-               ORDER BY updated_ms DESC, id DESC LIMIT -1 OFFSET $3";
-    let query = sqlx::query(sql).bind(tenant.as_str()).bind(job_id).bind(KEEPERS - 1).bind(format!("{BEST}%"));
+               ORDER BY updated_ms DESC, id DESC LIMIT 1000000000 OFFSET $3";
+    let query = query(sql).bind(tenant.as_str()).bind(job_id).bind(KEEPERS - 1).bind(format!("{BEST}%"));
     query.fetch_all(tx).await?.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }
 
 /// What a job keeps of its best evaluations: steps, in order, and weights.
-async fn bests(tx: &mut SqliteConnection, job_id: &str) -> Result<Vec<(u64, BlobId)>, StoreError> {
+async fn bests<'a>(on: impl Into<On<'a>>, job_id: &str) -> Result<Vec<(u64, BlobId)>, StoreError> {
     const TABLE: &str = "job_blobs";
     let sql = "SELECT name, blob FROM job_blobs WHERE job_id = $1 AND name LIKE $2";
-    let rows = sqlx::query(sql).bind(job_id).bind(format!("{BEST}%")).fetch_all(tx).await?;
-    let read = |row: &SqliteRow| {
+    let rows = query(sql).bind(job_id).bind(format!("{BEST}%")).fetch_all(on).await?;
+    let read = |row: &Row| {
         let name: String = row.try_get(0)?;
         let step = name.strip_prefix(BEST).and_then(|step| step.parse().ok());
         let step = step.ok_or_else(|| StoreError::row(TABLE, format!("name {name:?}")))?;
@@ -236,10 +230,10 @@ async fn bests(tx: &mut SqliteConnection, job_id: &str) -> Result<Vec<(u64, Blob
     Ok(all)
 }
 
-async fn checkpoint(tx: &mut SqliteConnection, job_id: &str) -> Result<Option<CheckpointRecord>, StoreError> {
+async fn checkpoint<'a>(on: impl Into<On<'a>>, job_id: &str) -> Result<Option<CheckpointRecord>, StoreError> {
     const TABLE: &str = "job_checkpoints";
     let sql = "SELECT step, blob, resumes FROM job_checkpoints WHERE job_id = $1";
-    let Some(row) = sqlx::query(sql).bind(job_id).fetch_optional(tx).await? else { return Ok(None) };
+    let Some(row) = query(sql).bind(job_id).fetch_optional(on).await? else { return Ok(None) };
     Ok(Some(CheckpointRecord {
         step: from_db(TABLE, row.try_get(0)?)?,
         blob: parse(TABLE, row.try_get(1)?)?,

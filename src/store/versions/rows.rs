@@ -5,12 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
-
 use super::{
     super::{
         StoreError,
-        db::{from_db, now_ms, parse, to_db},
+        db::{Conn, Row, from_db, now_ms, parse, query, to_db},
     },
     NameRecord, StoredFile, VersionRecord, not_found,
 };
@@ -26,6 +24,14 @@ macro_rules! select_versions {
     };
 }
 
+/// What `deltas.change` becomes: writers come one after the other, so it grows in the order of commits.
+macro_rules! next_change {
+    () => {
+        "(SELECT COALESCE(MAX(change), 0) + 1 FROM deltas)"
+    };
+}
+pub(super) use next_change;
+
 macro_rules! select_files {
     ($where:literal) => {
         concat!("SELECT tenant, name, number, file, blob, bytes FROM version_files ", $where, " ORDER BY file")
@@ -35,41 +41,33 @@ macro_rules! select_files {
 type Files = HashMap<(String, String, i64), Vec<StoredFile>>;
 
 /// A name as it is inside a transaction, whether or not it has live versions.
-pub(super) async fn read_name(
-    tx: &mut SqliteConnection,
-    tenant: &TenantId,
-    name: &DeltaName,
-) -> Result<NameRecord, StoreError> {
+pub(super) async fn read_name(tx: &mut Conn, tenant: &TenantId, name: &DeltaName) -> Result<NameRecord, StoreError> {
     let (t, n) = (tenant.as_str(), name.as_str());
     let sql = "SELECT tenant, name, revision, pinned, current FROM deltas WHERE tenant = $1 AND name = $2";
-    let head = sqlx::query(sql).bind(t).bind(n).fetch_optional(&mut *tx).await?.ok_or_else(|| not_found(n))?;
+    let head = query(sql).bind(t).bind(n).fetch_optional(&mut *tx).await?.ok_or_else(|| not_found(n))?;
     let sql = select_files!("WHERE tenant = $1 AND name = $2");
-    let mut files = group(&sqlx::query(sql).bind(t).bind(n).fetch_all(&mut *tx).await?)?;
+    let mut files = group(&query(sql).bind(t).bind(n).fetch_all(&mut *tx).await?)?;
     let sql = select_versions!("WHERE tenant = $1 AND name = $2 AND deleted_ms IS NULL");
-    let rows = sqlx::query(sql).bind(t).bind(n).fetch_all(&mut *tx).await?;
+    let rows = query(sql).bind(t).bind(n).fetch_all(&mut *tx).await?;
     let mut record = head_record(&head)?;
     record.versions = versions(&rows, &mut files).map(|v| (v.number, v)).collect();
     Ok(record)
 }
 
 /// A name that has a live version.
-pub(super) async fn read_live(
-    tx: &mut SqliteConnection,
-    tenant: &TenantId,
-    name: &DeltaName,
-) -> Result<NameRecord, StoreError> {
+pub(super) async fn read_live(tx: &mut Conn, tenant: &TenantId, name: &DeltaName) -> Result<NameRecord, StoreError> {
     match read_name(tx, tenant, name).await? {
         record if record.current.is_some() => Ok(record),
         _ => Err(not_found(name.as_str())),
     }
 }
 
-/// Every name with a live version.
-pub(super) async fn read_all(readers: &SqlitePool) -> Result<Vec<NameRecord>, StoreError> {
+/// Every name with a live version; in a snapshot.
+pub(super) async fn read_all(tx: &mut Conn) -> Result<Vec<NameRecord>, StoreError> {
     let sql = "SELECT tenant, name, revision, pinned, current FROM deltas WHERE current IS NOT NULL";
-    let heads = sqlx::query(sql).fetch_all(readers).await?;
-    let mut files = group(&sqlx::query(select_files!("")).fetch_all(readers).await?)?;
-    let rows = sqlx::query(select_versions!("WHERE deleted_ms IS NULL")).fetch_all(readers).await?;
+    let heads = query(sql).fetch_all(&mut *tx).await?;
+    let mut files = group(&query(select_files!("")).fetch_all(&mut *tx).await?)?;
+    let rows = query(select_versions!("WHERE deleted_ms IS NULL")).fetch_all(&mut *tx).await?;
     let mut by_name = HashMap::<_, BTreeMap<_, _>>::new();
     for version in versions(&rows, &mut files) {
         let key = (version.tenant.clone(), version.name.clone());
@@ -89,65 +87,59 @@ pub(super) async fn read_all(readers: &SqlitePool) -> Result<Vec<NameRecord>, St
     Ok(names)
 }
 
-pub(super) async fn insert_version(
-    tx: &mut SqliteConnection,
-    version: &VersionRecord,
-    number: i64,
-) -> Result<(), StoreError> {
+pub(super) async fn insert_version(tx: &mut Conn, version: &VersionRecord, number: i64) -> Result<(), StoreError> {
     let spec = serde_json::to_string(&version.spec).map_err(|e| StoreError::row("versions", e))?;
     let (tenant, name) = (version.tenant.as_str(), version.name.as_str());
     let sql = "INSERT INTO versions (tenant, name, number, id, base, spec_json, stored_bytes, origin, created_ms) \
                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)";
-    let insert = sqlx::query(sql).bind(tenant).bind(name).bind(number).bind(version.id.to_string());
+    let insert = query(sql).bind(tenant).bind(name).bind(number).bind(version.id.to_string());
     let insert = insert.bind(version.base.to_string()).bind(spec).bind(to_db(version.stored_bytes));
     insert.bind(&version.origin).bind(version.created_ms).execute(&mut *tx).await?;
     let sql = "INSERT INTO version_files (tenant, name, number, file, blob, bytes) VALUES ($1, $2, $3, $4, $5, $6)";
     for file in &version.files {
-        let insert = sqlx::query(sql).bind(tenant).bind(name).bind(number).bind(&file.name);
+        let insert = query(sql).bind(tenant).bind(name).bind(number).bind(&file.name);
         insert.bind(file.blob.to_string()).bind(to_db(file.bytes)).execute(&mut *tx).await?;
     }
     Ok(())
 }
 
-pub(super) async fn set_current(
-    tx: &mut SqliteConnection,
-    name: &NameRecord,
-    number: Option<u64>,
-) -> Result<(), StoreError> {
-    let sql = "UPDATE deltas SET current = $3, revision = revision + 1, updated_ms = $4 \
-               WHERE tenant = $1 AND name = $2";
-    let update = sqlx::query(sql).bind(name.tenant.as_str()).bind(name.name.as_str()).bind(number.map(to_db));
+pub(super) async fn set_current(tx: &mut Conn, name: &NameRecord, number: Option<u64>) -> Result<(), StoreError> {
+    let sql = concat!(
+        "UPDATE deltas SET current = $3, revision = revision + 1, updated_ms = $4, change = ",
+        next_change!(),
+        " WHERE tenant = $1 AND name = $2"
+    );
+    let update = query(sql).bind(name.tenant.as_str()).bind(name.name.as_str()).bind(number.map(to_db));
     update.bind(now_ms()).execute(tx).await?;
     Ok(())
 }
 
-pub(super) async fn set_pinned(tx: &mut SqliteConnection, name: &NameRecord, pinned: bool) -> Result<(), StoreError> {
-    let sql = "UPDATE deltas SET pinned = $3, revision = revision + 1, updated_ms = $4 \
-               WHERE tenant = $1 AND name = $2";
-    let update = sqlx::query(sql).bind(name.tenant.as_str()).bind(name.name.as_str()).bind(i64::from(pinned));
+pub(super) async fn set_pinned(tx: &mut Conn, name: &NameRecord, pinned: bool) -> Result<(), StoreError> {
+    let sql = concat!(
+        "UPDATE deltas SET pinned = $3, revision = revision + 1, updated_ms = $4, change = ",
+        next_change!(),
+        " WHERE tenant = $1 AND name = $2"
+    );
+    let update = query(sql).bind(name.tenant.as_str()).bind(name.name.as_str()).bind(i64::from(pinned));
     update.bind(now_ms()).execute(tx).await?;
     Ok(())
 }
 
 /// Marks that the name's versions have changed.
-pub(super) async fn touch(tx: &mut SqliteConnection, name: &NameRecord) -> Result<(), StoreError> {
+pub(super) async fn touch(tx: &mut Conn, name: &NameRecord) -> Result<(), StoreError> {
     set_current(tx, name, name.current).await
 }
 
-pub(super) async fn delete_version(
-    tx: &mut SqliteConnection,
-    name: &NameRecord,
-    number: u64,
-) -> Result<(), StoreError> {
+pub(super) async fn delete_version(tx: &mut Conn, name: &NameRecord, number: u64) -> Result<(), StoreError> {
     let (t, n, number) = (name.tenant.as_str(), name.name.as_str(), to_db(number));
     let sql = "DELETE FROM version_files WHERE tenant = $1 AND name = $2 AND number = $3";
-    sqlx::query(sql).bind(t).bind(n).bind(number).execute(&mut *tx).await?;
+    query(sql).bind(t).bind(n).bind(number).execute(&mut *tx).await?;
     let sql = "UPDATE versions SET deleted_ms = $4 WHERE tenant = $1 AND name = $2 AND number = $3";
-    sqlx::query(sql).bind(t).bind(n).bind(number).bind(now_ms()).execute(tx).await?;
+    query(sql).bind(t).bind(n).bind(number).bind(now_ms()).execute(tx).await?;
     Ok(())
 }
 
-fn head_record(row: &SqliteRow) -> Result<NameRecord, StoreError> {
+fn head_record(row: &Row) -> Result<NameRecord, StoreError> {
     let current: Option<i64> = row.try_get("current")?;
     Ok(NameRecord {
         tenant: tenant(row)?,
@@ -160,7 +152,7 @@ fn head_record(row: &SqliteRow) -> Result<NameRecord, StoreError> {
 }
 
 /// The readable versions among these rows.
-fn versions(rows: &[SqliteRow], files: &mut Files) -> impl Iterator<Item = Arc<VersionRecord>> {
+fn versions(rows: &[Row], files: &mut Files) -> impl Iterator<Item = Arc<VersionRecord>> {
     rows.iter().filter_map(|row| match version(row, files) {
         Ok(version) => Some(Arc::new(version)),
         Err(error) => {
@@ -170,7 +162,7 @@ fn versions(rows: &[SqliteRow], files: &mut Files) -> impl Iterator<Item = Arc<V
     })
 }
 
-fn version(row: &SqliteRow, files: &mut Files) -> Result<VersionRecord, StoreError> {
+fn version(row: &Row, files: &mut Files) -> Result<VersionRecord, StoreError> {
     let key = (row.try_get("tenant")?, row.try_get("name")?, row.try_get("number")?);
     let spec: String = row.try_get("spec_json")?;
     Ok(VersionRecord {
@@ -187,7 +179,7 @@ fn version(row: &SqliteRow, files: &mut Files) -> Result<VersionRecord, StoreErr
     })
 }
 
-fn group(rows: &[SqliteRow]) -> Result<Files, StoreError> {
+fn group(rows: &[Row]) -> Result<Files, StoreError> {
     let mut files = Files::new();
     for row in rows {
         let file = StoredFile {
@@ -201,10 +193,10 @@ fn group(rows: &[SqliteRow]) -> Result<Files, StoreError> {
     Ok(files)
 }
 
-fn tenant(row: &SqliteRow) -> Result<TenantId, StoreError> {
+fn tenant(row: &Row) -> Result<TenantId, StoreError> {
     TenantId::new(row.try_get("tenant")?).map_err(|e| StoreError::row("deltas", format!("tenant {e}")))
 }
 
-fn name(row: &SqliteRow) -> Result<DeltaName, StoreError> {
+fn name(row: &Row) -> Result<DeltaName, StoreError> {
     DeltaName::new(row.try_get("name")?).map_err(|e| StoreError::row("deltas", format!("name {e}")))
 }

@@ -3,7 +3,13 @@
 use std::time::Duration;
 
 use super::*;
-use crate::{delta::Task, store::Garbage};
+use crate::{
+    delta::Task,
+    store::{
+        Garbage,
+        testing::{Place, on_each_database},
+    },
+};
 
 pub(in crate::store) fn new_version(name: &str, content: &str, policy: PublishPolicy) -> NewVersion {
     let files = [("adapter_config.json", "{}"), ("adapter_model.safetensors", content)];
@@ -27,17 +33,10 @@ pub(in crate::store) fn new_version(name: &str, content: &str, policy: PublishPo
     }
 }
 
-async fn open() -> (tempfile::TempDir, Store) {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).await.unwrap();
-    (dir, store)
-}
-
 use PublishPolicy::{CompareAndSwap, Create, Upsert};
 
-#[tokio::test]
-async fn policies_decide_what_a_publish_may_replace() {
-    let (_dir, store) = open().await;
+async fn policies_decide_what_a_publish_may_replace(place: Place) {
+    let store = place.open().await;
     let (one, _) = store.publish(new_version("n", "1", Create)).await.unwrap();
     assert_eq!((one.number, one.origin.as_str(), one.stored_bytes), (1, "job:j1", 3));
     assert!(matches!(store.publish(new_version("n", "2", Create)).await, Err(StoreError::AlreadyExists(_))));
@@ -51,9 +50,8 @@ async fn policies_decide_what_a_publish_may_replace() {
     assert_eq!(store.all_names().await.unwrap(), [name]);
 }
 
-#[tokio::test]
-async fn the_same_bytes_are_the_same_version() {
-    let (_dir, store) = open().await;
+async fn the_same_bytes_are_the_same_version(place: Place) {
+    let store = place.open().await;
     let (one, first) = store.publish(new_version("n", "1", Upsert)).await.unwrap();
     let (again, name) = store.publish(new_version("n", "1", Upsert)).await.unwrap();
     assert_eq!(one, again);
@@ -66,9 +64,8 @@ async fn the_same_bytes_are_the_same_version() {
     assert_eq!(next.number, 3);
 }
 
-#[tokio::test]
-async fn of_concurrent_swaps_of_one_version_exactly_one_wins() {
-    let (_dir, store) = open().await;
+async fn of_concurrent_swaps_of_one_version_exactly_one_wins(place: Place) {
+    let store = place.open().await;
     let (base, _) = store.publish(new_version("n", "0", Create)).await.unwrap();
     let racers: Vec<_> = (1..=16)
         .map(|i| {
@@ -89,9 +86,8 @@ async fn of_concurrent_swaps_of_one_version_exactly_one_wins() {
     assert_eq!(names[0].versions.len(), 2);
 }
 
-#[tokio::test]
-async fn numbers_are_never_used_twice_even_after_delete() {
-    let (_dir, store) = open().await;
+async fn numbers_are_never_used_twice_even_after_delete(place: Place) {
+    let store = place.open().await;
     let new = |content: &str| new_version("n", content, Upsert);
     let (tenant, name) = (new("").tenant, new("").name);
     let (one, _) = store.publish(new("1")).await.unwrap();
@@ -110,9 +106,8 @@ async fn numbers_are_never_used_twice_even_after_delete() {
     assert_eq!((three.number, three.id), (3, one.id));
 }
 
-#[tokio::test]
-async fn the_name_moves_back_only_to_a_live_version() {
-    let (_dir, store) = open().await;
+async fn the_name_moves_back_only_to_a_live_version(place: Place) {
+    let store = place.open().await;
     let (one, _) = store.publish(new_version("n", "1", Upsert)).await.unwrap();
     let (two, _) = store.publish(new_version("n", "2", Upsert)).await.unwrap();
     let (t, n) = (&one.tenant, &one.name);
@@ -123,9 +118,8 @@ async fn the_name_moves_back_only_to_a_live_version() {
     assert!(matches!(store.set_current(t, n, 2, None).await, Err(StoreError::NotFound { .. })));
 }
 
-#[tokio::test]
-async fn a_restart_keeps_everything() {
-    let (dir, store) = open().await;
+async fn a_restart_keeps_everything(place: Place) {
+    let store = place.open().await;
     for i in 0..3 {
         store.publish(new_version("n", &i.to_string(), Upsert)).await.unwrap();
         store.publish(new_version(&format!("m{i}"), "x", Upsert)).await.unwrap();
@@ -139,7 +133,7 @@ async fn a_restart_keeps_everything() {
     let before = sorted(store.all_names().await.unwrap());
     store.close().await;
     drop(store);
-    let store = Store::open(dir.path()).await.unwrap();
+    let store = place.open().await;
     let after = sorted(store.all_names().await.unwrap());
     assert_eq!(before, after);
     assert!(after[3].pinned);
@@ -147,9 +141,8 @@ async fn a_restart_keeps_everything() {
     assert_eq!(store.read_files(version).await.unwrap(), new_version("n", "2", Upsert).files);
 }
 
-#[tokio::test]
-async fn names_that_are_paths_are_refused() {
-    let (_dir, store) = open().await;
+async fn names_that_are_paths_are_refused(place: Place) {
+    let store = place.open().await;
     for bad in ["../x", "a/b", "", ".."] {
         let mut new = new_version("n", "1", Upsert);
         new.files.files.insert(bad.into(), Bytes::new());
@@ -160,13 +153,12 @@ async fn names_that_are_paths_are_refused() {
     assert!(store.all_names().await.unwrap().is_empty());
 }
 
-#[tokio::test]
-async fn an_unreadable_row_does_not_hide_the_others() {
-    let (_dir, store) = open().await;
+async fn an_unreadable_row_does_not_hide_the_others(place: Place) {
+    let store = place.open().await;
     store.publish(new_version("bad", "1", Upsert)).await.unwrap();
     let (good, _) = store.publish(new_version("good", "1", Upsert)).await.unwrap();
     let mut tx = store.db().begin().await.unwrap();
-    sqlx::query("UPDATE versions SET spec_json = '{' WHERE name = 'bad'").execute(&mut *tx).await.unwrap();
+    query("UPDATE versions SET spec_json = '{' WHERE name = 'bad'").execute(&mut *tx).await.unwrap();
     tx.commit().await.unwrap();
     let names = store.all_names().await.unwrap();
     let good_now = names.iter().find(|n| n.name.as_str() == "good").unwrap();
@@ -174,9 +166,8 @@ async fn an_unreadable_row_does_not_hide_the_others() {
     assert!(names.iter().filter(|n| n.name.as_str() == "bad").all(|n| n.current().is_none()));
 }
 
-#[tokio::test]
-async fn garbage_is_what_no_row_names() {
-    let (_dir, store) = open().await;
+async fn garbage_is_what_no_row_names(place: Place) {
+    let store = place.open().await;
     let (one, _) = store.publish(new_version("n", "1", Upsert)).await.unwrap();
     store.publish(new_version("n", "2", Upsert)).await.unwrap();
     let loose = store.put_blob(Bytes::from_static(b"loose")).await.unwrap();
@@ -189,9 +180,8 @@ async fn garbage_is_what_no_row_names() {
     store.read_files(names[0].current().unwrap()).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_collection_beside_publishes_never_takes_a_named_blob() {
-    let (_dir, store) = open().await;
+async fn a_collection_beside_publishes_never_takes_a_named_blob(place: Place) {
+    let store = place.open().await;
     let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let collector = tokio::spawn({
         let (store, done) = (store.clone(), Arc::clone(&done));
@@ -218,3 +208,16 @@ async fn a_collection_beside_publishes_never_takes_a_named_blob() {
     store.collect_garbage_after(Duration::ZERO).await.unwrap();
     store.read_files(&version).await.unwrap();
 }
+
+on_each_database!(
+    policies_decide_what_a_publish_may_replace,
+    the_same_bytes_are_the_same_version,
+    of_concurrent_swaps_of_one_version_exactly_one_wins,
+    numbers_are_never_used_twice_even_after_delete,
+    the_name_moves_back_only_to_a_live_version,
+    a_restart_keeps_everything,
+    names_that_are_paths_are_refused,
+    an_unreadable_row_does_not_hide_the_others,
+    garbage_is_what_no_row_names,
+    a_collection_beside_publishes_never_takes_a_named_blob,
+);

@@ -24,6 +24,10 @@ impl Supervisor {
                 return Err(TrainError::State { id, state: JobState::Cancelled, wanted: "paused" });
             }
         }
+        if self.shared.log.is_shared() && !self.shared.knows(&id) {
+            // the lease ran out while it was being prepared: it may be another server's
+            return Err(LogError::NotOwner(id).into());
+        }
         let waits = self.queue.iter().any(|j| j.id == id) || self.running.contains_key(&id);
         match has {
             JobState::Queued if waits => return Ok(()),
@@ -154,6 +158,7 @@ impl Supervisor {
             match shared.log.save(&id, saved.step, saved.bytes.into(), None).await {
                 Ok(seq) => shared.notify(&id, seq),
                 Err(LogError::Ended(_)) => {}
+                Err(LogError::NotOwner(_)) => control.lose(),
                 Err(error) => {
                     tracing::error!(job = id, %error, "a checkpoint could not be stored");
                     let message = format!("the checkpoint of step {} could not be stored: {error}", saved.step);
@@ -197,6 +202,9 @@ impl Supervisor {
         // one that was resumed meanwhile runs again
         if !matches!(self.running.get(id), Some(Running { phase: Phase::Stopping, .. })) {
             return;
+        }
+        if self.is_lost(id) {
+            return self.leave(id);
         }
         let Some(Running { control, .. }) = self.running.remove(id) else { return };
         let draining = self.shared.is_draining();

@@ -67,6 +67,9 @@ impl Supervisor {
     }
 
     pub(super) async fn published(&mut self, id: &str, result: Result<Published, PublishFailure>) {
+        if self.is_lost(id) {
+            return self.leave(id);
+        }
         let Some(Running { name, phase: Phase::Publishing { final_loss, best_eval, checkpoint }, .. }) =
             self.running.remove(id)
         else {
