@@ -32,6 +32,7 @@ pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod engine;
+pub mod failpoint;
 pub mod grammar;
 pub mod grpc;
 pub mod http;
@@ -52,3 +53,5 @@ pub mod store;
 pub mod telemetry;
 pub mod text;
 pub mod train;
+
+pub(crate) use failpoint::failpoint;

@@ -29,14 +29,17 @@ impl Store {
     pub(crate) async fn collect_garbage_after(&self, grace: Duration) -> Result<Garbage, StoreError> {
         let stored = self.blobs().list().await?;
         let named = self.named_blobs().await?;
+        crate::failpoint!("garbage-listed");
         let mut removed = Garbage::default();
         for (blob, bytes) in stored.into_iter().filter(|(blob, _)| !named.contains(&blob.to_string())) {
             let Some(_claim) = self.inner.holds.claim(blob, grace) else { continue };
+            crate::failpoint!("garbage-claimed");
             // Once more, now that nobody can start to publish it: a publish may have committed since the list.
             if self.is_named(blob).await? {
                 continue;
             }
             self.blobs().delete(blob).await?;
+            crate::failpoint!("garbage-removed");
             removed.blobs += 1;
             removed.bytes += bytes;
         }

@@ -67,7 +67,9 @@ impl Store {
             Ok::<_, StoreError>((dir, lock, blobs))
         })
         .await??;
+        crate::failpoint!("store-locked", |why| Err(StoreError::injected(why)));
         let db = Db::open(&dir.join("meta.sqlite3")).await?;
+        crate::failpoint!("store-migrated");
         // The database file's own directory entry must not be lost either.
         File::open(&dir).and_then(|d| d.sync_all()).map_err(StoreError::io(&dir))?;
         Ok(Self { inner: Arc::new(Inner { dir, db, blobs, holds: Holds::new(), _lock: lock }) })

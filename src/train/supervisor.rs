@@ -335,6 +335,7 @@ impl Supervisor {
         const TRIES: u32 = 5;
         let step = self.shared.step(id);
         let body = JobEventBody::State(StateEvent { state: to, result, failure });
+        crate::failpoint!("job-before-end");
         for attempt in 1..=TRIES {
             match self.shared.log.append(id, step, body.clone()).await {
                 Ok(seq) => {
@@ -348,6 +349,7 @@ impl Supervisor {
                 }
             }
         }
+        crate::failpoint!("job-ended");
         self.gauges.ended(to);
         self.shared.forget(id);
     }
