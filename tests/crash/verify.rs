@@ -84,6 +84,17 @@ impl Verifier<'_> {
     /// Every acknowledged job is there; one that had ended has the same end, and any other ends now, by itself or cancelled.
     async fn jobs(&self, chance: &mut Chance, all: bool) {
         let notes: Vec<_> = self.ledger.jobs.lock().iter().map(|(id, note)| (id.clone(), note.clone())).collect();
+        // those whose creation nobody was told of must not go on for ever
+        for job in self.client.jobs().await {
+            let ended = matches!(
+                job.state(),
+                JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::Interrupted
+            );
+            if !ended && notes.iter().all(|(id, _)| *id != job.id) {
+                let request = self.client.request(proto::CancelJobRequest { id: job.id });
+                self.client.training().cancel_job(request).await.expect("a cancel");
+            }
+        }
         for (id, note) in &notes {
             if note.ended.is_some() && !all && chance.below(notes.len()) >= SOME {
                 continue;
