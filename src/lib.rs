@@ -33,6 +33,7 @@ pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod engine;
+pub mod failpoint;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -56,3 +57,5 @@ pub mod store;
 pub mod telemetry;
 pub mod text;
 pub mod train;
+
+pub(crate) use failpoint::failpoint;

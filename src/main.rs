@@ -6,6 +6,8 @@ use clap::Parser;
 use deltaserve::cli::{Cli, describe};
 
 fn main() -> ExitCode {
+    #[cfg(feature = "failpoints")]
+    deltaserve::failpoint::arm();
     let cli = Cli::parse();
     set_compute_threads(cli.threads());
     set_elementwise_threads();

@@ -11,6 +11,7 @@ use std::{
 
 /// Module of `src/` -> modules of ours that it may name. `main`, `app` and `cli` may name everything.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("failpoint", &[]),
     ("ids", &[]),
     ("rows", &[]),
     ("pacing", &[]),
@@ -26,14 +27,28 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("model", &["nn", "delta", "kv", "rows", "ops", "ids", "pacing"]),
     ("hub", &["ids"]),
     ("interop", &["model", "delta", "ids", "admission"]),
-    ("store", &["ids", "delta", "telemetry", "admission"]),
-    ("registry", &["ids", "delta", "merge", "store", "telemetry", "admission"]),
+    ("store", &["failpoint", "ids", "delta", "telemetry", "admission"]),
+    ("registry", &["failpoint", "ids", "delta", "merge", "store", "telemetry", "admission"]),
     ("text", &["admission"]),
     ("engine", &["model", "nn", "delta", "kv", "rows", "ids", "ops", "pacing", "admission"]),
     ("grammar", &["text", "engine", "admission"]),
     (
         "train",
-        &["model", "nn", "delta", "kv", "rows", "ops", "ids", "store", "pacing", "admission", "measures", "merge"],
+        &[
+            "failpoint",
+            "model",
+            "nn",
+            "delta",
+            "kv",
+            "rows",
+            "ops",
+            "ids",
+            "store",
+            "pacing",
+            "admission",
+            "measures",
+            "merge",
+        ],
     ),
     (
         "admission",
@@ -86,6 +101,7 @@ const CRATE_ONLY_IN: &[(&str, &[&str])] = &[
     ("subtle", &["access"]),
     ("clap", &["cli", "config.rs", "config/access.rs", "config/args.rs", "config/tests.rs", "main.rs", "telemetry.rs"]),
     ("anyhow", &["cli", "app", "main.rs"]),
+    ("fail", &["failpoint.rs"]),
     ("sqlx", &["store"]),
     ("object_store", &["store"]),
     ("rustix", &["store", "pacing/clock.rs"]),

@@ -45,6 +45,8 @@ const WATCHDOG: Duration = Duration::from_millis(500);
 /// If a part cannot start or fails.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     telemetry::init_logs(config.log_format, &config.log_filter).context("start the log")?;
+    #[cfg(feature = "failpoints")]
+    tracing::warn!("this build has failpoints: it is for tests, not for serving");
     let metrics = telemetry::init_metrics().context("start the metrics")?;
     let started = std::time::Instant::now();
     let server = start(config, Some(metrics)).await?;

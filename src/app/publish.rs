@@ -53,6 +53,7 @@ async fn publish_delta(
     let encoded = tokio::task::spawn_blocking(encode).await.map_err(internal)?;
     let (files, spec) = encoded.map_err(internal)?;
     let name = DeltaName::new(&name).map_err(|e| failure("INVALID_REQUEST", format!("name {e}")))?;
+    crate::failpoint!("job-encoded");
     let publication = Publication { name, files, spec, policy, origin: Origin::Job(job) };
     let version = registry.publish(&tenant, publication).await.map_err(|e| {
         let e = ServeError::from(e);
@@ -75,6 +76,7 @@ async fn keep_model(
         })?;
         let part = models.begin(&job).map_err(internal)?;
         let written = write_folder(&base, &model, &part);
+        crate::failpoint!("model-written");
         drop(model);
         let written = written.map_err(|e| {
             // best effort: swept at the next start

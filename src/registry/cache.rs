@@ -276,6 +276,7 @@ impl Residency {
         let permit = Arc::clone(&shared.loads).acquire_owned().await;
         let permit = permit.map_err(|e| load_failed(version, &e))?;
         let work = async {
+            crate::failpoint!("registry-before-load", |why| Err(injected(version, why)));
             let files = shared.store.read_files(version).await.map_err(|e| unreadable(version, e))?;
             let loader = Arc::clone(&shared.loader);
             // The decode cannot be broken off: permit and reservation stay with it, also after a timeout.
@@ -288,6 +289,7 @@ impl Residency {
         // The spec may have been written under other circumstances, e.g. another dtype of the base.
         self.fit(&mut reservation, delta.bytes()).await?;
         shared.metrics.load_seconds.record(started.elapsed().as_secs_f64());
+        crate::failpoint!("registry-before-seat", |why| Err(injected(version, why)));
         Ok(shared.idle.seat(version.id, vec![], Arc::new(delta), reservation))
     }
 
@@ -313,6 +315,7 @@ impl Residency {
                 let Some(victim) = shared.idle.evict_one(&(shared.keep)()) else { break };
                 shared.evictions.fetch_add(1, Ordering::Relaxed);
                 shared.metrics.evictions.increment(1);
+                crate::failpoint!("registry-evicted");
                 self.remove(&victim).await;
             }
             if tokio::time::timeout_at(deadline, room).await.is_err() {
@@ -326,6 +329,7 @@ impl Residency {
         let seats = self.shared.seats.iter().map(|(_, seat)| seat);
         let dead: Vec<Arc<Seat>> = seats.filter(|seat| seat.id == *id || seat.parts.contains(id)).collect();
         for seat in dead {
+            crate::failpoint!("registry-before-retire");
             self.shared.idle.retire(&seat);
             self.shared.idle.forget(&seat.id);
             self.remove(&seat).await;
@@ -385,6 +389,13 @@ fn own(version: &VersionRecord, error: &RegistryError) -> RegistryError {
 
 fn load_failed(version: &VersionRecord, error: &dyn std::error::Error) -> RegistryError {
     RegistryError::LoadFailed { name: name_of(version), detail: error.to_string() }
+}
+
+/// What a failpoint was told to fail with.
+#[cfg(feature = "failpoints")]
+fn injected(version: &VersionRecord, message: Option<String>) -> RegistryError {
+    let detail = message.unwrap_or_else(|| "injected".to_owned());
+    RegistryError::LoadFailed { name: name_of(version), detail }
 }
 
 fn unreadable(version: &VersionRecord, error: StoreError) -> RegistryError {

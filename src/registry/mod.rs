@@ -300,7 +300,9 @@ impl Registry {
                 this.residency.forget_all();
             }
             let (version, name) = published?;
+            crate::failpoint!("registry-before-take-over");
             this.take_over(name).await;
+            crate::failpoint!("registry-taken-over");
             tracing::info!(
                 tenant = %version.tenant, delta = %version.name, number = version.number, id = %version.id.short(),
                 origin = %version.origin, "published"

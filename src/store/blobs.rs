@@ -101,15 +101,29 @@ impl Blobs {
     pub(super) async fn put(&self, id: BlobId, bytes: Bytes) -> Result<(), StoreError> {
         let (key, size) = (key(id), bytes.len() as u64);
         if self.holds_already(id, &key, &bytes).await? {
+            crate::failpoint!("blob-before-dir-sync");
             // Whoever wrote it may not have reached its directory fsync yet, or was killed before it.
             return self.sync_dir(id).await;
         }
+        crate::failpoint!("blob-before-write", |why| Err(StoreError::injected(why)));
+        crate::failpoint!("blob-half-staged" => self.stage_half(id, &bytes));
         let put = self.answer(size, self.objects.put(&key, bytes.into())).await;
+        crate::failpoint!("blob-written");
         // an error may come after the bytes
         self.written.fetch_add(1, Ordering::AcqRel);
         put??;
         self.forget(id);
         Ok(())
+    }
+
+    /// What a kill within a write leaves: the first half of the bytes, under the name of what is not whole yet.
+    #[cfg(feature = "failpoints")]
+    fn stage_half(&self, id: BlobId, bytes: &[u8]) {
+        let Some(root) = &self.root else { return };
+        let shard = root.join(&id.to_string()[..2]);
+        // best effort: the process ends here
+        let _ = std::fs::create_dir_all(&shard);
+        let _ = std::fs::write(shard.join(format!("{id}#1")), &bytes[..bytes.len() / 2]);
     }
 
     /// How many times one was written since this was opened.
@@ -181,8 +195,10 @@ impl Blobs {
     }
 
     pub(super) async fn delete(&self, id: BlobId) -> Result<(), StoreError> {
+        crate::failpoint!("blob-before-delete", |why| Err(StoreError::injected(why)));
         let deleted = self.answer(0, self.objects.delete(&key(id))).await?;
         self.forget(id);
+        crate::failpoint!("blob-deleted");
         match deleted {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(e.into()),

@@ -73,7 +73,9 @@ impl Store {
         let insert = query(sql).bind(&record.id).bind(tenant.as_str()).bind(&record.name);
         let insert = insert.bind(record.blob.to_string()).bind(&record.format).bind(to_db(record.rows));
         insert.bind(to_db(record.bytes)).bind(record.created_ms).execute(&mut *tx).await?;
+        crate::failpoint!("dataset-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
+        crate::failpoint!("dataset-committed");
         Ok(record)
     }
 
@@ -106,7 +108,9 @@ impl Store {
         if done == 0 {
             return Err(not_found(id));
         }
+        crate::failpoint!("dataset-delete-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
+        crate::failpoint!("dataset-delete-committed");
         Ok(())
     }
 

@@ -158,6 +158,12 @@ impl StoreError {
         }
     }
 
+    /// What a failpoint was told to fail with.
+    #[cfg(feature = "failpoints")]
+    pub(super) fn injected(message: Option<String>) -> Self {
+        Self::io("failpoint")(std::io::Error::other(message.unwrap_or_else(|| "injected".to_owned())))
+    }
+
     pub(crate) fn row(table: &'static str, detail: impl ToString) -> Self {
         Self::Row { table, detail: detail.to_string() }
     }

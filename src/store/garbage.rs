@@ -37,6 +37,7 @@ impl Store {
         self.renew_holds().await?;
         let stored = self.blobs().list().await?;
         let named = self.named_blobs().await?;
+        crate::failpoint!("garbage-listed");
         let mut removed = Garbage::default();
         for Stored { id, bytes, at } in stored.into_iter().filter(|blob| !named.contains(&blob.id.to_string())) {
             // what another server wrote a moment ago is not looked at twice
@@ -45,6 +46,7 @@ impl Store {
                 continue;
             }
             if self.collect(id, grace).await? {
+                crate::failpoint!("garbage-removed");
                 removed.blobs += 1;
                 removed.bytes += bytes;
             }
@@ -59,6 +61,7 @@ impl Store {
     pub(super) async fn collect(&self, blob: BlobId, grace: Duration) -> Result<bool, StoreError> {
         // who is about to name these bytes holds them
         let Some(_claim) = self.inner.holds.claim(blob, grace) else { return Ok(false) };
+        crate::failpoint!("garbage-claimed");
         if !self.is_shared() {
             // Once more, now that nobody can start to publish it: a publish may have committed since the list.
             if self.is_named(self.db(), blob).await? {

@@ -162,7 +162,9 @@ impl Store {
             insert.bind(&new.id).bind(now).execute(&mut *tx).await?;
         }
         let job = find(&mut tx, &new.id).await?;
+        crate::failpoint!("job-create-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
+        crate::failpoint!("job-create-committed");
         Ok(CreateJob::Created(job))
     }
 
@@ -302,7 +304,9 @@ impl Store {
         let sql = "INSERT INTO job_blobs (job_id, name, blob) VALUES ($1, $2, $3) \
                    ON CONFLICT (job_id, name) DO UPDATE SET blob = excluded.blob";
         query(sql).bind(job_id).bind(name).bind(blob.to_string()).execute(&mut *tx).await?;
+        crate::failpoint!("job-blob-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
+        crate::failpoint!("job-blob-committed");
         Ok(())
     }
 

@@ -141,10 +141,12 @@ impl Store {
             Ok::<_, StoreError>((lock, id))
         })
         .await??;
+        crate::failpoint!("store-locked", |why| Err(StoreError::injected(why)));
         let db = match &places.database {
             Some(DatabaseUrl(url)) => Db::connect(url).await?,
             None => Db::open(&places.dir.join("meta.sqlite3")).await?,
         };
+        crate::failpoint!("store-migrated");
         let blobs = open_blobs(places, !db.is_shared()).await?;
         // The directory entries of new files must not be lost either.
         File::open(&places.dir).and_then(|d| d.sync_all()).map_err(StoreError::io(&places.dir))?;

@@ -83,11 +83,14 @@ impl Models {
             let mut file = File::create(&part)?;
             file.write_all(&text)?;
             file.sync_all()?;
+            crate::failpoint!("model-before-record");
             fs::rename(&part, &path)
         };
         write().map_err(StoreError::io(&path))?;
         sync(&self.dir)?;
+        crate::failpoint!("model-before-move");
         self.put_in_place(job)?;
+        crate::failpoint!("model-in-place");
         Ok(record)
     }
 

@@ -146,6 +146,7 @@ impl Store {
         for (blob, bytes) in held.iter().zip(new.files.files.values()) {
             self.blobs().put(*blob, bytes.clone()).await?;
         }
+        crate::failpoint!("publish-blobs-written", |why| Err(StoreError::injected(why)));
         let record = self.draft(new.base, files, &new).await?;
         let mut tx = self.db().begin().await?;
         self.check_held(&mut tx, &held).await?;
@@ -154,7 +155,9 @@ impl Store {
         }
         let number = record.insert(&mut tx, new.policy).await?;
         let name = rows::read_name(&mut tx, &new.tenant, &new.name).await?;
+        crate::failpoint!("publish-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
+        crate::failpoint!("publish-committed");
         drop(holds);
         let version = name.versions.get(&number).cloned();
         let version = version.ok_or_else(|| StoreError::row("versions", format!("number {number} is unreadable")))?;
@@ -217,7 +220,10 @@ impl Store {
         for doomed in before.versions.keys().copied().filter(|n| all || number == Some(*n)) {
             rows::delete_version(&mut tx, &before, doomed).await?;
         }
-        finish(tx, tenant, name).await
+        crate::failpoint!("delete-before-commit", |why| Err(StoreError::injected(why)));
+        let after = finish(tx, tenant, name).await;
+        crate::failpoint!("delete-committed");
+        after
     }
 
     /// Moves a name to another of its live versions.
@@ -238,7 +244,10 @@ impl Store {
             return Err(not_found(&format!("{name}@{number}")));
         }
         rows::set_current(&mut tx, &before, Some(number)).await?;
-        finish(tx, tenant, name).await
+        crate::failpoint!("alias-before-commit", |why| Err(StoreError::injected(why)));
+        let after = finish(tx, tenant, name).await;
+        crate::failpoint!("alias-committed");
+        after
     }
 
     /// Marks a name as to be kept resident, or not.
@@ -254,7 +263,10 @@ impl Store {
         let mut tx = self.db().begin().await?;
         let before = rows::read_live(&mut tx, tenant, name).await?;
         rows::set_pinned(&mut tx, &before, pinned).await?;
-        finish(tx, tenant, name).await
+        crate::failpoint!("pin-before-commit", |why| Err(StoreError::injected(why)));
+        let after = finish(tx, tenant, name).await;
+        crate::failpoint!("pin-committed");
+        after
     }
 
     /// Every name with a live version, of all tenants. Rows that cannot be read are logged and left out: one bad row

@@ -342,6 +342,7 @@ impl Supervisor {
         const TRIES: u32 = 5;
         let step = self.shared.step(id);
         let body = JobEventBody::State(StateEvent { state: to, result, failure });
+        crate::failpoint!("job-before-end");
         for attempt in 1..=TRIES {
             match self.shared.log.append(id, step, body.clone()).await {
                 Ok(seq) => {
@@ -361,6 +362,7 @@ impl Supervisor {
                 }
             }
         }
+        crate::failpoint!("job-ended");
         self.shared.forget(id);
     }
 

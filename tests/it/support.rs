@@ -153,6 +153,11 @@ impl World {
 
     /// The real binary on this world, once it serves.
     pub(crate) async fn spawn(&self) -> Spawned {
+        self.spawn_with(&[]).await.expect("the binary serves")
+    }
+
+    /// As [`Self::spawn`], with these environment variables; `None` if it ended before it served.
+    pub(crate) async fn spawn_with(&self, env: &[(&str, String)]) -> Option<Spawned> {
         let mut child = Command::new(env!("CARGO_BIN_EXE_deltaserve"))
             .args(["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1", "--train-nice", "0"])
             .args(["--log", "warn,deltaserve::app=info", "--log-format", "json"])
@@ -161,6 +166,7 @@ impl World {
             .arg(&self.config.base.source)
             .arg("--data-dir")
             .arg(self.data_dir())
+            .envs(env.iter().map(|(name, value)| (name, value)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -189,11 +195,11 @@ impl World {
                 }
             }
         });
-        let (grpc, http) = timely("the binary is ready", ready.recv()).await.expect("it says where it listens");
+        let (grpc, http) = timely("the binary is ready", ready.recv()).await?;
         spawned.address = format!("http://{grpc}");
         spawned.http = format!("http://{http}");
         spawned.client = client(&spawned.address);
-        spawned
+        Some(spawned)
     }
 
     /// A random low-rank delta on every linear, strong enough to change what is generated, as a PEFT folder.

@@ -121,7 +121,9 @@ impl Store {
         let sql = "UPDATE jobs SET last_seq = $2, updated_ms = $3, state = $4, result_json = $5 WHERE id = $1";
         let update = query(sql).bind(job_id).bind(to_db(seq)).bind(now).bind(change.state.unwrap_or(job.state));
         update.bind(change.result_json.or(job.result_json)).execute(&mut *tx).await?;
+        crate::failpoint!("job-change-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
+        crate::failpoint!("job-change-committed");
         for blob in freed {
             self.free(blob).await;
         }
@@ -138,6 +140,7 @@ impl Store {
         self.fence(&mut tx, job_id).await?;
         let row = query("SELECT tries FROM jobs WHERE id = $1").bind(job_id).fetch_optional(&mut *tx).await?;
         let tries = row.ok_or_else(|| not_found(job_id))?.try_get::<i64, _>(0)?;
+        crate::failpoint!("job-try-before-commit");
         let after = if begins { tries.saturating_add(1) } else { 0 };
         query("UPDATE jobs SET tries = $2 WHERE id = $1").bind(job_id).bind(after).execute(&mut *tx).await?;
         tx.commit().await?;

@@ -77,8 +77,10 @@ impl JobLog {
     /// # Errors
     /// [`LogError::Ended`] after a terminal state, or the store's.
     pub async fn save(&self, id: &str, step: u32, bytes: Bytes, then: Option<JobState>) -> Result<u64, LogError> {
+        crate::failpoint!("checkpoint-before-write");
         // held until its row is there: the same run of another job has the same bytes, and replaces them
         let (blob, _hold) = self.store.put_held(bytes).await?;
+        crate::failpoint!("checkpoint-written");
         let saved = JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string(), ..Default::default() });
         let mut change = JobChange {
             events: vec![to_json(id, "event", &saved)?],
@@ -91,7 +93,9 @@ impl JobLog {
             change.state = Some(state.as_str().to_owned());
             change.result_json = Some(to_json(id, "result", &StoredEnd { step, result: None, failure: None })?);
         }
-        Ok(self.store.change_job(id, change).await?)
+        let seq = self.store.change_job(id, change).await?;
+        crate::failpoint!("checkpoint-named");
+        Ok(seq)
     }
 
     /// Counts that a waiting job is about to be prepared again at a start of the server.

@@ -44,6 +44,7 @@ impl Supervisor {
             }
             other => return Err(TrainError::State { id, state: other, wanted: "queued or paused" }),
         }
+        crate::failpoint!("job-before-queue");
         self.shared.set_paused(&id, false);
         if !self.queue.iter().any(|j| j.tenant == job.tenant) {
             self.turns.arrives(&job.tenant);
@@ -176,6 +177,7 @@ impl Supervisor {
     pub(super) fn stop(&mut self, id: &str, saved: Option<Saved>) {
         let Some(job) = self.running.get_mut(id) else { return };
         job.phase = Phase::Stopping;
+        crate::failpoint!("job-stopping");
         // one that was to pause before the server stops is paused at the next start, too
         let to = if job.control.ask() == Ask::Stop { JobState::Queued } else { JobState::Paused };
         let (shared, id, done) = (Arc::clone(&self.shared), id.to_owned(), self.to_self.clone());

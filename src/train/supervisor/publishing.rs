@@ -35,6 +35,7 @@ async fn keep_best(shared: &Shared, id: &str, best: Runner) {
 
 impl Supervisor {
     pub(super) async fn publish(&mut self, id: &str, trained: Trained) {
+        crate::failpoint!("job-before-publishing");
         self.append(id, state(JobState::Publishing)).await;
         let Some(job) = self.running.get_mut(id) else { return };
         let Trained { delta, model, checkpoint, final_loss, best_eval, runners, mix: _ } = trained;
@@ -75,6 +76,7 @@ impl Supervisor {
         else {
             return;
         };
+        crate::failpoint!("job-published");
         match result {
             Ok(published) => {
                 let (number, version, model) = match published {

@@ -106,6 +106,7 @@ impl Supervisor {
     /// Gives a job that has its place to the trainer thread.
     async fn begin(&mut self, start: Start, step: Option<u32>) {
         let id = start.id.clone();
+        crate::failpoint!("job-before-start");
         self.append(&id, state(JobState::Running)).await;
         if let Some(step) = step {
             self.append(&id, JobEventBody::Resumed(ResumedEvent { step })).await;
