@@ -20,9 +20,6 @@ use crate::{
     rows::RowLayout,
 };
 
-/// From this many consecutive rows of one delta on, two blocked matrix products beat the row kernel.
-const GEMM_ROWS: usize = 48;
-
 /// What a delta has at a site: its slot, and the range of the slot's patches.
 type Entry = (usize, Range<usize>);
 
@@ -223,10 +220,7 @@ impl DeltaBatch {
         if !self.takes_kernels(&[x, &out]) || !self.has_kernels(parts) {
             return self.patch_reference(parts, x, &out);
         }
-        let x = x.contiguous()?;
-        for (site, columns) in parts {
-            self.patch_fast(*site, columns, &x, &out)?;
-        }
+        self.patch_fast(parts, &x.contiguous()?, &out)?;
         Ok(out)
     }
 
@@ -240,43 +234,21 @@ impl DeltaBatch {
         parts.iter().all(of)
     }
 
-    fn patch_fast(&self, site: SiteId, columns: &Range<usize>, x: &Tensor, out: &Tensor) -> Result<()> {
-        let mut groups = Vec::new();
-        // products of long runs of one delta's rows, to be added as they are
-        let mut products: Vec<(Range<usize>, Tensor)> = Vec::new();
-        for (slot, patches) in self.at(site) {
-            let long = slot.rows.iter().all(|r| r.len() >= GEMM_ROWS);
-            // a product added at the end must not be scaled by a later patch
-            let long = long && !patches.iter().skip(1).any(|(_, p)| !matches!(p, Patch::LowRank(_) | Patch::Bias(_)));
-            let mut ops = Vec::with_capacity(patches.len());
-            for (_, patch) in patches {
-                let low = match patch {
-                    Patch::LowRank(l) => Some(l),
-                    Patch::Dora(d) => d.folded().map(|f| &f.low),
-                    _ => None,
-                };
-                match low {
-                    Some(l) if long => {
-                        for rows in &slot.rows {
-                            let low = (rows_of(x, rows)?.matmul(&l.a.t()?)? * l.scale)?; // [rows, rank]
-                            products.push((rows.clone(), low.matmul(&l.b)?)); // [rows, out]
-                        }
-                        row_ops(patch, false, &mut ops);
-                    }
-                    _ => row_ops(patch, true, &mut ops),
+    /// All parts in one call: a delta's rows of the input are read once for all of its sites.
+    fn patch_fast(&self, parts: &[Part], x: &Tensor, out: &Tensor) -> Result<()> {
+        let mut by_slot: Vec<SitePatches<'_>> =
+            self.slots.iter().map(|slot| SitePatches { rows: &slot.rows, sites: Vec::new() }).collect();
+        for (site, columns) in parts {
+            for entry in self.plan.get(*site).into_iter().flatten() {
+                let mut ops = Vec::new();
+                for (_, patch) in self.entry(entry).1 {
+                    row_ops(patch, &mut ops);
                 }
-            }
-            if !ops.is_empty() {
-                groups.push(SitePatches { rows: &slot.rows, ops });
+                by_slot[entry.0].sites.push((columns.clone(), ops));
             }
         }
-        if !groups.is_empty() {
-            ops::patch_in_place(out, columns.clone(), x, &groups)?;
-        }
-        for (rows, product) in &products {
-            ops::add_block_in_place(out, rows.start, columns.start, product)?;
-        }
-        Ok(())
+        by_slot.retain(|group| group.sites.iter().any(|(_, ops)| !ops.is_empty()));
+        if by_slot.is_empty() { Ok(()) } else { ops::patch_in_place(out, x, &by_slot) }
     }
 
     /// The reference: gathers each delta's rows, applies its patches, puts them back. Differentiable, any device.
@@ -320,8 +292,8 @@ impl DeltaBatch {
     }
 }
 
-/// A patch as operations of the row kernel; its low-rank product only if asked for.
-fn row_ops<'a>(patch: &'a Patch, product: bool, out: &mut Vec<PatchRows<'a>>) {
+/// A patch as operations of the row kernel.
+fn row_ops<'a>(patch: &'a Patch, out: &mut Vec<PatchRows<'a>>) {
     let low = match patch {
         Patch::LowRank(l) => Some(l),
         Patch::Dora(d) => d.folded().map(|f| {
@@ -349,7 +321,7 @@ fn row_ops<'a>(patch: &'a Patch, product: bool, out: &mut Vec<PatchRows<'a>>) {
         | Patch::Prompt(_)
         | Patch::Prefix(_) => None,
     };
-    if let (Some(l), true) = (low, product) {
+    if let Some(l) = low {
         out.push(PatchRows::LowRank { a: &l.a, b: &l.b, scale: l.scale as f32 });
     }
 }
