@@ -217,11 +217,14 @@ impl DeltaBatch {
         if !parts.iter().any(|(site, _)| self.touches(*site)) {
             return Ok(out);
         }
-        if !self.takes_kernels(&[x, &out]) || !self.has_kernels(parts) {
+        if !self.takes_kernels(&[x, &out]) {
             return self.patch_reference(parts, x, &out);
         }
-        self.patch_fast(parts, &x.contiguous()?, &out)?;
-        Ok(out)
+        let x = x.contiguous()?;
+        // which way a delta's rows go depends on that delta alone
+        let (fast, others) = (0..self.slots.len()).partition::<Vec<_>, _>(|slot| self.has_kernels(*slot, parts));
+        self.patch_fast(&fast, parts, &x, &out)?;
+        if others.is_empty() { Ok(out) } else { self.patch_others(&others, parts, &x, &out) }
     }
 
     /// Whether rows may be changed in place: f32 on the CPU, no gradient wanted.
@@ -229,17 +232,22 @@ impl DeltaBatch {
         !self.tracked && tensors.iter().all(|t| !t.track_op() && ops::is_cpu_f32(t))
     }
 
-    fn has_kernels(&self, parts: &[Part]) -> bool {
-        let of = |(site, _): &Part| self.at(*site).all(|(_, patches)| patches.iter().all(|(_, p)| p.has_kernel()));
-        parts.iter().all(of)
+    /// What a slot's delta has at a site.
+    fn of_slot(&self, slot: usize, site: SiteId) -> impl Iterator<Item = &Patch> {
+        let own = self.plan.get(site).into_iter().flatten().filter(move |(of, _)| *of == slot);
+        own.flat_map(move |entry| self.entry(entry).1).map(|(_, patch)| patch)
     }
 
-    /// All parts in one call: a delta's rows of the input are read once for all of its sites.
-    fn patch_fast(&self, parts: &[Part], x: &Tensor, out: &Tensor) -> Result<()> {
+    fn has_kernels(&self, slot: usize, parts: &[Part]) -> bool {
+        parts.iter().all(|(site, _)| self.of_slot(slot, *site).all(Patch::has_kernel))
+    }
+
+    /// All parts in one call, for these slots: a delta's rows of the input are read once for all of its sites.
+    fn patch_fast(&self, slots: &[usize], parts: &[Part], x: &Tensor, out: &Tensor) -> Result<()> {
         let mut by_slot: Vec<SitePatches<'_>> =
             self.slots.iter().map(|slot| SitePatches { rows: &slot.rows, sites: Vec::new() }).collect();
         for (site, columns) in parts {
-            for entry in self.plan.get(*site).into_iter().flatten() {
+            for entry in self.plan.get(*site).into_iter().flatten().filter(|(slot, _)| slots.contains(slot)) {
                 let mut ops = Vec::new();
                 for (_, patch) in self.entry(entry).1 {
                     row_ops(patch, &mut ops);
@@ -249,6 +257,36 @@ impl DeltaBatch {
         }
         by_slot.retain(|group| group.sites.iter().any(|(_, ops)| !ops.is_empty()));
         if by_slot.is_empty() { Ok(()) } else { ops::patch_in_place(out, x, &by_slot) }
+    }
+
+    /// The same for slots that have a patch without a kernel: on rows of their own, which are put back as they are, so that they
+    /// come to the same beside any other rows.
+    #[allow(clippy::single_range_in_vec_init, reason = "one range of rows is meant")]
+    fn patch_others(&self, slots: &[usize], parts: &[Part], x: &Tensor, out: &Tensor) -> Result<Tensor> {
+        let out = out.force_contiguous()?;
+        for slot in slots {
+            let rows: Vec<u32> = self.slots[*slot].rows.iter().flat_map(|r| r.clone().map(|i| i as u32)).collect();
+            let Some(idx) = self.slots[*slot].index(out.device())? else { continue };
+            let (x, before) = (x.index_select(&idx, 0)?, out.index_select(&idx, 0)?);
+            let mut pieces = Vec::with_capacity(parts.len());
+            for (site, columns) in parts {
+                let mut own = before.narrow(1, columns.start, columns.len())?;
+                for patch in self.of_slot(*slot, *site) {
+                    if !patch.has_kernel() {
+                        own = patch.apply(&x, &own)?;
+                        continue;
+                    }
+                    let mut ops = Vec::new();
+                    row_ops(patch, &mut ops);
+                    own = own.force_contiguous()?;
+                    let all = SitePatches { rows: &[0..rows.len()], sites: vec![(0..columns.len(), ops)] };
+                    ops::patch_in_place(&own, &x, &[all])?;
+                }
+                pieces.push(own);
+            }
+            ops::write_rows(&out, &rows, &Tensor::cat(&pieces, 1)?)?;
+        }
+        Ok(out)
     }
 
     /// The reference: gathers each delta's rows, applies its patches, puts them back. Differentiable, any device.

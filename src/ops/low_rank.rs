@@ -107,7 +107,10 @@ impl Shrink<'_> {
         let rows = self.out.len() / self.stride;
         let mut rank = 0;
         while rows < R && rank + W <= self.ranks.len() {
-            (0..rows).for_each(|row| self.tile::<S, V, 1, W>(simd, row, rank));
+            // plain loops: an iterator's `for_each` is not inlined here and would lose the vector unit
+            for row in 0..rows {
+                self.tile::<S, V, 1, W>(simd, row, rank);
+            }
             rank += W;
         }
         while rank + C <= self.ranks.len() {
@@ -397,3 +400,6 @@ impl Expand<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

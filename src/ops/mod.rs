@@ -13,6 +13,7 @@ mod attention;
 mod attention_cpu;
 mod background;
 mod columns;
+mod in_order;
 mod jacobi;
 mod kl;
 mod linear;
@@ -37,6 +38,7 @@ pub use attention::{
 };
 pub use background::{Background, Priority};
 pub use columns::{add_bias, scale_columns};
+pub use in_order::{times, times_turned};
 pub(crate) use jacobi::{dot, rotate};
 pub use kl::{Reference, kl_rows};
 pub use linear::{Weight, WeightPart, linear};

@@ -1,7 +1,8 @@
 //! Attention of a run of queries at once: the products of a head as small matrix products whose sums stay in registers.
 //!
 //! Row by row, every score is a sum across a vector and every gradient of a key is read and written once per query; in
-//! blocks of [`QUERIES`] rows, neither is.
+//! blocks of [`QUERIES`] rows, neither is. A query's sums have the order that they have row by row, so that its output is the same
+//! bits wherever a sequence is cut.
 
 use std::ops::Range;
 
@@ -11,6 +12,7 @@ use super::{HeadGrads, Heads, Qkv, Shaping, normalise};
 use crate::ops::{
     LINE,
     attention::{AttnPlan, AttnSpan, Seen},
+    math::LANES,
 };
 
 /// Queries of a block: their probabilities of some hundred keys stay in the second level.
@@ -156,6 +158,78 @@ fn tile<S: Simd, const R: usize, const V: usize>(
     }
 }
 
+/// Products of rows of `a` `[m, row]`, `d` wide, with turned keys `b` `[d, width]`: `c` `[m, width]` in these columns, each sum in
+/// the order of [`dot`](crate::ops::math::dot). Behind `d`, rows and keys have zeros up to a multiple of [`LANES`].
+#[inline(always)]
+fn scores<S: Simd>(
+    simd: S,
+    (m, columns, d): (usize, Columns, usize),
+    (a, row): (&[f32], usize),
+    b: &[f32],
+    c: &mut [f32],
+) {
+    let (width, steps) = (columns.width, d.div_ceil(LANES));
+    for column in columns.range.step_by(S::F32_LANES) {
+        let mut first = 0;
+        while first + 4 <= m {
+            scores_of::<S, 4>(simd, (first, column), (a, row), (b, width, steps), c);
+            first += 4;
+        }
+        while first < m {
+            scores_of::<S, 1>(simd, (first, column), (a, row), (b, width, steps), c);
+            first += 1;
+        }
+    }
+}
+
+/// `R` rows and a vector of keys.
+#[inline(always)]
+fn scores_of<S: Simd, const R: usize>(
+    simd: S,
+    (first, column): (usize, usize),
+    (a, row): (&[f32], usize),
+    (b, width, steps): (&[f32], usize, usize),
+    c: &mut [f32],
+) {
+    let rows: [&[f32]; R] = std::array::from_fn(|r| &a[(first + r) * row..][..steps * LANES]);
+    let b = (&b[column..], width, steps);
+    let even = sum::<S, R>(simd, pair(simd, 0, rows, b), pair(simd, 2, rows, b));
+    let odd = sum::<S, R>(simd, pair(simd, 1, rows, b), pair(simd, 3, rows, b));
+    for (r, sum) in sum::<S, R>(simd, even, odd).into_iter().enumerate() {
+        S::as_mut_simd_f32s(&mut c[(first + r) * width + column..][..S::F32_LANES]).0[0] = sum;
+    }
+}
+
+/// The lanes of scores that are added up first: this one and the one half of the lanes behind it.
+#[inline(always)]
+fn pair<S: Simd, const R: usize>(
+    simd: S,
+    lane: usize,
+    rows: [&[f32]; R],
+    (b, width, steps): (&[f32], usize, usize),
+) -> [S::f32s; R] {
+    let (mut one, mut other) = ([simd.splat_f32s(0.0); R], [simd.splat_f32s(0.0); R]);
+    for step in 0..steps {
+        let at = step * LANES + lane;
+        let key = S::as_simd_f32s(&b[at * width..][..S::F32_LANES]).0[0];
+        let behind = S::as_simd_f32s(&b[(at + LANES / 2) * width..][..S::F32_LANES]).0[0];
+        for r in 0..R {
+            one[r] = simd.mul_add_e_f32s(simd.splat_f32s(rows[r][at]), key, one[r]);
+            other[r] = simd.mul_add_e_f32s(simd.splat_f32s(rows[r][at + LANES / 2]), behind, other[r]);
+        }
+    }
+    sum(simd, one, other)
+}
+
+#[inline(always)]
+fn sum<S: Simd, const R: usize>(simd: S, a: [S::f32s; R], b: [S::f32s; R]) -> [S::f32s; R] {
+    let mut out = a;
+    for r in 0..R {
+        out[r] = simd.add_f32s(a[r], b[r]);
+    }
+    out
+}
+
 /// Rows `[rows, d]` with zeros behind them up to `width`.
 fn padded<'a>(rows: usize, width: usize, row: impl Fn(usize) -> &'a [f32]) -> Vec<f32> {
     let mut out = vec![0f32; rows * width];
@@ -252,8 +326,7 @@ impl<'a> Head<'a> {
         (probs, slope): (&mut [f32], &mut [f32]),
     ) {
         let (plan, span, stride) = (self.plan, self.span, self.stride());
-        let a = Strided { data: q, row: self.width(), column: 1 };
-        product(simd, (queries.len(), columns.clone(), self.dim()), a, turned_keys, probs, false);
+        scores(simd, (queries.len(), columns.clone(), self.dim()), (q, self.width()), turned_keys, probs);
         for (i, query) in queries.clone().enumerate() {
             let row = &mut probs[i * stride..(i + 1) * stride];
             let seen = self.seen(query);
