@@ -145,13 +145,13 @@ impl Shrink<'_> {
         let xs: [&[f32]; R] = std::array::from_fn(|r| self.x.row(self.first + row + r));
         let ws: [&[f32]; C] = std::array::from_fn(|c| &self.a[(rank + c) * k..(rank + c + 1) * k]);
         // the next ranks', or what comes behind
-        let soon = self.a.get((rank + C) * k..).filter(|soon| !soon.is_empty()).unwrap_or(self.ahead);
+        let (soon, apart) = next((self.a, self.ahead), (rank + C, self.ranks.len()));
         let mut acc = [[[simd.splat_f32s(0.0); V]; C]; R];
         let (xv, wv) = (xs.map(|x| vectors::<S, V>(x, steps)), ws.map(|w| vectors::<S, V>(w, steps)));
         for i in 0..steps {
             if row == 0 {
                 for c in 0..C {
-                    prefetch::<true, _>(soon, c * k + i * LINE);
+                    prefetch::<true, _>(soon, c * apart + i * LINE);
                 }
             }
             let (x, w) = (std::array::from_fn(|r| &xv[r][i]), std::array::from_fn(|c| &wv[c][i]));
@@ -179,6 +179,15 @@ impl Shrink<'_> {
             }
         }
     }
+}
+
+/// What is read behind the first `done` of so many ranks of a factor, and how far its rows lie apart: the factor's next ranks, or
+/// `ahead`, of which as many ranks are expected.
+#[inline(always)]
+fn next<'a>((factor, ahead): (&'a [f32], &'a [f32]), (done, ranks): (usize, usize)) -> (&'a [f32], usize) {
+    let of = if done < ranks { factor } else { ahead };
+    let apart = of.len() / ranks;
+    (of.get(done % ranks * apart..).unwrap_or_default(), apart)
 }
 
 /// The first `steps` times [`LANES`] numbers.
@@ -373,7 +382,7 @@ impl Expand<'_> {
     fn stream<S: Simd, const J: usize>(&mut self, simd: S, row: usize, rank: usize) {
         let n = self.columns.len();
         let b = self.b;
-        let soon = b.get((rank + J) * n..).filter(|soon| !soon.is_empty()).unwrap_or(self.ahead);
+        let (soon, apart) = next((b, self.ahead), (rank + J, self.ranks.len()));
         let bs: [&[f32]; J] = std::array::from_fn(|j| &b[(rank + j) * n..(rank + j + 1) * n]);
         let at = row * self.width + self.ranks.start + rank;
         let ls: [f32; J] = std::array::from_fn(|j| self.low[at + j]);
@@ -384,7 +393,7 @@ impl Expand<'_> {
         for (i, out) in S::as_mut_simd_f32s(out).0.iter_mut().enumerate() {
             if (i * S::F32_LANES).is_multiple_of(LINE) {
                 for j in 0..J {
-                    prefetch::<true, _>(soon, j * n + i * S::F32_LANES);
+                    prefetch::<true, _>(soon, j * apart + i * S::F32_LANES);
                 }
             }
             let mut sum = *out;
