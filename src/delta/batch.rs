@@ -20,9 +20,6 @@ use crate::{
     rows::RowLayout,
 };
 
-/// From this many consecutive rows of one delta on, two blocked matrix products beat the row kernel.
-const GEMM_ROWS: usize = 48;
-
 /// What a delta has at a site: its slot, and the range of the slot's patches.
 type Entry = (usize, Range<usize>);
 
@@ -220,14 +217,14 @@ impl DeltaBatch {
         if !parts.iter().any(|(site, _)| self.touches(*site)) {
             return Ok(out);
         }
-        if !self.takes_kernels(&[x, &out]) || !self.has_kernels(parts) {
+        if !self.takes_kernels(&[x, &out]) {
             return self.patch_reference(parts, x, &out);
         }
         let x = x.contiguous()?;
-        for (site, columns) in parts {
-            self.patch_fast(*site, columns, &x, &out)?;
-        }
-        Ok(out)
+        // which way a delta's rows go depends on that delta alone
+        let (fast, others) = (0..self.slots.len()).partition::<Vec<_>, _>(|slot| self.has_kernels(*slot, parts));
+        self.patch_fast(&fast, parts, &x, &out)?;
+        if others.is_empty() { Ok(out) } else { self.patch_others(&others, parts, &x, &out) }
     }
 
     /// Whether rows may be changed in place: f32 on the CPU, no gradient wanted.
@@ -235,48 +232,61 @@ impl DeltaBatch {
         !self.tracked && tensors.iter().all(|t| !t.track_op() && ops::is_cpu_f32(t))
     }
 
-    fn has_kernels(&self, parts: &[Part]) -> bool {
-        let of = |(site, _): &Part| self.at(*site).all(|(_, patches)| patches.iter().all(|(_, p)| p.has_kernel()));
-        parts.iter().all(of)
+    /// What a slot's delta has at a site.
+    fn of_slot(&self, slot: usize, site: SiteId) -> impl Iterator<Item = &Patch> {
+        let own = self.plan.get(site).into_iter().flatten().filter(move |(of, _)| *of == slot);
+        own.flat_map(move |entry| self.entry(entry).1).map(|(_, patch)| patch)
     }
 
-    fn patch_fast(&self, site: SiteId, columns: &Range<usize>, x: &Tensor, out: &Tensor) -> Result<()> {
-        let mut groups = Vec::new();
-        // products of long runs of one delta's rows, to be added as they are
-        let mut products: Vec<(Range<usize>, Tensor)> = Vec::new();
-        for (slot, patches) in self.at(site) {
-            let long = slot.rows.iter().all(|r| r.len() >= GEMM_ROWS);
-            // a product added at the end must not be scaled by a later patch
-            let long = long && !patches.iter().skip(1).any(|(_, p)| !matches!(p, Patch::LowRank(_) | Patch::Bias(_)));
-            let mut ops = Vec::with_capacity(patches.len());
-            for (_, patch) in patches {
-                let low = match patch {
-                    Patch::LowRank(l) => Some(l),
-                    Patch::Dora(d) => d.folded().map(|f| &f.low),
-                    _ => None,
-                };
-                match low {
-                    Some(l) if long => {
-                        for rows in &slot.rows {
-                            let low = (rows_of(x, rows)?.matmul(&l.a.t()?)? * l.scale)?; // [rows, rank]
-                            products.push((rows.clone(), low.matmul(&l.b)?)); // [rows, out]
-                        }
-                        row_ops(patch, false, &mut ops);
-                    }
-                    _ => row_ops(patch, true, &mut ops),
+    fn has_kernels(&self, slot: usize, parts: &[Part]) -> bool {
+        parts.iter().all(|(site, _)| self.of_slot(slot, *site).all(Patch::has_kernel))
+    }
+
+    /// All parts in one call, for these slots: a delta's rows of the input are read once for all of its sites.
+    fn patch_fast(&self, slots: &[usize], parts: &[Part], x: &Tensor, out: &Tensor) -> Result<()> {
+        let mut by_slot: Vec<SitePatches<'_>> =
+            self.slots.iter().map(|slot| SitePatches { rows: &slot.rows, sites: Vec::new() }).collect();
+        for (site, columns) in parts {
+            for entry in self.plan.get(*site).into_iter().flatten().filter(|(slot, _)| slots.contains(slot)) {
+                let mut ops = Vec::new();
+                for (_, patch) in self.entry(entry).1 {
+                    row_ops(patch, &mut ops);
                 }
-            }
-            if !ops.is_empty() {
-                groups.push(SitePatches { rows: &slot.rows, ops });
+                by_slot[entry.0].sites.push((columns.clone(), ops));
             }
         }
-        if !groups.is_empty() {
-            ops::patch_in_place(out, columns.clone(), x, &groups)?;
+        by_slot.retain(|group| group.sites.iter().any(|(_, ops)| !ops.is_empty()));
+        if by_slot.is_empty() { Ok(()) } else { ops::patch_in_place(out, x, &by_slot) }
+    }
+
+    /// The same for slots that have a patch without a kernel: on rows of their own, which are put back as they are, so that they
+    /// come to the same beside any other rows.
+    #[allow(clippy::single_range_in_vec_init, reason = "one range of rows is meant")]
+    fn patch_others(&self, slots: &[usize], parts: &[Part], x: &Tensor, out: &Tensor) -> Result<Tensor> {
+        let out = out.force_contiguous()?;
+        for slot in slots {
+            let rows: Vec<u32> = self.slots[*slot].rows.iter().flat_map(|r| r.clone().map(|i| i as u32)).collect();
+            let Some(idx) = self.slots[*slot].index(out.device())? else { continue };
+            let (x, before) = (x.index_select(&idx, 0)?, out.index_select(&idx, 0)?);
+            let mut pieces = Vec::with_capacity(parts.len());
+            for (site, columns) in parts {
+                let mut own = before.narrow(1, columns.start, columns.len())?;
+                for patch in self.of_slot(*slot, *site) {
+                    if !patch.has_kernel() {
+                        own = patch.apply(&x, &own)?;
+                        continue;
+                    }
+                    let mut ops = Vec::new();
+                    row_ops(patch, &mut ops);
+                    own = own.force_contiguous()?;
+                    let all = SitePatches { rows: &[0..rows.len()], sites: vec![(0..columns.len(), ops)] };
+                    ops::patch_in_place(&own, &x, &[all])?;
+                }
+                pieces.push(own);
+            }
+            ops::write_rows(&out, &rows, &Tensor::cat(&pieces, 1)?)?;
         }
-        for (rows, product) in &products {
-            ops::add_block_in_place(out, rows.start, columns.start, product)?;
-        }
-        Ok(())
+        Ok(out)
     }
 
     /// The reference: gathers each delta's rows, applies its patches, puts them back. Differentiable, any device.
@@ -320,8 +330,8 @@ impl DeltaBatch {
     }
 }
 
-/// A patch as operations of the row kernel; its low-rank product only if asked for.
-fn row_ops<'a>(patch: &'a Patch, product: bool, out: &mut Vec<PatchRows<'a>>) {
+/// A patch as operations of the row kernel.
+fn row_ops<'a>(patch: &'a Patch, out: &mut Vec<PatchRows<'a>>) {
     let low = match patch {
         Patch::LowRank(l) => Some(l),
         Patch::Dora(d) => d.folded().map(|f| {
@@ -349,7 +359,7 @@ fn row_ops<'a>(patch: &'a Patch, product: bool, out: &mut Vec<PatchRows<'a>>) {
         | Patch::Prompt(_)
         | Patch::Prefix(_) => None,
     };
-    if let (Some(l), true) = (low, product) {
+    if let Some(l) = low {
         out.push(PatchRows::LowRank { a: &l.a, b: &l.b, scale: l.scale as f32 });
     }
 }

@@ -91,7 +91,7 @@ impl Head {
 
 /// `x W^T + b`.
 fn affine(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let y = x.matmul(&weight.to_dtype(x.dtype())?.t()?)?;
+    let y = ops::times_turned(x, &weight.to_dtype(x.dtype())?)?;
     match bias {
         Some(b) => y.broadcast_add(&b.to_dtype(x.dtype())?),
         None => Ok(y),

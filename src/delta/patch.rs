@@ -219,7 +219,7 @@ impl Patch {
             Self::LowRank(l) => {
                 let ids = Tensor::new(tokens, out.device())?;
                 let low = l.a.to_dtype(out.dtype())?.index_select(&ids, 1)?.t()?.contiguous()?; // [rows, rank]
-                out + (low.matmul(&l.b.to_dtype(out.dtype())?)? * l.scale)?
+                out + (ops::times(&low, &l.b.to_dtype(out.dtype())?)? * l.scale)?
             }
             Self::TokenRows(p) => p.embed(tokens, out),
             Self::Matrix(p) => p.rows(tokens)?.to_dtype(out.dtype()),

@@ -1,13 +1,19 @@
 //! Bottleneck adapters of many deltas at one sublayer, applied in place to the rows of a step: the row kernel.
 //!
 //! The fast form of what `delta::Bottleneck::apply` defines; only for rows that need no gradient, and for adapters
-//! without norms of their own. Ranks and activations differ between deltas.
+//! without norms of their own. Ranks and activations differ between deltas. What a row comes to does not depend on the rows beside
+//! it: see [`super::low_rank`].
 
-use std::ops::Range;
+use std::{cell::Cell, ops::Range};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 
-use super::{Act, f32_slice, math::dot, par_rows, vectorized};
+use super::{
+    Act, f32_slice,
+    low_rank::{Rows, expand, shrink},
+    runs::{Piece, share_rows},
+    vectorized,
+};
 
 /// The factor of an adapter's result.
 #[derive(Debug, Clone, Copy)]
@@ -77,48 +83,64 @@ impl Numbers<'_> {
         Ok(())
     }
 
-    /// One row; `low` and `sum` are scratch.
-    fn apply(&self, row: usize, h: &mut [f32], low: &mut Vec<f32>, sum: &mut Vec<f32>) {
-        let n = h.len();
-        let at = row * n..(row + 1) * n;
-        low.clear();
-        {
-            let x: &[f32] = self.input.map_or(&*h, |t| &t[at.clone()]);
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (d, b) in self.down.chunks_exact(n).zip(self.down_bias) {
-                        low.push(dot(d, x) + b);
-                    }
-                },
-            );
+    /// Rows of `h`, `[rows, width]`, the first of which is row `first`.
+    fn apply(&self, first: usize, h: &mut [f32], width: usize, scratch: &mut Scratch) {
+        let (rows, d) = (h.len() / width, self.down_bias.len());
+        let Scratch { low, before, sum } = scratch;
+        for (scratch, len) in [(&mut *low, rows * d), (&mut *before, rows * d), (&mut *sum, rows * width)] {
+            scratch.resize(len.max(scratch.len()), 0.0);
         }
-        let before = low.clone();
-        self.act.map(&before, low);
-        sum.clear();
-        sum.extend_from_slice(self.up_bias);
+        let (low, before, sum) = (&mut low[..rows * d], &mut before[..rows * d], &mut sum[..rows * width]);
+        {
+            let x = self.input.map_or((Rows::of(h, width), 0), |t| (Rows::of(t, width), first));
+            shrink(x, (self.down, self.up), 1.0, (&mut *before, d, 0..d));
+        }
         vectorized(
             #[inline(always)]
             || {
-                for (v, u) in low.iter().zip(self.up.chunks_exact(n)) {
-                    for (s, u) in sum.iter_mut().zip(u) {
-                        *s = u.mul_add(*v, *s);
+                for before in before.chunks_exact_mut(d.max(1)) {
+                    for (v, b) in before.iter_mut().zip(self.down_bias) {
+                        *v += b;
                     }
                 }
-                match self.scale {
-                    Some([one]) => sum.iter_mut().for_each(|s| *s *= one),
-                    Some(all) => sum.iter_mut().zip(all).for_each(|(s, f)| *s *= f),
-                    None => sum.iter_mut().for_each(|s| *s *= self.fixed),
-                }
-                if let Some(r) = self.residual {
-                    h.copy_from_slice(&r[at]);
-                }
-                for (h, s) in h.iter_mut().zip(sum.iter()) {
-                    *h += s;
+            },
+        );
+        self.act.map(before, low);
+        sum.chunks_exact_mut(width).for_each(|sum| sum.copy_from_slice(self.up_bias));
+        expand((low, d.max(1), 0..d), (self.up, &[]), (&mut *sum, width, 0..width));
+        let all = h.chunks_exact_mut(width).zip(sum.chunks_exact_mut(width)).zip(first..);
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((h, sum), row) in all {
+                    match self.scale {
+                        Some([one]) => sum.iter_mut().for_each(|s| *s *= one),
+                        Some(all) => sum.iter_mut().zip(all).for_each(|(s, f)| *s *= f),
+                        None => sum.iter_mut().for_each(|s| *s *= self.fixed),
+                    }
+                    if let Some(r) = self.residual {
+                        h.copy_from_slice(&r[row * width..(row + 1) * width]);
+                    }
+                    for (h, s) in h.iter_mut().zip(sum.iter()) {
+                        *h += s;
+                    }
                 }
             },
         );
     }
+}
+
+/// Numbers between the steps of an adapter.
+#[derive(Default)]
+struct Scratch {
+    low: Vec<f32>,
+    before: Vec<f32>,
+    sum: Vec<f32>,
+}
+
+thread_local! {
+    /// Kept for the next.
+    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch { low: Vec::new(), before: Vec::new(), sum: Vec::new() }) };
 }
 
 struct AdaptInPlace<'a>(&'a [AdapterRows<'a>]);
@@ -142,24 +164,20 @@ impl InplaceOp1 for AdaptInPlace<'_> {
             slices.push(f32_slice(cpu, layout)?);
         }
         let mut slices = slices.into_iter();
-        let mut row_group = vec![usize::MAX; rows];
         let mut groups = Vec::with_capacity(self.0.len());
-        for (i, g) in self.0.iter().enumerate() {
+        for g in self.0 {
             let numbers = numbers(g, &mut slices)?;
             numbers.check(rows, width)?;
             groups.push(numbers);
-            g.rows.iter().for_each(|r| row_group[r.clone()].fill(i));
         }
-        let cost = self.0.iter().map(|g| 2 * g.down.elem_count()).max().unwrap_or(0);
-        par_rows(h, width, cost, |first, h| {
-            let (mut low, mut sum) = (Vec::new(), Vec::new());
-            for (row, h) in h.chunks_exact_mut(width).enumerate().map(|(i, h)| (first + i, h)) {
-                if let Some(group) = groups.get(row_group[row]) {
-                    group.apply(row, h, &mut low, &mut sum);
-                }
+        let owners = self.0.iter().map(|g| (g.rows, 2 * g.down.elem_count()));
+        share_rows(h, width, owners, |pieces| {
+            let mut scratch = SCRATCH.take();
+            for Piece { owner, rows, out } in pieces {
+                groups[owner].apply(rows.start, out, width, &mut scratch);
             }
-        });
-        Ok(())
+            SCRATCH.set(scratch);
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Attention on the CPU in f32: one row and head at a time, scores in L1; backward by recomputation (Dao et al. 2022), so
-//! nothing of `[rows, keys]` is ever kept.
+//! nothing of `[rows, keys]` is ever kept. A row's output is the same bits alone, in a run of queries ([`blocks`]) and beside any
+//! other rows.
 
 mod blocks;
 

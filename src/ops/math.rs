@@ -98,22 +98,25 @@ pub(super) fn silu_grad(x: f32) -> f32 {
     s * (x * (1.0 - s)).mul_add(1.0, 1.0)
 }
 
-/// `a . b` in 32 lanes, which are folded in halves: a sum one after the other would take longer than the products of a
-/// head.
+/// Lanes of [`dot`].
+pub(super) const LANES: usize = 8;
+
+/// `a . b` in [`LANES`] lanes, each from front to back, which are folded in halves: the order that attention's scores have however
+/// many queries are computed together.
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut acc = [0f32; 32];
-    let (ac, bc) = (a.chunks_exact(32), b.chunks_exact(32));
-    let rest: f32 = ac.remainder().iter().zip(bc.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in ac.zip(bc) {
-        for ((s, x), y) in acc.iter_mut().zip(x).zip(y) {
-            *s = x.mul_add(*y, *s);
+    let mut acc = [0f32; LANES];
+    let (ac, bc) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (x, y) in ac.0.iter().zip(bc.0) {
+        for i in 0..LANES {
+            acc[i] = x[i].mul_add(y[i], acc[i]);
         }
     }
-    let half: [f32; 16] = std::array::from_fn(|i| acc[i] + acc[i + 16]);
-    let quarter: [f32; 8] = std::array::from_fn(|i| half[i] + half[i + 8]);
-    let four: [f32; 4] = std::array::from_fn(|i| quarter[i] + quarter[i + 4]);
-    (four[0] + four[2]) + (four[1] + four[3]) + rest
+    for (s, (x, y)) in acc.iter_mut().zip(ac.1.iter().zip(bc.1)) {
+        *s = x.mul_add(*y, *s);
+    }
+    let half: [f32; 4] = std::array::from_fn(|i| acc[i] + acc[i + 4]);
+    (half[0] + half[2]) + (half[1] + half[3])
 }
 
 #[cfg(test)]

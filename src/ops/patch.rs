@@ -1,12 +1,19 @@
-//! Patches of many deltas at one site, applied in place to the rows of a step.
+//! Patches of many deltas at the sites of one matrix, applied in place to the rows of a step.
 //!
-//! The fast form of what `delta::Patch::apply` defines; only for rows that need no gradient.
+//! The fast form of what `delta::Patch::apply` defines; only for rows that need no gradient. What a row comes to does not depend
+//! on the rows beside it: see [`super::low_rank`].
 
-use std::ops::Range;
+use std::{cell::Cell, ops::Range};
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 
-use super::{f32_slice, math::dot, norm::norm_row, par_rows, vectorized};
+use super::{
+    f32_slice,
+    low_rank::{Rows, expand, shrink},
+    norm::norm_row,
+    runs::{Piece, share_rows},
+    vectorized,
+};
 
 /// One operation on the rows of one delta.
 #[derive(Debug, Clone, Copy)]
@@ -47,16 +54,16 @@ impl<'a> PatchRows<'a> {
     }
 }
 
-/// What one delta does at one site, and to which rows.
+/// What one delta does at the sites of a matrix, and to which rows.
 #[derive(Debug, Clone)]
 pub struct SitePatches<'a> {
-    /// Row ranges of the delta.
+    /// Row ranges of the delta, apart from those of every other.
     pub rows: &'a [Range<usize>],
-    /// Its operations, in order.
-    pub ops: Vec<PatchRows<'a>>,
+    /// The columns of a site, and the delta's operations there, in order.
+    pub sites: Vec<(Range<usize>, Vec<PatchRows<'a>>)>,
 }
 
-/// The operations of one delta with their numbers at hand.
+/// An operation with its numbers at hand.
 enum Op<'a> {
     LowRank { a: &'a [f32], b: &'a [f32], scale: f32, rank: usize },
     Bias(&'a [f32]),
@@ -64,9 +71,11 @@ enum Op<'a> {
     Affine { gain: &'a [f32], bias: Option<&'a [f32]>, center: bool, eps: f32 },
 }
 
-struct PatchInPlace<'a> {
-    columns: Range<usize>,
-    groups: &'a [SitePatches<'a>],
+struct PatchInPlace<'a>(&'a [SitePatches<'a>]);
+
+thread_local! {
+    /// Small sides of updates, kept for the next.
+    static LOW: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 impl InplaceOp2 for PatchInPlace<'_> {
@@ -75,7 +84,7 @@ impl InplaceOp2 for PatchInPlace<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> Result<()> {
-        let (rows, width) = out_l.shape().dims2()?;
+        let width = out_l.shape().dims2()?.1;
         let in_dim = x_l.shape().dims2()?.1;
         let x = f32_slice(x, x_l)?;
         let CpuStorage::F32(out) = out else { bail!("patch: the output is not f32") };
@@ -83,76 +92,42 @@ impl InplaceOp2 for PatchInPlace<'_> {
         let out = &mut out[from..to];
 
         // Storages stay locked (shared) while their numbers are in use.
-        let guards: Vec<_> = self
-            .groups
-            .iter()
-            .flat_map(|g| g.ops.iter().flat_map(PatchRows::tensors).flatten())
-            .map(Tensor::storage_and_layout)
-            .collect();
+        let all = self.0.iter().flat_map(|g| &g.sites).flat_map(|(_, ops)| ops);
+        let guards: Vec<_> = all.flat_map(PatchRows::tensors).flatten().map(Tensor::storage_and_layout).collect();
         let mut slices = Vec::with_capacity(guards.len());
         for (storage, layout) in &guards {
             let Storage::Cpu(cpu) = &**storage else { bail!("patch: a delta is on another device") };
             slices.push(f32_slice(cpu, layout)?);
         }
         let mut slices = slices.into_iter();
-        let mut next = || slices.next().ok_or_else(|| candle_core::Error::Msg("patch: tensor missing".into()));
-        let n = self.columns.len();
-        let mut groups = Vec::with_capacity(self.groups.len());
-        for group in self.groups {
-            let mut ops = Vec::with_capacity(group.ops.len());
-            for op in &group.ops {
-                ops.push(match *op {
-                    PatchRows::LowRank { scale, .. } => {
-                        let (a, b) = (next()?, next()?);
-                        let rank = a.len() / in_dim.max(1);
-                        if a.len() != rank * in_dim || b.len() != rank * n {
-                            bail!("patch: low-rank factors do not fit {in_dim} -> {n}");
-                        }
-                        Op::LowRank { a, b, scale, rank }
-                    }
-                    PatchRows::Bias(_) => Op::Bias(checked(next()?, n)?),
-                    PatchRows::Scale(_) => Op::Scale(checked(next()?, n)?),
-                    PatchRows::Affine { bias, center, eps, .. } => {
-                        let gain = checked(next()?, n)?;
-                        let bias = bias.map(|_| checked(next()?, n)).transpose()?;
-                        if in_dim != n {
-                            bail!("patch: a norm maps {in_dim} -> {n}");
-                        }
-                        Op::Affine { gain, bias, center, eps }
-                    }
-                });
+        // of each delta its operations, one after the other, with their columns
+        let mut groups = Vec::with_capacity(self.0.len());
+        for group in self.0 {
+            let mut ops = Vec::with_capacity(group.sites.iter().map(|(_, ops)| ops.len()).sum());
+            for (columns, own) in &group.sites {
+                for op in own {
+                    ops.push((columns.clone(), Op::of(op, &mut slices, (in_dim, columns.len()))?));
+                }
             }
             groups.push(ops);
         }
-
-        let mut row_group = vec![usize::MAX; rows];
-        let mut cost = 0;
-        for (i, group) in self.groups.iter().enumerate() {
-            for range in group.rows {
-                row_group[range.clone()].fill(i);
-                cost += range.len() * groups[i].iter().map(|op| op.cost(in_dim, n)).sum::<usize>();
+        let cost = |ops: &[(Range<usize>, Op<'_>)]| ops.iter().map(|(n, op)| op.cost(in_dim, n.len())).sum::<usize>();
+        let owners = self.0.iter().zip(&groups).map(|(group, ops)| (group.rows, cost(ops)));
+        share_rows(out, width, owners, |pieces| {
+            let mut low = LOW.take();
+            let mut pieces = pieces.into_iter().peekable();
+            while let Some(Piece { owner, rows, out }) = pieces.next() {
+                let mut ops = groups[owner].iter();
+                while let Some((columns, op)) = ops.next() {
+                    // what will be read next
+                    let later = pieces.peek().map_or(&[][..], |piece| &groups[piece.owner][..]);
+                    let ahead = ops.as_slice().iter().chain(later).find_map(|(_, op)| op.first()).unwrap_or_default();
+                    let x = (Rows::of(x, in_dim), rows.start);
+                    op.apply(x, (&mut *out, width, columns.clone()), ahead, &mut low);
+                }
             }
-        }
-        let columns = self.columns.clone();
-        let run = |row: usize, out: &mut [f32]| {
-            if let Some(ops) = groups.get(row_group[row]) {
-                let x = &x[row * in_dim..(row + 1) * in_dim];
-                let out = &mut out[columns.clone()];
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        // plain loops: an iterator's `for_each` is not inlined here and would lose the vector unit
-                        for op in ops {
-                            op.apply(x, out);
-                        }
-                    },
-                );
-            }
-        };
-        par_rows(out, width, cost / rows.max(1), |first, out| {
-            out.chunks_exact_mut(width).enumerate().for_each(|(i, out)| run(first + i, out));
-        });
-        Ok(())
+            LOW.set(low);
+        })
     }
 }
 
@@ -160,7 +135,36 @@ fn checked(t: &[f32], n: usize) -> Result<&[f32]> {
     if t.len() == n { Ok(t) } else { bail!("patch: {} numbers for {n} columns", t.len()) }
 }
 
-impl Op<'_> {
+impl<'a> Op<'a> {
+    /// With the next of the `slices`, those of all operations in order.
+    fn of(
+        op: &PatchRows<'_>,
+        slices: &mut impl Iterator<Item = &'a [f32]>,
+        (in_dim, n): (usize, usize),
+    ) -> Result<Self> {
+        let mut next = || slices.next().ok_or_else(|| candle_core::Error::Msg("patch: tensor missing".into()));
+        match *op {
+            PatchRows::LowRank { scale, .. } => {
+                let (a, b) = (next()?, next()?);
+                let rank = a.len() / in_dim.max(1);
+                if a.len() != rank * in_dim || b.len() != rank * n {
+                    bail!("patch: low-rank factors do not fit {in_dim} -> {n}");
+                }
+                Ok(Self::LowRank { a, b, scale, rank })
+            }
+            PatchRows::Bias(_) => Ok(Self::Bias(checked(next()?, n)?)),
+            PatchRows::Scale(_) => Ok(Self::Scale(checked(next()?, n)?)),
+            PatchRows::Affine { bias, center, eps, .. } => {
+                let gain = checked(next()?, n)?;
+                let bias = bias.map(|_| checked(next()?, n)).transpose()?;
+                if in_dim != n {
+                    bail!("patch: a norm maps {in_dim} -> {n}");
+                }
+                Ok(Self::Affine { gain, bias, center, eps })
+            }
+        }
+    }
+
     fn cost(&self, in_dim: usize, n: usize) -> usize {
         match self {
             Self::LowRank { rank, .. } => rank * (in_dim + n),
@@ -169,101 +173,64 @@ impl Op<'_> {
         }
     }
 
-    #[inline(always)]
-    fn apply(&self, x: &[f32], out: &mut [f32]) {
-        match self {
-            Self::LowRank { a, b, scale, rank } => {
-                let mut low = [0f32; 8];
-                let mut done = 0;
-                // eight ranks at a time: `out` is read and written once per eight
-                while done < *rank {
-                    let take = (*rank - done).min(8);
-                    for (j, l) in low.iter_mut().enumerate().take(take) {
-                        let a = &a[(done + j) * x.len()..(done + j + 1) * x.len()];
-                        *l = dot(a, x) * scale;
-                    }
-                    let n = out.len();
-                    let b = &b[done * n..(done + take) * n];
-                    if take == 8 {
-                        let rows: [&[f32]; 8] = std::array::from_fn(|j| &b[j * n..(j + 1) * n]);
-                        for (i, o) in out.iter_mut().enumerate() {
-                            let mut v = *o;
-                            for j in 0..8 {
-                                v = rows[j][i].mul_add(low[j], v);
-                            }
-                            *o = v;
+    /// The numbers that it reads first, where there are many.
+    fn first(&self) -> Option<&'a [f32]> {
+        if let Self::LowRank { a, .. } = self { Some(a) } else { None }
+    }
+
+    /// On `columns` of rows of `out` `[rows, width]`, of which `first` is the first one's of `x`. Memory is asked for `ahead`;
+    /// `low` is scratch.
+    fn apply(
+        &self,
+        (x, first): (Rows<'_>, usize),
+        (out, width, columns): (&mut [f32], usize, Range<usize>),
+        ahead: &[f32],
+        low: &mut Vec<f32>,
+    ) {
+        if let Self::LowRank { a, b, scale, rank } = *self {
+            low.resize(low.len().max(out.len() / width * rank), 0.0);
+            let low = &mut low[..out.len() / width * rank];
+            shrink((x, first), (a, b), scale, (&mut *low, rank, 0..rank));
+            return expand((low, rank, 0..rank), (b, ahead), (out, width, columns));
+        }
+        for (i, out) in out.chunks_exact_mut(width).enumerate() {
+            let (row, out) = (first + i, &mut out[columns.clone()]);
+            vectorized(
+                #[inline(always)]
+                || match self {
+                    Self::LowRank { .. } => {}
+                    // plain loops: an iterator's `for_each` is not inlined here and would lose the vector unit
+                    Self::Bias(b) => {
+                        for (o, b) in out.iter_mut().zip(*b) {
+                            *o += b;
                         }
-                    } else {
-                        for (l, b) in low.iter().zip(b.chunks_exact(n)) {
-                            for (o, b) in out.iter_mut().zip(b) {
-                                *o = b.mul_add(*l, *o);
-                            }
+                    }
+                    Self::Scale(s) => {
+                        for (o, s) in out.iter_mut().zip(*s) {
+                            *o *= s;
                         }
                     }
-                    done += take;
-                }
-            }
-            Self::Bias(b) => {
-                for (o, b) in out.iter_mut().zip(*b) {
-                    *o += b;
-                }
-            }
-            Self::Scale(s) => {
-                for (o, s) in out.iter_mut().zip(*s) {
-                    *o *= s;
-                }
-            }
-            Self::Affine { gain, bias, center, eps } => norm_row(x, gain, *bias, *center, *eps, out),
+                    Self::Affine { gain, bias, center, eps } => norm_row(x.row(row), gain, *bias, *center, *eps, out),
+                },
+            );
         }
     }
 }
 
-/// Applies the groups' operations to `columns` of `out` `[rows, width]`, given the site's input `x` `[rows, in]`.
+/// Applies the groups' operations to rows of `out` `[rows, width]`, given the sites' input `x` `[rows, in]`. What a row comes to
+/// is the same in any company.
 ///
 /// `out` must own its storage (it is written in place) and need no gradient; both are f32 on the CPU.
 ///
 /// # Errors
-/// Shapes that do not fit.
-pub fn patch_in_place(out: &Tensor, columns: Range<usize>, x: &Tensor, groups: &[SitePatches<'_>]) -> Result<()> {
+/// Shapes that do not fit; rows that two groups have.
+pub fn patch_in_place(out: &Tensor, x: &Tensor, groups: &[SitePatches<'_>]) -> Result<()> {
     let (rows, width) = out.dims2()?;
-    if x.dim(0)? != rows || columns.end > width || groups.iter().any(|g| g.rows.iter().any(|r| r.end > rows)) {
+    let outside = |g: &SitePatches<'_>| {
+        g.rows.iter().any(|r| r.end > rows) || g.sites.iter().any(|(columns, _)| columns.end > width)
+    };
+    if x.dim(0)? != rows || groups.iter().any(outside) {
         bail!("patch: rows or columns outside {:?}", out.shape());
     }
-    out.inplace_op2(x, &PatchInPlace { columns, groups })
-}
-
-struct AddBlock {
-    row: usize,
-    column: usize,
-}
-
-impl InplaceOp2 for AddBlock {
-    fn name(&self) -> &'static str {
-        "add-block"
-    }
-
-    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, block: &CpuStorage, block_l: &Layout) -> Result<()> {
-        let width = out_l.shape().dims2()?.1;
-        let columns = block_l.shape().dims2()?.1;
-        let block = f32_slice(block, block_l)?;
-        let CpuStorage::F32(out) = out else { bail!("add-block: the output is not f32") };
-        let Some((from, to)) = out_l.contiguous_offsets() else { bail!("add-block: the output is not contiguous") };
-        let rows = out[from..to].chunks_exact_mut(width).skip(self.row);
-        for (out, add) in rows.zip(block.chunks_exact(columns)) {
-            out[self.column..self.column + columns].iter_mut().zip(add).for_each(|(o, a)| *o += a);
-        }
-        Ok(())
-    }
-}
-
-/// `out[row.., column..] += block`, in place.
-///
-/// # Errors
-/// A block that does not fit.
-pub fn add_block_in_place(out: &Tensor, row: usize, column: usize, block: &Tensor) -> Result<()> {
-    let ((rows, width), (n, columns)) = (out.dims2()?, block.dims2()?);
-    if row + n > rows || column + columns > width {
-        bail!("add-block: {n}x{columns} at {row},{column} of {rows}x{width}");
-    }
-    out.inplace_op2(&block.contiguous()?, &AddBlock { row, column })
+    out.inplace_op2(x, &PatchInPlace(groups))
 }

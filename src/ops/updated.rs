@@ -15,12 +15,16 @@ use std::{ops::Range, sync::OnceLock};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use self::{
-    low_rank::{OuterSum, Rows, add_product, outer_sums, project},
+    low_rank::{OuterSum, outer_sums},
     shares::{Piece, Share, Shares},
 };
 use super::{
-    Act, Activations, Weight, activate, activation::mul_grad, columns::column_sums_of, cpu_result, cut, f32_slice,
-    is_cpu_f32, par_rows, share_out, vectorized, with_activations, with_f32,
+    Act, Activations, Weight, activate,
+    activation::mul_grad,
+    columns::column_sums_of,
+    cpu_result, cut, f32_slice, is_cpu_f32,
+    low_rank::{Rows, expand, shrink},
+    par_rows, share_out, vectorized, with_activations, with_f32,
 };
 
 /// What one delta adds to a frozen linear's output, and to which rows.
@@ -156,6 +160,22 @@ pub fn updated_linear(
     if tracked { with_activations(Activations::F32, apply) } else { apply() }
 }
 
+/// Adds a row of `more` to each row of `out`, all as wide as the first of `more`.
+fn add_rows<'a>(out: &mut [f32], more: impl Iterator<Item = &'a [f32]>) {
+    let mut more = more.peekable();
+    let width = more.peek().map_or(1, |row| row.len().max(1));
+    vectorized(
+        #[inline(always)]
+        || {
+            for (out, more) in out.chunks_exact_mut(width).zip(more) {
+                for (o, m) in out.iter_mut().zip(more) {
+                    *o += m;
+                }
+            }
+        },
+    );
+}
+
 /// Gradients of `x`, of the vector and of the residual.
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
@@ -234,29 +254,16 @@ impl UpdatedLinear {
             let (places, ranks) = share.map_or((&[][..], 0), |s| (&s.places[..], s.ranks));
             for p in places {
                 let x = (Rows::of(x, k), rows.start);
-                project(x, &vector[p.a(k)], p.scale, (&mut *low, ranks, p.ranks.clone()));
+                shrink(x, (&vector[p.a(k)], &[]), p.scale, (&mut *low, ranks, p.ranks.clone()));
             }
-            let bias = share.and_then(bias_of);
-            for (i, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
-                let (row, low) = (rows.start + i, &low[i * ranks..(i + 1) * ranks]);
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        if let Some(bias) = bias {
-                            for (o, b) in out.iter_mut().zip(bias) {
-                                *o += b;
-                            }
-                        }
-                        for p in places {
-                            add_product(&low[p.ranks.clone()], &vector[p.b(k)], &mut out[p.columns.clone()]);
-                        }
-                        if let Some(residual) = residual {
-                            for (o, r) in out.iter_mut().zip(&residual[row * n..(row + 1) * n]) {
-                                *o += r;
-                            }
-                        }
-                    },
-                );
+            if let Some(bias) = share.and_then(bias_of) {
+                add_rows(out, std::iter::repeat(bias));
+            }
+            for p in places {
+                expand((low, ranks, p.ranks.clone()), (&vector[p.b(k)], &[]), (&mut *out, n, p.columns.clone()));
+            }
+            if let Some(residual) = residual {
+                add_rows(out, residual[rows.start * n..rows.end * n].chunks_exact(n.max(1)));
             }
         });
         low
@@ -338,18 +345,12 @@ impl UpdatedLinear {
             let Some(Share { places, ranks, .. }) = share else { return };
             for p in places {
                 let g = (Rows::of(grad, n).narrowed(p.columns.clone()), rows.start);
-                project(g, &vector[p.b(k)], p.scale, (&mut *glow, *ranks, p.ranks.clone()));
+                shrink(g, (&vector[p.b(k)], &[]), p.scale, (&mut *glow, *ranks, p.ranks.clone()));
             }
-            let gx = gx.into_iter().flat_map(|gx| gx.chunks_exact_mut(k.max(1)));
-            for (out, glow) in gx.zip(glow.chunks_exact(*ranks)) {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for p in places {
-                            add_product(&glow[p.ranks.clone()], &vector[p.a(k)], out);
-                        }
-                    },
-                );
+            if let Some(gx) = gx {
+                for p in places {
+                    expand((glow, *ranks, p.ranks.clone()), (&vector[p.a(k)], &[]), (&mut *gx, k, 0..k));
+                }
             }
         });
         glow

@@ -37,19 +37,18 @@ impl DeltaBatch {
             return self.scaled_input_reference(&scales, x);
         }
         let y = x.contiguous()?.copy()?;
+        let all = 0..y.dim(1)?;
         // the row kernel has one group per row: all scales of a delta are in it
         let mut groups: Vec<(usize, SitePatches<'_>)> = Vec::new();
         for (slot, s) in scales {
+            let scale = (all.clone(), vec![PatchRows::Scale(s)]);
             match groups.last_mut().filter(|(last, _)| *last == slot) {
-                Some((_, group)) => group.ops.push(PatchRows::Scale(s)),
-                None => {
-                    let group = SitePatches { rows: &self.slots[slot].rows, ops: vec![PatchRows::Scale(s)] };
-                    groups.push((slot, group));
-                }
+                Some((_, group)) => group.sites.push(scale),
+                None => groups.push((slot, SitePatches { rows: &self.slots[slot].rows, sites: vec![scale] })),
             }
         }
         let groups: Vec<_> = groups.into_iter().map(|(_, group)| group).collect();
-        ops::patch_in_place(&y, 0..y.dim(1)?, &y.copy()?, &groups)?;
+        ops::patch_in_place(&y, &y.copy()?, &groups)?;
         Ok(y)
     }
 

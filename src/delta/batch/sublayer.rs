@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{DeltaBatch, GEMM_ROWS, Slot, rows_of};
+use super::{DeltaBatch, Slot, rows_of};
 use crate::{
     delta::{AdapterInput, AdapterIo, AdapterResidual, Bottleneck, Patch, SiteId, patch::Scaling},
     ops::{self, AdapterRows, RowScale},
@@ -75,8 +75,7 @@ impl DeltaBatch {
     fn adapt_round(&self, round: &[(&Slot, &Bottleneck)], h: &Tensor, io: &AdapterIo) -> Result<()> {
         let mut groups = Vec::new();
         for (slot, a) in round {
-            // few rows take the row kernel; long runs and adapters with norms of their own take matrix products
-            if a.is_plain() && slot.rows.iter().any(|r| r.len() < GEMM_ROWS) {
+            if a.is_plain() {
                 groups.push(adapter_rows(slot, a, io)?);
                 continue;
             }

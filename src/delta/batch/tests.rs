@@ -4,7 +4,7 @@ use candle_core::Var;
 use proptest::prelude::*;
 
 use super::*;
-use crate::delta::{Affine, DeltaSpec, Dora, DoraBase, LowRank, Task};
+use crate::delta::{Affine, DeltaSpec, Dora, DoraBase, LowRank, Matrix, Task};
 
 /// Widths of the linear at site 1.
 const IN: usize = 24;
@@ -99,6 +99,37 @@ proptest! {
             if delta.is_none() {
                 prop_assert_eq!(rows_of(&got, span), rows_of(&out, span), "a row without a delta is bitwise untouched");
                 prop_assert_eq!(rows_of(&scaled, span), rows_of(&x, span));
+            }
+        }
+    }
+
+    /// Bit for bit, with patches that have a kernel and one that has none (a whole matrix).
+    #[test]
+    fn a_row_gets_the_same_alone_and_in_any_company(
+        spans in proptest::collection::vec((1usize..70, 0usize..5), 1..7),
+        kinds in proptest::collection::vec(proptest::collection::vec((0u8..7, 1usize..34), 1..4), 4),
+    ) {
+        let patch = |&(kind, rank): &(u8, usize)| match kind {
+            6 => (LINEAR, Patch::Matrix(Matrix { weight: rand(&[IN, OUT]), bias: Some(rand(&[OUT])) })),
+            kind => (LINEAR, of_linear(kind, rank)),
+        };
+        let deltas: Vec<_> = kinds.iter().map(|kinds| delta(kinds.iter().map(patch).collect())).collect();
+        let layout = RowLayout::packed(&spans.iter().map(|s| s.0).collect::<Vec<_>>());
+        let per_span: Vec<_> = spans.iter().map(|s| deltas.get(s.1).cloned()).collect();
+        let batch = DeltaBatch::new(&layout, &per_span, 2);
+        let (x, out) = (rand(&[layout.rows(), IN]), rand(&[layout.rows(), OUT]));
+        let parts = [(LINEAR, 0..OUT)];
+        let scaled = batch.scaled_input(LINEAR, &x).unwrap();
+        let got = batch.patch(&parts, &scaled, out.copy().unwrap()).unwrap();
+        for (span, delta) in layout.spans().iter().zip(per_span) {
+            // all of its rows, and the last of them
+            for (from, len) in [(span.start, span.len), (span.start + span.len - 1, 1)] {
+                let own = RowLayout::packed(&[len]);
+                let batch = DeltaBatch::new(&own, std::slice::from_ref(&delta), 2);
+                let rows = |t: &Tensor| t.narrow(0, from, len).unwrap().force_contiguous().unwrap();
+                let scaled = batch.scaled_input(LINEAR, &rows(&x)).unwrap();
+                let alone = batch.patch(&parts, &scaled, rows(&out)).unwrap();
+                prop_assert_eq!(alone.to_vec2::<f32>().unwrap(), rows(&got).to_vec2::<f32>().unwrap(), "{:?}", kinds);
             }
         }
     }

@@ -200,9 +200,9 @@ impl Bottleneck {
             Some(norm) => norm.apply(input)?,
             None => input.clone(),
         };
-        let low = input.contiguous()?.matmul(&of(&self.down)?.t()?)?;
+        let low = ops::times_turned(&input.contiguous()?, &of(&self.down)?)?;
         let low = ops::add_bias(&low, &of(&self.down_bias)?)?; // [rows, d]
-        let y = ops::activate(&low, self.act)?.matmul(&of(&self.up)?)?;
+        let y = ops::times(&ops::activate(&low, self.act)?, &of(&self.up)?)?;
         let y = ops::add_bias(&y, &of(&self.up_bias)?)?;
         match &self.scaling {
             Scaling::Fixed(1.0) => Ok(y),

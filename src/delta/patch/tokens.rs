@@ -2,6 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
+use crate::ops;
+
 /// Rows that replace the base's for some tokens.
 #[derive(Debug, Clone)]
 pub struct TokenRows {
@@ -39,7 +41,7 @@ impl TokenRows {
 
     /// Changes the logits of these tokens under a tied head: `x` `[rows, hidden]`, `out` `[rows, vocab]`.
     pub(super) fn logits(&self, x: &Tensor, out: &Tensor) -> Result<Tensor> {
-        let more = x.matmul(&self.change(x)?.t()?)?; // [rows, ids]
+        let more = ops::times_turned(x, &self.change(x)?)?; // [rows, ids]
         out.index_add(&Tensor::new(self.ids.as_slice(), out.device())?, &more, 1)
     }
 }
@@ -67,7 +69,7 @@ impl Matrix {
     }
 
     pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.to_dtype(x.dtype())?)?;
+        let y = ops::times(x, &self.weight.to_dtype(x.dtype())?)?;
         match &self.bias {
             Some(b) => y.broadcast_add(&b.to_dtype(x.dtype())?),
             None => Ok(y),

@@ -172,6 +172,42 @@ fn runs_in_blocks_agree_forward_and_backward() {
     compare(AttnPlan { bias: Some(bias(3)), ..plan(vec![span], mask) }, 41, 60);
 }
 
+/// Queries one by one, in runs that are computed row by row and in blocks: all the same, however a sequence is cut.
+#[test]
+fn a_query_s_output_is_the_same_wherever_its_sequence_is_cut() {
+    const N: usize = 70;
+    let random = |width| Tensor::randn(0f32, 1.0, (N, width), &Device::Cpu).unwrap();
+    let (q, k, v) = (random(48), random(24), random(24));
+    for (causal, window, cap, reach) in [
+        (true, None, None, None),
+        (true, Some(9), Some(1.5), None),
+        (true, None, None, Some(4)),
+        (false, None, Some(2.0), Some(5)),
+    ] {
+        let bias = reach.map(bias);
+        let of = |from: usize, q_len: usize| {
+            let keys_len = if causal { from + q_len } else { N };
+            let (context_len, position, keys) = (from, from, KeyRows::From(0));
+            let span = AttnSpan { q_start: 0, q_len, context_len, position, pinned: 0, keys, keys_len };
+            let own = plan(vec![span], AttnMask { causal, window });
+            let own = Arc::new(AttnPlan { cap, bias: bias.clone(), ..own });
+            attention(&q.narrow(0, from, q_len).unwrap(), &k, &v, &own).unwrap()
+        };
+        let whole = of(0, N);
+        for cut in [1, 3, 7, 8, 13, 33, 69] {
+            for from in (0..N).step_by(cut) {
+                let len = cut.min(N - from);
+                let got = of(from, len);
+                assert_eq!(
+                    diff(&got, &whole.narrow(0, from, len).unwrap()),
+                    0.0,
+                    "{len} from {from}, {causal} {window:?}"
+                );
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]

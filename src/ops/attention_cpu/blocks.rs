@@ -1,7 +1,8 @@
 //! Attention of a run of queries at once: the products of a head as small matrix products whose sums stay in registers.
 //!
 //! Row by row, every score is a sum across a vector and every gradient of a key is read and written once per query; in
-//! blocks of [`QUERIES`] rows, neither is.
+//! blocks of [`QUERIES`] rows, neither is. A query's sums have the order that they have row by row, so that its output is the same
+//! bits wherever a sequence is cut.
 
 use std::ops::Range;
 
@@ -11,6 +12,7 @@ use super::{HeadGrads, Heads, Qkv, Shaping, normalise};
 use crate::ops::{
     LINE,
     attention::{AttnPlan, AttnSpan, Seen},
+    math::LANES,
 };
 
 /// Queries of a block: their probabilities of some hundred keys stay in the second level.
@@ -156,6 +158,79 @@ fn tile<S: Simd, const R: usize, const V: usize>(
     }
 }
 
+/// Products of rows of `a` `[m, row]`, `d` wide, with keys `[tiles, row, LINE]` as [`in_tiles`] lays them: `c` `[m, width]` in
+/// these columns, each sum in the order of [`dot`](crate::ops::math::dot). Behind `d`, rows and keys have zeros up to a multiple
+/// of [`LANES`].
+#[inline(always)]
+fn scores<S: Simd>(
+    simd: S,
+    (m, columns, d): (usize, Columns, usize),
+    (a, row): (&[f32], usize),
+    keys: &[f32],
+    c: &mut [f32],
+) {
+    for column in columns.range.step_by(S::F32_LANES) {
+        let tile = &keys[column / LINE * LINE * row..][..d.next_multiple_of(LANES) * LINE];
+        let (tile, at) = ((tile, column % LINE), (column, columns.width));
+        let mut first = 0;
+        while first + 4 <= m {
+            scores_of::<S, 4>(simd, first, (a, row), tile, (&mut *c, at));
+            first += 4;
+        }
+        while first < m {
+            scores_of::<S, 1>(simd, first, (a, row), tile, (&mut *c, at));
+            first += 1;
+        }
+    }
+}
+
+/// `R` rows and a vector of keys.
+#[inline(always)]
+fn scores_of<S: Simd, const R: usize>(
+    simd: S,
+    first: usize,
+    (a, row): (&[f32], usize),
+    tile: (&[f32], usize),
+    (c, (column, width)): (&mut [f32], (usize, usize)),
+) {
+    let rows: [&[f32]; R] = std::array::from_fn(|r| &a[(first + r) * row..][..tile.0.len() / LINE]);
+    let even = sum::<S, R>(simd, pair(simd, 0, rows, tile), pair(simd, 2, rows, tile));
+    let odd = sum::<S, R>(simd, pair(simd, 1, rows, tile), pair(simd, 3, rows, tile));
+    for (r, sum) in sum::<S, R>(simd, even, odd).into_iter().enumerate() {
+        S::as_mut_simd_f32s(&mut c[(first + r) * width + column..][..S::F32_LANES]).0[0] = sum;
+    }
+}
+
+/// The lanes of scores that are added up first: this one and the one half of the lanes behind it.
+#[inline(always)]
+fn pair<S: Simd, const R: usize>(
+    simd: S,
+    lane: usize,
+    rows: [&[f32]; R],
+    (tile, from): (&[f32], usize),
+) -> [S::f32s; R] {
+    let (mut one, mut other) = ([simd.splat_f32s(0.0); R], [simd.splat_f32s(0.0); R]);
+    let rows = rows.map(|row| row.as_chunks::<LANES>().0);
+    for (step, keys) in tile.as_chunks::<{ LANES * LINE }>().0.iter().enumerate() {
+        let key = S::as_simd_f32s(&keys[lane * LINE + from..][..S::F32_LANES]).0[0];
+        let behind = S::as_simd_f32s(&keys[(lane + LANES / 2) * LINE + from..][..S::F32_LANES]).0[0];
+        for r in 0..R {
+            one[r] = simd.mul_add_e_f32s(simd.splat_f32s(rows[r][step][lane]), key, one[r]);
+            other[r] = simd.mul_add_e_f32s(simd.splat_f32s(rows[r][step][lane + LANES / 2]), behind, other[r]);
+        }
+    }
+    sum(simd, one, other)
+}
+
+#[inline(always)]
+fn sum<S: Simd, const R: usize>(simd: S, a: [S::f32s; R], b: [S::f32s; R]) -> [S::f32s; R] {
+    let mut out = a;
+    for r in 0..R {
+        out[r] = simd.add_f32s(a[r], b[r]);
+    }
+    out
+}
+
 /// Rows `[rows, d]` with zeros behind them up to `width`.
 fn padded<'a>(rows: usize, width: usize, row: impl Fn(usize) -> &'a [f32]) -> Vec<f32> {
     let mut out = vec![0f32; rows * width];
@@ -172,6 +247,18 @@ fn turned(rows: &[f32], width: usize, to: usize) -> Vec<f32> {
     for (i, row) in rows.chunks_exact(width.max(1)).enumerate() {
         for (c, v) in row.iter().enumerate() {
             out[c * to + i] = *v;
+        }
+    }
+    out
+}
+
+/// Rows `[rows, width]` as `[to / LINE, width, LINE]`: columns of [`turned`] ones, as wide as a vector at most.
+fn in_tiles(rows: &[f32], width: usize, to: usize) -> Vec<f32> {
+    let mut out = vec![0f32; width * to];
+    for (i, row) in rows.chunks_exact(width.max(1)).enumerate() {
+        let tile = &mut out[i / LINE * LINE * width..][..LINE * width];
+        for (out, v) in tile.as_chunks_mut::<LINE>().0.iter_mut().zip(row) {
+            out[i % LINE] = *v;
         }
     }
     out
@@ -248,12 +335,11 @@ impl<'a> Head<'a> {
         simd: S,
         (queries, columns): (&Range<usize>, &Columns),
         g: usize,
-        (q, turned_keys): (&[f32], &[f32]),
+        (q, keys): (&[f32], &[f32]),
         (probs, slope): (&mut [f32], &mut [f32]),
     ) {
         let (plan, span, stride) = (self.plan, self.span, self.stride());
-        let a = Strided { data: q, row: self.width(), column: 1 };
-        product(simd, (queries.len(), columns.clone(), self.dim()), a, turned_keys, probs, false);
+        scores(simd, (queries.len(), columns.clone(), self.dim()), (q, self.width()), keys, probs);
         for (i, query) in queries.clone().enumerate() {
             let row = &mut probs[i * stride..(i + 1) * stride];
             let seen = self.seen(query);
@@ -277,14 +363,14 @@ impl WithSimd for Forward<'_> {
         let head = self.0;
         let (d, width, group, stride) = (head.dim(), head.width(), head.group(), head.stride());
         let values = head.key_rows(head.qkv.2);
-        let turned_keys = turned(&head.key_rows(head.qkv.1), width, stride);
+        let keys = in_tiles(&head.key_rows(head.qkv.1), width, stride);
         let mut out = vec![0f32; head.queries.len() * group * d];
         let (mut probs, mut sums) = (vec![0f32; QUERIES * stride], vec![0f32; QUERIES * width]);
         for queries in head.blocks() {
             let (own, columns) = head.block_keys(&queries);
             for g in 0..group {
                 let q = head.rows((head.qkv.0, head.span.q_start), &queries, g);
-                head.probabilities(simd, (&queries, &columns), g, (&q, &turned_keys), (&mut probs, &mut []));
+                head.probabilities(simd, (&queries, &columns), g, (&q, &keys), (&mut probs, &mut []));
                 let a = Strided { data: &probs[own.start..], row: stride, column: 1 };
                 let shape = (queries.len(), Columns::all(width), own.len());
                 product(simd, shape, a, &values[own.start * width..], &mut sums, false);
@@ -307,7 +393,7 @@ impl WithSimd for Backward<'_> {
         let (plan, span) = (head.plan, head.span);
         let (d, width, group, stride) = (head.dim(), head.width(), head.group(), head.stride());
         let (keys, values) = (head.key_rows(head.qkv.1), head.key_rows(head.qkv.2));
-        let (turned_keys, turned_values) = (turned(&keys, width, stride), turned(&values, width, stride));
+        let (key_tiles, turned_values) = (in_tiles(&keys, width, stride), turned(&values, width, stride));
         let trained = plan.trained_bias();
         let biases = trained.map_or(0, |b| 2 * b.reach + 1);
         let zeros = |rows: usize, width: usize| vec![0f32; rows * width];
@@ -327,7 +413,7 @@ impl WithSimd for Backward<'_> {
             for g in 0..group {
                 let q = head.rows((head.qkv.0, span.q_start), &queries, g);
                 let grad = head.rows((grad, 0), &queries, g);
-                head.probabilities(simd, (&queries, &columns), g, (&q, &turned_keys), (&mut probs, &mut slope));
+                head.probabilities(simd, (&queries, &columns), g, (&q, &key_tiles), (&mut probs, &mut slope));
                 let a = Strided { data: &grad, row: width, column: 1 };
                 product(simd, (count, columns.clone(), d), a, &turned_values, &mut dprobs, false);
                 for (i, query) in queries.clone().enumerate() {

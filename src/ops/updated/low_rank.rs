@@ -1,148 +1,15 @@
-//! Products with matrices of a few rows: the factors of low-rank updates and their gradients.
+//! Gradients of the factors of low-rank updates: products of two sides with rows.
 //!
 //! Such a product does two operations per number that it reads of the long side, so each number of it is read once for
 //! four rows of the short one, and sums stay in registers. Each delta has runs of rows of its own and ranks of its own; what a
-//! row or a sum comes to does not depend on what lies beside it.
+//! sum comes to does not depend on what lies beside it.
 
 use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
 use super::shares::Run;
-use crate::ops::{cut, part_of, share_out};
-
-/// Columns of the rows of a matrix.
-#[derive(Debug, Clone)]
-pub(super) struct Rows<'a> {
-    data: &'a [f32],
-    /// Numbers from one row to the next.
-    stride: usize,
-    columns: Range<usize>,
-}
-
-impl<'a> Rows<'a> {
-    /// All columns of `[rows, width]`.
-    pub(super) fn of(data: &'a [f32], width: usize) -> Self {
-        Self { data, stride: width, columns: 0..width }
-    }
-
-    /// Only these columns.
-    pub(super) fn narrowed(self, columns: Range<usize>) -> Self {
-        Self { columns, ..self }
-    }
-
-    #[inline(always)]
-    fn row(&self, i: usize) -> &'a [f32] {
-        &self.data[i * self.stride..(i + 1) * self.stride][self.columns.clone()]
-    }
-}
-
-/// `out += low B`; `b` `[low.len(), out.len()]`. To be called inside [`vectorized`](crate::ops::vectorized).
-#[inline(always)]
-pub(super) fn add_product(low: &[f32], b: &[f32], out: &mut [f32]) {
-    let n = out.len();
-    let mut done = 0;
-    // four ranks at a time: `out` is read and written once per four
-    while done + 4 <= low.len() {
-        let rows: [&[f32]; 4] = std::array::from_fn(|j| &b[(done + j) * n..(done + j + 1) * n]);
-        let l: [f32; 4] = std::array::from_fn(|j| low[done + j]);
-        for (i, o) in out.iter_mut().enumerate() {
-            let v = rows[0][i].mul_add(l[0], *o);
-            let v = rows[1][i].mul_add(l[1], v);
-            let v = rows[2][i].mul_add(l[2], v);
-            *o = rows[3][i].mul_add(l[3], v);
-        }
-        done += 4;
-    }
-    for j in done..low.len() {
-        for (o, b) in out.iter_mut().zip(&b[j * n..(j + 1) * n]) {
-            *o = b.mul_add(low[j], *o);
-        }
-    }
-}
-
-/// `scale * x A^T` of rows of `x`, those from `first` on, into the columns `ranks` of `out` `[rows, stride]`; `a`
-/// `[ranks.len(), columns of x]`.
-pub(super) fn project(
-    (x, first): (Rows<'_>, usize),
-    a: &[f32],
-    scale: f32,
-    (out, stride, ranks): (&mut [f32], usize, Range<usize>),
-) {
-    if !ranks.is_empty() {
-        Arch::new().dispatch(Project { x, first, a, scale, out, stride, ranks });
-    }
-}
-
-struct Project<'a> {
-    x: Rows<'a>,
-    /// The row of `x` that the first of `out` is of.
-    first: usize,
-    a: &'a [f32],
-    scale: f32,
-    out: &'a mut [f32],
-    stride: usize,
-    ranks: Range<usize>,
-}
-
-impl WithSimd for Project<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let rows = self.out.len() / self.stride;
-        let mut row = 0;
-        while row + 4 <= rows {
-            self.ranks_of::<S, 4>(simd, row);
-            row += 4;
-        }
-        while row < rows {
-            self.ranks_of::<S, 1>(simd, row);
-            row += 1;
-        }
-    }
-}
-
-impl Project<'_> {
-    #[inline(always)]
-    fn ranks_of<S: Simd, const R: usize>(&mut self, simd: S, row: usize) {
-        let mut rank = 0;
-        while rank + 4 <= self.ranks.len() {
-            self.tile::<S, R, 4>(simd, row, rank);
-            rank += 4;
-        }
-        while rank < self.ranks.len() {
-            self.tile::<S, R, 1>(simd, row, rank);
-            rank += 1;
-        }
-    }
-
-    /// `R` rows of `x` times `C` of `a`.
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize, const C: usize>(&mut self, simd: S, row: usize, rank: usize) {
-        let k = self.x.columns.len();
-        let xs: [&[f32]; R] = std::array::from_fn(|r| self.x.row(self.first + row + r));
-        let ws: [&[f32]; C] = std::array::from_fn(|c| &self.a[(rank + c) * k..(rank + c + 1) * k]);
-        let (xv, wv) = (xs.map(|x| S::as_simd_f32s(x)), ws.map(|w| S::as_simd_f32s(w)));
-        let mut acc = [[simd.splat_f32s(0.0); C]; R];
-        for i in 0..k / S::F32_LANES {
-            let w: [S::f32s; C] = std::array::from_fn(|c| wv[c].0[i]);
-            for r in 0..R {
-                let x = xv[r].0[i];
-                for c in 0..C {
-                    acc[r][c] = simd.mul_add_e_f32s(x, w[c], acc[r][c]);
-                }
-            }
-        }
-        for r in 0..R {
-            for c in 0..C {
-                let tail = xv[r].1.iter().zip(wv[c].1).map(|(x, w)| x * w).sum::<f32>();
-                let at = (row + r) * self.stride + self.ranks.start + rank + c;
-                self.out[at] = self.scale * (simd.reduce_sum_f32s(acc[r][c]) + tail);
-            }
-        }
-    }
-}
+use crate::ops::{cut, low_rank::Rows, part_of, share_out};
 
 /// Columns whose sums are computed at a time, so that those of all rows stay near.
 const STRIP: usize = 64;
@@ -170,11 +37,11 @@ impl OuterSum<'_> {
 
 /// All of these sums, each over its rows in order: the same on any number of threads. What is not summed stays as it is.
 pub(super) fn outer_sums(all: &[OuterSum<'_>], out: &mut [f32]) {
-    let work = all.iter().map(|sum| sum.per_column() * sum.x.columns.len()).sum();
+    let work = all.iter().map(|sum| sum.per_column() * sum.x.width()).sum();
     let part = part_of(work);
     let mut parts: Vec<(&OuterSum<'_>, Range<usize>)> = Vec::new(); // and the columns of it
     for sum in all.iter().filter(|sum| sum.per_column() > 0) {
-        let (n, width) = (sum.x.columns.len(), part.div_ceil(sum.per_column()).next_multiple_of(STRIP));
+        let (n, width) = (sum.x.width(), part.div_ceil(sum.per_column()).next_multiple_of(STRIP));
         parts.extend((0..n).step_by(width).map(|from| (sum, from..(from + width).min(n))));
     }
     let numbers = |(sum, columns): &(&OuterSum<'_>, Range<usize>)| sum.ranks.len() * columns.len();
@@ -184,7 +51,7 @@ pub(super) fn outer_sums(all: &[OuterSum<'_>], out: &mut [f32]) {
     share_out(items, work, |((sum, columns), sums): (&(&OuterSum<'_>, Range<usize>), &mut [f32])| {
         for from in columns.clone().step_by(STRIP) {
             let to = (from + STRIP).min(columns.end);
-            let x = sum.x.clone().narrowed(sum.x.columns.start + from..sum.x.columns.start + to);
+            let x = sum.x.clone().within(from..to);
             let out = &mut sums[from - columns.start..];
             Arch::new().dispatch(Strip { sum, x, out, width: columns.len() });
         }
@@ -194,7 +61,7 @@ pub(super) fn outer_sums(all: &[OuterSum<'_>], out: &mut [f32]) {
         let (sum, columns) = part;
         let (own, more) = rest.split_at(numbers(part));
         rest = more;
-        let rows = out[sum.out.clone()].chunks_exact_mut(sum.x.columns.len()).zip(own.chunks_exact(columns.len()));
+        let rows = out[sum.out.clone()].chunks_exact_mut(sum.x.width()).zip(own.chunks_exact(columns.len()));
         rows.for_each(|(out, own)| out[columns.clone()].copy_from_slice(own));
     }
 }
@@ -229,7 +96,7 @@ impl WithSimd for Strip<'_> {
 impl Strip<'_> {
     #[inline(always)]
     fn columns<S: Simd, const C: usize>(&mut self, simd: S, rank: usize) {
-        let (n, lanes) = (self.x.columns.len(), S::F32_LANES);
+        let (n, lanes) = (self.x.width(), S::F32_LANES);
         let mut column = 0;
         while column + 4 * lanes <= n {
             self.tile::<S, C, 4>(simd, rank, column);
