@@ -4,6 +4,8 @@ mod beams;
 mod caching;
 mod constraint;
 mod fairness;
+mod following;
+mod forced;
 mod generation;
 mod lifecycle;
 mod positions;
