@@ -9,7 +9,7 @@ use super::{
     branches::{Branches, Move},
     constraint::{Constrained, TokenSet},
     drafts::Drafts,
-    request::{EngineError, Event, Finished, Generate, Output, Request, Work},
+    request::{EngineError, Event, Finished, Generate, HeldDelta, Output, Request, Work},
     sampler::History,
     scheduler::{Claim, Demand, Names},
     step::Got,
@@ -71,6 +71,8 @@ pub(super) struct Tick {
 pub(super) struct Sequence {
     pub(super) request: Request,
     prompt: usize,
+    /// The first of its tokens that its delta acts on; `None`: it acts on none.
+    acts_from: Option<usize>,
     /// Names its pages; `None`: they are its own alone.
     keys: Option<PageKeys>,
     /// Whether rows are shared, and not only what its delta puts ahead of them.
@@ -96,10 +98,15 @@ impl Sequence {
     /// `shares`: whether this engine shares rows of prompts at all.
     pub(super) fn new(mut request: Request, sites: &SiteTable, shares: bool) -> Self {
         let prompt = request.tokens.len();
+        let acts_from = request.delta.as_ref().map_or(Some(0), |held| held.delta().acts_from(&request.tokens));
         let keys = request.tenant.as_ref().map(|tenant| {
             // a delta that acts behind all keys shares those of the bare base
             let delta = request.delta.as_ref().filter(|held| !held.delta().keeps_keys(sites));
-            PageKeys::new(tenant, delta.map(super::HeldDelta::id), request.ahead())
+            match (delta.filter(|held| held.delta().invocation().is_some()), acts_from) {
+                (None, _) => PageKeys::new(tenant, delta.map(HeldDelta::id), request.ahead()),
+                (Some(held), Some(from)) => PageKeys::acting_from(tenant, from, held.id()),
+                (Some(_), None) => PageKeys::new(tenant, None, request.ahead()),
+            }
         });
         // who wants numbers of all rows has to compute them; what a decoder has read with an encoder is not in its tokens
         let plain = request.source.is_empty() && request.token_types.is_none();
@@ -118,6 +125,7 @@ impl Sequence {
         Self {
             request,
             prompt,
+            acts_from,
             keys,
             shares,
             begun,
@@ -185,8 +193,19 @@ impl Sequence {
         }
     }
 
+    /// Its delta, if that acts on any of its tokens.
+    pub(super) fn delta(&self) -> Option<&HeldDelta> {
+        self.request.delta.as_ref().filter(|_| self.acts_from.is_some())
+    }
+
     pub(super) fn delta_id(&self) -> Option<DeltaId> {
-        self.request.delta.as_ref().map(super::HeldDelta::id)
+        self.delta().map(HeldDelta::id)
+    }
+
+    /// How many of `len` rows behind `context` ones, from the first, its delta leaves as they are. One that has to be called puts
+    /// nothing ahead of the tokens, so that these are the rows.
+    pub(super) fn spared(&self, context: usize, len: usize) -> usize {
+        self.acts_from.map_or(len, |from| from.saturating_sub(context).min(len))
     }
 
     /// Prompt and output so far of a branch; 0 of a sequence without others.

@@ -1,5 +1,6 @@
 //! The engine's laws, on tiny random bases with random deltas.
 
+mod activated;
 mod beams;
 mod caching;
 mod constraint;
