@@ -106,7 +106,7 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (
         "deltaserve_draft_tokens_total",
         Kind::Counter,
-        "Tokens guessed ahead (speculative decoding), by outcome: accepted, rejected.",
+        "Tokens computed ahead, by outcome: accepted and rejected guesses (speculative decoding), forced (a constraint allowed no other).",
     ),
     (
         "deltaserve_kv_pages",

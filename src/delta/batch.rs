@@ -72,9 +72,16 @@ impl DeltaBatch {
 
     /// Compiles the plan of a step: `per_span[i]` is the delta of span `i`.
     pub fn new(rows: &RowLayout, per_span: &[Option<Arc<Delta>>], num_sites: usize) -> Self {
+        Self::sparing(rows, per_span, &[], num_sites)
+    }
+
+    /// As [`Self::new`], of activated deltas ([`Delta::invoked_by`]): the first `spared[i]` rows of span `i` are left as they are. Where
+    /// nothing is said, none are.
+    pub fn sparing(rows: &RowLayout, per_span: &[Option<Arc<Delta>>], spared: &[usize], num_sites: usize) -> Self {
         let mut slots: Vec<Slot> = Vec::new();
         for (i, (span, delta)) in rows.spans().iter().zip(per_span).enumerate() {
-            let Some(delta) = delta else { continue };
+            let own = span.start + spared.get(i).copied().unwrap_or(0)..span.rows().end;
+            let Some(delta) = delta.as_ref().filter(|_| !own.is_empty()) else { continue };
             let at = slots.iter().position(|s| Arc::ptr_eq(&s.delta, delta)).unwrap_or_else(|| {
                 slots.push(Slot { delta: Arc::clone(delta), rows: Vec::new(), spans: Vec::new() });
                 slots.len() - 1
@@ -82,8 +89,8 @@ impl DeltaBatch {
             let slot = &mut slots[at];
             slot.spans.push(i);
             match slot.rows.last_mut() {
-                Some(last) if last.end == span.start => last.end = span.rows().end,
-                _ => slot.rows.push(span.rows()),
+                Some(last) if last.end == own.start => last.end = own.end,
+                _ => slot.rows.push(own),
             }
         }
         Self::compile(slots, rows.rows(), rows.spans().len(), num_sites)

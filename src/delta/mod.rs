@@ -1,6 +1,6 @@
 //! A delta: a finite map from sites of the model to patches, and the head that travels with it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use candle_core::Tensor;
@@ -117,6 +117,8 @@ pub struct Delta {
     head: Option<Head>,
     /// By [`Stack`].
     ahead: [Ahead; 3],
+    /// Tokens that call it; `None`: it needs no call.
+    invocation: Option<Arc<[u32]>>,
 }
 
 impl Delta {
@@ -125,12 +127,34 @@ impl Delta {
         // stable: row-wise patches keep their order, those that add positions come after them
         patches.sort_by_key(|(site, patch)| (*site, patch.adds_positions()));
         let ahead = [Stack::Main, Stack::Encoder, Stack::Memory].map(|stack| ahead::of(&patches, stack));
-        let mut delta = Self { spec, patches, head, ahead };
+        let mut delta = Self { spec, patches, head, ahead, invocation: None };
         delta.spec.resident_bytes = delta.bytes();
         // a prefix of several attentions is one
         let keys = ahead.iter().map(|a| a.keys).max().unwrap_or(0);
         delta.spec.num_virtual_tokens = keys + ahead.iter().map(|a| a.rows).sum::<usize>();
         delta
+    }
+
+    /// The same delta as an activated one (aLoRA, Greenewald et al. 2025), if `tokens` are given: it acts on the tokens of a sequence
+    /// from where these come last in its prompt, so that keys and values ahead of them are the bare base's; where they do not come,
+    /// it does not act at all. Only for a delta whose patches are row-wise, without a head.
+    #[must_use]
+    pub fn invoked_by(self, tokens: Option<Arc<[u32]>>) -> Self {
+        Self { invocation: tokens.filter(|tokens| !tokens.is_empty()), ..self }
+    }
+
+    /// The tokens that call it, at least one; `None`: it acts on all tokens.
+    pub fn invocation(&self) -> Option<&Arc<[u32]>> {
+        self.invocation.as_ref()
+    }
+
+    /// The first of a sequence's tokens that it acts on, by the sequence's prompt: 0 where nothing has to call it. `None`: it acts
+    /// on none.
+    pub fn acts_from(&self, prompt: &[u32]) -> Option<usize> {
+        match &self.invocation {
+            None => Some(0),
+            Some(tokens) => prompt.windows(tokens.len().max(1)).rposition(|run| *run == **tokens),
+        }
     }
 
     /// Patches, ordered by site.
@@ -174,7 +198,7 @@ impl Delta {
         let patches = self.patches.iter().map(|(site, p)| Ok((*site, p.map(&mut |name, t| f(name, t))?)));
         let patches = patches.collect::<candle_core::Result<_>>()?;
         let head = self.head.as_ref().map(|h| h.map(f)).transpose()?;
-        Ok(Self::new(self.spec.clone(), patches, head))
+        Ok(Self::new(self.spec.clone(), patches, head).invoked_by(self.invocation.clone()))
     }
 
     /// The same delta, its DoRA patches over the base's matrices again, which a served one has let go of.
@@ -187,7 +211,7 @@ impl Delta {
             other => Ok((*site, other.clone())),
         };
         let patches = self.patches.iter().map(one).collect::<candle_core::Result<_>>()?;
-        Ok(Self::new(self.spec.clone(), patches, self.head.clone()))
+        Ok(Self::new(self.spec.clone(), patches, self.head.clone()).invoked_by(self.invocation.clone()))
     }
 
     /// Bytes of all tensors.

@@ -1,10 +1,18 @@
 //! What a sequence may say next, where its request bounds that: asked for before a token is chosen, told what was chosen.
 //! Texts, grammars and vocabularies are behind [`Constraint`]; here are sets of token ids alone.
+//!
+//! Where only one token may come, it will (it is *forced*), whatever the model says: so the constraint is told of it at once, and
+//! asked what may come behind it, until there is a choice again. What is known so is told to the sequence token by token, as if
+//! the constraint had been asked each time; an error, too, comes where it would have come.
 
 use std::{
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
+
+/// Most forced tokens that are found out at once: each takes as much work as a token that is chosen does.
+const FORCED: usize = 32;
 
 /// Token ids, as bits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,6 +54,13 @@ impl TokenSet {
     /// Whether no token is in it.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
+    }
+
+    /// Its only token, if it has just one.
+    pub fn only(&self) -> Option<u32> {
+        let mut words = (0u32..).zip(&self.words).filter(|(_, word)| **word != 0);
+        let (at, word) = words.next().filter(|(_, word)| word.is_power_of_two())?;
+        words.next().is_none().then(|| 32 * at + word.trailing_zeros())
     }
 }
 
@@ -101,6 +116,12 @@ pub(super) struct Constrained {
     known: bool,
     /// Whether the sequence ends without another token: nothing is left to say, or it cannot be known what.
     over: bool,
+    /// Tokens that have to come next, which `state` was told of.
+    forced: VecDeque<u32>,
+    /// What it said when it was told of the last of them, if nothing is to come behind that.
+    ended: Option<Result<bool, String>>,
+    /// What it said of the token behind them.
+    beyond: Option<(TokenSet, Result<bool, String>)>,
 }
 
 #[derive(Debug)]
@@ -112,7 +133,15 @@ enum State {
 
 impl Constrained {
     pub(super) fn new(factory: Arc<dyn ConstraintFactory>) -> Self {
-        Self { state: State::Due(factory), allowed: TokenSet::default(), known: false, over: false }
+        Self {
+            state: State::Due(factory),
+            allowed: TokenSet::default(),
+            known: false,
+            over: false,
+            forced: VecDeque::new(),
+            ended: None,
+            beyond: None,
+        }
     }
 
     /// Whether it has a state of its own.
@@ -152,26 +181,76 @@ impl Constrained {
             self.state = State::Begun(guarded(|| Ok(factory.begin()))?);
         }
         let State::Begun(constraint) = &mut self.state else { return Err("it has not begun".into()) };
-        let allowed = &mut self.allowed;
-        let ending = guarded(|| constraint.allowed(allowed))?;
-        if ending == Ending::May {
-            stop_tokens.iter().for_each(|id| self.allowed.insert(*id));
+        if let Some(token) = self.forced.front() {
+            self.allowed.insert(*token);
+            self.known = true;
+            return Ok(true);
         }
-        self.known = true;
-        match ending {
-            Ending::Must => Ok(false),
-            // it may end and cannot say so with a token
-            Ending::May if self.allowed.is_empty() => Ok(false),
-            Ending::No if self.allowed.is_empty() => Err("no token may come next".into()),
-            Ending::No | Ending::May => Ok(true),
+        let looked = match self.beyond.take() {
+            Some((allowed, looked)) => {
+                self.allowed = allowed;
+                looked
+            }
+            None => ask(constraint.as_mut(), &mut self.allowed, stop_tokens),
+        };
+        self.known = looked.is_ok();
+        if looked == Ok(true) {
+            self.look_beyond(stop_tokens);
         }
+        looked
+    }
+
+    /// Goes on behind what may come next, as long as that is one token alone. Tokens that end the output are not gone behind.
+    fn look_beyond(&mut self, stop_tokens: &[u32]) {
+        let State::Begun(constraint) = &mut self.state else { return };
+        let mut only = self.allowed.only();
+        while let Some(token) = only.filter(|token| !stop_tokens.contains(token) && self.forced.len() < FORCED) {
+            self.forced.push_back(token);
+            self.beyond = None;
+            match guarded(|| constraint.accept(token)) {
+                Ok(false) => {}
+                ended => {
+                    self.ended = Some(ended);
+                    return;
+                }
+            }
+            let mut allowed = TokenSet::default();
+            let looked = ask(constraint.as_mut(), &mut allowed, stop_tokens);
+            only = allowed.only().filter(|_| looked == Ok(true));
+            self.beyond = Some((allowed, looked));
+        }
+    }
+
+    /// Tokens that have to come next, as far as that is known: since the last [`Self::look`], the first is the only one allowed.
+    pub(super) fn forced(&self) -> impl Iterator<Item = u32> + '_ {
+        self.forced.iter().copied()
     }
 
     /// Goes on behind a token; whether the output ends with it.
     pub(super) fn accept(&mut self, token: u32) -> Result<bool, String> {
         self.known = false;
         let State::Begun(constraint) = &mut self.state else { return Err("it has not begun".into()) };
-        guarded(|| constraint.accept(token))
+        match self.forced.pop_front() {
+            None => guarded(|| constraint.accept(token)),
+            Some(forced) if forced != token => Err(format!("token {token} came where only {forced} may come")),
+            Some(_) if self.forced.is_empty() => self.ended.take().unwrap_or(Ok(false)),
+            Some(_) => Ok(false),
+        }
+    }
+}
+
+/// Puts what may come next into `allowed`, which is empty; `false`: the output ends here.
+fn ask(constraint: &mut dyn Constraint, allowed: &mut TokenSet, stop_tokens: &[u32]) -> Result<bool, String> {
+    let ending = guarded(|| constraint.allowed(allowed))?;
+    if ending == Ending::May {
+        stop_tokens.iter().for_each(|id| allowed.insert(*id));
+    }
+    match ending {
+        Ending::Must => Ok(false),
+        // it may end and cannot say so with a token
+        Ending::May if allowed.is_empty() => Ok(false),
+        Ending::No if allowed.is_empty() => Err("no token may come next".into()),
+        Ending::No | Ending::May => Ok(true),
     }
 }
 
@@ -223,11 +302,17 @@ mod tests {
         let all: Vec<u32> = (0..2000).filter(|id| set.contains(*id)).collect();
         assert_eq!(all, [0, 31, 32, 1000]);
         assert_eq!(set.iter().collect::<Vec<_>>(), all);
+        assert_eq!(set.only(), None);
+        set.assign([0, 0, 0b100, 0]);
+        assert_eq!(set.only(), Some(66));
+        set.assign([0, 1, 1]);
+        assert_eq!(set.only(), None);
         set.assign([0b101, 0]);
+        assert_eq!(set.only(), None);
         let all: Vec<u32> = (0..2000).filter(|id| set.contains(*id)).collect();
         assert_eq!(all, [0, 2]);
         set.assign([0, 0]);
-        assert!(set.is_empty());
+        assert!(set.is_empty() && set.only().is_none());
     }
 
     #[test]
@@ -256,6 +341,127 @@ mod tests {
         assert!(!constrained.is_due());
         assert_eq!(constrained.accept(5), Ok(true));
         assert!(constrained.is_due());
+        assert!(constrained.accept(6).is_err());
+    }
+
+    /// Says what may come after so many tokens, and what became of each; counts how often it is asked.
+    #[derive(Debug, Clone)]
+    struct Line {
+        sets: Vec<(Ending, Vec<u32>)>,
+        accepts: fn(usize) -> Result<bool, String>,
+        at: usize,
+        asked: Arc<std::sync::atomic::AtomicUsize>,
+    }
+
+    impl Line {
+        fn new(sets: &[(Ending, &[u32])], accepts: fn(usize) -> Result<bool, String>) -> Self {
+            let sets = sets.iter().map(|(ending, ids)| (*ending, ids.to_vec())).collect();
+            Self { sets, accepts, at: 0, asked: Arc::default() }
+        }
+
+        fn asked(&self) -> usize {
+            self.asked.load(std::sync::atomic::Ordering::Relaxed)
+        }
+    }
+
+    impl Constraint for Line {
+        fn allowed(&mut self, allowed: &mut TokenSet) -> Result<Ending, String> {
+            self.asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let (ending, ids) = self.sets.get(self.at).cloned().ok_or("it is over")?;
+            ids.into_iter().for_each(|id| allowed.insert(id));
+            Ok(ending)
+        }
+
+        fn accept(&mut self, token: u32) -> Result<bool, String> {
+            assert!(self.sets[self.at].1.contains(&token), "a broken promise");
+            self.at += 1;
+            (self.accepts)(self.at)
+        }
+
+        fn bytes(&self) -> u64 {
+            1
+        }
+    }
+
+    impl ConstraintFactory for Line {
+        fn bytes(&self) -> u64 {
+            1
+        }
+
+        fn begin(&self) -> Box<dyn Constraint> {
+            Box::new(self.clone())
+        }
+    }
+
+    /// What is allowed and what is forced before each token, and what came of the last token or look.
+    fn told(line: &Line, stops: &[u32], tokens: &[u32]) -> (Vec<(Vec<u32>, Vec<u32>)>, Result<bool, String>) {
+        let mut constrained = Constrained::new(Arc::new(line.clone()));
+        let mut seen = vec![];
+        for token in tokens {
+            match constrained.look(stops) {
+                Ok(true) => {}
+                other => return (seen, other),
+            }
+            let allowed = constrained.allowed().map(|all| all.iter().collect()).unwrap_or_default();
+            seen.push((allowed, constrained.forced().collect()));
+            match constrained.accept(*token) {
+                Ok(false) => assert!(constrained.is_due()),
+                other => return (seen, other),
+            }
+        }
+        let last = constrained.look(stops);
+        (seen, last)
+    }
+
+    const NO: Ending = Ending::No;
+
+    #[test]
+    fn tokens_without_a_choice_are_known_ahead_and_told_one_by_one() {
+        let line = Line::new(&[(NO, &[5]), (NO, &[6]), (NO, &[7, 8]), (NO, &[9]), (NO, &[1, 2])], |_| Ok(false));
+        let (seen, last) = told(&line, &[], &[5, 6, 8, 9]);
+        let expected: [(&[u32], &[u32]); 4] = [(&[5], &[5, 6]), (&[6], &[6]), (&[7, 8], &[]), (&[9], &[9])];
+        assert_eq!(seen, expected.map(|(allowed, forced)| (allowed.to_vec(), forced.to_vec())));
+        assert_eq!((last, line.asked()), (Ok(true), 5), "it is asked once for each token");
+        // many: some at a time
+        let long = vec![(NO, &[3][..]); 100];
+        let line = Line::new(&long, |_| Ok(false));
+        let (seen, last) = told(&line, &[], &[3; 100]);
+        assert_eq!(seen.len(), 100);
+        assert!(seen.iter().all(|(allowed, forced)| *allowed == [3] && (1..=FORCED).contains(&forced.len())));
+        assert_eq!((last, line.asked()), (Err("it is over".into()), 101));
+    }
+
+    #[test]
+    fn ends_and_errors_come_where_they_would_have_come() {
+        let all: [(Ending, &[u32]); 3] = [(NO, &[5]), (NO, &[6]), (NO, &[7])];
+        let ended =
+            |accepts: fn(usize) -> Result<bool, String>, sets: &[(Ending, &[u32])], stops: &[u32], tokens: &[u32]| {
+                let (seen, last) = told(&Line::new(sets, accepts), stops, tokens);
+                (seen.len(), last)
+            };
+        assert_eq!(ended(|at| Ok(at == 2), &all, &[], &[5, 6, 7]), (2, Ok(true)), "the second token ends it");
+        let broken = |at: usize| if at == 3 { Err("no".to_owned()) } else { Ok(false) };
+        assert_eq!(ended(broken, &all, &[], &[5, 6, 7]), (3, Err("no".into())));
+        let panics = |at: usize| if at == 2 { panic!("it breaks") } else { Ok(false) };
+        assert_eq!(ended(panics, &all, &[], &[5, 6, 7]), (2, Err("it broke".into())));
+        let must: [(Ending, &[u32]); 2] = [(NO, &[5]), (Ending::Must, &[])];
+        assert_eq!(ended(|_| Ok(false), &must, &[], &[5, 6]), (1, Ok(false)));
+        // where it may end, a stop token is a choice; alone it is none, and nothing comes behind it
+        let may: [(Ending, &[u32]); 2] = [(NO, &[5]), (Ending::May, &[6])];
+        let (seen, _) = told(&Line::new(&may, |_| Ok(false)), &[1], &[5, 6]);
+        assert_eq!(seen, [(vec![5], vec![5]), (vec![1, 6], vec![])]);
+        let only: [(Ending, &[u32]); 2] = [(NO, &[5]), (Ending::May, &[])];
+        let (seen, _) = told(&Line::new(&only, |_| Ok(false)), &[1], &[5]);
+        assert_eq!(seen, [(vec![5], vec![5])]);
+        // a stop token that a constraint takes for text
+        let (seen, _) = told(&Line::new(&all, |_| Ok(false)), &[6], &[5]);
+        assert_eq!(seen, [(vec![5], vec![5])]);
+    }
+
+    #[test]
+    fn another_token_than_the_only_one_is_an_error() {
+        let mut constrained = Constrained::new(Arc::new(Line::new(&[(NO, &[5]), (NO, &[6, 7])], |_| Ok(false))));
+        assert_eq!(constrained.look(&[]), Ok(true));
         assert!(constrained.accept(6).is_err());
     }
 }

@@ -1,12 +1,21 @@
 //! Drafts: what a sequence is guessed to say next. Whoever guesses, it only costs time: the tokens are those of the sequence's own
 //! sampler, and a draft is taken where it is the token that was chosen.
+//!
+//! A sequence guesses in every step, which costs microseconds, and compares its first guess with the token that came, also where it
+//! was not computed. So it knows how likely its guesses are right, at the cost of no row, and the scheduler has none computed that
+//! are not worth it: where a text is new, drafts stop, and where it begins to repeat itself they come back and get longer.
 
+use super::scheduler::Chance;
 use crate::admission::params::NgramSpeculation;
 
 /// Last tokens of a text that are searched: a guess costs some microseconds at most, however long the text is.
 const WINDOW: usize = 8192;
 /// Most bytes of logits that the drafts of a step have.
 const LOGIT_BYTES: usize = 64 << 20;
+
+/// What a step takes whatever its rows are, in rows of the time that one more takes: weights are read once for all of them. On CPUs
+/// it was some 4 (codes of 8 bits, small bases) to 16 (f32); a guess that is a little off costs little.
+pub(super) const FREE_ROWS: usize = 6;
 
 /// Most drafts of a step on a base of this vocabulary: each has a row of f32 logits.
 pub(super) fn most(vocab: usize) -> usize {
@@ -22,6 +31,8 @@ pub(super) struct Drafts {
     how: NgramSpeculation,
     /// Of the next step.
     tokens: Vec<u32>,
+    /// How likely the next one is right.
+    chance: Chance,
     /// Drafts that were computed.
     pub(super) drafted: u32,
     /// Those of them that were chosen, and gave a token more each.
@@ -30,7 +41,7 @@ pub(super) struct Drafts {
 
 impl Drafts {
     pub(super) fn new(how: NgramSpeculation) -> Self {
-        Self { how, tokens: vec![], drafted: 0, accepted: 0 }
+        Self { how, tokens: vec![], chance: Chance::EVEN, drafted: 0, accepted: 0 }
     }
 
     /// Guesses what follows these tokens.
@@ -39,9 +50,27 @@ impl Drafts {
         self.tokens.truncate(self.how.tokens as usize);
     }
 
-    /// It is known that the first of them is wrong.
+    /// There are none for the next step: it is known what comes, or that the first of them is wrong.
     pub(super) fn clear(&mut self) {
         self.tokens.clear();
+    }
+
+    /// Tokens were said where `drafted` of the guesses were computed: the first guess was right or wrong in any case, each other if
+    /// it was computed and those before it were right.
+    pub(super) fn learn(&mut self, drafted: usize, said: &[u32]) {
+        for (guess, said) in self.tokens.iter().zip(said).take(drafted.max(1)) {
+            let right = guess == said;
+            self.chance = self.chance.with(right);
+            if !right {
+                break;
+            }
+        }
+        self.tokens.clear();
+    }
+
+    /// How likely the first of them is right, and each further one if those before it are.
+    pub(super) fn chance(&self) -> Chance {
+        self.chance
     }
 
     /// The drafts of the next step.
@@ -129,6 +158,73 @@ mod tests {
         let source = |more: usize| [vec![1, 2, 3], vec![9; more]].concat();
         assert_eq!(lookup(&source(WINDOW - 3), &[1, 2], &how(2, 4, 2)), [3, 9]);
         assert_eq!(lookup(&source(WINDOW - 2), &[1, 2], &how(2, 4, 2)), [0; 0]);
+    }
+
+    #[test]
+    fn what_came_of_guesses_is_learned_whether_they_were_computed_or_not() {
+        let guess: Guess = |_, _, _| vec![1, 2, 3];
+        let after = |drafted: usize, said: &[u32]| {
+            let mut drafts = Drafts::new(how(4, 4, 1));
+            drafts.guess(guess, &[], &[]);
+            drafts.learn(drafted, said);
+            assert_eq!(drafts.tokens(), [0; 0], "a guess is judged once");
+            let chance = drafts.chance();
+            drafts.learn(3, &[9, 9]);
+            assert_eq!(drafts.chance(), chance);
+            chance
+        };
+        let seen = |outcomes: &[bool]| outcomes.iter().fold(Chance::EVEN, |chance, right| chance.with(*right));
+        assert_eq!(after(0, &[1]), seen(&[true]), "not computed, and right");
+        assert_eq!(after(0, &[4]), seen(&[false]));
+        assert_eq!(after(3, &[1, 2, 3, 7]), seen(&[true; 3]));
+        assert_eq!(after(2, &[1, 2, 3]), seen(&[true; 2]), "the third was not computed");
+        assert_eq!(after(3, &[1, 5]), seen(&[true, false]));
+        assert_eq!(after(3, &[1]), seen(&[true]), "the output ended there");
+        assert_eq!(after(3, &[]), Chance::EVEN);
+    }
+
+    /// Of a text that is new a sequence computes few drafts, however long it is, and of one that repeats itself all but the first few.
+    #[test]
+    fn guesses_that_are_wrong_stop_being_computed_and_come_back_when_they_are_right() {
+        // alone in its steps: how many drafts are computed, and how many of them are right
+        let run = |drafts: &mut Drafts, text: &mut dyn FnMut(usize) -> u32, tokens: usize| {
+            let (mut said, mut drafted, mut right) = (vec![], 0, 0);
+            while said.len() < tokens {
+                drafts.guess(lookup, &[], &said);
+                let mut odds = drafts.chance();
+                let mut count = 0;
+                while count < drafts.tokens().len() && odds.pays(1 + count, FREE_ROWS) {
+                    (count, odds) = (count + 1, odds.and(drafts.chance()));
+                }
+                let guesses = drafts.tokens()[..count].to_vec();
+                let from = said.len();
+                said.push(text(from));
+                for guess in guesses {
+                    if said.last() != Some(&guess) {
+                        break;
+                    }
+                    right += 1;
+                    said.push(text(said.len()));
+                }
+                drafted += count;
+                drafts.learn(count, &said[from..]);
+            }
+            (drafted, right)
+        };
+        // 16 tokens in no order (xorshift, Marsaglia 2003): each was there before, and guesses say little
+        let mut state = 2_463_534_242u32;
+        let mut new = |_| {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            state % 16
+        };
+        let mut repeats = |at: usize| at as u32 % 7;
+        let mut drafts = Drafts::new(how(8, 4, 1));
+        let (drafted, _) = run(&mut drafts, &mut new, 400);
+        assert!(drafted < 80, "{drafted} for 400 tokens");
+        let (drafted, right) = run(&mut drafts, &mut repeats, 400);
+        assert!(right > 300 && right * 10 > drafted * 9, "{right} of {drafted} for 400 tokens");
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub(super) struct Metrics {
     pub(super) drafts_accepted: Counter,
     /// Those that were not.
     pub(super) drafts_rejected: Counter,
+    /// Tokens that came ahead of their step because nothing else could come.
+    pub(super) drafts_forced: Counter,
     /// Arrival to first step.
     pub(super) queue_wait: Histogram,
     queue_depth: Gauge,
@@ -68,6 +70,7 @@ impl Metrics {
             completion_tokens: counter!("deltaserve_tokens_total", "kind" => "completion"),
             drafts_accepted: counter!("deltaserve_draft_tokens_total", "outcome" => "accepted"),
             drafts_rejected: counter!("deltaserve_draft_tokens_total", "outcome" => "rejected"),
+            drafts_forced: counter!("deltaserve_draft_tokens_total", "outcome" => "forced"),
             queue_wait: histogram!("deltaserve_queue_wait_seconds"),
             waiting_tenants: gauge!("deltaserve_waiting_tenants"),
             queue_depth: gauge!("deltaserve_queue_depth", "queue" => "engine"),

@@ -148,9 +148,12 @@ enum Command {
     /// Breaks something.
     #[cfg(test)]
     Meddle(fn(&mut Scheduler, &mut Stepper)),
-    /// Guesses tokens from now on.
+    /// Guesses tokens from now on; what is guessed is computed however unlikely it is to be right.
     #[cfg(test)]
     Guess(drafts::Guess),
+    /// Guesses tokens from now on, as likely as they turn out to be.
+    #[cfg(test)]
+    GuessAsEver(drafts::Guess),
 }
 
 /// What handles and thread both see.
@@ -230,6 +233,7 @@ pub fn spawn(
         pages: arch.is_causal().then_some(pages),
         constraint_bytes: config.constraint_bytes,
         max_drafts: drafts::most(arch.vocab),
+        free_rows: drafts::FREE_ROWS,
     };
     let queue = config.queue.max(1);
     let sequences = config.max_sequences.min(config.max_batch_tokens).max(1);

@@ -14,10 +14,11 @@
 //! loses its pages it starts over with one. What a source gives is read by all of them.
 //!
 //! A sequence may have drafts (`drafts`): guesses of its next tokens, whose rows go into the step behind that of its last known
-//! position, where rows and free pages are left when all others have theirs.
+//! position, where rows and free pages are left when all others have theirs, and where they are likely enough to be right.
 //!
 //! Pages may be shared (`pages`): a sequence begins behind the whole pages that are there of its tokens already, and only
-//! counts as many pages as it takes from the pool. What is cached makes room before anybody waits or loses pages.
+//! counts as many pages as it takes from the pool. What is cached makes room before anybody waits or loses pages. One of whose
+//! tokens another is filling pages right now waits for these (`followers`).
 //!
 //! Where outputs are constrained, their states take memory from when they begin, in all at most `constraint_bytes` (`constraints`).
 //!
@@ -34,13 +35,14 @@ use crate::{
 mod constraints;
 mod drafts;
 mod fair;
+mod followers;
 mod newcomers;
 mod pages;
 mod parts;
 
 use fair::{Accounts, OUTPUT, Payer};
 
-pub(super) use parts::{Claim, Demand, Names, NeverFits, Share, StepPlan};
+pub(super) use parts::{Chance, Claim, Demand, Names, NeverFits, Share, StepPlan};
 
 /// The engine's own number of a sequence; never used twice. Smaller numbers arrived earlier.
 pub(super) type SeqId = u64;
@@ -62,6 +64,8 @@ pub(super) struct Limits {
     pub(super) constraint_bytes: u64,
     /// Most drafts of a step: each has a row of logits.
     pub(super) max_drafts: usize,
+    /// What a step costs whatever is in it, in rows: a draft has to be the likelier the more rows there are beside these.
+    pub(super) free_rows: usize,
 }
 
 impl Limits {
@@ -82,6 +86,10 @@ struct Entry {
     until: Option<u64>,
     /// Guesses of what follows its last known position; with its next share, as many of them as there is room for.
     drafts: usize,
+    /// How likely each of them is right if those before it are.
+    chance: Chance,
+    /// By which step it begins on its own, once it waited for pages that another is about to fill.
+    follows: Option<u64>,
     /// Whether its last known position gives a token.
     generates: bool,
     /// Known positions when its last charged token was generated.
@@ -165,6 +173,7 @@ impl Scheduler {
             pages: limits.pages,
             constraint_bytes: limits.constraint_bytes,
             max_drafts: limits.max_drafts,
+            free_rows: limits.free_rows,
         };
         let pool = PagePool::new(limits.pages.unwrap_or(0));
         Self {
@@ -213,6 +222,8 @@ impl Scheduler {
             ticket: None,
             until: None,
             drafts: 0,
+            chance: Chance::EVEN,
+            follows: None,
             generates,
             paid: 0,
             total,

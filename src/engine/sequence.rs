@@ -1,17 +1,18 @@
 //! A sequence: one request on its way through the engine. It knows its tokens and what was gathered so far; pages and
-//! turns are the scheduler's.
+//! turns are the scheduler's. How tokens come, one or several in a step, is in `tokens`.
+
+mod tokens;
 
 use std::time::Instant;
 
 use super::{
     branches::{Branches, Move},
     constraint::{Constrained, TokenSet},
-    drafts::{Drafts, Guess},
-    guard::caught,
-    request::{Began, EngineError, Event, Finished, Generate, Output, Request, TokenOut, Work},
+    drafts::Drafts,
+    request::{EngineError, Event, Finished, Generate, HeldDelta, Output, Request, Work},
     sampler::History,
     scheduler::{Claim, Demand, Names},
-    step::{Chosen, Got, choose},
+    step::Got,
 };
 use crate::{
     admission::params::{FinishReason, Pooling, Timings, Usage},
@@ -70,6 +71,8 @@ pub(super) struct Tick {
 pub(super) struct Sequence {
     pub(super) request: Request,
     prompt: usize,
+    /// The first of its tokens that its delta acts on; `None`: it acts on none.
+    acts_from: Option<usize>,
     /// Names its pages; `None`: they are its own alone.
     keys: Option<PageKeys>,
     /// Whether rows are shared, and not only what its delta puts ahead of them.
@@ -87,16 +90,23 @@ pub(super) struct Sequence {
     search: Option<Branches>,
     constraint: Option<Constrained>,
     drafts: Option<Drafts>,
+    /// Tokens that have to follow its own: drafts of the next step ahead of any guess.
+    forced: Vec<u32>,
 }
 
 impl Sequence {
     /// `shares`: whether this engine shares rows of prompts at all.
     pub(super) fn new(mut request: Request, sites: &SiteTable, shares: bool) -> Self {
         let prompt = request.tokens.len();
+        let acts_from = request.delta.as_ref().map_or(Some(0), |held| held.delta().acts_from(&request.tokens));
         let keys = request.tenant.as_ref().map(|tenant| {
             // a delta that acts behind all keys shares those of the bare base
             let delta = request.delta.as_ref().filter(|held| !held.delta().keeps_keys(sites));
-            PageKeys::new(tenant, delta.map(super::HeldDelta::id), request.ahead())
+            match (delta.filter(|held| held.delta().invocation().is_some()), acts_from) {
+                (None, _) => PageKeys::new(tenant, delta.map(HeldDelta::id), request.ahead()),
+                (Some(held), Some(from)) => PageKeys::acting_from(tenant, from, held.id()),
+                (Some(_), None) => PageKeys::new(tenant, None, request.ahead()),
+            }
         });
         // who wants numbers of all rows has to compute them; what a decoder has read with an encoder is not in its tokens
         let plain = request.source.is_empty() && request.token_types.is_none();
@@ -115,6 +125,7 @@ impl Sequence {
         Self {
             request,
             prompt,
+            acts_from,
             keys,
             shares,
             begun,
@@ -127,6 +138,7 @@ impl Sequence {
             search,
             constraint,
             drafts,
+            forced: vec![],
         }
     }
 
@@ -181,8 +193,19 @@ impl Sequence {
         }
     }
 
+    /// Its delta, if that acts on any of its tokens.
+    pub(super) fn delta(&self) -> Option<&HeldDelta> {
+        self.request.delta.as_ref().filter(|_| self.acts_from.is_some())
+    }
+
     pub(super) fn delta_id(&self) -> Option<DeltaId> {
-        self.request.delta.as_ref().map(super::HeldDelta::id)
+        self.delta().map(HeldDelta::id)
+    }
+
+    /// How many of `len` rows behind `context` ones, from the first, its delta leaves as they are. One that has to be called puts
+    /// nothing ahead of the tokens, so that these are the rows.
+    pub(super) fn spared(&self, context: usize, len: usize) -> usize {
+        self.acts_from.map_or(len, |from| from.saturating_sub(context).min(len))
     }
 
     /// Prompt and output so far of a branch; 0 of a sequence without others.
@@ -198,28 +221,6 @@ impl Sequence {
     pub(super) fn split<'a>(&self, tokens: &'a [u32]) -> History<'a> {
         let (prompt, output) = tokens.split_at(self.prompt.min(tokens.len()));
         History { prompt, output }
-    }
-
-    /// Guesses of what follows its tokens.
-    pub(super) fn drafts(&self) -> &[u32] {
-        self.drafts.as_ref().map(Drafts::tokens).unwrap_or_default()
-    }
-
-    /// Whether its tokens are guessed at all.
-    pub(super) fn speculates(&self) -> bool {
-        self.drafts.is_some()
-    }
-
-    /// Guesses what follows its tokens; how many guesses there are. Nothing is guessed that is known not to be allowed.
-    pub(super) fn draft(&mut self, guess: Guess) -> usize {
-        let Some(drafts) = &mut self.drafts else { return 0 };
-        drafts.guess(guess, &self.request.source, &self.request.tokens);
-        let first = drafts.tokens().first();
-        let allows = |c: &Constrained| c.allowed().is_some_and(|all| first.is_some_and(|first| all.contains(*first)));
-        if !self.constraint.as_ref().is_none_or(allows) {
-            drafts.clear();
-        }
-        drafts.tokens().len()
     }
 
     /// How many continuations a search wants to know of each branch; `None` of a sequence that takes one token.
@@ -372,80 +373,6 @@ impl Sequence {
         Ok((Fate::Ends, Some(tick)))
     }
 
-    /// Takes the token that was due and those that follow it. A panic among them is a failure, and tokens told before one count.
-    fn take_tokens(&mut self, chosen: Chosen, now: Instant) -> (Fate, Option<Tick>) {
-        let tick = self.tick(now);
-        let before = self.request.tokens.len();
-        let appended = caught(|| self.append_all(chosen)).map_err(EngineError::Internal);
-        let fate = match appended.flatten() {
-            Ok(true) => Fate::GoesOn { grew: true },
-            Ok(false) => Fate::Ends,
-            Err(error) => Fate::Fails(error),
-        };
-        let tokens = self.request.tokens.len() - before;
-        (fate, (tokens > 0).then_some(Tick { tokens, ..tick }))
-    }
-
-    /// Takes them one by one; whether more may follow.
-    fn append_all(&mut self, chosen: Chosen) -> Result<bool, EngineError> {
-        let Chosen { drafted, tokens, rest, non_finite } = chosen;
-        self.drafts.iter_mut().for_each(|drafts| drafts.drafted += drafted as u32);
-        for (i, token) in tokens.into_iter().enumerate() {
-            self.drafts.iter_mut().for_each(|drafts| drafts.accepted += u32::from(i > 0));
-            if !self.append(token)? {
-                return Ok(false);
-            }
-        }
-        if non_finite {
-            return Err(EngineError::NonFinite);
-        }
-        let Some(rest) = rest else { return Ok(true) };
-        rest.read(|rows| self.append_allowed(rows)).map_err(EngineError::Internal)?
-    }
-
-    /// Takes what a constraint allows of drafts' rows, as long as drafts are right: it is known only when it was told of the token
-    /// before.
-    fn append_allowed<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) -> Result<bool, EngineError> {
-        for (i, logits) in rows.enumerate() {
-            if self.request.tokens.last() != self.drafts().get(i) {
-                break;
-            }
-            if !self.look()? {
-                self.finish(FinishReason::StopToken);
-                return Ok(false);
-            }
-            let token = choose(logits, self, self.history(0)).ok_or(EngineError::NonFinite)?;
-            self.drafts.iter_mut().for_each(|drafts| drafts.accepted += 1);
-            if !self.append(token)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Takes the next token; whether more may follow.
-    fn append(&mut self, token: TokenOut) -> Result<bool, EngineError> {
-        let Work::Generate(Generate { max_new_tokens, stop_tokens, .. }) = &self.request.work else {
-            return Err(EngineError::Internal("a token for work that generates none".into()));
-        };
-        let stops = stop_tokens.contains(&token.id);
-        let complete = match &mut self.constraint {
-            Some(constraint) if !stops => constraint.accept(token.id).map_err(EngineError::Constraint)?,
-            _ => false,
-        };
-        self.request.tokens.push(token.id);
-        let full = self.request.tokens.len() - self.prompt >= *max_new_tokens;
-        // fails only if the receiver is gone: the channel holds all events of the request
-        let (drafted, accepted) = self.drafted();
-        let began = Began { queue: self.timings().queue, cached: self.cached, drafted, accepted };
-        let mut heard = stops || self.request.events.try_send(Event::Token(token, began)).is_ok();
-        if stops || complete || full {
-            let reason = if stops || complete { FinishReason::StopToken } else { FinishReason::Length };
-            heard = heard && self.finish(reason);
-        }
-        Ok(heard && !stops && !complete && !full)
-    }
-
     fn output(&mut self) -> Output {
         let mut numbers = std::mem::take(&mut self.numbers);
         match self.request.work {
@@ -471,11 +398,6 @@ impl Sequence {
         let (prompt_tokens, completion_tokens) = (self.prompt_tokens() as u32, completion as u32);
         let (drafted_tokens, accepted_tokens) = self.drafted();
         Usage { prompt_tokens, completion_tokens, cached_tokens: self.cached, drafted_tokens, accepted_tokens }
-    }
-
-    /// Drafts that were computed, and those of them that were chosen.
-    fn drafted(&self) -> (u32, u32) {
-        self.drafts.as_ref().map_or((0, 0), |drafts| (drafts.drafted, drafts.accepted))
     }
 
     fn timings(&self) -> Timings {

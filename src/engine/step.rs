@@ -89,8 +89,9 @@ impl Logits {
     }
 }
 
-/// Which delta each span has, and its length: what a compiled batch depends on.
-type Shape = Vec<(Option<DeltaId>, usize)>;
+/// Which delta each span has, its length, and how many of its first rows the delta leaves as they are: what a compiled batch
+/// depends on.
+type Shape = Vec<(Option<DeltaId>, usize, usize)>;
 
 /// Runs steps on a base.
 pub(super) struct Stepper {
@@ -136,7 +137,8 @@ impl Stepper {
             }
         }
         let base = Arc::clone(&self.base);
-        let shape = tasks.iter().map(|t| (t.sequence.delta_id(), t.share.len)).collect();
+        let spared = |t: &Task<'_>| t.sequence.spared(t.share.context, t.share.len);
+        let shape = tasks.iter().map(|t| (t.sequence.delta_id(), t.share.len, spared(t))).collect();
         self.compile(shape, tasks, &rows);
         let none = DeltaBatch::none();
         let deltas = self.compiled.as_ref().map_or(&none, |(_, batch)| batch);
@@ -166,12 +168,14 @@ impl Stepper {
         if self.compiled.as_ref().is_some_and(|(last, _)| *last == shape) {
             return;
         }
-        if shape.iter().all(|(delta, _)| delta.is_none()) {
+        if shape.iter().all(|(delta, len, spared)| delta.is_none() || spared == len) {
             self.compiled = None;
             return;
         }
         let per_span = deltas_of(tasks.iter());
-        self.compiled = Some((shape, DeltaBatch::new(rows, &per_span, self.base.sites.len())));
+        let spared: Vec<usize> = shape.iter().map(|(_, _, spared)| *spared).collect();
+        let batch = DeltaBatch::sparing(rows, &per_span, &spared, self.base.sites.len());
+        self.compiled = Some((shape, batch));
     }
 }
 
@@ -181,7 +185,7 @@ pub(super) fn deltas_of<'a>(tasks: impl Iterator<Item = &'a Task<'a>>) -> Vec<Op
     let mut by_id: Vec<(DeltaId, &Arc<Delta>)> = Vec::new();
     tasks
         .map(|task| {
-            let held = task.sequence.request.delta.as_ref()?;
+            let held = task.sequence.delta()?;
             let known = by_id.iter().find(|(id, _)| *id == held.id()).map(|(_, delta)| *delta);
             let delta = known.unwrap_or_else(|| {
                 by_id.push((held.id(), held.delta()));

@@ -119,7 +119,12 @@ impl Worker {
             #[cfg(test)]
             Command::Meddle(meddle) => meddle(&mut self.scheduler, &mut self.stepper),
             #[cfg(test)]
-            Command::Guess(guess) => self.guess = guess,
+            Command::Guess(guess) => {
+                self.guess = guess;
+                self.scheduler.trust_drafts();
+            }
+            #[cfg(test)]
+            Command::GuessAsEver(guess) => self.guess = guess,
         }
     }
 
@@ -291,14 +296,18 @@ impl Worker {
                 self.conclude(share.id, look);
                 continue;
             }
-            let taken = ahead.remove(&share.id);
+            let (forced, taken) = (sequence.is_forced(), ahead.remove(&share.id));
             match taken.unwrap_or_else(|| sequence.take(got, share.completes, now)) {
                 Ok((fate, tick)) => {
                     let tokens = tick.map_or(0, |tick| tick.tokens);
                     let whole = share;
                     let share = &self.scheduler.keep(whole, tokens);
-                    self.metrics.drafts_accepted.increment(share.drafts as u64);
-                    self.metrics.drafts_rejected.increment((whole.drafts - share.drafts) as u64);
+                    if forced {
+                        self.metrics.drafts_forced.increment(share.drafts as u64);
+                    } else {
+                        self.metrics.drafts_accepted.increment(share.drafts as u64);
+                        self.metrics.drafts_rejected.increment((whole.drafts - share.drafts) as u64);
+                    }
                     // what a failure left in its pages nobody else is to find
                     if !matches!(fate, Fate::Fails(_)) {
                         self.publish(share);
@@ -394,15 +403,17 @@ impl Worker {
         }
     }
 
-    /// Guesses what the sequences that speculate say next, where they go on; side by side.
+    /// Finds out or guesses what sequences say next, where they go on; side by side.
     fn draft(&mut self, shares: &[Share]) {
         let go_on: HashSet<SeqId> = shares.iter().filter(|share| share.completes).map(|share| share.id).collect();
         let speculate = self.sequences.iter_mut().filter(|(id, s)| go_on.contains(id) && s.speculates());
-        let mut drafts: Vec<_> = speculate.map(|(id, sequence)| (*id, sequence, 0)).collect();
+        let mut drafts: Vec<_> = speculate.map(|(id, sequence)| (*id, sequence, None)).collect();
         let guess = self.guess;
-        each(drafts.iter_mut().collect(), |(_, sequence, drafts)| *drafts = sequence.draft(guess));
-        for (id, _, drafts) in drafts.into_iter().filter(|(_, _, drafts)| *drafts > 0) {
-            self.scheduler.propose(id, drafts);
+        each(drafts.iter_mut().collect(), |(_, sequence, drafts)| *drafts = Some(sequence.draft(guess)));
+        for (id, _, found) in drafts {
+            if let Some((drafts, chance)) = found.filter(|(drafts, _)| *drafts > 0) {
+                self.scheduler.propose(id, drafts, chance);
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::InteropError;
 use crate::{
-    delta::{Delta, Head, Patch, SiteId, Task},
+    delta::{Delta, Head, Patch, Site, SiteId, Task},
     model::Base,
 };
 
@@ -55,6 +55,36 @@ pub(super) fn order(delta: &Delta, base: &Base) -> Result<(), InteropError> {
         }
     }
     Ok(())
+}
+
+/// A delta that has to be called by tokens of the prompt is one whose rows can be told apart: low-rank updates of linears, without
+/// anything that PEFT applies to all tokens, on a base that reads from left to right.
+///
+/// # Errors
+/// What else it has.
+pub(super) fn activated(file: &str, delta: &Delta, base: &Base) -> Result<(), InteropError> {
+    if delta.invocation().is_none() {
+        return Ok(());
+    }
+    let refused = |what: String| {
+        let message =
+            format!("alora_invocation_tokens is set, and {what}; accepted are plain low-rank pairs of linears");
+        Err(InteropError::invalid(file, message))
+    };
+    if !base.arch.is_causal() || base.arch.is_encoder_decoder() || delta.spec.task != Task::CausalLm {
+        return refused(format!("it is for {} on {}, not for CAUSAL_LM", delta.spec.task.as_str(), base.arch.kind()));
+    }
+    if delta.head().is_some() {
+        return refused("a head is there".into());
+    }
+    let plain = |site: SiteId, patch: &Patch| {
+        let linear = base.sites.get(site).is_some_and(|e| matches!(e.site, Site::Linear { .. } | Site::LmHead));
+        linear && matches!(patch, Patch::LowRank(_))
+    };
+    match delta.patches().iter().find(|(site, patch)| !plain(*site, patch)) {
+        Some((site, patch)) => refused(format!("{} has a {}", module(*site, base), patch.kind())),
+        None => Ok(()),
+    }
 }
 
 /// A head from a weights file has all the layers that the family classifies texts with. Where the outer layer's name stands

@@ -1,5 +1,7 @@
 //! `adapter_config.json`: what it says, and what it may not say. The schema is closed: an option that is set is known, or refused.
 
+use std::sync::Arc;
+
 use regex::Regex;
 use serde_json::Value;
 
@@ -8,7 +10,6 @@ use crate::{delta::Task, model::Base};
 
 /// Options that change the function computed and that this server does not apply: anything but off is an error.
 const UNSUPPORTED: &[&str] = &[
-    "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",
@@ -21,6 +22,7 @@ const UNSUPPORTED: &[&str] = &[
 ];
 /// Options that are read, or that matter to training only.
 const KNOWN: &[&str] = &[
+    "alora_invocation_tokens",
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -164,6 +166,28 @@ pub(super) fn task(file: &str, config: &Value, base: &Base) -> Result<Option<Tas
     }
     Ok(Some(task))
 }
+
+/// The tokens that call an activated LoRA (Greenewald et al. 2025), if it is one.
+///
+/// # Errors
+/// Anything but 1 to [`MAX_INVOCATION`] token ids of the base.
+pub(super) fn invocation(file: &str, config: &Value, base: &Base) -> Result<Option<Arc<[u32]>>, InteropError> {
+    const KEY: &str = "alora_invocation_tokens";
+    let Some(value) = config.get(KEY).filter(|value| !off(value)) else { return Ok(None) };
+    let vocab = base.arch.vocab;
+    let known = |id: &Value| id.as_u64().filter(|id| *id < vocab as u64).map(|id| id as u32);
+    let ids: Option<Arc<[u32]>> = value.as_array().and_then(|ids| ids.iter().map(known).collect());
+    match ids.filter(|ids| ids.len() <= MAX_INVOCATION) {
+        Some(ids) => Ok(Some(ids)),
+        None => Err(InteropError::invalid(
+            file,
+            format!("{KEY} is not a list of 1 to {MAX_INVOCATION} token ids below {vocab}, which this base has"),
+        )),
+    }
+}
+
+/// Most tokens that call an activated LoRA.
+const MAX_INVOCATION: usize = 1024;
 
 /// LoRA's numbers by module.
 pub(super) struct LoraConfig {

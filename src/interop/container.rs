@@ -122,6 +122,11 @@ pub(super) fn index(files: &DeltaFiles) -> Result<Vec<String>, InteropError> {
 /// Puts parts together, in order of application. Parts whose files say no task take that of the others.
 fn join(parts: Vec<Delta>, names: &[String], says_task: &[bool], base: &Base) -> Result<Delta, InteropError> {
     let bad = |m: String| InteropError::invalid(INDEX, m);
+    if let Some(i) = parts.iter().position(|part| part.invocation().is_some()) {
+        let message =
+            format!("part {} has alora_invocation_tokens; an activated LoRA goes without other parts", names[i]);
+        return Err(bad(message));
+    }
     let headed: Vec<usize> = (0..parts.len()).filter(|&i| parts[i].head().is_some()).collect();
     if let [first, second, ..] = headed[..] {
         return Err(bad(format!("parts {} and {} both bring a head; one may", names[first], names[second])));

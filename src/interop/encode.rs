@@ -113,7 +113,8 @@ impl Writer<'_> {
         let problem = self.delta.spec.problem;
         let special = (problem != Problem::SingleLabel && self.delta.head().is_some())
             .then(|| ("problem_type", json!(problem.as_str())));
-        all.into_iter().chain(special).map(|(k, v)| (k.to_owned(), v)).collect()
+        let called = self.delta.invocation().map(|tokens| ("alora_invocation_tokens", json!(&tokens[..])));
+        all.into_iter().chain(special).chain(called).map(|(k, v)| (k.to_owned(), v)).collect()
     }
 
     /// PEFT's folder of these.

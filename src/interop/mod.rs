@@ -29,6 +29,8 @@ pub use convert::convert;
 pub use encode::{EncodeMeta, encode, for_peft};
 pub use folder::read_folder;
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use crate::{
@@ -127,6 +129,8 @@ struct Parts {
     problem: Option<Problem>,
     /// Numbers of further files.
     more_elements: u64,
+    /// Tokens that call it.
+    invocation: Option<Arc<[u32]>>,
 }
 
 impl Parts {
@@ -180,8 +184,9 @@ fn single(files: &DeltaFiles, base: &Base) -> Result<Delta, InteropError> {
     let mut methods = parts.methods;
     methods.extend(parts.head.as_ref().map(|_| "head".to_owned()));
     let spec = DeltaSpec { methods, task, problem, labels, num_virtual_tokens: 0, parameters, resident_bytes: 0 };
-    let delta = Delta::new(spec, parts.patches, parts.head);
+    let delta = Delta::new(spec, parts.patches, parts.head).invoked_by(parts.invocation);
     check::applicable(&delta, base)?;
+    check::activated(config_name, &delta, base)?;
     Ok(delta)
 }
 
@@ -197,7 +202,12 @@ fn decode_parts(
     }
     let kind = config::kind(file, config)?;
     let task = config::task(file, config, base)?;
-    let parts = match kind.as_str() {
+    let invocation = config::invocation(file, config, base)?;
+    if invocation.is_some() && kind != "LORA" {
+        let message = format!("alora_invocation_tokens are for peft_type \"LORA\", not {kind:?}");
+        return Err(InteropError::invalid(file, message));
+    }
+    let mut parts = match kind.as_str() {
         "LORA" => lora::decode(file, config, tensors, base)?,
         "BITFIT" => bitfit::decode(tensors, base)?,
         "IA3" => ia3::decode(tensors, base)?,
@@ -211,6 +221,10 @@ fn decode_parts(
             ));
         }
     };
+    if invocation.is_some() {
+        parts.methods.iter_mut().filter(|method| *method == "lora").for_each(|method| *method = "alora".into());
+    }
+    parts.invocation = invocation;
     Ok((parts, task))
 }
 

@@ -88,6 +88,51 @@ fn files_that_would_be_applied_wrongly_are_refused_by_name() {
 }
 
 #[test]
+fn an_activated_lora_is_read_with_the_tokens_that_call_it_and_written_again() {
+    let base = random_base(&tiny_llama(), 1).unwrap();
+    let called = |tokens: Value| {
+        let mut config = lora(4);
+        config["alora_invocation_tokens"] = tokens;
+        config
+    };
+    let good = pair(Q, 4, 32, 32);
+    let read = |config: &Value, tensors: &HashMap<String, Tensor>| decode(&pack(config, tensors), &base);
+    let delta = read(&called(json!([5, 6])), &good).unwrap();
+    assert_eq!(
+        (delta.invocation().map(|t| t.to_vec()), &delta.spec.methods[..]),
+        (Some(vec![5, 6]), &["alora".to_owned()][..])
+    );
+    let from = |prompt: &[u32]| delta.acts_from(prompt);
+    assert_eq!([from(&[5, 6, 1]), from(&[5, 6, 5, 6]), from(&[1, 5, 5, 6])], [Some(0), Some(2), Some(2)]);
+    assert_eq!([from(&[6, 5]), from(&[5]), from(&[])], [None; 3]);
+    let again = reread(&delta, &base);
+    assert_eq!((again.invocation(), &again.spec.methods), (delta.invocation(), &delta.spec.methods));
+    let mapped = delta.map(&mut |_, t| Ok(t.clone())).unwrap();
+    assert_eq!(mapped.invocation(), delta.invocation());
+    for off in [Value::Null, json!([])] {
+        let plain = read(&called(off), &good).unwrap();
+        assert_eq!((plain.invocation(), plain.acts_from(&[1])), (None, Some(0)));
+    }
+    let refused = |config: &Value, tensors: &HashMap<String, Tensor>, needle: &str| {
+        let e = read(config, tensors).unwrap_err().to_string();
+        assert!(e.contains("alora_invocation_tokens") && e.contains(needle), "{e} lacks {needle:?}");
+    };
+    let vocab = base.arch.vocab as u32;
+    for odd in [json!("x"), json!([vocab]), json!([-1]), json!([1.5]), json!(vec![1; 1025]), json!({"a": 1})] {
+        refused(&called(odd), &good, "token ids below");
+    }
+    let mut dora = called(json!([5]));
+    dora["use_dora"] = json!(true);
+    let mut magnitudes = good.clone();
+    magnitudes.insert(format!("base_model.model.{Q}.lora_magnitude_vector"), random(32usize, 1.0));
+    refused(&dora, &magnitudes, "accepted are plain low-rank pairs");
+    let mut other = delta.clone();
+    other.spec.task = Task::Feature;
+    assert!(check::activated("config", &other, &base).unwrap_err().to_string().contains("CAUSAL_LM"));
+    refused(&json!({"peft_type": "IA3", "alora_invocation_tokens": [5]}), &good, "LORA");
+}
+
+#[test]
 fn broken_containers_are_refused_without_allocation() {
     let base = random_base(&tiny_llama(), 1).unwrap();
     let good = pack(&lora(4), &pair(Q, 4, 32, 32));

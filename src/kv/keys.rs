@@ -31,6 +31,8 @@ pub struct PageKeys {
     /// Whole pages of rows that were named.
     named: usize,
     ahead: Ahead,
+    /// From which row on which delta acts, as long as no page of such rows was named.
+    acts: Option<(usize, DeltaId)>,
 }
 
 impl PageKeys {
@@ -54,7 +56,13 @@ impl PageKeys {
         h.update((shift as i64).to_le_bytes());
         h.update([u8::from(pinned)]);
         let root = PageKey(h.finalize().into());
-        Self { root, last: root, named: 0, ahead }
+        Self { root, last: root, named: 0, ahead, acts: None }
+    }
+
+    /// Of a sequence of this tenant whose delta acts from row `from` on: whole pages of the rows ahead of it are those of the bare
+    /// base.
+    pub fn acting_from(tenant: &TenantId, from: usize, delta: DeltaId) -> Self {
+        Self { acts: Some((from, delta)), ..Self::new(tenant, None, Ahead::default()) }
     }
 
     /// Names of the pages of keys and values that the delta puts ahead of all rows; the last may be partly filled.
@@ -72,12 +80,25 @@ impl PageKeys {
             let token = |row: usize| row.saturating_sub(virtual_rows);
             let (from, to) = (self.named * PAGE_SIZE, (self.named + 1) * PAGE_SIZE);
             let own = tokens.get(token(from)..token(to)).unwrap_or_default();
+            if let Some((first, delta)) = self.acts.take_if(|(first, _)| to > *first) {
+                self.last = activation(self.last, first, delta);
+            }
             self.last = digest(b'r', self.last, self.named, own);
             self.named += 1;
             out.push(self.last);
         }
         out
     }
+}
+
+/// What pages from that of row `first` on go on from, where a delta acts from there.
+fn activation(parent: PageKey, first: usize, delta: DeltaId) -> PageKey {
+    let mut h = Sha256::new();
+    h.update([b'a']);
+    h.update(parent.0);
+    h.update((first as u64).to_le_bytes());
+    h.update(delta.as_bytes());
+    PageKey(h.finalize().into())
 }
 
 fn digest(kind: u8, parent: PageKey, at: usize, tokens: &[u32]) -> PageKey {
@@ -156,6 +177,27 @@ mod tests {
         apart(later[1..].to_vec());
         // the same tokens one page later
         apart(of("a", None, plain, &[&[7; 16], &tokens[..]].concat()));
+    }
+
+    #[test]
+    fn pages_ahead_of_an_activation_are_the_bases_and_those_behind_it_nobody_elses() {
+        let tokens: Vec<u32> = (0..80).collect();
+        let plain = of("a", None, Ahead::default(), &tokens);
+        let acting = |name, from, delta: u8| {
+            let mut keys = PageKeys::acting_from(&tenant(name), from, DeltaId::from_bytes([delta; 32]));
+            // however they are asked for
+            [10, 33, 64, 80].into_iter().flat_map(|rows| keys.next(&tokens, rows)).collect::<Vec<_>>()
+        };
+        let mut others: HashSet<PageKey> = of("a", Some(1), Ahead::default(), &tokens).into_iter().collect();
+        for (from, shared) in [(0, 0), (1, 0), (15, 0), (16, 1), (40, 2), (47, 2), (48, 3), (79, 4), (80, 5), (500, 5)]
+        {
+            for delta in [1, 2] {
+                let keys = acting("a", from, delta);
+                assert_eq!((keys.len(), &keys[..shared]), (5, &plain[..shared]), "from {from}");
+                assert!(keys[shared..].iter().all(|key| !plain.contains(key) && others.insert(*key)), "from {from}");
+            }
+        }
+        assert!(acting("b", 40, 1).iter().all(|key| !plain.contains(key) && !others.contains(key)));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::{MAX_RANK, MergeError, Pair, Source, cat, check_same_task, check_sum, kind, label};
+use super::{MAX_RANK, MergeError, Pair, Source, cat, check_called, check_same_task, check_sum, kind, label};
 use crate::delta::{Delta, DeltaSpec, Head, Patch, SiteId, SiteTable};
 
 /// The weighted sum of what adds up: low-rank pairs side by side (exactly the sum of the updates), and biases. Anything
@@ -14,6 +14,7 @@ use crate::delta::{Delta, DeltaSpec, Head, Patch, SiteId, SiteTable};
 /// A kind that has no weight, by name; two heads, prompts or prefixes; without a head, different tasks or labels; ranks that add
 /// up to more than [`MAX_RANK`].
 pub fn compose(sources: &[Source<'_>], sites: &SiteTable) -> Result<Delta, MergeError> {
+    check_called(sources)?;
     let mut at: BTreeMap<SiteId, Vec<(&Source<'_>, &Patch)>> = BTreeMap::new();
     for source in sources {
         source.delta.patches().iter().for_each(|(site, p)| at.entry(*site).or_default().push((source, p)));

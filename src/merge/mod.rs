@@ -156,6 +156,7 @@ fn merge_with(
     let [first, _, ..] = sources else {
         return Err(MergeError::Refused("a merge needs at least two deltas".into()));
     };
+    check_called(sources)?;
     sources.iter().try_for_each(|s| check_plain(s, sites))?;
     check_same_task(sources)?;
     if method.wants_equal_ranks() {
@@ -183,6 +184,17 @@ fn merge_with(
     let parameters = patches.iter().flat_map(|(_, p)| p.tensors()).map(|(_, t)| t.elem_count() as u64).sum();
     let spec = DeltaSpec { methods: vec!["lora".into()], parameters, ..first.delta.spec.clone() };
     Ok(Delta::new(spec, patches, None))
+}
+
+/// What acts on some tokens only does not add up with what acts on others.
+fn check_called(sources: &[Source<'_>]) -> Result<(), MergeError> {
+    match sources.iter().find(|s| s.delta.invocation().is_some()) {
+        Some(called) => Err(MergeError::Refused(format!(
+            "{} is an activated LoRA, which acts behind its invocation tokens only; it is combined with nothing",
+            called.name
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// What deltas without a head are for must be one thing.

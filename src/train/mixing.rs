@@ -48,6 +48,11 @@ impl Mix {
                 let message = format!("{} has {what} at {module}; mixed are low-rank updates and biases", part.name());
                 return Err(violation(at(), message));
             }
+            if part.delta().invocation().is_some() {
+                let message =
+                    format!("{} is an activated LoRA, which acts on some tokens only; it is not mixed", part.name());
+                return Err(violation(at(), message));
+            }
             if part.delta().patches().is_empty() {
                 return Err(violation(
                     at(),

@@ -229,6 +229,10 @@ pub(super) struct Context<'a> {
 /// Every problem of the old examples.
 pub(super) fn continued(start: Continue<'_>, cx: &Context<'_>) -> Result<(Continued, Report), Vec<Violation>> {
     let old = &start.from.delta;
+    if old.invocation().is_some() {
+        let message = "is an activated LoRA (alora_invocation_tokens); it is served, and not trained on".to_owned();
+        return Err(vec![violation("from_delta", message)]);
+    }
     let bare = || Delta::new(old.spec.clone(), old.patches().to_vec(), None);
     let same = (cx.params.task, cx.params.problem) == (old.spec.task, old.spec.problem);
     let head = same.then(|| ordered_head(old, cx.labels)).flatten();

@@ -61,6 +61,16 @@ fn check(f: &Fixtures, case: &Value) -> Step<String> {
     Ok(what)
 }
 
+/// The deltas of a step, each from where its sequence's prompt calls it on.
+fn activated(base: &Base, rows: &RowLayout, per_span: &[Option<Arc<Delta>>], prompts: &[Vec<u32>]) -> DeltaBatch {
+    let spared = |((span, delta), prompt): ((&Span, &Option<Arc<Delta>>), &Vec<u32>)| {
+        let from = delta.as_ref().map_or(Some(0), |delta| delta.acts_from(prompt));
+        from.map_or(span.len, |from| from.saturating_sub(span.context_len).min(span.len))
+    };
+    let spared: Vec<usize> = rows.spans().iter().zip(per_span).zip(prompts).map(spared).collect();
+    DeltaBatch::sparing(rows, per_span, &spared, base.sites.len())
+}
+
 fn relabel(o: Outcome, prefix: &str) -> Outcome {
     match o {
         Outcome::Failed(m) => Outcome::Failed(format!("{prefix}{m}")),
@@ -102,7 +112,7 @@ fn outputs(
     let lens: Vec<usize> = batch.tokens.iter().map(Vec::len).collect();
     let per_span = vec![delta; lens.len()];
     let rows = RowLayout::packed_for(&lens, &per_span);
-    let deltas = DeltaBatch::new(&rows, &per_span, base.sites.len());
+    let deltas = activated(base, &rows, &per_span, &batch.tokens);
     let input = Batch::read(want, "input_ids", "attention_mask")?;
     let source = source(base, &input.tokens, &per_span).map_err(fail)?;
     let memory = source.as_ref().map(Source::memory);
@@ -263,7 +273,7 @@ pub(crate) fn greedy(
                 }
             }
         }
-        let batch = DeltaBatch::new(&rows, deltas, base.sites.len());
+        let batch = activated(base, &rows, deltas, prompts);
         let encoded = source.as_ref().filter(|_| step == 0).map(Source::encoded);
         let memory = source.is_some().then_some(Memory { encoded, slots: &cross });
         let cx = Cx { kv: Some(&cache), memory: memory.as_ref(), ..Cx::new(&rows, &batch) };

@@ -1,7 +1,7 @@
 //! Parity with transformers and PEFT: runs every case of a fixture folder's manifest that this version supports.
 //!
 //! The folder is `DELTASERVE_FIXTURES`, else `../shared/fixtures`, else the small committed subset; and always `extra`, the
-//! committed cases that `make_extra.py` makes. Nothing here knows a
+//! committed cases that `make_extra.py` makes; where it is there, also `activated`, of `make_activated.py`. Nothing here knows a
 //! model's name, size or seed. Prints a line per case and a closing count; fails if a supported case fails.
 
 mod cases;
@@ -24,6 +24,10 @@ fn main() {
     let committed = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/fixtures");
     let mut failed = run(&Fixtures::default_folder(&committed), filter.as_deref());
     failed += run(&committed.with_file_name("extra"), filter.as_deref());
+    let activated = committed.with_file_name("activated");
+    if activated.join("manifest.json").is_file() {
+        failed += run(&activated, filter.as_deref());
+    }
     failed += real::run(filter.as_deref());
     if failed > 0 {
         std::process::exit(1);

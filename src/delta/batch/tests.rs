@@ -185,6 +185,36 @@ proptest! {
 }
 
 #[test]
+fn rows_that_are_spared_are_left_as_they_are() {
+    // side by side: all of the first, the end of the second, none of the third, a delta of its own, and the end of the last
+    let layout = RowLayout::packed(&[3, 60, 5, 2, 70]);
+    let [a, b] = [0, 0].map(|kind| delta(vec![(LINEAR, of_linear(kind, 4))]));
+    let per_span = [Some(&a), Some(&a), Some(&a), Some(&b), Some(&a)].map(|delta| delta.cloned());
+    let batch = DeltaBatch::sparing(&layout, &per_span, &[0, 4, 5, 0, 10], 2);
+    assert_eq!(format!("{:?}", batch.slots[0].rows), "[0..3, 7..63, 80..140]");
+    let whole = DeltaBatch::new(&layout, &per_span, 2);
+    let (x, out) = (rand(&[layout.rows(), IN]), rand(&[layout.rows(), OUT]));
+    let parts = [(LINEAR, 0..OUT)];
+    let want = whole.patch_reference(&parts, &x, &out).unwrap();
+    let lists = |t: &Tensor| t.to_vec2::<f32>().unwrap();
+    for got in [batch.patch(&parts, &x, out.copy().unwrap()).unwrap(), batch.patch_reference(&parts, &x, &out).unwrap()]
+    {
+        for (row, (got, before)) in lists(&got).iter().zip(lists(&out)).enumerate() {
+            let spared = [3..7, 63..68, 70..80].iter().any(|rows| rows.contains(&row));
+            if spared {
+                assert_eq!(*got, before, "row {row}");
+            } else {
+                let own = want.get(row).unwrap().to_vec1::<f32>().unwrap();
+                assert!(got.iter().zip(&own).all(|(a, b)| (a - b).abs() < 1e-3 * (1.0 + b.abs())), "row {row}");
+                assert_ne!(*got, before, "row {row}");
+            }
+        }
+    }
+    // where nothing is left, no delta is in the step
+    assert_eq!(DeltaBatch::sparing(&RowLayout::packed(&[3]), &[Some(a)], &[3], 2).distinct(), 0);
+}
+
+#[test]
 fn rows_that_are_picked_side_by_side_are_one_run() {
     let layout = RowLayout::packed(&[3, 2, 3]);
     let [a, b] = [0, 1].map(|kind| delta(vec![(LINEAR, of_linear(kind, 2))]));

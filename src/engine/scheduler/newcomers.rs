@@ -7,6 +7,9 @@
 //! 1.2 times what the running ones that it waits for take anyway, and that fit with all they may grow to. This time is
 //! counted once, from when it was first held back, so that a stream of short ones cannot stretch it; after it nobody
 //! overtakes, and what runs drains. Nobody ever overtakes one that lost its pages.
+//!
+//! One that waits for pages that another is filling ([`super::followers`]) is passed over like one that has no turn, and nothing
+//! is kept for it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,13 +27,27 @@ impl Entry {
 }
 
 impl Scheduler {
-    /// Those that may begin in this step, in the order in which they do; newcomers whose constraints' states have no room are none.
-    pub(super) fn line(&self) -> Vec<SeqId> {
-        let places = self.places();
-        let returning = self.returning.values().copied();
-        let most = if places == 0 { 1 } else { places + LOOKAHEAD };
-        let cost = |id: SeqId| self.waiting.get(&id).map_or(0, |e| e.input(self.there(e)));
-        returning.chain(self.fair.line(most, self.room_for_constraints(), cost)).take(most).collect()
+    /// Those that may begin in this step, in the order in which they do; newcomers whose constraints' states have no room are none,
+    /// nor are those that wait for pages that another is filling.
+    pub(super) fn line(&mut self) -> Vec<SeqId> {
+        let mut following = Vec::new();
+        let line = {
+            let places = self.places();
+            let returning = self.returning.values().copied();
+            let most = if places == 0 { 1 } else { places + LOOKAHEAD };
+            let cost = |id: SeqId| self.waiting.get(&id).map_or(0, |e| e.input(self.there(e)));
+            let mut room = self.room_for_constraints();
+            let may = |id: SeqId| match self.follows(id) {
+                Some(until) => {
+                    following.push((id, until));
+                    false
+                }
+                None => room(id),
+            };
+            returning.chain(self.fair.line(most, may, cost)).take(most).collect()
+        };
+        following.into_iter().for_each(|(id, until)| self.follow(id, until));
+        line
     }
 
     /// Deltas of this step: all that want to run, or those that waited longest.
@@ -79,6 +96,11 @@ impl Scheduler {
         // by which step those that overtake must have ended
         let mut until = None;
         for &id in line {
+            // the one that it waits for may have begun just now
+            if let Some(until) = self.follows(id) {
+                self.follow(id, until);
+                continue;
+            }
             let Some(entry) = self.waiting.get(&id) else { continue };
             if *budget == 0 {
                 return;
@@ -163,7 +185,7 @@ impl Scheduler {
     }
 
     /// Steps in which each delta that runs now has a turn.
-    fn round(&self) -> usize {
+    pub(super) fn round(&self) -> usize {
         let distinct: HashSet<DeltaId> = self.running.values().filter_map(|e| e.delta).collect();
         distinct.len().div_ceil(self.limits.max_deltas).max(1)
     }

@@ -14,7 +14,7 @@ use crate::kv::{PAGE_SIZE, PageKey, PagePool, PageTable, pages_for};
 impl Entry {
     /// Names of the pages that it may begin behind: its last known position is always computed, since its numbers are
     /// what is asked for.
-    fn wanted(&self) -> &[PageKey] {
+    pub(super) fn wanted(&self) -> &[PageKey] {
         let most = self.total.saturating_sub(1) / PAGE_SIZE;
         self.names.rows.get(..most).unwrap_or(&self.names.rows)
     }

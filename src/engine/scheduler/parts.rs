@@ -78,6 +78,39 @@ pub(in crate::engine) struct Names {
     pub(in crate::engine) rows: Vec<PageKey>,
 }
 
+/// How likely a guess is right, by how the last ones turned out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::engine) struct Chance(u32);
+
+impl Chance {
+    /// Of 1.
+    const ONE: u32 = 1 << 16;
+    /// Guesses that it looks back on, about.
+    const MEMORY: u32 = 4;
+    /// It cannot be wrong.
+    pub(in crate::engine) const CERTAIN: Self = Self(Self::ONE);
+    /// Nothing is known of it.
+    pub(in crate::engine) const EVEN: Self = Self(Self::ONE / 2);
+
+    /// With one more guess that turned out so: an exponential moving average.
+    pub(in crate::engine) fn with(self, right: bool) -> Self {
+        let Self(before) = self;
+        Self(before - before.div_ceil(Self::MEMORY) + if right { Self::ONE / Self::MEMORY } else { 0 })
+    }
+
+    /// That two guesses are both right, of which one builds on the other.
+    pub(in crate::engine) fn and(self, other: Self) -> Self {
+        Self((u64::from(self.0) * u64::from(other.0) / u64::from(Self::ONE)) as u32)
+    }
+
+    /// Whether another row for it pays in a step of so many rows, which costs as many rows more as `free` whatever is in it: where
+    /// it gives more tokens than the same time gives otherwise.
+    pub(in crate::engine) fn pays(self, rows: usize, free: usize) -> bool {
+        let (rows, free) = (rows as u128, free as u128);
+        u128::from(self.0.max(1)) * (free + rows) >= rows * u128::from(Self::ONE)
+    }
+}
+
 /// One sequence's share of a step, or that of one of its branches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::engine) struct Share {
@@ -112,5 +145,33 @@ impl StepPlan {
     /// Rows of the step.
     pub(in crate::engine) fn rows(&self) -> usize {
         self.shares.iter().map(|s| s.len + s.encode).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chance_follows_how_guesses_turn_out() {
+        let after = |from: Chance, right: bool, n: usize| (0..n).fold(from, |chance, _| chance.with(right));
+        assert_eq!(after(Chance(0), true, 1), Chance(Chance::ONE / 4));
+        assert!(after(Chance(0), true, 5) > Chance(Chance::ONE * 3 / 4));
+        assert!(after(Chance::EVEN, false, 5) < Chance(Chance::ONE / 8));
+        assert_eq!(after(Chance::CERTAIN, false, 100), Chance(0), "it goes all the way down");
+        let most = after(Chance(0), true, 100);
+        assert!(most < Chance::CERTAIN && most > Chance(Chance::ONE - 8), "nothing that was seen makes it certain");
+        assert_eq!(Chance::EVEN.and(Chance::EVEN), Chance(Chance::ONE / 4));
+        assert_eq!(most.and(Chance::CERTAIN), most);
+    }
+
+    #[test]
+    fn a_row_pays_by_its_chance_and_the_rows_that_are_there() {
+        let pays = |percent: u32, rows| Chance(Chance::ONE / 100 * percent).pays(rows, 6);
+        assert!(pays(15, 1) && !pays(14, 1));
+        assert!(pays(58, 8) && !pays(57, 8));
+        assert!(pays(85, 32) && !pays(84, 32));
+        assert!(!Chance(0).pays(1, 6) && Chance::CERTAIN.pays(usize::MAX, 0));
+        assert!(Chance(0).pays(10_000, usize::MAX), "where rows cost nothing, every guess pays");
     }
 }

@@ -11,6 +11,7 @@ use crate::{
 
 mod constraints;
 mod fair;
+mod followers;
 mod held;
 mod sharing;
 
@@ -48,6 +49,7 @@ pub(super) fn limits() -> Limits {
         pages: Some(64),
         constraint_bytes: 100,
         max_drafts: 64,
+        free_rows: 6,
     }
 }
 
@@ -122,6 +124,7 @@ fn any_limits() -> impl Strategy<Value = Limits> {
             pages,
             constraint_bytes: 100,
             max_drafts,
+            free_rows: 2 * max_drafts,
         },
     )
 }
@@ -234,7 +237,8 @@ fn run(limits: Limits, jobs: &[Job], trouble: Trouble) -> Result<(), TestCaseErr
             scheduler.branch(share.id, job.width - usize::from(*made % 5 == 4 && job.width > 1));
             let done = *made >= job.new.max(1);
             scheduler.advance(share, !done);
-            scheduler.propose(share.id, (step as usize + share.context) % 6);
+            let chance = if step % 3 == 0 { Chance::EVEN } else { Chance::CERTAIN };
+            scheduler.propose(share.id, (step as usize + share.context) % 6, chance);
             if done {
                 scheduler.remove(share.id);
                 left.remove(&share.id);

@@ -1,9 +1,12 @@
 //! The engine's laws, on tiny random bases with random deltas.
 
+mod activated;
 mod beams;
 mod caching;
 mod constraint;
 mod fairness;
+mod following;
+mod forced;
 mod generation;
 mod lifecycle;
 mod positions;

@@ -189,7 +189,7 @@ fn tokens_told_ahead_of_a_failure_count() {
         let (request, mut events) = speculating(&constrained(Job::new(prompt(130, 9), greedy(20)), allow)).request();
         let mut sequence = Sequence::new(request, &base.sites, false);
         assert_eq!(sequence.look(), Ok(true));
-        assert_eq!(sequence.draft(five_to_nine), 5);
+        assert_eq!(sequence.draft(five_to_nine).0, 5);
         let due = TokenOut { id: 5, logprob: 0.0, top: vec![] };
         let chosen = Chosen { drafted: 5, tokens: vec![due], rest: Some(Logits(rest)), non_finite: false };
         let (fate, tick) = sequence.take(Got::Tokens(chosen), true, Instant::now()).expect("tokens");
@@ -205,21 +205,34 @@ fn tokens_told_ahead_of_a_failure_count() {
 }
 
 #[test]
-fn looked_up_drafts_are_right_where_an_output_repeats() {
+fn guesses_are_computed_where_they_are_right_and_stop_where_they_are_wrong() {
     let base = base(&tiny_llama());
-    // whatever it would like to say, it says a run of tokens over and over
-    let run: constraint::Allow = |said| Ok((Ending::No, vec![[11, 12, 13, 14][said.len() % 4]]));
-    for work in [greedy(29), sampled(1, 29)] {
-        let job = constrained(Job::new(prompt(5, 9), work), run);
-        let expected = plainly(&base, std::slice::from_ref(&job));
-        let engine = Engine::new(&base, roomy());
-        let answer = Answer::read(engine.submit(&speculating(&job)));
-        let (drafted, accepted) = counted([&answer]);
-        assert!(accepted >= 15 && drafted >= accepted, "{accepted} of {drafted}");
-        engine.settle();
-        assert!(engine.handle.stats().steps <= 29 - u64::from(accepted), "each spares a step");
-        assert_exact(&[answer], &expected);
+    let job = Job::new(prompt(5, 9), greedy(60));
+    let expected = plainly(&base, std::slice::from_ref(&job));
+    fn right(_: &[u32], tokens: &[u32], how: &NgramSpeculation) -> Vec<u32> {
+        let truth = TRUTH.lock();
+        let text = truth.iter().find(|text| text.starts_with(tokens)).map(|text| &text[tokens.len()..]);
+        text.unwrap_or_default().iter().take(how.tokens as usize).copied().collect()
     }
+    // not one of them is right
+    fn never(source: &[u32], tokens: &[u32], how: &NgramSpeculation) -> Vec<u32> {
+        right(source, tokens, how).into_iter().map(|token| (token + 1) % 100).collect()
+    }
+    let told = |guess: drafts::Guess| {
+        let engine = Engine::new(&base, roomy());
+        engine.handle.commands.try_send(Command::GuessAsEver(guess)).expect("taken");
+        let answer = Answer::read(engine.submit(&speculating(&job)));
+        engine.settle();
+        let (counts, steps) = (counted([&answer]), engine.handle.stats().steps);
+        assert_exact(&[answer], &expected);
+        (counts, steps)
+    };
+    let ((drafted, accepted), steps) = told(right);
+    assert_eq!((accepted, steps), (drafted, 60 - u64::from(accepted)), "each spares a step");
+    assert!(accepted >= 40, "{accepted}");
+    let ((drafted, accepted), steps) = told(never);
+    assert_eq!((accepted, steps), (0, 60));
+    assert!(drafted <= 8, "{drafted}");
 }
 
 #[test]

@@ -51,7 +51,8 @@ pub(super) fn parts(w: &Writer<'_>) -> Result<Vec<(Kind, Delta)>, InteropError> 
     let holder = groups.iter().rposition(|g| anywhere || is_hub(g)).unwrap_or(groups.len().saturating_sub(1));
     let part = |(i, group): (usize, Group)| {
         let head = w.delta.head().filter(|_| i == holder).cloned();
-        (group.kind, Delta::new(w.delta.spec.clone(), group.patches, head))
+        let part = Delta::new(w.delta.spec.clone(), group.patches, head);
+        (group.kind, part.invoked_by(w.delta.invocation().cloned()))
     };
     Ok(groups.into_iter().enumerate().map(part).collect())
 }
