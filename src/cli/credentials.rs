@@ -108,6 +108,7 @@ impl Credentials {
         };
         let key = key.trim();
         ensure!(!key.is_empty() && !key.contains(char::is_whitespace), "{flag}: is no key: it is empty or has spaces");
+        ensure!(key.is_ascii(), "{flag}: is no key: it is not ASCII");
         let encrypted = endpoint.uri().scheme_str() == Some("https");
         ensure!(
             encrypted || self.plaintext || endpoint.uri().host().is_some_and(is_loopback),

@@ -152,7 +152,7 @@ mod tests {
             (ServeError::Internal(s()), Code::Internal, "INTERNAL"),
         ];
         for (error, code, reason) in table {
-            let retry = code == Code::ResourceExhausted;
+            let retry = code == Code::ResourceExhausted || reason == "STORE_UNAVAILABLE";
             let status = Status::from(error);
             let details = status.get_error_details();
             assert_eq!(status.code(), code);
