@@ -28,6 +28,7 @@
 
 pub mod admission;
 pub mod app;
+pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod delta;

@@ -17,6 +17,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("shutdown", &[]),
     ("measures", &[]),
     ("telemetry", &[]),
+    ("audit", &["telemetry"]),
     ("ops", &[]),
     ("delta", &["ids", "rows", "ops"]),
     ("merge", &["ops", "delta"]),
@@ -37,6 +38,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "admission",
         &[
+            "audit",
             "engine",
             "grammar",
             "train",
@@ -54,9 +56,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("grpc", &["admission", "delta", "ids", "shutdown", "telemetry"]),
+    ("grpc", &["admission", "audit", "delta", "ids", "shutdown", "telemetry"]),
     ("http", &["admission", "ids", "shutdown", "telemetry"]),
-    ("config", &["grpc", "ids", "ops", "telemetry"]),
+    ("config", &["audit", "grpc", "ids", "ops", "telemetry"]),
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.

@@ -104,10 +104,15 @@ impl Idle {
 
     /// Evicts the longest unused seat that is not kept.
     pub(super) fn evict_one(&self, keep: &HashSet<DeltaId>) -> Option<Arc<Seat>> {
+        self.evict(|id| !keep.contains(id))
+    }
+
+    /// Evicts the longest unused seat among those that may go.
+    pub(super) fn evict(&self, may_go: impl Fn(&DeltaId) -> bool) -> Option<Arc<Seat>> {
         loop {
             let (at, seat) = {
                 let mut seats = self.seats.lock();
-                let at = seats.iter().find(|(_, seat)| !keep.contains(&seat.id)).map(|(at, _)| *at)?;
+                let at = seats.iter().find(|(_, seat)| may_go(&seat.id)).map(|(at, _)| *at)?;
                 (at, seats.remove(&at)?)
             };
             let mut state = seat.state.lock();

@@ -6,7 +6,7 @@
 use std::{path::Path, str::FromStr, time::Duration};
 
 use sqlx::{
-    Sqlite, SqlitePool, Transaction,
+    Row as _, Sqlite, SqlitePool, Transaction,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
@@ -31,7 +31,9 @@ impl Db {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY)
-            .foreign_keys(true);
+            .foreign_keys(true)
+            // what is deleted does not stay in free pages
+            .pragma("secure_delete", "ON");
         let writer = SqlitePoolOptions::new().max_connections(1).connect_with(options.clone()).await?;
         sqlx::migrate!("src/store/migrations").run(&writer).await?;
         let readers = SqlitePoolOptions::new().max_connections(READERS).connect_with(options).await?;
@@ -47,6 +49,18 @@ impl Db {
     /// For single statements that only read.
     pub(super) fn readers(&self) -> &SqlitePool {
         &self.readers
+    }
+
+    /// Writes the database anew, so that no bytes of deleted rows are left in it.
+    pub(super) async fn vacuum(&self) -> Result<(), StoreError> {
+        sqlx::query("VACUUM").execute(&self.writer).await?;
+        Ok(())
+    }
+
+    /// Empties the write-ahead log; false if somebody still reads what is in it.
+    pub(super) async fn empty_log(&self) -> Result<bool, StoreError> {
+        let row = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(&self.writer).await?;
+        Ok(row.try_get::<i64, _>(0)? == 0)
     }
 
     pub(super) async fn close(&self) {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    admission::params::ServeError,
+    admission::params::{ServeError, TenantLimit},
     ids::{BlobId, DeltaId},
 };
 
@@ -94,6 +94,12 @@ pub enum StoreError {
         /// Its terminal state.
         state: String,
     },
+    /// The tenant is at a limit of its own.
+    #[error("{0}")]
+    Quota(TenantLimit),
+    /// The tenant is being deleted: nothing new is stored for it.
+    #[error("the tenant is being deleted")]
+    TenantClosed,
     /// An argument is outside what is accepted.
     #[error("{field}: {message}")]
     Invalid {
@@ -140,6 +146,8 @@ impl From<&StoreError> for ServeError {
             }
             StoreError::IdempotencyConflict(key) => Self::IdempotencyConflict(key.clone()),
             StoreError::Invalid { field, message } => Self::field(*field, message.clone()),
+            StoreError::Quota(limit) => (*limit).into(),
+            StoreError::TenantClosed => Self::deleting(),
             StoreError::Locked(_)
             | StoreError::Io { .. }
             | StoreError::DiskFull { .. }

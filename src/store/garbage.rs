@@ -29,6 +29,7 @@ impl Store {
     pub(crate) async fn collect_garbage_after(&self, grace: Duration) -> Result<Garbage, StoreError> {
         let stored = self.blobs().list().await?;
         let named = self.named_blobs().await?;
+        self.orphans_among(&stored.iter().map(|(blob, _)| *blob).collect());
         let mut removed = Garbage::default();
         for (blob, bytes) in stored.into_iter().filter(|(blob, _)| !named.contains(&blob.to_string())) {
             let Some(_claim) = self.inner.holds.claim(blob, grace) else { continue };

@@ -126,6 +126,7 @@ impl Store {
             self.require_blob(*blob).await?;
         }
         let mut tx = self.db().begin().await?;
+        self.check_open(&new.tenant)?;
         if let Some(key) = &new.idempotency_key {
             let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
             if let Some(row) = sqlx::query(sql).bind(new.tenant.as_str()).bind(key).fetch_optional(&mut *tx).await? {

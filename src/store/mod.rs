@@ -13,6 +13,7 @@ mod garbage;
 mod holds;
 mod jobs;
 mod models;
+mod tenants;
 mod versions;
 
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub use garbage::Garbage;
 pub use holds::HeldFiles;
 pub use jobs::{CheckpointRecord, CreateJob, EventRecord, JobChange, JobPage, JobRecord, NewJob, is_terminal};
 pub use models::Models;
+pub use tenants::{ClosedTenant, DeletedTenant, TenantUsage};
 pub use versions::{NameRecord, NewVersion, Origin, StoredFile, VersionRecord};
 
 use self::{blobs::Blobs, db::Db, holds::Holds};
@@ -48,6 +50,7 @@ struct Inner {
     db: Db,
     blobs: Blobs,
     holds: Arc<Holds>,
+    tenants: Arc<tenants::Tenants>,
     /// Dropped last: the directory belongs to this process until everything above is closed.
     _lock: File,
 }
@@ -70,7 +73,9 @@ impl Store {
         let db = Db::open(&dir.join("meta.sqlite3")).await?;
         // The database file's own directory entry must not be lost either.
         File::open(&dir).and_then(|d| d.sync_all()).map_err(StoreError::io(&dir))?;
-        Ok(Self { inner: Arc::new(Inner { dir, db, blobs, holds: Holds::new(), _lock: lock }) })
+        Ok(Self {
+            inner: Arc::new(Inner { dir, db, blobs, holds: Holds::new(), tenants: Arc::default(), _lock: lock }),
+        })
     }
 
     /// The data directory.

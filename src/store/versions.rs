@@ -132,7 +132,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::AlreadyExists`] and [`StoreError::Conflict`] as the policy says; [`StoreError::Invalid`] for file
-    /// names; what the database or the blob store refuses. Nothing is visible then.
+    /// names; [`StoreError::Quota`]; [`StoreError::TenantClosed`]; what the database or the blob store refuses. Nothing is
+    /// visible then.
     pub async fn publish(&self, new: NewVersion) -> Result<(Arc<VersionRecord>, NameRecord), StoreError> {
         check_files(&new.files)?;
         let mut holds = Vec::new();
@@ -140,15 +141,37 @@ impl Store {
         for (name, bytes) in &new.files.files {
             let blob = blobs::digest(bytes).await?;
             holds.push(self.inner.holds.hold(blob).await);
-            self.blobs().put(blob, bytes.clone()).await?;
             files.push(StoredFile { name: name.clone(), blob, bytes: bytes.len() as u64 });
         }
         let record = self.draft(new.base, files, &new).await?;
+        let published = self.write(&record, &new).await;
+        if published.is_err() {
+            self.orphan(&new.tenant, record.files.iter().map(|file| file.blob));
+        }
+        drop(holds);
+        published
+    }
+
+    /// Writes the files, then the rows.
+    async fn write(
+        &self,
+        record: &VersionRecord,
+        new: &NewVersion,
+    ) -> Result<(Arc<VersionRecord>, NameRecord), StoreError> {
+        // before the bytes are written, too: what is refused must not fill the disk
+        let quota = self.quota(&new.tenant);
+        if quota.bounds_versions() {
+            record.check_room(&mut *self.db().readers().acquire().await?, &quota).await?;
+        }
+        for (file, bytes) in record.files.iter().zip(new.files.files.values()) {
+            self.blobs().put(file.blob, bytes.clone()).await?;
+        }
         let mut tx = self.db().begin().await?;
+        self.check_open(&new.tenant)?;
+        record.check_room(&mut tx, &quota).await?;
         let number = record.insert(&mut tx, new.policy).await?;
         let name = rows::read_name(&mut tx, &new.tenant, &new.name).await?;
         tx.commit().await?;
-        drop(holds);
         let version = name.versions.get(&number).cloned();
         let version = version.ok_or_else(|| StoreError::row("versions", format!("number {number} is unreadable")))?;
         Ok((version, name))
@@ -207,10 +230,14 @@ impl Store {
         } else {
             rows::touch(&mut tx, &before).await?;
         }
-        for doomed in before.versions.keys().copied().filter(|n| all || number == Some(*n)) {
-            rows::delete_version(&mut tx, &before, doomed).await?;
+        let mut blobs = Vec::new();
+        for (doomed, version) in before.versions.iter().filter(|(n, _)| all || number == Some(**n)) {
+            rows::delete_version(&mut tx, &before, *doomed).await?;
+            blobs.extend(version.files.iter().map(|file| file.blob));
         }
-        finish(tx, tenant, name).await
+        let after = finish(tx, tenant, name).await?;
+        self.orphan(tenant, blobs);
+        Ok(after)
     }
 
     /// Moves a name to another of its live versions.

@@ -36,5 +36,6 @@ mod speculation;
 mod study;
 mod support;
 mod sweep;
+mod tenants;
 mod train;
 mod transfer;

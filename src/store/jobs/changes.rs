@@ -180,7 +180,7 @@ impl Store {
 
     /// Removes a blob of a job's own that no row names any more, at once: the next one is as large. If it cannot, the
     /// hourly collection does.
-    async fn free(&self, blob: BlobId) {
+    pub(crate) async fn free(&self, blob: BlobId) {
         // who is about to name these bytes holds them
         let Some(_claim) = self.inner.holds.claim(blob, Duration::ZERO) else { return };
         let freed = match self.is_named(blob).await {

@@ -78,7 +78,7 @@ impl JobLog {
     /// [`LogError::Ended`] after a terminal state, or the store's.
     pub async fn save(&self, id: &str, step: u32, bytes: Bytes, then: Option<JobState>) -> Result<u64, LogError> {
         // held until its row is there: the same run of another job has the same bytes, and replaces them
-        let (blob, _hold) = self.store.put_held(bytes).await?;
+        let (blob, hold) = self.store.put_held(bytes).await?;
         let saved = JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string(), ..Default::default() });
         let mut change = JobChange {
             events: vec![to_json(id, "event", &saved)?],
@@ -91,7 +91,13 @@ impl JobLog {
             change.state = Some(state.as_str().to_owned());
             change.result_json = Some(to_json(id, "result", &StoredEnd { step, result: None, failure: None })?);
         }
-        Ok(self.store.change_job(id, change).await?)
+        let saved = self.store.change_job(id, change).await;
+        if let Err(StoreError::JobEnded { .. } | StoreError::NotFound { .. }) = &saved {
+            // it ended, or its tenant was deleted, while the bytes were written: nobody goes on from them
+            drop(hold);
+            self.store.free(blob).await;
+        }
+        Ok(saved?)
     }
 
     /// Counts that a waiting job is about to be prepared again at a start of the server.
