@@ -6,7 +6,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 const PACKAGE: &str = "deltaserve.v1";
-const FILES: [&str; 4] = ["inference", "deltas", "training", "server"];
+const FILES: [&str; 5] = ["inference", "deltas", "training", "server", "tenants"];
 const TYPE_BYTES: i32 = 12;
 const TYPE_ENUM: i32 = 14;
 

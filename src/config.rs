@@ -12,6 +12,7 @@ use std::{
 
 use crate::{
     access::AccessConfig,
+    audit::AuditConfig,
     grpc::GrpcConfig,
     ids::TenantId,
     ops::{Activations, Halves, Priority},
@@ -56,13 +57,31 @@ pub struct EngineLimits {
     pub activations: Activations,
 }
 
-/// Limits of each tenant's calls of inference, and their shares.
+/// Limits of each tenant, and their shares; `None` = no limit.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct TenantConfig {
     /// Calls in progress; `None` = no limit.
     pub max_concurrent: Option<usize>,
     /// Calls per second and how many at once; `None` = no limit.
     pub rate: Option<(f64, u32)>,
+    /// Tokens per second and how many at once; `None` = no limit.
+    pub tokens: Option<(f64, u32)>,
+    /// Names of deltas.
+    pub max_deltas: Option<u64>,
+    /// Versions of deltas.
+    pub max_versions: Option<u64>,
+    /// Bytes of versions' files.
+    pub max_stored_bytes: Option<u64>,
+    /// Bytes of deltas in memory.
+    pub max_resident_bytes: Option<u64>,
+    /// Jobs queued or running.
+    pub max_train_jobs: Option<u64>,
+    /// Bytes of datasets.
+    pub max_dataset_bytes: Option<u64>,
+    /// Bytes of models.
+    pub max_model_bytes: Option<u64>,
+    /// Limits of named tenants.
+    pub file: Option<PathBuf>,
     /// Shares of the engine's service and of jobs' starts of those that have another than 1.
     pub weights: Vec<(TenantId, u32)>,
 }
@@ -130,6 +149,8 @@ pub struct Config {
     pub engine: EngineLimits,
     /// Limits of each tenant.
     pub tenants: TenantConfig,
+    /// Where it is recorded what was changed.
+    pub audit: AuditConfig,
     /// Limits of the trainer.
     pub train: TrainLimits,
     /// Most bytes of resident deltas.
@@ -202,11 +223,7 @@ impl TryFrom<ServeArgs> for Config {
             problems.push(format!("--activations: {error}"));
             Activations::default()
         });
-        let tenants = TenantConfig {
-            max_concurrent: args.tenant_max_concurrent,
-            rate: args.tenant_rate.as_deref().and_then(|text| rate(text, &mut problems)),
-            weights: weights(&args.tenant_weight, &mut problems),
-        };
+        let tenants = tenants(&args, &mut problems);
         let device = device(&args.device, &mut problems);
         let in_bf16 = device == DeviceChoice::Cpu && args.dtype == Some(DtypeChoice::Bf16);
         if device == DeviceChoice::Cpu && args.dtype == Some(DtypeChoice::F16) {
@@ -250,6 +267,7 @@ impl TryFrom<ServeArgs> for Config {
                 activations,
             },
             tenants,
+            audit: AuditConfig { file: args.audit_log, required: args.audit_required },
             train: TrainLimits {
                 max_jobs: args.max_train_jobs,
                 max_paused: args.max_paused_jobs,
@@ -330,22 +348,47 @@ fn address(flag: &str, text: &str, problems: &mut Vec<String>) -> SocketAddr {
     })
 }
 
-/// Fewest and most calls per second that a limit may be of.
-const RATES: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
+fn tenants(args: &ServeArgs, problems: &mut Vec<String>) -> TenantConfig {
+    let mut rate_of = |flag, what, text: &Option<String>, most| {
+        text.as_deref().and_then(|text| rate(flag, what, text, most, problems))
+    };
+    let rate = rate_of("--tenant-rate", "calls", &args.tenant_rate, MOST_CALLS);
+    let tokens = rate_of("--tenant-token-rate", "tokens", &args.tenant_token_rate, MOST_TOKENS);
+    let bytes = |mib: Option<u64>| mib.map(|n| n.saturating_mul(MIB));
+    TenantConfig {
+        max_concurrent: args.tenant_max_concurrent,
+        rate,
+        tokens,
+        max_deltas: args.tenant_max_deltas,
+        max_versions: args.tenant_max_versions,
+        max_stored_bytes: bytes(args.tenant_max_stored_mb),
+        max_resident_bytes: bytes(args.tenant_max_resident_mb),
+        max_train_jobs: args.tenant_max_train_jobs,
+        max_dataset_bytes: bytes(args.tenant_max_dataset_mb),
+        max_model_bytes: bytes(args.tenant_max_model_mb),
+        file: args.tenant_limits.clone(),
+        weights: weights(&args.tenant_weight, problems),
+    }
+}
 
-/// `R[:BURST]`; without a burst, the calls of a second, and one at least.
-fn rate(text: &str, problems: &mut Vec<String>) -> Option<(f64, u32)> {
+/// Fewest per second that a limit may be of.
+const LEAST_RATE: f64 = 1e-6;
+/// Most calls per second.
+const MOST_CALLS: f64 = 1e6;
+/// Most tokens per second.
+const MOST_TOKENS: f64 = 1e9;
+
+/// `R[:BURST]`; without a burst, the calls or tokens of a second, and one at least.
+fn rate(flag: &str, what: &str, text: &str, most: f64, problems: &mut Vec<String>) -> Option<(f64, u32)> {
     let (rate, burst) = text.split_once(':').map_or((text, None), |(rate, burst)| (rate, Some(burst)));
-    let rate = rate.parse().ok().filter(|r| RATES.contains(r));
+    let rate = rate.parse().ok().filter(|r| (LEAST_RATE..=most).contains(r));
     let burst = match burst {
         None => rate.map(|r: f64| r.ceil().max(1.0) as u32),
         Some(text) => text.parse().ok().filter(|burst| *burst > 0),
     };
     if rate.is_none() || burst.is_none() {
         problems.push(format!(
-            "--tenant-rate: is {text:?}; accepted is R[:BURST], R from {} to {} calls per second, BURST from 1 on",
-            RATES.start(),
-            RATES.end()
+            "{flag}: is {text:?}; accepted is R[:BURST], R from {LEAST_RATE} to {most} {what} per second, BURST from 1 on"
         ));
     }
     rate.zip(burst)

@@ -38,6 +38,8 @@ pub mod names {
     pub const RESIDENT_DELTAS: &str = "deltaserve_resident_deltas";
     /// Time of loading a delta.
     pub const LOAD_SECONDS: &str = "deltaserve_delta_load_seconds";
+    /// Events of the audit log, by `outcome`.
+    pub const AUDIT_EVENTS: &str = "deltaserve_audit_events_total";
     /// Resident memory of the process.
     pub const PROCESS_BYTES: &str = "deltaserve_process_resident_bytes";
     /// Most resident memory of the process so far.
@@ -69,8 +71,10 @@ const METRICS: &[(&str, Kind, &str)] = &[
     (
         names::REFUSALS,
         Kind::Counter,
-        "Calls refused at a bound, by reason: calls, places, bulk_places, tenant_share, tenant_concurrency, tenant_rate.",
+        "Calls refused at a bound, by reason: calls, places, bulk_places, tenant_share, or a tenant's limit (tenant_concurrency, \
+         tenant_rate, tenant_tokens, tenant_deltas, tenant_stored_bytes, ...).",
     ),
+    (names::AUDIT_EVENTS, Kind::Counter, "Events of the audit log, by outcome: written, lost."),
     (
         names::ACCESS_REFUSALS,
         Kind::Counter,

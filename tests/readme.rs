@@ -232,7 +232,7 @@ fn every_flag_in_the_readme_exists() {
     let mut problems = Vec::new();
     for (line, command) in command_lines(&text) {
         let words: Vec<&str> = command.split_whitespace().collect();
-        let nested = matches!(words.first(), Some(&("deltas" | "jobs" | "datasets" | "keys")));
+        let nested = matches!(words.first(), Some(&("deltas" | "jobs" | "datasets" | "keys" | "tenants")));
         let name: Vec<String> = words.iter().take(1 + usize::from(nested)).map(|w| (*w).to_owned()).collect();
         if !known.contains_key(&name) {
             let args: Vec<&str> = name.iter().map(String::as_str).collect();

@@ -19,6 +19,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("measures", &[]),
     ("telemetry", &[]),
     ("access", &["ids", "telemetry"]),
+    ("audit", &["telemetry"]),
     ("ops", &[]),
     ("delta", &["ids", "rows", "ops"]),
     ("merge", &["ops", "delta"]),
@@ -53,6 +54,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "admission",
         &[
+            "audit",
             "engine",
             "grammar",
             "train",
@@ -70,9 +72,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("grpc", &["access", "admission", "delta", "ids", "shutdown", "telemetry"]),
+    ("grpc", &["access", "admission", "audit", "delta", "ids", "shutdown", "telemetry"]),
     ("http", &["admission", "ids", "shutdown", "telemetry"]),
-    ("config", &["access", "grpc", "ids", "ops", "store", "telemetry"]),
+    ("config", &["access", "audit", "grpc", "ids", "ops", "store", "telemetry"]),
 ];
 
 /// What floors below `admission` may name of it: the domain types and their pure checks, never the service.

@@ -7,6 +7,7 @@ use futures::{StreamExt as _, stream};
 use super::{
     params::{BeamParams, GenerateChunk, GenerateParams, ServeError},
     service::{Admitted, Input, Pieces, Service, text_error},
+    tenants::Meter,
 };
 use crate::{
     engine::{Event, Footprint, Hypothesis},
@@ -58,7 +59,7 @@ impl Service {
         &self,
         mut events: tokio::sync::mpsc::Receiver<Event>,
         n: u32,
-        told: Told,
+        (told, meter): (Told, Option<Meter>),
         admitted: &Admitted,
     ) -> Pieces<GenerateChunk> {
         let (text, served_by) = (Arc::clone(&self.parts().text), admitted.served_by());
@@ -72,6 +73,9 @@ impl Service {
             if found.len() < n as usize {
                 let message = format!("the search ended with {} outputs where {n} were asked for", found.len());
                 return vec![Err(ServeError::Internal(message))];
+            }
+            if let Some(meter) = &meter {
+                meter.take(found.iter().map(|h| u64::from(h.usage.completion_tokens)).sum());
             }
             let mut out = Vec::with_capacity(2 * found.len());
             for (index, Hypothesis { tokens, score, reason, usage }) in (0u32..).zip(found) {

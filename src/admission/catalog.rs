@@ -6,17 +6,24 @@ use super::{
     catalog_params::{AliasParams, DeltaDetail, DownloadReply, Page, PageRequest},
     params::{DeltaInfo, ServeError, UploadParams},
     service::Service,
+    training::note_of,
 };
 use crate::{
+    audit,
     delta::{DeltaFiles, Task},
     ids::{DeltaId, DeltaName, TenantId},
     interop::{self, EncodeMeta, InteropError},
-    registry::{DeltaRef, DeltaStatus, ListQuery, Publication, VersionSel},
+    registry::{DeltaRef, DeltaStatus, ListQuery, Publication, VersionRecord, VersionSel},
     store::Origin,
 };
 
 fn name(field: &str, name: &str) -> Result<DeltaName, ServeError> {
     DeltaName::new(name).map_err(|e| ServeError::field(field, e.to_string()))
+}
+
+/// A version as it is recorded.
+fn noted(version: &VersionRecord) -> audit::Version {
+    audit::Version { number: version.number, id: version.id.to_string() }
 }
 
 fn info(status: &DeltaStatus) -> DeltaInfo {
@@ -57,7 +64,10 @@ impl Service {
         params: UploadParams,
         origin: Origin,
     ) -> Result<DeltaInfo, ServeError> {
+        note_of(tenant, &params.name);
         let name = name("name", &params.name)?;
+        let before = self.current(tenant, &name);
+        audit::note(|note| note.before = before);
         let mut files = DeltaFiles { files: params.files };
         if !params.labels.is_empty() {
             let labels = serde_json::to_vec(&params.labels).map_err(|e| ServeError::Internal(e.to_string()))?;
@@ -69,7 +79,14 @@ impl Service {
         let (spec, files) = decoded.map_err(|e| ServeError::Internal(e.to_string()))??;
         let publication = Publication { name, files, spec, policy: params.policy, origin };
         let version = self.parts().registry.publish(tenant, publication).await?;
+        audit::note(|note| note.after = Some(noted(&version)));
         self.status(tenant, &version.name, version.number).await
+    }
+
+    /// What a name stands for now, as it is recorded.
+    fn current(&self, tenant: &TenantId, name: &DeltaName) -> Option<audit::Version> {
+        let wanted = DeltaRef::current(name.clone());
+        self.parts().registry.resolve(tenant, &wanted).ok().map(|version| noted(&version))
     }
 
     async fn status(&self, tenant: &TenantId, name: &DeltaName, number: u64) -> Result<DeltaInfo, ServeError> {
@@ -131,7 +148,10 @@ impl Service {
         reference: &str,
         expected: Option<DeltaId>,
     ) -> Result<(), ServeError> {
+        note_of(tenant, reference);
         let wanted: DeltaRef = reference.parse().map_err(ServeError::from)?;
+        let before = self.parts().registry.resolve(tenant, &wanted).ok().map(|version| noted(&version));
+        audit::note(|note| note.before = before);
         Ok(self.parts().registry.delete(tenant, &wanted, expected).await?)
     }
 
@@ -140,7 +160,13 @@ impl Service {
     /// # Errors
     /// Unknown; or more than may be pinned.
     pub async fn pin(&self, tenant: &TenantId, delta: &str, pinned: bool) -> Result<DeltaInfo, ServeError> {
+        note_of(tenant, delta);
         let name = name("name", delta)?;
+        let after = self.current(tenant, &name);
+        audit::note(|note| {
+            note.after = after;
+            note.detail = Some(if pinned { "pinned" } else { "not pinned" }.to_owned());
+        });
         let registry = &self.parts().registry;
         registry.pin(tenant, &name, pinned).await?;
         Ok(info(&registry.get(tenant, &DeltaRef::current(name)).await?))
@@ -151,10 +177,14 @@ impl Service {
     /// # Errors
     /// Unknown; or not the expected version.
     pub async fn set_alias(&self, tenant: &TenantId, params: AliasParams) -> Result<DeltaInfo, ServeError> {
+        note_of(tenant, &params.name);
         let name = name("name", &params.name)?;
+        let before = self.current(tenant, &name);
+        audit::note(|note| note.before = before);
         let wanted: DeltaRef = format!("{name}@{}", params.version).parse().map_err(ServeError::from)?;
         let version = wanted.version.ok_or_else(|| ServeError::field("version", "is missing"))?;
         let made = self.parts().registry.set_alias(tenant, &name, &version, params.expected).await?;
+        audit::note(|note| note.after = Some(noted(&made)));
         self.status(tenant, &made.name, made.number).await
     }
 

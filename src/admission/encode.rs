@@ -154,6 +154,9 @@ impl Service {
         }
         let places = self.places().take_bulk(&admitted.tenant, rows.len().min(self.places().share()))?;
         let read: usize = rows.iter().map(|r| r.input.given()).sum();
+        if let Some(meter) = self.meter(&admitted.tenant) {
+            meter.take(read as u64);
+        }
         let (all, mut rows) = (rows.len(), rows.into_iter());
         let mut waiting: VecDeque<mpsc::Receiver<Event>> = VecDeque::with_capacity(places.len());
         let start = |row: Row, place| self.submit(row.input, row.work, admitted, place);

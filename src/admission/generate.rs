@@ -14,6 +14,7 @@ use super::{
     params::{FinishReason, GenerateChunk, GenerateParams, Prompt, ServeError, ServedBy, Timings, TokenLogprob, Usage},
     places::Place,
     service::{CallLease, Pieces, Service, ServiceParts, chat_error, text_error},
+    tenants::Meter,
 };
 use crate::{
     delta::Task,
@@ -123,6 +124,10 @@ impl Service {
                 )));
             }
         }
+        let meter = self.meter(tenant);
+        if let Some(meter) = &meter {
+            meter.take(len as u64);
+        }
         let seed = params.sampling.seed.unwrap_or_else(rand::random);
         let eos = if params.ignore_eos { Vec::new() } else { self.parts().eos() };
         let stop_tokens = stop_tokens(&params.stop_tokens, &eos, self.parts().base.arch.vocab);
@@ -142,7 +147,7 @@ impl Service {
             let told = Told { seed, before: before.to_vec() };
             let work = generate(params.sampling.clone(), Some(engine::Beams { search, told: params.n as usize }));
             let events = self.submit(input, work, &admitted, places)?;
-            return Ok(self.searched(events, params.n, told, &admitted));
+            return Ok(self.searched(events, params.n, (told, meter), &admitted));
         }
         let decode =
             DecodeStream::after(Arc::clone(&self.parts().text), before).map_err(|e| text_error("prompt", &e))?;
@@ -165,6 +170,7 @@ impl Service {
                 decode: Some(decode),
                 stop: Some(StopStrings::new(params.stop.clone())),
                 logprobs: params.logprobs.is_some(),
+                meter: meter.clone(),
                 text,
                 served_by: admitted.served_by(),
                 usage: Usage { prompt_tokens: len as u32, ..Usage::default() },
@@ -241,6 +247,8 @@ struct Continuation {
     decode: Option<DecodeStream>,
     stop: Option<StopStrings>,
     logprobs: bool,
+    /// Takes each token as it comes.
+    meter: Option<Meter>,
     text: Arc<TextModel>,
     served_by: ServedBy,
     usage: Usage,
@@ -283,6 +291,9 @@ impl Continuation {
     fn token(&mut self, token: &TokenOut) {
         self.clock.first.get_or_insert_with(Instant::now);
         self.usage.completion_tokens += 1;
+        if let Some(meter) = &self.meter {
+            meter.take(1);
+        }
         let (Some(decode), Some(stop)) = (&mut self.decode, &mut self.stop) else { return };
         let piece = match decode.push(token.id) {
             Ok(piece) => piece.unwrap_or_default(),

@@ -19,7 +19,7 @@ impl Service {
     #[allow(clippy::unused_async, reason = "every call of the service is async to its edges")]
     pub async fn server_info(&self) -> Result<ServerInfo, ServeError> {
         let parts = self.parts();
-        let (base, limits, tenants) = (&parts.base, &parts.limits, self.inner.tenants.limits());
+        let (base, limits, tenants) = (&parts.base, &parts.limits, self.inner.tenants.limits().quotas.default_quota());
         let residency = parts.registry.stats();
         let engine = parts.engine.stats();
         Ok(ServerInfo {

@@ -6,6 +6,7 @@ use super::{
     catalog_params::MergeParams,
     params::{DeltaInfo, ServeError, UploadParams},
     service::{Service, references},
+    training::note_of,
 };
 use crate::{
     ids::TenantId,
@@ -25,6 +26,7 @@ impl Service {
     /// An unknown delta; deltas that cannot be merged, by name; too many merges; no room for one in the resident budget, which
     /// its result and its files are counted against while it is made; the policy's.
     pub async fn merge(&self, tenant: &TenantId, params: MergeParams) -> Result<DeltaInfo, ServeError> {
+        note_of(tenant, &params.name);
         params.check()?;
         let wanted = references(&params.deltas)?;
         let _place =

@@ -10,6 +10,7 @@ use super::{
     params::ServeError,
     service::{Pieces, Service},
     train_params::ModelResult,
+    training::note_of,
 };
 use crate::ids::TenantId;
 
@@ -52,6 +53,7 @@ impl Service {
     /// # Errors
     /// An unknown job or another tenant's; one that has not ended, made no model, or whose model was removed.
     pub async fn delete_model(&self, tenant: &TenantId, id: &str) -> Result<(), ServeError> {
+        note_of(tenant, id);
         let job = self.get_job(tenant, id).await?;
         if !job.state.is_terminal() {
             return Err(no_model(id));

@@ -8,7 +8,8 @@ use bytes::Bytes;
 
 pub use super::{
     classify_params::{Classification, ClassifyInput, ClassifyParams, ClassifyReply, LabelScore, TokenLabel},
-    serve_error::{ServeError, TenantLimit, Violation},
+    quota::{Quota, QuotaItem, QuotaOf, Rate, TenantLimit},
+    serve_error::{ServeError, Violation},
 };
 use crate::{delta::Problem, ids::DeltaId};
 

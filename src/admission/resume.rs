@@ -11,9 +11,10 @@ use super::{
     params::{DeltaInfo, PublishPolicy, ServeError, UploadParams},
     service::Service,
     train_params::{JobFailure, JobInfo},
-    training::Sources,
+    training::{Sources, note_of},
 };
 use crate::{
+    audit,
     ids::{BlobId, TenantId},
     interop::{self, EncodeMeta},
     store::{Origin, StoreError},
@@ -126,6 +127,7 @@ impl Service {
     /// # Errors
     /// Unknown, or another tenant's; it has ended or is being published; full fine-tuning that has begun.
     pub async fn pause_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
+        note_of(tenant, id);
         Ok(self.parts().trainer.pause(tenant, id).await?)
     }
 
@@ -134,6 +136,7 @@ impl Service {
     /// # Errors
     /// Unknown, or another tenant's; it is not paused; it cannot go on as it was (it stays paused); too many jobs.
     pub async fn resume_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
+        note_of(tenant, id);
         self.check_trains()?;
         let trainer = &self.parts().trainer;
         let kept = trainer.kept(tenant, id).await?;
@@ -157,6 +160,8 @@ impl Service {
         step: Option<u32>,
         (name, policy): (String, PublishPolicy),
     ) -> Result<DeltaInfo, ServeError> {
+        note_of(tenant, &name);
+        audit::note(|note| note.job = Some(id.to_owned()));
         let kept = self.parts().trainer.kept(tenant, id).await?;
         let which = Which::of(&kept, step)?;
         // one at a time: each reads the job's data and makes its run again

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::quota::TenantLimit;
+
 /// One problem of a request's field or of a dataset's line.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Violation {
@@ -61,14 +63,24 @@ pub enum ServeError {
     /// No permit. RESOURCE_EXHAUSTED, `OVERLOADED`, RetryInfo.
     #[error("overloaded: {0}")]
     Overloaded(String),
-    /// The tenant is at a limit of its own. RESOURCE_EXHAUSTED, `TENANT_CONCURRENCY` or `TENANT_RATE`, RetryInfo.
+    /// The tenant is at a limit of its own. RESOURCE_EXHAUSTED, reason of the limit, QuotaFailure, RetryInfo where waiting
+    /// helps.
     #[error("{limit}")]
     TenantLimit {
         /// Which one.
         limit: TenantLimit,
-        /// When a request may be accepted.
-        retry: Duration,
+        /// When a request may be accepted; `None`: not before something is deleted.
+        retry: Option<Duration>,
     },
+    /// The tenant is being deleted. UNAVAILABLE, `TENANT_DELETING`, RetryInfo.
+    #[error("{0}")]
+    TenantDeleting(String),
+    /// What this caller may not do. PERMISSION_DENIED, `PERMISSION_DENIED`.
+    #[error("{0}")]
+    NotAllowed(String),
+    /// The audit log cannot be written, and must be. UNAVAILABLE, `AUDIT_UNAVAILABLE`, RetryInfo.
+    #[error("{0}")]
+    AuditUnavailable(String),
     /// Every resident byte is leased. RESOURCE_EXHAUSTED, `RESIDENT_BUDGET`, RetryInfo.
     #[error("the resident budget is full of deltas in use: {0}")]
     ResidentBudget(String),
@@ -127,6 +139,11 @@ impl ServeError {
         Self::Invalid(vec![Violation { field: field.into(), code: String::new(), message: message.into() }])
     }
 
+    /// The tenant is being deleted, and takes no calls meanwhile.
+    pub(crate) fn deleting() -> Self {
+        Self::TenantDeleting("this tenant is being deleted; it takes no calls until that is done".into())
+    }
+
     /// Problems of the files that the server made for a request, as problems of the field of that request.
     pub(super) fn of_files(self, field: &str) -> Self {
         let Self::Invalid(mut found) = self else { return self };
@@ -151,6 +168,9 @@ impl ServeError {
             Self::IdempotencyConflict(_) => "IDEMPOTENCY_CONFLICT",
             Self::Overloaded(_) => "OVERLOADED",
             Self::TenantLimit { limit, .. } => limit.reason(),
+            Self::TenantDeleting(_) => "TENANT_DELETING",
+            Self::NotAllowed(_) => "PERMISSION_DENIED",
+            Self::AuditUnavailable(_) => "AUDIT_UNAVAILABLE",
             Self::ResidentBudget(_) => "RESIDENT_BUDGET",
             Self::NotEnoughMemory { .. } => "NOT_ENOUGH_MEMORY",
             Self::ConstraintMemory { .. } => "CONSTRAINT_MEMORY",
@@ -162,35 +182,6 @@ impl ServeError {
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",
             Self::Cancelled => "CANCELLED",
             Self::Internal(_) => "INTERNAL",
-        }
-    }
-}
-
-/// A limit on one tenant's calls.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum TenantLimit {
-    /// So many at a time.
-    Concurrency(usize),
-    /// So many per second, and so many at once.
-    Rate(f64, u32),
-}
-
-impl TenantLimit {
-    fn reason(self) -> &'static str {
-        match self {
-            Self::Concurrency(_) => "TENANT_CONCURRENCY",
-            Self::Rate(..) => "TENANT_RATE",
-        }
-    }
-}
-
-impl std::fmt::Display for TenantLimit {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Concurrency(most) => write!(f, "this tenant has {most} calls in progress, the most that it may have"),
-            Self::Rate(rate, burst) => {
-                write!(f, "this tenant's calls exceed {rate} per second, {burst} at once: its rate limit")
-            }
         }
     }
 }
@@ -208,5 +199,17 @@ impl std::fmt::Display for Violations<'_> {
             0..=5 => Ok(()),
             n => write!(f, "; and {} more", n - 5),
         }
+    }
+}
+
+/// When a limit that passes by itself is asked about again.
+const PASSES: Duration = Duration::from_secs(1);
+
+impl From<TenantLimit> for ServeError {
+    fn from(limit: TenantLimit) -> Self {
+        let passes = !matches!(limit, TenantLimit::Amount { item, .. } if !item.passes());
+        metrics::counter!(crate::telemetry::names::REFUSALS, "reason" => limit.reason().to_ascii_lowercase())
+            .increment(1);
+        Self::TenantLimit { limit, retry: passes.then_some(PASSES) }
     }
 }

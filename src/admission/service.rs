@@ -19,11 +19,12 @@ use super::{
     merge::MERGES,
     params::{DeltaChoice, NgramSpeculation, Pooling, ServeError, ServedBy, ServedPart},
     places::Places,
-    tenants::{Entered, TenantLimits, Tenants},
+    tenants::{Entered, Meter, TenantLimits, Tenants},
 };
 use crate::{
+    audit::AuditLog,
     delta::Delta,
-    engine::{ConstraintFactory, EngineError, EngineHandle, Event, HeldDelta, Permit, Request, SubmitError, Work},
+    engine::{ConstraintFactory, EngineHandle, Event, HeldDelta, Permit, Request, Work},
     grammar::Grammars,
     ids::{DeltaId, TenantId},
     model::Base,
@@ -90,6 +91,8 @@ pub struct ServiceParts {
     pub limits: ServiceLimits,
     /// Limits of each tenant.
     pub tenants: TenantLimits,
+    /// Where it is written what was changed.
+    pub audit: AuditLog,
 }
 
 /// Joins text, registry, engine and training. Cheap to clone.
@@ -213,7 +216,17 @@ impl Service {
     /// # Errors
     /// [`ServeError::TenantLimit`].
     pub fn enter(&self, tenant: &TenantId) -> Result<CallLease, ServeError> {
-        Ok(CallLease { held: OnceCell::new(), _entered: self.inner.tenants.enter(tenant)? })
+        Ok(CallLease { held: OnceCell::new(), _entered: Some(self.inner.tenants.enter(tenant)?) })
+    }
+
+    /// What takes a tenant's tokens, where they are limited.
+    pub(super) fn meter(&self, tenant: &TenantId) -> Option<Meter> {
+        self.inner.tenants.meter(tenant)
+    }
+
+    /// Where it is written what was changed.
+    pub fn audit(&self) -> &AuditLog {
+        &self.parts().audit
     }
 
     /// The delta of a call: nothing for an empty reference, never the base for an unknown one.
@@ -289,6 +302,7 @@ impl Service {
         admitted: &Admitted,
         place: impl Any + Send + Sync,
     ) -> Result<mpsc::Receiver<Event>, ServeError> {
+        self.inner.tenants.check_open(&admitted.tenant)?;
         let (events, receiver) = mpsc::channel(work.events());
         let delta = admitted.lease.as_ref().map(|l| HeldDelta::new(l.id(), Arc::clone(l.delta()), l.clone()));
         let request = Request {
@@ -422,32 +436,6 @@ impl Admitted {
                 ServedBy { name: String::new(), number: 0, id, parts: sum.parts().iter().map(part).collect() }
             }
             None => ServedBy { name: String::new(), number: 0, id, parts: vec![] },
-        }
-    }
-}
-
-impl From<SubmitError> for ServeError {
-    fn from(e: SubmitError) -> Self {
-        match e {
-            SubmitError::Invalid(m) => Self::field("request", m),
-            SubmitError::ConstraintTooLarge { .. } => Self::ConstraintMemory { message: e.to_string(), lasting: true },
-            SubmitError::Overloaded(_) => Self::Overloaded(e.to_string()),
-            SubmitError::Draining => Self::Draining,
-            SubmitError::Stopped => Self::Internal(e.to_string()),
-        }
-    }
-}
-
-impl From<EngineError> for ServeError {
-    fn from(e: EngineError) -> Self {
-        match e {
-            EngineError::Internal(_) => Self::Internal(e.to_string()),
-            EngineError::NonFinite => Self::NonFinite,
-            EngineError::Constraint(_) => Self::field("options.constraint", e.to_string()),
-            EngineError::ConstraintMemory { .. } => Self::ConstraintMemory { message: e.to_string(), lasting: false },
-            EngineError::NoHead => Self::WrongTask(e.to_string()),
-            EngineError::DeadlineExceeded(after) => Self::DeadlineExceeded(after),
-            EngineError::Draining => Self::Draining,
         }
     }
 }

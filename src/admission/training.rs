@@ -16,6 +16,7 @@ use super::{
     },
 };
 use crate::{
+    audit,
     ids::{BlobId, TenantId},
     interop::{self, EncodeMeta},
     model::Base,
@@ -61,6 +62,10 @@ impl Service {
     /// # Errors
     /// All problems of the data, with line numbers.
     pub async fn upload_dataset(&self, tenant: &TenantId, upload: DatasetUpload) -> Result<DatasetInfo, ServeError> {
+        audit::note(|note| {
+            note.tenant = tenant.to_string();
+            note.detail.clone_from(&upload.name);
+        });
         let data = upload.data.clone();
         let (format, rows) = self
             .blocking(move |_| {
@@ -73,8 +78,11 @@ impl Service {
             .await?;
         let store = &self.parts().store;
         let bytes = upload.data.len() as u64;
+        // before the bytes are written: what is refused must not fill the disk
+        store.check_dataset_room(tenant, bytes).await?;
         let blob = store.put_blob(upload.data).await?;
         let record = store.put_dataset(tenant, NewDataset { name: upload.name, blob, format, rows, bytes }).await?;
+        audit::note(|note| (note.object, note.digest) = (record.id.clone(), Some(blob.to_string())));
         Ok(dataset_info(&record))
     }
 
@@ -107,6 +115,7 @@ impl Service {
     /// # Errors
     /// Unknown, or another tenant's.
     pub async fn delete_dataset(&self, tenant: &TenantId, id: &str) -> Result<(), ServeError> {
+        note_of(tenant, id);
         Ok(self.parts().store.delete_dataset(tenant, id).await?)
     }
 
@@ -124,17 +133,23 @@ impl Service {
     /// # Errors
     /// All problems of the request and of its data; no memory for full fine-tuning; too many jobs; a reused idempotency key.
     pub async fn create_job(&self, tenant: &TenantId, params: TrainParams) -> Result<JobInfo, ServeError> {
+        note_of(tenant, "");
+        audit::note(|note| note.detail = Some(format!("publishes {}", params.output_name)));
         self.check_trains()?;
         params.check()?;
         // a retry is answered whatever has become of the data, the delta and the memory since
         if let Some(job) = self.parts().trainer.made_before(tenant, &params).await? {
+            note_of(tenant, &job.id);
             return Ok(job);
         }
         let params = Arc::new(params);
         let mut sources = Sources::default();
         let prepared = self.prepare(tenant, Arc::clone(&params), &mut sources).await?;
+        self.check_model_room(tenant, &prepared).await?;
         let kept = Kept { base: self.parts().base.fingerprint.to_string(), blobs: sources.found };
-        Ok(self.parts().trainer.create(tenant, &params, &prepared, kept).await?)
+        let job = self.parts().trainer.create(tenant, &params, &prepared, kept).await?;
+        note_of(tenant, &job.id);
+        Ok(job)
     }
 
     pub(super) fn check_trains(&self) -> Result<(), ServeError> {
@@ -320,8 +335,14 @@ impl Service {
     /// # Errors
     /// Unknown, or another tenant's.
     pub async fn cancel_job(&self, tenant: &TenantId, id: &str) -> Result<JobInfo, ServeError> {
+        note_of(tenant, id);
         Ok(self.parts().trainer.cancel(tenant, id).await?)
     }
+}
+
+/// Says whose and which thing a call changes.
+pub(super) fn note_of(tenant: &TenantId, object: &str) {
+    audit::note(|note| (note.tenant, note.object) = (tenant.to_string(), object.to_owned()));
 }
 
 /// Seconds between the tries to load the deltas of a mix while there is no room for them.
@@ -375,6 +396,7 @@ impl From<TrainError> for ServeError {
     fn from(e: TrainError) -> Self {
         match e {
             TrainError::Overloaded(m) => Self::Overloaded(m),
+            TrainError::Quota(limit) => limit.into(),
             TrainError::Draining => Self::Draining,
             TrainError::Down => Self::TrainingDown,
             TrainError::NotFound(name) => Self::NotFound { kind: "job", name },

@@ -1,6 +1,7 @@
 //! The composition root: the only file that names every subsystem. Starts them, waits for a signal, drains.
 
 mod base;
+mod limits;
 mod publish;
 
 use std::{net::SocketAddr, path::Path, sync::Arc, thread, time::Duration};
@@ -12,10 +13,11 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use crate::{
     access::Access,
     admission::{
-        Rate, Service, ServiceLimits, ServiceParts, TenantLimits,
+        Quotas, Service, ServiceLimits, ServiceParts, TenantLimits,
         params::{NgramSpeculation, PublishPolicy, ServeError, UploadParams},
     },
-    config::{Config, TenantConfig},
+    audit::AuditLog,
+    config::Config,
     engine::{self, EngineConfig, EngineHandle},
     grpc, http,
     ids::TenantId,
@@ -80,6 +82,7 @@ pub struct Server {
     engine: EngineHandle,
     trainer: TrainerHandle,
     store: Store,
+    audit: AuditLog,
     drain: Drain,
     grace: Duration,
     ready: watch::Sender<bool>,
@@ -111,6 +114,7 @@ impl Server {
         if tokio::time::timeout(Duration::from_secs(10), joined).await.is_err() {
             tracing::warn!("a compute thread did not end in time");
         }
+        self.audit.close().await;
         self.store.close().await;
         Ok(edge?)
     }
@@ -126,11 +130,15 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let parts = base::load(&config.base).await?;
     let base = Arc::clone(&parts.base);
     crate::ops::keep_freed_memory();
+    let audit = AuditLog::open(&config.audit).context("open the audit log (--audit-log)")?;
+    let quotas = limits::quotas(&config.tenants).await?;
     let store = Store::open_at(&config.places()).await.context("open the store")?;
+    store.set_quotas(quotas.source());
     store.verify(config.store.verify).await.context("verify the store")?;
     let registry_config = RegistryConfig {
         max_resident_bytes: config.max_resident_bytes,
         retry_after: config.delta_retry,
+        quotas: Some(quotas.source()),
         ..RegistryConfig::default()
     };
     let registry = Registry::open(store.clone(), base.fingerprint, loader(&base), registry_config)
@@ -141,13 +149,13 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
     let engine_config = engine_config(&config, &base);
     let (engine, engine_thread) = engine::spawn(Arc::clone(&base), engine_config, Arc::clone(&pacer))?;
     let trainer_parts = TrainerParts {
-        publisher: publish::publisher(&base, &parts.name, &registry, store.models()),
+        publisher: publish::publisher(&base, &parts.name, &registry, &store, &audit),
         memory: MemoryProbe::of_machine(config.train.max_bytes, base.device.is_cpu()),
         log: JobLog::new(store.clone()),
         base: Arc::clone(&base),
         pacer,
     };
-    let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config(&config)).await?;
+    let (trainer, trainer_thread) = TrainerHandle::spawn(trainer_parts, trainer_config(&config, &quotas)).await?;
     let service = Service::new(ServiceParts {
         base,
         base_name: parts.name,
@@ -160,7 +168,8 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         engine: engine.clone(),
         trainer: trainer.clone(),
         limits: limits(&config, &engine_config),
-        tenants: tenant_limits(&config),
+        tenants: TenantLimits { quotas: quotas.clone(), weights: config.tenants.weights.iter().cloned().collect() },
+        audit: audit.clone(),
     });
     if let Some(dir) = &config.adapters_dir {
         register_samples(&service, dir).await?;
@@ -192,6 +201,9 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         }
     });
     tokio::spawn(collect_garbage(store.clone(), drain.clone()));
+    if let Some(file) = config.tenants.file {
+        tokio::spawn(limits::follow(file, limits::LOOK, quotas, drain.clone()));
+    }
     ready.send_replace(true);
     Ok(Server {
         grpc,
@@ -200,6 +212,7 @@ pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> anyhow:
         engine,
         trainer,
         store,
+        audit,
         drain,
         grace: config.drain,
         ready,
@@ -235,15 +248,6 @@ fn limits(config: &Config, engine: &EngineConfig) -> ServiceLimits {
         kv_positions: engine.kv_pages * PAGE_SIZE,
         max_train_jobs: config.train.max_jobs,
         grammar_bytes: config.engine.constraint_bytes / 2,
-    }
-}
-
-fn tenant_limits(config: &Config) -> TenantLimits {
-    let TenantConfig { max_concurrent, rate, weights } = &config.tenants;
-    TenantLimits {
-        max_concurrent: *max_concurrent,
-        rate: rate.map(|(per_second, burst)| Rate { per_second, burst }),
-        weights: weights.iter().cloned().collect(),
     }
 }
 
@@ -287,12 +291,13 @@ fn engine_config(config: &Config, base: &Base) -> EngineConfig {
 }
 
 /// The trainer's limits.
-fn trainer_config(config: &Config) -> TrainerConfig {
+fn trainer_config(config: &Config, quotas: &Quotas) -> TrainerConfig {
     let defaults = TrainerConfig::default();
     TrainerConfig {
         max_jobs: config.train.max_jobs.max(1),
         takes_over: config.train.max_jobs > 0,
         max_paused_per_tenant: config.train.max_paused,
+        quotas: Some(quotas.source()),
         // as many as may share a pass must be able to run
         max_concurrent_jobs: defaults.max_concurrent_jobs.max(config.train.share),
         weights: Arc::new(config.tenants.weights.iter().cloned().collect()),
@@ -361,7 +366,7 @@ mod tests {
             let engine = engine_config(&config, &base);
             assert_eq!((engine.halves, engine.constraint_bytes), (halves, 32 << 20));
             assert_eq!(limits(&config, &engine).grammar_bytes, 32 << 20);
-            let trainer = trainer_config(&config);
+            let trainer = trainer_config(&config, &Quotas::default());
             assert_eq!(trainer.halves, halves);
         }
         for (said, activations) in [("weights", Activations::AsWeights), ("f32", Activations::F32)] {

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use crate::{
     admission::{params::ServeError, train_params::ModelResult},
+    audit::{AuditLog, Event, Note, Phase, Version},
     ids::{BaseFingerprint, DeltaName},
     interop::{self, EncodeMeta, InteropError},
     model::{Base, ModelError, ModelFolder, folder_fingerprint, write_folder},
-    registry::{Publication, Registry},
-    store::{Models, Origin, StoreError},
+    registry::{DeltaRef, Publication, Registry},
+    store::{Models, Origin, Store, StoreError},
     train::{PublishFailure, PublishJob, Published, Publisher},
 };
 
@@ -21,18 +22,75 @@ fn internal(e: impl ToString) -> PublishFailure {
 }
 
 /// Turns what finished jobs made into files and publishes them.
-pub(super) fn publisher(base: &Arc<Base>, base_name: &str, registry: &Registry, models: Models) -> Publisher {
+pub(super) fn publisher(
+    base: &Arc<Base>,
+    base_name: &str,
+    registry: &Registry,
+    store: &Store,
+    audit: &AuditLog,
+) -> Publisher {
     let (base, base_name, registry) = (Arc::clone(base), base_name.to_owned(), registry.clone());
-    Arc::new(move |mut job: PublishJob| {
+    let (store, audit) = (store.clone(), audit.clone());
+    Arc::new(move |job: PublishJob| {
         let (base, base_name, registry) = (Arc::clone(&base), base_name.clone(), registry.clone());
-        let models = models.clone();
+        let (store, audit) = (store.clone(), audit.clone());
         Box::pin(async move {
-            match job.model.take() {
-                Some(model) => keep_model(base, model, models, job.job).await,
-                None => publish_delta(&base, base_name, &registry, job).await,
+            let before = current(&registry, &job);
+            let (tenant, object, id) = (job.tenant.to_string(), job.name.clone(), job.job.clone());
+            let mut note = Note { tenant, object, before, job: Some(id), ..Note::default() };
+            let unrecorded = |_| failure("AUDIT_UNAVAILABLE", "the audit log cannot be written, and must be");
+            if audit.is_required() {
+                audit.record(&Event::now(Phase::Begin, ACTION, note.clone())).await.map_err(unrecorded)?;
             }
+            let published = publish(base, base_name, &registry, &store, job).await;
+            let (code, reason) = match &published {
+                Ok(Published::Version { number, id }) => {
+                    note.after = Some(Version { number: *number, id: id.to_string() });
+                    ("ok", String::new())
+                }
+                Ok(Published::Model(model)) => {
+                    note.detail = Some(format!("a model with the fingerprint {}", model.fingerprint));
+                    ("ok", String::new())
+                }
+                Err(e) => ("failed_precondition", e.code.clone()),
+            };
+            let recorded = audit.record(&Event { code, reason, ..Event::now(Phase::End, ACTION, note) }).await;
+            if recorded.is_err() {
+                // it is done, and the log has that it began
+                tracing::error!("the end of a job's publish is missing in the audit log");
+            }
+            published
         })
     })
+}
+
+/// What the audit log calls it when a job publishes.
+const ACTION: &str = "JobPublish";
+
+/// What the name of a job's result stands for.
+fn current(registry: &Registry, job: &PublishJob) -> Option<Version> {
+    let wanted = DeltaRef::current(DeltaName::new(&job.name).ok()?);
+    let version = registry.resolve(&job.tenant, &wanted).ok()?;
+    Some(Version { number: version.number, id: version.id.to_string() })
+}
+
+async fn publish(
+    base: Arc<Base>,
+    base_name: String,
+    registry: &Registry,
+    store: &Store,
+    mut job: PublishJob,
+) -> Result<Published, PublishFailure> {
+    match job.model.take() {
+        Some(model) => {
+            store.check_new_model(&job.tenant, model.bytes()).await.map_err(|e| {
+                let e = ServeError::from(e);
+                failure(e.reason(), &e)
+            })?;
+            keep_model(base, model, store.models(), job.job).await
+        }
+        None => publish_delta(&base, base_name, registry, job).await,
+    }
 }
 
 async fn publish_delta(
@@ -118,7 +176,6 @@ mod tests {
     use crate::{
         delta::Task,
         model::{LoadOptions, testing},
-        store::Store,
     };
 
     #[tokio::test]

@@ -16,7 +16,8 @@ use crate::grpc::{
     TENANT_KEY,
     proto::{
         self, delta_service_client::DeltaServiceClient, inference_service_client::InferenceServiceClient,
-        server_service_client::ServerServiceClient, training_service_client::TrainingServiceClient,
+        server_service_client::ServerServiceClient, tenant_service_client::TenantServiceClient,
+        training_service_client::TrainingServiceClient,
     },
 };
 
@@ -99,6 +100,10 @@ impl Client {
 
     pub(super) fn training(&self) -> TrainingServiceClient<Connection> {
         TrainingServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    pub(super) fn tenants(&self) -> TenantServiceClient<Connection> {
+        TenantServiceClient::new(self.connection.clone())
     }
 
     pub(super) fn server(&self) -> ServerServiceClient<Connection> {

@@ -19,6 +19,7 @@ mod merge;
 mod models;
 mod output;
 mod study;
+mod tenants;
 mod train;
 mod train_positions;
 
@@ -107,6 +108,8 @@ enum ClientCommand {
     Jobs(WithCommon<jobs::JobsArgs>),
     /// List and remove datasets.
     Datasets(WithCommon<jobs::DatasetsArgs>),
+    /// Limits of a tenant, and its deletion.
+    Tenants(WithCommon<tenants::TenantsArgs>),
     /// What the server is and does.
     Info(WithCommon<NoArgs>),
     /// Put load on a server, measure and report. Several tenants: --tenant a,b.
@@ -166,6 +169,7 @@ impl ClientCommand {
             Self::Deltas(c) => deltas::run(&c.common, c.args).await,
             Self::Jobs(c) => jobs::jobs(&c.common, c.args).await,
             Self::Datasets(c) => jobs::datasets(&c.common, c.args).await,
+            Self::Tenants(c) => tenants::run(&c.common, c.args).await,
             Self::Info(c) => infer::info(&c.common).await,
             Self::Bench(c) => bench::run(&c.common, c.args).await,
         }

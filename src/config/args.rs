@@ -93,6 +93,42 @@ pub struct ServeArgs {
     /// refused with the time after which the next may come. Unset = no limit.
     #[arg(long, env = "DELTASERVE_TENANT_RATE", value_name = "R[:BURST]")]
     pub tenant_rate: Option<String>,
+    /// Tokens of inference, read and generated, per second of one tenant, and how many may come at once (default: those of a
+    /// second). They are charged when they come, so that a call may go over: the next is refused until that is paid. Unset = no
+    /// limit.
+    #[arg(long, env = "DELTASERVE_TENANT_TOKEN_RATE", value_name = "R[:BURST]")]
+    pub tenant_token_rate: Option<String>,
+    /// Names of deltas that one tenant may have. Unset = no limit, here and for what follows.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_DELTAS", value_name = "N")]
+    pub tenant_max_deltas: Option<u64>,
+    /// Versions of deltas that one tenant may have.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_VERSIONS", value_name = "N")]
+    pub tenant_max_versions: Option<u64>,
+    /// Stored files of versions that one tenant may have, in MiB.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_STORED_MB", value_name = "MIB")]
+    pub tenant_max_stored_mb: Option<u64>,
+    /// Memory of resident deltas that one tenant may have, in MiB: its own that it has not used for longest make room.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_RESIDENT_MB", value_name = "MIB")]
+    pub tenant_max_resident_mb: Option<u64>,
+    /// Training jobs that one tenant may have queued or running.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_TRAIN_JOBS", value_name = "N")]
+    pub tenant_max_train_jobs: Option<u64>,
+    /// Datasets that one tenant may have, in MiB.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_DATASET_MB", value_name = "MIB")]
+    pub tenant_max_dataset_mb: Option<u64>,
+    /// Models of full fine-tuning that one tenant may have, in MiB.
+    #[arg(long, env = "DELTASERVE_TENANT_MAX_MODEL_MB", value_name = "MIB")]
+    pub tenant_max_model_mb: Option<u64>,
+    /// Limits of named tenants in place of those above: a JSON file, read again when it changes.
+    #[arg(long, env = "DELTASERVE_TENANT_LIMITS", value_name = "FILE")]
+    pub tenant_limits: Option<PathBuf>,
+    /// Where it is recorded who changed what: a file that JSON lines are appended to, readable by its owner only, and made
+    /// anew when it was moved away. Unset = nowhere.
+    #[arg(long, env = "DELTASERVE_AUDIT_LOG", value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+    /// Refuse calls that change something while the audit log cannot be written, and answer none before it is on the disk.
+    #[arg(long, env = "DELTASERVE_AUDIT_REQUIRED", requires = "audit_log")]
+    pub audit_required: bool,
     /// Shares of the engine's service, and of starts of training jobs, while several tenants wait: NAME=W, 1 to 1000; 1 for those that are not named.
     #[arg(long, env = "DELTASERVE_TENANT_WEIGHT", value_name = "NAME=W,...", value_delimiter = ',')]
     pub tenant_weight: Vec<String>,

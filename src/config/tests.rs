@@ -158,7 +158,25 @@ fn limits_of_tenants_are_off_unless_given() {
     let given = ["--tenant-max-concurrent=8", "--tenant-rate=2.5:10", "--tenant-weight=gold=4,silver=2"];
     let names = |weights: &[(&str, u32)]| weights.iter().map(|(n, w)| (TenantId::new(n).unwrap(), *w)).collect();
     let weights = names(&[("gold", 4), ("silver", 2)]);
-    assert_eq!(tenants(&given), Ok(TenantConfig { max_concurrent: Some(8), rate: Some((2.5, 10)), weights }));
+    assert_eq!(
+        tenants(&given),
+        Ok(TenantConfig { max_concurrent: Some(8), rate: Some((2.5, 10)), weights, ..TenantConfig::default() })
+    );
+    let given =
+        ["--tenant-token-rate=1e8", "--tenant-max-deltas=0", "--tenant-max-stored-mb=3", "--tenant-limits=l.json"];
+    let expected = TenantConfig {
+        tokens: Some((1e8, 100_000_000)),
+        max_deltas: Some(0),
+        max_stored_bytes: Some(3 << 20),
+        file: Some("l.json".into()),
+        ..TenantConfig::default()
+    };
+    assert_eq!(tenants(&given), Ok(expected));
+    let problems = tenants(&["--tenant-token-rate=1e10"]).expect_err("too much").0;
+    assert!(
+        problems[0].starts_with("--tenant-token-rate:") && problems[0].contains("tokens per second"),
+        "{problems:?}"
+    );
     // without a burst, as many at once as come in a second, and one at least
     let rate = |value: &str| tenants(&[&format!("--tenant-rate={value}")]).map(|t| t.rate);
     assert_eq!([rate("20"), rate("0.2"), rate("2.5")], [Ok(Some((20.0, 20))), Ok(Some((0.2, 1))), Ok(Some((2.5, 3)))]);

@@ -37,6 +37,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 
 use self::{
     metrics::Metrics,
@@ -46,6 +47,7 @@ use self::{
 };
 use crate::{
     admission::params::Pooling,
+    ids::TenantId,
     kv::{KvCache, PAGE_SIZE},
     model::{Architecture, Base},
     ops::{Activations, Halves},
@@ -142,6 +144,8 @@ enum Command {
     Submit(Box<Request>),
     /// Look at `Shared`.
     Wake,
+    /// End all of a tenant's sequences and forget its pages; answered by dropping the second.
+    EndTenant(TenantId, oneshot::Sender<()>),
     /// Read to its end before anything else: a test's requests are all there when the first is taken.
     #[cfg(test)]
     Hold(mpsc::Receiver<()>),
@@ -303,6 +307,16 @@ impl EngineHandle {
         self.shared.draining.store(true, Ordering::Release);
         // a full queue means that the thread is awake anyway
         let _ = self.commands.try_send(Command::Wake);
+    }
+
+    /// Fails all sequences of a tenant with [`EngineError::TenantEnded`] and forgets what is cached of it; what comes later is
+    /// served. The receiver is done once that is so, or the engine has ended. `None`: the queue is full, ask again.
+    pub fn end_tenant(&self, tenant: &TenantId) -> Option<oneshot::Receiver<()>> {
+        let (done, ended) = oneshot::channel();
+        match self.commands.try_send(Command::EndTenant(tenant.clone(), done)) {
+            Ok(()) | Err(mpsc::TrySendError::Disconnected(_)) => Some(ended),
+            Err(mpsc::TrySendError::Full(_)) => None,
+        }
     }
 
     /// Whether the engine thread runs. If it does not and nobody shut it down, the process should end.

@@ -333,6 +333,9 @@ pub enum EngineError {
     /// The engine stops.
     #[error("the engine is shutting down")]
     Draining,
+    /// Its tenant is being deleted.
+    #[error("the tenant is being deleted")]
+    TenantEnded,
 }
 
 /// Why a request was not taken. Nothing was sent on its channel.

@@ -17,6 +17,8 @@ use super::{
     step::{Got, Stepper, Task},
 };
 use crate::{
+    ids::TenantId,
+    kv::PageOwner,
     model::Base,
     ops::{self, Activations, Halves, each},
     pacing::Pacer,
@@ -114,6 +116,7 @@ impl Worker {
         match command {
             Command::Submit(request) => self.take(*request),
             Command::Wake => {}
+            Command::EndTenant(tenant, _done) => self.end_tenant(&tenant),
             #[cfg(test)]
             Command::Hold(gate) => gate.into_iter().for_each(drop),
             #[cfg(test)]
@@ -126,6 +129,13 @@ impl Worker {
             #[cfg(test)]
             Command::GuessAsEver(guess) => self.guess = guess,
         }
+    }
+
+    fn end_tenant(&mut self, tenant: &TenantId) {
+        let own = |s: &Sequence| s.request.tenant.as_ref() == Some(tenant);
+        let ids: Vec<SeqId> = self.sequences.iter().filter(|(_, s)| own(s)).map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.fail(id, EngineError::TenantEnded));
+        self.scheduler.forget_pages(PageOwner::of(tenant));
     }
 
     fn take(&mut self, request: Request) {

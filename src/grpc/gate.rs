@@ -176,7 +176,7 @@ impl Drop for Call {
     }
 }
 
-fn outcome_label(code: Code) -> &'static str {
+pub(super) fn outcome_label(code: Code) -> &'static str {
     match code {
         Code::Ok => "ok",
         Code::Cancelled => "cancelled",
@@ -298,7 +298,7 @@ mod tests {
     #[test]
     fn labels_are_the_methods_of_the_protocol() {
         let methods = methods();
-        assert_eq!(methods.len(), 6 + 8 + 15 + 1);
+        assert_eq!(methods.len(), 6 + 8 + 15 + 1 + 2);
         assert!(methods.contains_key("/deltaserve.v1.InferenceService/Generate"));
         assert!(!methods.contains_key("/grpc.health.v1.Health/Check"));
     }

@@ -39,6 +39,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Peer {
     /// The client's certificate, verified, if it has one.
     pub(super) certificate: Option<Arc<PeerCertificate>>,
+    /// Where it calls from.
+    pub(super) address: SocketAddr,
 }
 
 /// All connections to a listener, once their handshakes are done; never ends.
@@ -94,7 +96,7 @@ impl Incoming {
             tracing::debug!(%error, "no TCP_NODELAY");
         }
         let Some(config) = self.access.tls() else {
-            return Some(Connection { io: Io::Plain(stream), peer: Peer { certificate: None } });
+            return Some(Connection { io: Io::Plain(stream), peer: Peer { certificate: None, address } });
         };
         self.make_room();
         self.begun.push_back(self.handshakes.spawn(handshake(TlsAcceptor::from(config), stream, address)));
@@ -133,7 +135,7 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, address: SocketAddr
             let (_, session) = stream.get_ref();
             let leaf = session.peer_certificates().and_then(<[_]>::first);
             let certificate = leaf.and_then(|leaf| PeerCertificate::read(leaf)).map(Arc::new);
-            Some(Connection { io: Io::Tls(Box::new(stream)), peer: Peer { certificate } })
+            Some(Connection { io: Io::Tls(Box::new(stream)), peer: Peer { certificate, address } })
         }
         Ok(Err(error)) => {
             tracing::debug!(%address, %error, "a TLS handshake failed");

@@ -2,6 +2,7 @@
 //!
 //! Decodes, calls [`crate::admission::Service`], encodes. Knows no tensors and holds no state of its own.
 
+mod audited;
 mod convert;
 mod deltas;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -15,6 +16,7 @@ pub mod proto;
 mod server_info;
 mod status;
 mod tenant;
+mod tenants;
 mod training;
 mod upload;
 
@@ -29,7 +31,8 @@ pub use tenant::{DEFAULT_TENANT, TENANT_KEY};
 use crate::{access::Access, admission::Service, shutdown::Drain};
 use proto::{
     delta_service_server::DeltaServiceServer, inference_service_server::InferenceServiceServer,
-    server_service_server::ServerServiceServer, training_service_server::TrainingServiceServer,
+    server_service_server::ServerServiceServer, tenant_service_server::TenantServiceServer,
+    training_service_server::TrainingServiceServer,
 };
 
 /// Calls of one connection at a time; clients open another connection or wait.
@@ -112,11 +115,14 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .layer(gate::GateLayer::new(config.max_calls))
         .layer(guard::GuardLayer::new(Arc::clone(&access)))
+        // inside of what says who calls
+        .layer(audited::AuditLayer::new(service.audit().clone()))
         .add_service(health)
         .add_service(reflection)
         .add_service(limited!(InferenceServiceServer, inference))
         .add_service(limited!(DeltaServiceServer, deltas))
         .add_service(limited!(TrainingServiceServer, training))
+        .add_service(limited!(TenantServiceServer, tenants::Tenants { service: service.clone() }))
         .add_service(limited!(ServerServiceServer, server_info::Server { service }));
     let incoming = incoming::connections(listener, Arc::clone(&access));
     let server = router.serve_with_incoming_shutdown(incoming, drain.begun());
@@ -153,8 +159,14 @@ async fn follow_readiness(
     mut training: watch::Receiver<bool>,
     draining: impl Future<Output = ()> + Send,
 ) {
-    let services =
-        ["", "deltaserve.v1.InferenceService", "deltaserve.v1.DeltaService", TRAINING, "deltaserve.v1.ServerService"];
+    let services = [
+        "",
+        "deltaserve.v1.InferenceService",
+        "deltaserve.v1.DeltaService",
+        TRAINING,
+        "deltaserve.v1.ServerService",
+        "deltaserve.v1.TenantService",
+    ];
     let mut draining = std::pin::pin!(draining);
     let (mut over, mut watched) = (false, true);
     loop {

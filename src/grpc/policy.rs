@@ -26,6 +26,7 @@ impl Rule {
 const INFER: Rule = Rule::Any(&[Permission::Infer]);
 const TRAIN: Rule = Rule::Any(&[Permission::Train]);
 const MANAGE: Rule = Rule::Any(&[Permission::Manage]);
+const ADMIN: Rule = Rule::Any(&[Permission::Admin]);
 /// Whoever uses, makes or keeps deltas looks them up.
 const LOOK_UP: Rule = Rule::Any(&[Permission::Infer, Permission::Train, Permission::Manage]);
 
@@ -59,6 +60,8 @@ const TABLE: &[(&str, Rule)] = &[
     ("/deltaserve.v1.TrainingService/ResumeJob", TRAIN),
     ("/deltaserve.v1.TrainingService/PublishCheckpoint", TRAIN),
     ("/deltaserve.v1.TrainingService/CancelJob", TRAIN),
+    ("/deltaserve.v1.TenantService/GetQuota", Rule::Known),
+    ("/deltaserve.v1.TenantService/DeleteTenant", ADMIN),
     ("/deltaserve.v1.ServerService/GetServerInfo", Rule::Known),
     ("/grpc.health.v1.Health/Check", Rule::Open),
     ("/grpc.health.v1.Health/Watch", Rule::Open),

@@ -3,9 +3,9 @@
 use std::{collections::HashMap, time::Duration};
 
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic_types::{ErrorDetails, QuotaViolation, StatusExt};
 
-use crate::admission::params::{ServeError, Violation};
+use crate::admission::params::{ServeError, TenantLimit, Violation};
 
 /// `domain` of every `google.rpc.ErrorInfo`.
 pub(crate) const DOMAIN: &str = "deltaserve";
@@ -42,11 +42,19 @@ impl From<ServeError> for Status {
             ServeError::Overloaded(_)
             | ServeError::ResidentBudget(_)
             | ServeError::StoreUnavailable(_)
+            | ServeError::TenantDeleting(_)
+            | ServeError::AuditUnavailable(_)
             | ServeError::ConstraintMemory { lasting: false, .. }
             | ServeError::NotEnoughMemory { lasting: false, .. } => {
                 details.set_retry_info(Some(RETRY_AFTER));
             }
-            ServeError::TenantLimit { retry, .. } | ServeError::Failing { retry, .. } => {
+            ServeError::TenantLimit { limit, retry } => {
+                if retry.is_some() {
+                    details.set_retry_info(*retry);
+                }
+                details.set_quota_failure(vec![violation(*limit)]);
+            }
+            ServeError::Failing { retry, .. } => {
                 details.set_retry_info(Some(*retry));
             }
             _ => {}
@@ -75,11 +83,29 @@ fn code(error: &ServeError) -> Code {
         | ServeError::NotEnoughMemory { lasting: false, .. } => Code::ResourceExhausted,
         ServeError::Failing { error, .. } => self::code(error),
         ServeError::Corrupt(_) => Code::DataLoss,
-        ServeError::Draining | ServeError::TrainingDown | ServeError::StoreUnavailable(_) => Code::Unavailable,
+        ServeError::Draining
+        | ServeError::TrainingDown
+        | ServeError::StoreUnavailable(_)
+        | ServeError::TenantDeleting(_)
+        | ServeError::AuditUnavailable(_) => Code::Unavailable,
+        ServeError::NotAllowed(_) => Code::PermissionDenied,
         ServeError::DeadlineExceeded(_) => Code::DeadlineExceeded,
         ServeError::Cancelled => Code::Cancelled,
         ServeError::Internal(_) => Code::Internal,
     }
+}
+
+/// A tenant's limit: its name, its value, and how much of it is used.
+fn violation(limit: TenantLimit) -> QuotaViolation {
+    let (value, used) = limit.numbers();
+    let mut violation = QuotaViolation::new("tenant", limit.to_string());
+    limit.name().clone_into(&mut violation.quota_id);
+    violation.quota_value = value as i64;
+    violation.quota_dimensions.insert("limit".into(), value.to_string());
+    if let Some(used) = used {
+        violation.quota_dimensions.insert("used".into(), used.to_string());
+    }
+    violation
 }
 
 /// As many violations as clients take, and how many were left out.
@@ -115,12 +141,12 @@ fn cut(text: &str, max: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admission::params::TenantLimit;
+    use crate::admission::params::QuotaItem;
 
     #[test]
     fn every_error_has_its_code_and_reason() {
         let s = || "x".to_owned();
-        let limit = |limit| ServeError::TenantLimit { limit, retry: Duration::from_millis(1500) };
+        let limit = |limit| ServeError::TenantLimit { limit, retry: Some(Duration::from_millis(1500)) };
         let memory = |lasting| ServeError::NotEnoughMemory { message: s(), lasting };
         let room = |lasting| ServeError::ConstraintMemory { message: s(), lasting };
         let table = [
@@ -139,12 +165,14 @@ mod tests {
             (ServeError::Overloaded(s()), Code::ResourceExhausted, "OVERLOADED"),
             (limit(TenantLimit::Concurrency(3)), Code::ResourceExhausted, "TENANT_CONCURRENCY"),
             (limit(TenantLimit::Rate(0.5, 2)), Code::ResourceExhausted, "TENANT_RATE"),
+            (limit(TenantLimit::Tokens(0.5, 2)), Code::ResourceExhausted, "TENANT_TOKENS"),
             (ServeError::ResidentBudget(s()), Code::ResourceExhausted, "RESIDENT_BUDGET"),
             (memory(false), Code::ResourceExhausted, "NOT_ENOUGH_MEMORY"),
             (memory(true), Code::FailedPrecondition, "NOT_ENOUGH_MEMORY"),
             (room(false), Code::ResourceExhausted, "CONSTRAINT_MEMORY"),
             (ServeError::Corrupt(s()), Code::DataLoss, "DELTA_CORRUPT"),
             (ServeError::Draining, Code::Unavailable, "DRAINING"),
+            (ServeError::NotAllowed(s()), Code::PermissionDenied, "PERMISSION_DENIED"),
             (ServeError::TrainingDown, Code::Unavailable, "TRAINING_DOWN"),
             (ServeError::StoreUnavailable(s()), Code::Unavailable, "STORE_UNAVAILABLE"),
             (ServeError::DeadlineExceeded(Duration::from_secs(1)), Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
@@ -152,12 +180,21 @@ mod tests {
             (ServeError::Internal(s()), Code::Internal, "INTERNAL"),
         ];
         for (error, code, reason) in table {
-            let retry = code == Code::ResourceExhausted || reason == "STORE_UNAVAILABLE";
+            let retry = code == Code::ResourceExhausted
+                || matches!(reason, "STORE_UNAVAILABLE" | "TENANT_DELETING" | "AUDIT_UNAVAILABLE");
             let status = Status::from(error);
             let details = status.get_error_details();
             assert_eq!(status.code(), code);
             assert_eq!(details.error_info().map(|i| (i.reason.as_str(), i.domain.as_str())), Some((reason, DOMAIN)));
             assert_eq!(details.retry_info().is_some(), retry, "{reason}");
+        }
+        for (error, reason) in
+            [(ServeError::deleting(), "TENANT_DELETING"), (ServeError::AuditUnavailable(s()), "AUDIT_UNAVAILABLE")]
+        {
+            let status = Status::from(error);
+            let details = status.get_error_details();
+            assert!(status.code() == Code::Unavailable && details.retry_info().is_some());
+            assert_eq!(details.error_info().map(|info| info.reason.as_str()), Some(reason));
         }
         let never = Status::from(room(true));
         assert!(never.code() == Code::ResourceExhausted && never.get_error_details().retry_info().is_none());
@@ -182,10 +219,24 @@ mod tests {
     #[test]
     fn a_tenants_limit_says_which_and_when_to_retry() {
         let limit = TenantLimit::Rate(2.5, 4);
-        let status = Status::from(ServeError::TenantLimit { limit, retry: Duration::from_millis(380) });
+        let status = Status::from(ServeError::TenantLimit { limit, retry: Some(Duration::from_millis(380)) });
         assert!(status.message().contains("2.5 per second, 4 at once"), "{}", status.message());
         let retry = status.get_error_details().retry_info().and_then(|r| r.retry_delay);
         assert_eq!(retry, Some(Duration::from_millis(380)));
+    }
+
+    #[test]
+    fn an_amount_names_its_limit_with_its_numbers_and_waiting_is_advised_where_it_helps() {
+        for (item, waits) in [(QuotaItem::StoredBytes, false), (QuotaItem::TrainJobs, true)] {
+            let limit = TenantLimit::Amount { item, limit: 10, used: 8, asked: 3 };
+            let status = Status::from(ServeError::from(limit));
+            let details = status.get_error_details();
+            assert_eq!((status.code(), details.retry_info().is_some()), (Code::ResourceExhausted, waits));
+            let quota = details.quota_failure().map(|q| q.violations.clone()).unwrap_or_default();
+            assert_eq!((quota[0].quota_id.as_str(), quota[0].quota_value), (item.name(), 10));
+            assert_eq!(quota[0].quota_dimensions.get("used").map(String::as_str), Some("8"));
+            assert!(quota[0].description.contains("asked for 3 more"), "{quota:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::{
         params::{ServeError, UploadParams},
         train_params::DatasetUpload,
     },
+    audit,
     ids::check_name,
 };
 
@@ -98,11 +99,11 @@ pub(super) async fn held<T: Send + 'static>(
     place: OwnedSemaphorePermit,
     store: impl Future<Output = Result<T, ServeError>> + Send + 'static,
 ) -> Result<T, ServeError> {
-    let task = tokio::spawn(async move {
+    let task = tokio::spawn(audit::carried(async move {
         let stored = store.await;
         drop(place);
         stored
-    });
+    }));
     task.await.map_err(|e| ServeError::Internal(format!("an upload ended early: {e}")))?
 }
 

@@ -11,11 +11,34 @@ use crate::{
 /// What a page holds: SHA-256 over whose it is, the delta that it was computed with, and everything from the sequence's
 /// beginning to the page's end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PageKey([u8; 32]);
+pub struct PageKey {
+    digest: [u8; 32],
+    owner: PageOwner,
+}
+
+/// Whose pages they are: a part of a digest over the tenant's name. It tells what to forget with a tenant, and nothing
+/// else: who may find a page is in the page's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageOwner(u64);
+
+impl PageOwner {
+    /// A tenant's.
+    pub fn of(tenant: &TenantId) -> Self {
+        let digest = Sha256::digest(tenant.as_str());
+        Self(digest.iter().take(8).fold(0, |sum, byte| (sum << 8) | u64::from(*byte)))
+    }
+}
+
+impl PageKey {
+    /// Whose page it is.
+    pub fn owner(&self) -> PageOwner {
+        self.owner
+    }
+}
 
 impl std::fmt::Debug for PageKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "PageKey({})", hex::encode(&self.0[..6]))
+        write!(f, "PageKey({})", hex::encode(&self.digest[..6]))
     }
 }
 
@@ -55,7 +78,7 @@ impl PageKeys {
         h.update((keys as u64).to_le_bytes());
         h.update((shift as i64).to_le_bytes());
         h.update([u8::from(pinned)]);
-        let root = PageKey(h.finalize().into());
+        let root = PageKey { digest: h.finalize().into(), owner: PageOwner::of(tenant) };
         Self { root, last: root, named: 0, ahead, acts: None }
     }
 
@@ -95,20 +118,20 @@ impl PageKeys {
 fn activation(parent: PageKey, first: usize, delta: DeltaId) -> PageKey {
     let mut h = Sha256::new();
     h.update([b'a']);
-    h.update(parent.0);
+    h.update(parent.digest);
     h.update((first as u64).to_le_bytes());
     h.update(delta.as_bytes());
-    PageKey(h.finalize().into())
+    PageKey { digest: h.finalize().into(), owner: parent.owner }
 }
 
 fn digest(kind: u8, parent: PageKey, at: usize, tokens: &[u32]) -> PageKey {
     let mut h = Sha256::new();
     h.update([kind]);
-    h.update(parent.0);
+    h.update(parent.digest);
     h.update((at as u64).to_le_bytes());
     h.update((tokens.len() as u64).to_le_bytes());
     tokens.iter().for_each(|token| h.update(token.to_le_bytes()));
-    PageKey(h.finalize().into())
+    PageKey { digest: h.finalize().into(), owner: parent.owner }
 }
 
 #[cfg(test)]

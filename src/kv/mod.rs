@@ -5,5 +5,5 @@ mod keys;
 mod pool;
 
 pub use cache::KvCache;
-pub use keys::{PageKey, PageKeys};
+pub use keys::{PageKey, PageKeys, PageOwner};
 pub use pool::{Found, PAGE_SIZE, PagePool, PageTable, pages_for};

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use super::PageKey;
+use super::{PageKey, PageOwner};
 
 /// Positions in a page.
 pub const PAGE_SIZE: usize = 16;
@@ -296,6 +296,14 @@ impl PagePool {
         if p.holders == 0 && self.cached.remove(&p.since).is_some() {
             self.free.push(page);
         }
+    }
+
+    /// Takes the names of all pages of an owner, as [`Self::forget`] does; how many.
+    pub fn forget_owner(&mut self, owner: PageOwner) -> usize {
+        let own = self.named.iter().filter(|(key, _)| key.owner() == owner);
+        let pages: Vec<u32> = own.map(|(_, page)| *page).collect();
+        pages.iter().for_each(|page| self.forget(*page));
+        pages.len()
     }
 
     /// Every page is free, cached or held by as many as these tables say, and every name leads to the page that has it.

@@ -324,6 +324,17 @@ impl Residency {
         }
     }
 
+    /// Evicts the longest unused of these; false if all are in use, kept or not in memory.
+    pub(super) async fn evict_among(&self, ids: &HashSet<DeltaId>) -> bool {
+        let shared = &self.shared;
+        let keep = (shared.keep)();
+        let Some(victim) = shared.idle.evict(|id| ids.contains(id) && !keep.contains(id)) else { return false };
+        shared.evictions.fetch_add(1, Ordering::Relaxed);
+        shared.metrics.evictions.increment(1);
+        self.remove(&victim).await;
+        true
+    }
+
     /// Takes an id, and what is made of it, from new requests; those who hold it keep it.
     pub(super) async fn retire(&self, id: &DeltaId) {
         let seats = self.shared.seats.iter().map(|(_, seat)| seat);

@@ -77,8 +77,7 @@ impl Catalog {
     pub(super) fn apply(&self, new: NameRecord) -> Vec<DeltaId> {
         let mut state = self.state.write();
         let state = &mut *state;
-        let names = state.tenants.entry(new.tenant.clone()).or_default();
-        let old = names.get(&new.name);
+        let old = state.tenants.get(&new.tenant).and_then(|names| names.get(&new.name));
         if old.is_some_and(|old| old.revision >= new.revision) {
             return Vec::new();
         }
@@ -87,27 +86,38 @@ impl Catalog {
         for id in ids(&new) {
             *state.live.entry(id).or_default() += 1;
         }
-        let mut dead = Vec::new();
-        for id in gone {
-            if let Some(count) = state.live.get_mut(&id) {
-                *count -= 1;
-                if *count == 0 {
-                    state.live.remove(&id);
-                    dead.push(id);
-                }
-            }
-        }
+        let dead = state.let_go(gone);
         let key = (new.tenant.clone(), new.name.clone());
         let was_pinned = state.pinned_names.remove(&key);
         if new.pinned {
             state.pinned_names.insert(key);
         }
         let repin = was_pinned || new.pinned;
-        names.insert(new.name.clone(), new);
+        state.tenants.entry(new.tenant.clone()).or_default().insert(new.name.clone(), new);
         if repin {
             state.repin(self.pin_bytes);
         }
         dead
+    }
+
+    /// Forgets all of a tenant. Returns the ids that no live version has any more.
+    pub(super) fn remove(&self, tenant: &TenantId) -> Vec<DeltaId> {
+        let mut state = self.state.write();
+        let state = &mut *state;
+        let names = state.tenants.remove(tenant).unwrap_or_default();
+        let pins = state.pinned_names.len();
+        state.pinned_names.retain(|(owner, _)| owner != tenant);
+        if state.pinned_names.len() != pins {
+            state.repin(self.pin_bytes);
+        }
+        state.let_go(names.into_values().flat_map(|name| name.versions.into_values().map(|v| v.id)))
+    }
+
+    /// Which bytes a tenant's versions are.
+    pub(super) fn ids_of(&self, tenant: &TenantId) -> HashSet<DeltaId> {
+        let state = self.state.read();
+        let names = state.tenants.get(tenant).into_iter().flat_map(BTreeMap::values);
+        names.flat_map(|name| name.versions.values().map(|v| v.id)).collect()
     }
 
     /// Whether any live version has these bytes.
@@ -168,6 +178,21 @@ pub(super) struct Listing<'a> {
 }
 
 impl State {
+    /// Counts versions out; returns the ids that no live version has any more.
+    fn let_go(&mut self, gone: impl IntoIterator<Item = DeltaId>) -> Vec<DeltaId> {
+        let mut dead = Vec::new();
+        for id in gone {
+            if let Some(count) = self.live.get_mut(&id) {
+                *count -= 1;
+                if *count == 0 {
+                    self.live.remove(&id);
+                    dead.push(id);
+                }
+            }
+        }
+        dead
+    }
+
     fn name(&self, key: &Key) -> Option<&NameRecord> {
         self.tenants.get(&key.0)?.get(&key.1)
     }

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    admission::params::ServeError,
+    admission::params::{ServeError, TenantLimit},
     ids::{BaseFingerprint, NameError},
     store::StoreError,
 };
@@ -83,6 +83,12 @@ pub enum RegistryError {
         /// What they may take.
         allowed: u64,
     },
+    /// The tenant's own share of the memory is in use.
+    #[error("{0}")]
+    Quota(TenantLimit),
+    /// A change of a tenant that is to be deleted does not end.
+    #[error("a change of this tenant's deltas is still under way")]
+    Busy,
     /// A load took too long.
     #[error("loading took longer than {0:?}")]
     LoadTimeout(Duration),
@@ -150,6 +156,8 @@ impl From<RegistryError> for ServeError {
             RegistryError::NotComposable(_) => Self::field("deltas", e.to_string()),
             RegistryError::TooLarge { .. } => Self::field("files", e.to_string()),
             RegistryError::BudgetFull { .. } | RegistryError::PinBudget { .. } => Self::ResidentBudget(e.to_string()),
+            RegistryError::Quota(limit) => (*limit).into(),
+            RegistryError::Busy => Self::TenantDeleting(e.to_string()),
             RegistryError::LoadTimeout(_) => Self::Overloaded(e.to_string()),
             RegistryError::LoadFailed { .. } | RegistryError::Abandoned => Self::Internal(e.to_string()),
             RegistryError::Store(error) => Self::from(&**error),

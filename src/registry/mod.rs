@@ -16,9 +16,11 @@ mod error;
 mod failures;
 mod follow;
 mod kept;
+mod listing;
 mod metrics;
 mod reference;
 mod seat;
+mod tenants;
 
 #[cfg(test)]
 mod tests;
@@ -28,17 +30,19 @@ use std::{sync::Arc, time::Duration};
 pub use compose::Composition;
 pub use error::{LoadError, RegistryError};
 pub use kept::KeptVersion;
+pub use listing::{ListPage, ListQuery};
 pub use reference::{DeltaRef, VersionSel};
 
 use self::{
     budget::Reservation,
     cache::Residency,
-    catalog::{Catalog, Found, Listing},
+    catalog::{Catalog, Found},
     compose::Turns,
     seat::Hold,
+    tenants::UnderWay,
 };
 pub use crate::{
-    admission::params::PublishPolicy,
+    admission::params::{PublishPolicy, QuotaOf},
     store::{Origin, VersionRecord},
 };
 use crate::{
@@ -50,11 +54,8 @@ use crate::{
 /// Makes a delta of a version's files; runs on a blocking thread.
 pub type Loader = Arc<dyn Fn(&DeltaFiles) -> Result<Delta, LoadError> + Send + Sync>;
 
-/// Most versions in one page of a list.
-const MAX_PAGE: usize = 1000;
-
 /// The limits of residency.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct RegistryConfig {
     /// Most bytes of deltas in memory: cached, leased and being loaded.
     pub max_resident_bytes: u64,
@@ -66,6 +67,14 @@ pub struct RegistryConfig {
     pub room_wait: Duration,
     /// For how long a version whose load failed is not loaded again; zero: not at all.
     pub retry_after: Duration,
+    /// Who knows the limits of tenants; `None`: there are none.
+    pub quotas: Option<QuotaOf>,
+}
+
+impl std::fmt::Debug for RegistryConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RegistryConfig").field("max_resident_bytes", &self.max_resident_bytes).finish_non_exhaustive()
+    }
 }
 
 impl Default for RegistryConfig {
@@ -76,6 +85,7 @@ impl Default for RegistryConfig {
             load_timeout: Duration::from_secs(30),
             room_wait: Duration::from_secs(1),
             retry_after: Duration::from_secs(5),
+            quotas: None,
         }
     }
 }
@@ -149,28 +159,6 @@ pub struct DeltaStatus {
     pub corrupt: bool,
 }
 
-/// What to list.
-#[derive(Debug, Clone, Default)]
-pub struct ListQuery {
-    /// Names that start with this.
-    pub prefix: String,
-    /// All versions, not only the current ones.
-    pub all_versions: bool,
-    /// Empty, or what the last page gave.
-    pub page_token: String,
-    /// Most versions, 1 to 1000; 0: 100.
-    pub page_size: usize,
-}
-
-/// A page of versions, by name, newest first.
-#[derive(Debug, Clone)]
-pub struct ListPage {
-    /// The versions.
-    pub deltas: Vec<DeltaStatus>,
-    /// Where the next page starts; empty: this is the last.
-    pub next_page_token: String,
-}
-
 /// The state of the resident deltas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResidencyStats {
@@ -200,6 +188,8 @@ pub struct Registry {
     catalog: Arc<Catalog>,
     residency: Residency,
     turns: Arc<Turns>,
+    under_way: Arc<UnderWay>,
+    quotas: Option<QuotaOf>,
     budget: u64,
 }
 
@@ -219,14 +209,14 @@ impl Registry {
         loader: Loader,
         config: RegistryConfig,
     ) -> Result<Self, RegistryError> {
-        let budget = config.max_resident_bytes;
+        let (budget, quotas) = (config.max_resident_bytes, config.quotas.clone());
         // before the names: what changes in between is taken over twice, not never
         let seen = store.last_change().await?;
         let catalog = Arc::new(Catalog::new(store.all_names().await?, budget / 2));
         let pins = Arc::clone(&catalog);
         let residency = Residency::new(store.clone(), loader, Arc::new(move || pins.pinned()), config);
-        let turns = Arc::new(Turns::new());
-        let registry = Self { store, base, catalog, residency, turns, budget };
+        let (turns, under_way) = (Arc::new(Turns::new()), Arc::default());
+        let registry = Self { store, base, catalog, residency, turns, under_way, quotas, budget };
         tokio::spawn(registry.clone().warm());
         if registry.store.is_shared() {
             tokio::spawn(registry.clone().follow(seen));
@@ -259,6 +249,10 @@ impl Registry {
         version: &Arc<VersionRecord>,
         wanted: &DeltaRef,
     ) -> Result<DeltaLease, RegistryError> {
+        let _room = match &self.quotas {
+            Some(quotas) => self.room_of(tenant, version, quotas(tenant)).await?,
+            None => None,
+        };
         let held = self.residency.hold(version).await;
         if !self.catalog.is_live(&version.id) {
             // Deleted while it was loaded: nothing may stay resident of it beyond its leases.
@@ -291,8 +285,9 @@ impl Registry {
             return Err(RegistryError::TooLarge { bytes: spec.resident_bytes, budget: self.budget });
         }
         let new = NewVersion { tenant: tenant.clone(), name, base: self.base, spec, files, policy, origin };
-        let this = self.clone();
+        let (this, change) = (self.clone(), self.under_way.change(tenant));
         let task = async move {
+            let _change = change;
             let before = this.store.blobs_written();
             let published = this.store.publish(new).await;
             // also where the name was refused: a blob that went bad was written anew before, and any version may have it
@@ -320,29 +315,6 @@ impl Registry {
         Ok(self.status(self.catalog.find(tenant, wanted)?).await)
     }
 
-    /// A tenant's deltas, a page at a time.
-    ///
-    /// # Errors
-    /// [`RegistryError::BadReference`] for a page token that no page gave.
-    pub async fn list(&self, tenant: &TenantId, query: &ListQuery) -> Result<ListPage, RegistryError> {
-        let after = match query.page_token.as_str() {
-            "" => None,
-            token => Some(page_token(token)?),
-        };
-        let size = if query.page_size == 0 { 100 } else { query.page_size.min(MAX_PAGE) };
-        let after = after.as_ref().map(|(name, number)| (name, *number));
-        let listing = Listing { prefix: &query.prefix, after, limit: size + 1, all: query.all_versions };
-        let mut found = self.catalog.list(tenant, &listing);
-        let more = found.len() > size;
-        found.truncate(size);
-        let last = found.last().filter(|_| more).map(|f| format!("{}@{}", f.version.name, f.version.number));
-        let mut deltas = Vec::with_capacity(found.len());
-        for found in found {
-            deltas.push(self.status(found).await);
-        }
-        Ok(ListPage { deltas, next_page_token: last.unwrap_or_default() })
-    }
-
     /// Deletes a name with all its versions, or the one version that the reference picks. Leases keep what they have;
     /// new requests find nothing at once. The current version goes only as the last one or with its name.
     ///
@@ -356,9 +328,8 @@ impl Registry {
         expected: Option<DeltaId>,
     ) -> Result<(), RegistryError> {
         let number = self.resolve(tenant, wanted).map(|v| wanted.version.as_ref().map(|_| v.number))?;
-        let (this, tenant, name) = (self.clone(), tenant.clone(), wanted.name.clone());
-        self.change(async move { this.store.delete_versions(&tenant, &name, number, expected).await }).await?;
-        Ok(())
+        let (store, owner, name) = (self.store.clone(), tenant.clone(), wanted.name.clone());
+        self.change(tenant, async move { store.delete_versions(&owner, &name, number, expected).await }).await
     }
 
     /// Moves a name to another of its versions.
@@ -373,8 +344,8 @@ impl Registry {
         expected: Option<DeltaId>,
     ) -> Result<Arc<VersionRecord>, RegistryError> {
         let version = self.resolve(tenant, &DeltaRef { name: name.clone(), version: Some(to.clone()) })?;
-        let (this, tenant, name, number) = (self.clone(), tenant.clone(), name.clone(), version.number);
-        self.change(async move { this.store.set_current(&tenant, &name, number, expected).await }).await?;
+        let (store, owner, name, number) = (self.store.clone(), tenant.clone(), name.clone(), version.number);
+        self.change(tenant, async move { store.set_current(&owner, &name, number, expected).await }).await?;
         Ok(version)
     }
 
@@ -391,8 +362,8 @@ impl Registry {
             }
             false => None,
         };
-        let (this, tenant, name) = (self.clone(), tenant.clone(), name.clone());
-        self.change(async move { this.store.set_pinned(&tenant, &name, pinned).await }).await
+        let (store, owner, name) = (self.store.clone(), tenant.clone(), name.clone());
+        self.change(tenant, async move { store.set_pinned(&owner, &name, pinned).await }).await
     }
 
     /// A version's files, verified.
@@ -445,10 +416,12 @@ impl Registry {
     /// Commits a change and takes it over, on a task of its own.
     async fn change(
         &self,
+        tenant: &TenantId,
         commit: impl Future<Output = Result<NameRecord, StoreError>> + Send + 'static,
     ) -> Result<(), RegistryError> {
-        let this = self.clone();
+        let (this, change) = (self.clone(), self.under_way.change(tenant));
         let task = async move {
+            let _change = change;
             this.take_over(commit.await?).await;
             Ok(())
         };
@@ -488,12 +461,5 @@ impl Registry {
                 tracing::warn!(tenant = %version.tenant, delta = %version.name, %error, "pinned delta not loaded");
             }
         }
-    }
-}
-
-fn page_token(token: &str) -> Result<(DeltaName, u64), RegistryError> {
-    match token.parse()? {
-        DeltaRef { name, version: Some(VersionSel::Number(number)) } => Ok((name, number)),
-        _ => Err(RegistryError::BadReference { text: token.to_owned(), detail: "is not a page token".to_owned() }),
     }
 }

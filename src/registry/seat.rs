@@ -150,10 +150,15 @@ impl Idle {
 
     /// Evicts the seat that is asked for least, of those that nobody holds and that are not kept.
     pub(super) fn evict_one(&self, keep: &HashSet<DeltaId>) -> Option<Arc<Seat>> {
+        self.evict(|id| !keep.contains(id))
+    }
+
+    /// Evicts the seat that is asked for least, of those that nobody holds and that may go.
+    pub(super) fn evict(&self, may_go: impl Fn(&DeltaId) -> bool) -> Option<Arc<Seat>> {
         loop {
             let (at, seat) = {
                 let mut list = self.list.lock();
-                let at = list.order.iter().find(|(_, seat)| !keep.contains(&seat.id)).map(|((_, at), _)| *at)?;
+                let at = list.order.iter().find(|(_, seat)| may_go(&seat.id)).map(|((_, at), _)| *at)?;
                 (at, list.remove(at)?)
             };
             let mut state = seat.state.lock();

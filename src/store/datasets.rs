@@ -51,8 +51,17 @@ impl Store {
     /// Names a stored blob as a tenant's dataset.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if the blob is not stored.
+    /// [`StoreError::NotFound`] if the blob is not stored; [`StoreError::Quota`]; [`StoreError::TenantClosed`].
     pub async fn put_dataset(&self, tenant: &TenantId, new: NewDataset) -> Result<DatasetRecord, StoreError> {
+        let blob = new.blob;
+        let put = self.name_dataset(tenant, new).await;
+        if put.is_err() {
+            self.orphan(tenant, [blob]);
+        }
+        put
+    }
+
+    async fn name_dataset(&self, tenant: &TenantId, new: NewDataset) -> Result<DatasetRecord, StoreError> {
         check_text("name", new.name.as_deref().unwrap_or_default())?;
         let _hold = self.hold(&[new.blob]).await?;
         self.require_blob(new.blob).await?;
@@ -68,6 +77,7 @@ impl Store {
         };
         let mut tx = self.db().begin().await?;
         self.check_held(&mut tx, &[new.blob]).await?;
+        self.check_new_dataset(&mut tx, tenant, record.bytes).await?;
         let sql = "INSERT INTO datasets (id, tenant, name, blob, format, row_count, bytes, created_ms) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
         let insert = query(sql).bind(&record.id).bind(tenant.as_str()).bind(&record.name);
@@ -102,6 +112,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], also for another tenant's.
     pub async fn delete_dataset(&self, tenant: &TenantId, id: &str) -> Result<(), StoreError> {
+        let found = self.get_dataset(tenant, id).await?;
         let mut tx = self.db().begin().await?;
         let sql = "DELETE FROM datasets WHERE tenant = $1 AND id = $2";
         let done = query(sql).bind(tenant.as_str()).bind(id).execute(&mut *tx).await?;
@@ -111,6 +122,7 @@ impl Store {
         crate::failpoint!("dataset-delete-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
         crate::failpoint!("dataset-delete-committed");
+        self.orphan(tenant, [found.blob]);
         Ok(())
     }
 

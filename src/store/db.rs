@@ -107,7 +107,8 @@ impl Db {
     /// Opens SQLite's file, and makes it if needed; brings it up to date.
     pub(super) async fn open(path: &Path) -> Result<Self, StoreError> {
         let options = sqlite_options(path).create_if_missing(true).journal_mode(SqliteJournalMode::Wal);
-        let options = options.synchronous(SqliteSynchronous::Full);
+        // what is deleted does not stay in free pages
+        let options = options.synchronous(SqliteSynchronous::Full).pragma("secure_delete", "ON");
         let writer = SqlitePoolOptions::new().max_connections(1).connect_with(options.clone()).await?;
         let readers = SqlitePoolOptions::new().max_connections(READERS).connect_lazy_with(options);
         Self::Sqlite { writer, readers }.brought_up_to_date().await
@@ -188,6 +189,23 @@ impl Db {
             Self::Sqlite { .. } => On::Db(self),
             Self::Postgres { lease, .. } => On::Pool(lease),
         }
+    }
+
+    /// Writes the database anew, so that no bytes of deleted rows are left in it.
+    /// PostgreSQL keeps what is in its own log and backups; its operators have to say for how long.
+    pub(super) async fn vacuum(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite { writer, .. } => drop(sqlx::query("VACUUM").execute(writer).await?),
+            Self::Postgres { pool, .. } => drop(query::bounded(sqlx::query("VACUUM").execute(pool)).await?),
+        }
+        Ok(())
+    }
+
+    /// Empties the write-ahead log; false if somebody still reads what is in it.
+    pub(super) async fn empty_log(&self) -> Result<bool, StoreError> {
+        let Self::Sqlite { writer, .. } = self else { return Ok(true) };
+        let busy: i64 = sqlx::query_scalar("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(writer).await?;
+        Ok(busy == 0)
     }
 
     pub(super) async fn close(&self) {

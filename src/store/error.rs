@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use crate::{
-    admission::params::ServeError,
+    admission::params::{ServeError, TenantLimit},
     ids::{BlobId, DeltaId},
 };
 
@@ -125,6 +125,12 @@ pub enum StoreError {
         /// Its terminal state.
         state: String,
     },
+    /// The tenant is at a limit of its own.
+    #[error("{0}")]
+    Quota(TenantLimit),
+    /// The tenant is being deleted: nothing new is stored for it.
+    #[error("the tenant is being deleted")]
+    TenantClosed,
     /// An argument is outside what is accepted.
     #[error("{field}: {message}")]
     Invalid {
@@ -193,6 +199,8 @@ impl From<&StoreError> for ServeError {
             StoreError::Invalid { field, message } => Self::field(*field, message.clone()),
             StoreError::NotOwner(_) => Self::Conflict(e.to_string()),
             e if e.may_pass() => Self::StoreUnavailable(e.to_string()),
+            StoreError::Quota(limit) => (*limit).into(),
+            StoreError::TenantClosed => Self::deleting(),
             StoreError::Locked(_)
             | StoreError::TooNew { .. }
             | StoreError::NoAnswer { .. }

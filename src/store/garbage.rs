@@ -38,6 +38,7 @@ impl Store {
         let stored = self.blobs().list().await?;
         let named = self.named_blobs().await?;
         crate::failpoint!("garbage-listed");
+        self.orphans_among(&stored.iter().map(|blob| blob.id).collect());
         let mut removed = Garbage::default();
         for Stored { id, bytes, at } in stored.into_iter().filter(|blob| !named.contains(&blob.id.to_string())) {
             // what another server wrote a moment ago is not looked at twice

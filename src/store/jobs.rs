@@ -136,6 +136,7 @@ impl Store {
         }
         let mut tx = self.db().begin().await?;
         self.check_held(&mut tx, &blobs).await?;
+        self.check_open(&new.tenant)?;
         if let Some(key) = &new.idempotency_key {
             let sql = "SELECT request_digest, job_id FROM idempotency WHERE tenant = $1 AND idempotency_key = $2";
             if let Some(row) = query(sql).bind(new.tenant.as_str()).bind(key).fetch_optional(&mut *tx).await? {

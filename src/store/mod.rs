@@ -18,6 +18,7 @@ mod jobs;
 mod leases;
 mod models;
 mod pairing;
+mod tenants;
 mod verify;
 mod versions;
 
@@ -44,6 +45,7 @@ pub use holds::HeldFiles;
 pub use jobs::{CheckpointRecord, CreateJob, EventRecord, JobChange, JobPage, JobRecord, NewJob, is_terminal};
 pub use leases::{JobAsk, LEASE, RENEW};
 pub use models::Models;
+pub use tenants::{ClosedTenant, DeletedTenant, TenantUsage};
 pub use verify::{Verified, Verify};
 pub use versions::{NameRecord, NewVersion, Origin, StoredFile, VersionRecord};
 
@@ -114,6 +116,7 @@ struct Inner {
     blobs: Blobs,
     holds: Arc<Holds>,
     server: Server,
+    tenants: Arc<tenants::Tenants>,
     /// Dropped last: the directory belongs to this process until everything above is closed.
     _lock: File,
 }
@@ -152,7 +155,8 @@ impl Store {
         File::open(&places.dir).and_then(|d| d.sync_all()).map_err(StoreError::io(&places.dir))?;
         pairing::pair(&db, &blobs).await?;
         let server = leases::register(&db, id).await?;
-        let inner = Inner { dir: places.dir.clone(), db, blobs, holds: Holds::new(), server, _lock: lock };
+        let (dir, holds) = (places.dir.clone(), Holds::new());
+        let inner = Inner { dir, db, blobs, holds, server, tenants: Arc::default(), _lock: lock };
         Ok(Self { inner: Arc::new(inner) })
     }
 

@@ -133,7 +133,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::AlreadyExists`] and [`StoreError::Conflict`] as the policy says; [`StoreError::Invalid`] for file
-    /// names; what the database or the blob store refuses. Nothing is visible then.
+    /// names; [`StoreError::Quota`]; [`StoreError::TenantClosed`]; what the database or the blob store refuses. Nothing is
+    /// visible then.
     pub async fn publish(&self, new: NewVersion) -> Result<(Arc<VersionRecord>, NameRecord), StoreError> {
         check_files(&new.files)?;
         let mut files = Vec::new();
@@ -143,22 +144,43 @@ impl Store {
         }
         let held: Vec<BlobId> = files.iter().map(|file| file.blob).collect();
         let holds = self.hold(&held).await?;
-        for (blob, bytes) in held.iter().zip(new.files.files.values()) {
-            self.blobs().put(*blob, bytes.clone()).await?;
+        let record = self.draft(new.base, files, &new).await?;
+        let published = self.write(&record, &new, &held).await;
+        if published.is_err() {
+            self.orphan(&new.tenant, record.files.iter().map(|file| file.blob));
+        }
+        drop(holds);
+        published
+    }
+
+    /// Writes the files, then the rows.
+    async fn write(
+        &self,
+        record: &VersionRecord,
+        new: &NewVersion,
+        held: &[BlobId],
+    ) -> Result<(Arc<VersionRecord>, NameRecord), StoreError> {
+        // before the bytes are written, too: what is refused must not fill the disk
+        let quota = self.quota(&new.tenant);
+        if quota.bounds_versions() {
+            record.check_room(&mut *self.db().snapshot().await?, &quota).await?;
+        }
+        for (file, bytes) in record.files.iter().zip(new.files.files.values()) {
+            self.blobs().put(file.blob, bytes.clone()).await?;
         }
         crate::failpoint!("publish-blobs-written", |why| Err(StoreError::injected(why)));
-        let record = self.draft(new.base, files, &new).await?;
         let mut tx = self.db().begin().await?;
-        self.check_held(&mut tx, &held).await?;
+        self.check_held(&mut tx, held).await?;
+        self.check_open(&new.tenant)?;
         if let Origin::Job(id) = &new.origin {
             self.fence(&mut tx, id).await?;
         }
+        record.check_room(&mut tx, &quota).await?;
         let number = record.insert(&mut tx, new.policy).await?;
         let name = rows::read_name(&mut tx, &new.tenant, &new.name).await?;
         crate::failpoint!("publish-before-commit", |why| Err(StoreError::injected(why)));
         tx.commit().await?;
         crate::failpoint!("publish-committed");
-        drop(holds);
         let version = name.versions.get(&number).cloned();
         let version = version.ok_or_else(|| StoreError::row("versions", format!("number {number} is unreadable")))?;
         Ok((version, name))
@@ -217,13 +239,16 @@ impl Store {
         } else {
             rows::touch(&mut tx, &before).await?;
         }
-        for doomed in before.versions.keys().copied().filter(|n| all || number == Some(*n)) {
-            rows::delete_version(&mut tx, &before, doomed).await?;
+        let mut blobs = Vec::new();
+        for (doomed, version) in before.versions.iter().filter(|(n, _)| all || number == Some(**n)) {
+            rows::delete_version(&mut tx, &before, *doomed).await?;
+            blobs.extend(version.files.iter().map(|file| file.blob));
         }
         crate::failpoint!("delete-before-commit", |why| Err(StoreError::injected(why)));
-        let after = finish(tx, tenant, name).await;
+        let after = finish(tx, tenant, name).await?;
         crate::failpoint!("delete-committed");
-        after
+        self.orphan(tenant, blobs);
+        Ok(after)
     }
 
     /// Moves a name to another of its live versions.

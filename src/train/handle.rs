@@ -16,7 +16,10 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::{
-    admission::train_params::{JobEventBody, JobInfo, JobState, MethodPart, StateEvent, TrainParams},
+    admission::{
+        params::{Quota, QuotaItem, TenantLimit},
+        train_params::{JobEventBody, JobInfo, JobState, MethodPart, StateEvent, TrainParams},
+    },
     ids::{BlobId, TenantId},
     model::Base,
     pacing::Pacer,
@@ -40,6 +43,9 @@ pub enum TrainError {
     /// The queue, or the tenant's share of it, is full.
     #[error("overloaded: {0}")]
     Overloaded(String),
+    /// The tenant is at a limit of its own.
+    #[error("{0}")]
+    Quota(TenantLimit),
     /// The server is going down.
     #[error("the server is shutting down")]
     Draining,
@@ -181,9 +187,16 @@ impl Shared {
     }
 
     /// Enters a job, a new one or a paused one, unless its tenant has too many.
-    pub(super) fn enter(&self, id: &str, tenant: &TenantId, full: bool, most: usize) -> Result<(), TrainError> {
+    pub(super) fn enter(
+        &self,
+        id: &str,
+        tenant: &TenantId,
+        full: bool,
+        (most, quota): (usize, Quota),
+    ) -> Result<(), TrainError> {
         let mut live = self.live.lock();
         let own = live.values().filter(|l| l.tenant == *tenant && !l.paused).count();
+        quota.check(QuotaItem::TrainJobs, own as u64, 1).map_err(TrainError::Quota)?;
         if own >= most {
             return Err(TrainError::Overloaded(format!(
                 "{own} jobs of this tenant are waiting or running; at most {most}"
@@ -292,7 +305,7 @@ impl TrainerHandle {
             return Err(self.shared.gone());
         }
         let id = uuid::Uuid::now_v7().to_string();
-        let most = self.config.max_jobs_per_tenant;
+        let most = self.config.jobs_of(tenant);
         let entered = match Arc::clone(&self.room).try_acquire_owned() {
             Ok(permit) => self.shared.enter(&id, tenant, prepared.spec.full.is_some(), most).map(|()| permit),
             Err(_) => {

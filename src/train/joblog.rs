@@ -296,8 +296,12 @@ impl JobLog {
     pub async fn keep_best(&self, id: &str, best: Runner) -> Result<u64, LogError> {
         let Runner { step, figure, bytes } = best;
         // held until its row is there: another job may have made the same weights
-        let (blob, _hold) = self.store.put_held(bytes.into()).await?;
-        self.store.keep_best(id, step.into(), blob).await?;
+        let (blob, hold) = self.store.put_held(bytes.into()).await?;
+        if let Err(error) = self.store.keep_best(id, step.into(), blob).await {
+            drop(hold);
+            self.store.free(blob).await; // of a job that is gone, nobody asks for it
+            return Err(error.into());
+        }
         let event = CheckpointEvent { step, blob: blob.to_string(), best: true, figure };
         self.append(id, step, JobEventBody::Checkpoint(event)).await
     }

@@ -3,12 +3,13 @@
 use std::{collections::HashMap, sync::Arc};
 
 use crate::{
+    admission::params::{Quota, QuotaOf},
     ids::TenantId,
     ops::{Halves, Priority},
 };
 
 /// How many jobs there may be, and how they train beside each other.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct TrainerConfig {
     /// Jobs that train at the same time, taking turns.
     pub max_concurrent_jobs: usize,
@@ -18,6 +19,8 @@ pub struct TrainerConfig {
     pub max_jobs: usize,
     /// Waiting and running jobs of one tenant.
     pub max_jobs_per_tenant: usize,
+    /// Who knows the limits of tenants; `None`: there are none but these.
+    pub quotas: Option<QuotaOf>,
     /// Shares of jobs' starts, while jobs of several tenants wait, of those that have another than 1.
     pub weights: Arc<HashMap<TenantId, u32>>,
     /// Paused jobs of one tenant.
@@ -38,11 +41,25 @@ impl Default for TrainerConfig {
             takes_over: true,
             max_jobs: 64,
             max_jobs_per_tenant: 16,
+            quotas: None,
             weights: Arc::default(),
             max_paused_per_tenant: 64,
             share: 1,
             priority: Priority::Normal,
             halves: Halves::Never,
         }
+    }
+}
+
+impl TrainerConfig {
+    /// How many jobs of a tenant may wait or run: by the server's own limit, and by the tenant's.
+    pub(super) fn jobs_of(&self, tenant: &TenantId) -> (usize, Quota) {
+        (self.max_jobs_per_tenant, self.quotas.as_ref().map(|quotas| quotas(tenant)).unwrap_or_default())
+    }
+}
+
+impl std::fmt::Debug for TrainerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TrainerConfig").field("max_jobs", &self.max_jobs).finish_non_exhaustive()
     }
 }

@@ -16,6 +16,7 @@ mod best_laws;
 mod control;
 pub mod dataset;
 pub mod encode;
+mod ending;
 pub mod eval;
 pub mod ewc;
 #[cfg(test)]

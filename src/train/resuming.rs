@@ -164,7 +164,7 @@ impl TrainerHandle {
         let full = || TrainError::Overloaded(format!("{most} training jobs are waiting or running; at most {most}"));
         let permit = permit.map_err(|_| full())?;
         let whole = job.resolved.methods.contains(&MethodPart::Full);
-        self.shared.enter(&job.id, tenant, whole, self.config.max_jobs_per_tenant)?;
+        self.shared.enter(&job.id, tenant, whole, self.config.jobs_of(tenant))?;
         Ok(Place { permit: Some(permit), id: job.id.clone(), resumes: true, shared: Arc::clone(&self.shared) })
     }
 

@@ -10,7 +10,7 @@ use tonic_reflection::pb::v1::{
 
 use crate::support::*;
 
-const SERVICES: [&str; 4] = ["InferenceService", "DeltaService", "TrainingService", "ServerService"];
+const SERVICES: [&str; 5] = ["InferenceService", "DeltaService", "TrainingService", "ServerService", "TenantService"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_is_serving_for_the_server_and_for_each_service() {

@@ -41,6 +41,7 @@ mod speculation;
 mod study;
 mod support;
 mod sweep;
+mod tenants;
 mod tls;
 mod train;
 mod transfer;

@@ -14,6 +14,7 @@ use candle_core::{Device, Tensor};
 use deltaserve::{
     access::AccessConfig,
     app,
+    audit::AuditConfig,
     config::{BaseConfig, Config, DeviceChoice, EngineLimits, TenantConfig, TrainLimits},
     delta::{Delta, DeltaFiles, DeltaSpec, Head, LowRank, Patch, Task},
     grpc::{GrpcConfig, TENANT_KEY, proto},
@@ -29,7 +30,7 @@ use futures::StreamExt as _;
 use proto::{
     delta_service_client::DeltaServiceClient, generate_response::Event,
     inference_service_client::InferenceServiceClient, job_event::Body, server_service_client::ServerServiceClient,
-    training_service_client::TrainingServiceClient,
+    tenant_service_client::TenantServiceClient, training_service_client::TrainingServiceClient,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -120,6 +121,7 @@ impl World {
                 activations: Activations::AsWeights,
             },
             tenants: TenantConfig::default(),
+            audit: AuditConfig::default(),
             halves: Halves::Training,
             train: TrainLimits {
                 max_jobs: 8,
@@ -359,6 +361,10 @@ impl Client {
 
     pub(crate) fn training(&self) -> TrainingServiceClient<Channel> {
         TrainingServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn tenants(&self) -> TenantServiceClient<Channel> {
+        TenantServiceClient::new(self.channel.clone())
     }
 
     pub(crate) async fn info(&self) -> Result<proto::GetServerInfoResponse, Status> {

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use super::{Entry, Scheduler, SeqId, Share, StepPlan};
-use crate::kv::{PAGE_SIZE, PageKey, PagePool, PageTable, pages_for};
+use crate::kv::{PAGE_SIZE, PageKey, PageOwner, PagePool, PageTable, pages_for};
 
 impl Entry {
     /// Names of the pages that it may begin behind: its last known position is always computed, since its numbers are
@@ -105,6 +105,11 @@ impl Scheduler {
     pub(in crate::engine) fn reset_pages(&mut self) {
         debug_assert!(self.running.is_empty());
         self.pool.reset();
+    }
+
+    /// Takes the names of an owner's pages: nobody finds them any more.
+    pub(in crate::engine) fn forget_pages(&mut self, owner: PageOwner) {
+        self.pool.forget_owner(owner);
     }
 
     /// Every page is free, cached or held by as many as there are, nobody who waits holds one, and what several can read

@@ -24,6 +24,31 @@ fn a_client_that_leaves_frees_its_sequence() {
 }
 
 #[test]
+fn a_tenants_sequences_end_and_its_pages_go_and_nobody_elses() {
+    let base = base(&tiny_llama());
+    let engine = Engine::new(&base, roomy());
+    let end = |tenant: &str| engine.handle.end_tenant(&TenantId::new(tenant).expect("a name")).expect("there is room");
+    let job = |tenant: &str| Job::new(prompt(6, 50), greedy(4)).of(tenant);
+    let read = |tenant: &str| Answer::read(engine.submit(&job(tenant)));
+    assert_eq!([read("a").cached(), read("b").cached()], [0, 0]);
+    assert_eq!([read("a").cached(), read("b").cached()], [48, 48]);
+    engine.settle();
+    let both = engine.handle.stats().pages_cached;
+    assert!(end("a").blocking_recv().is_err(), "the answer is that nobody will answer");
+    until(|| engine.handle.stats().pages_cached == both / 2);
+    assert_eq!([read("b").cached(), read("a").cached()], [48, 0]);
+    // what waits or runs ends, and the next is served
+    let held = engine.hold();
+    let (own, other) = (engine.submit(&job("a")), engine.submit(&job("b")));
+    let ended = end("a");
+    drop(held);
+    assert!(ended.blocking_recv().is_err());
+    assert_eq!(Answer::read(own).failed, Some(EngineError::TenantEnded));
+    assert_eq!((Answer::read(other).tokens.len(), read("a").tokens.len()), (4, 4));
+    engine.settle();
+}
+
+#[test]
 fn a_thousand_opens_and_cancels_leave_nothing_behind() {
     let base = base(&tiny_llama());
     let engine = Engine::new(&base, EngineConfig { queue: 2000, kv_pages: 40, ..roomy() });

@@ -235,6 +235,25 @@ fn one_name_leads_to_one_page() {
 }
 
 #[test]
+fn an_owners_pages_are_forgotten_and_nobody_elses() {
+    let of = |name: &str| {
+        let tenant = TenantId::new(name).expect("a name");
+        PageKeys::new(&tenant, None, Ahead::default()).next(&[7; 2 * PAGE_SIZE], 2 * PAGE_SIZE)
+    };
+    let (mut pool, mine, others) = (PagePool::new(6), of("mine"), of("other"));
+    cache(&mut pool, &mine);
+    cache(&mut pool, &others);
+    let mut reader = PageTable::default();
+    assert_eq!(pool.take(&mut reader, &mine[..1]), 1);
+    let owner = PageOwner::of(&TenantId::new("mine").expect("a name"));
+    assert_eq!((pool.forget_owner(owner), pool.forget_owner(owner)), (2, 0));
+    assert_eq!((pool.find(&mine).pages, pool.find(&others).pages, pool.cached()), (0, 2, 2));
+    assert_eq!(pool.check([&reader]), Ok(()));
+    pool.release(&mut reader);
+    assert_eq!((pool.free(), pool.check([])), (4, Ok(())), "who held a page keeps it, and it comes back");
+}
+
+#[test]
 fn checksums_come_in_turns_and_go_with_the_name() {
     let mut pool = PagePool::new(4);
     let keys = names(1, 1, 0, 3);

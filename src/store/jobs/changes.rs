@@ -184,7 +184,7 @@ impl Store {
 
     /// Removes a blob of a job's own that no row names any more, at once: the next one is as large. If it cannot, the
     /// hourly collection does.
-    async fn free(&self, blob: BlobId) {
+    pub(crate) async fn free(&self, blob: BlobId) {
         if let Err(error) = self.collect(blob, Duration::ZERO).await {
             tracing::warn!(%blob, %error, "a replaced checkpoint could not be removed");
         }

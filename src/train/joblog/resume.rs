@@ -79,7 +79,7 @@ impl JobLog {
     pub async fn save(&self, id: &str, step: u32, bytes: Bytes, then: Option<JobState>) -> Result<u64, LogError> {
         crate::failpoint!("checkpoint-before-write");
         // held until its row is there: the same run of another job has the same bytes, and replaces them
-        let (blob, _hold) = self.store.put_held(bytes).await?;
+        let (blob, hold) = self.store.put_held(bytes).await?;
         crate::failpoint!("checkpoint-written");
         let saved = JobEventBody::Checkpoint(CheckpointEvent { step, blob: blob.to_string(), ..Default::default() });
         let mut change = JobChange {
@@ -93,7 +93,13 @@ impl JobLog {
             change.state = Some(state.as_str().to_owned());
             change.result_json = Some(to_json(id, "result", &StoredEnd { step, result: None, failure: None })?);
         }
-        let seq = self.store.change_job(id, change).await?;
+        let saved = self.store.change_job(id, change).await;
+        if let Err(StoreError::JobEnded { .. } | StoreError::NotFound { .. }) = &saved {
+            // it ended, or its tenant was deleted, while the bytes were written: nobody goes on from them
+            drop(hold);
+            self.store.free(blob).await;
+        }
+        let seq = saved?;
         crate::failpoint!("checkpoint-named");
         Ok(seq)
     }
