@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::handle::{Shared, TrainError, TrainerHandle};
+use super::{
+    error::TrainError,
+    handle::{Shared, TrainerHandle},
+};
 use crate::ids::TenantId;
 
 /// How often it is looked whether the jobs have ended.

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,13 +16,14 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch}
 
 use crate::{
     admission::{
-        params::{Quota, QuotaItem, TenantLimit},
+        params::{Quota, QuotaItem},
         train_params::{JobEventBody, JobInfo, JobState, MethodPart, StateEvent, TrainParams},
     },
     ids::{BlobId, TenantId},
     model::Base,
     pacing::Pacer,
     train::{
+        error::{SpawnError, TrainError},
         joblog::{JobLog, LogError, NewJob, StoredJob},
         left::Left,
         limits::TrainerConfig,
@@ -36,48 +36,6 @@ use crate::{
         worker,
     },
 };
-
-/// Why the trainer refused.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    /// The queue, or the tenant's share of it, is full.
-    #[error("overloaded: {0}")]
-    Overloaded(String),
-    /// The tenant is at a limit of its own.
-    #[error("{0}")]
-    Quota(TenantLimit),
-    /// The server is going down.
-    #[error("the server is shutting down")]
-    Draining,
-    /// The trainer thread has ended by itself.
-    #[error("training is down until the server is restarted; its jobs go on then")]
-    Down,
-    /// No such job, or another tenant's.
-    #[error("no job {0:?}")]
-    NotFound(String),
-    /// The job's state does not allow it.
-    #[error("job {id} is {}, not {wanted}", .state.as_str())]
-    State {
-        /// Which job.
-        id: String,
-        /// Its state.
-        state: JobState,
-        /// The states that do.
-        wanted: &'static str,
-    },
-    /// Another server has the job, and has not done yet what it was asked.
-    #[error("job {0} is run by another server, which has not paused it yet")]
-    Elsewhere(String),
-    /// Full fine-tuning has no checkpoints.
-    #[error("job {0} trains every weight and has begun: it cannot be paused, only cancelled")]
-    FullRuns(String),
-    /// No room for full fine-tuning.
-    #[error(transparent)]
-    Memory(#[from] Shortage),
-    /// The log.
-    #[error(transparent)]
-    Log(#[from] LogError),
-}
 
 /// A job that is not over: what watchers wait for.
 #[derive(Debug)]
@@ -487,17 +445,6 @@ impl TrainerHandle {
             tracing::warn!("training jobs were still running when the grace time was over");
         }
     }
-}
-
-/// Why the trainer did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum SpawnError {
-    /// The log.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// No thread.
-    #[error("no trainer thread: {0}")]
-    Thread(#[from] io::Error),
 }
 
 /// What "the same request" means for an idempotency key: the request as it came. What its names stand for may change.

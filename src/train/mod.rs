@@ -17,6 +17,7 @@ mod control;
 pub mod dataset;
 pub mod encode;
 mod ending;
+mod error;
 pub mod eval;
 pub mod ewc;
 #[cfg(test)]
@@ -90,7 +91,8 @@ mod watch;
 mod worker;
 pub mod worst;
 
-pub use handle::{Kept, SpawnError, TrainError, TrainerHandle, TrainerParts};
+pub use error::{SpawnError, TrainError};
+pub use handle::{Kept, TrainerHandle, TrainerParts};
 pub use joblog::KeptJob;
 pub use limits::TrainerConfig;
 pub use plan::{BaseInfo, Inputs, Prepared, prepare};

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{
-    handle::{Live, Shared, TrainError, TrainerHandle},
+    error::TrainError,
+    handle::{Live, Shared, TrainerHandle},
     joblog::{KeptJob, LogError},
     plan::Prepared,
     run::RunInput,

@@ -11,7 +11,8 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    handle::{Shared, TrainError, TrainerHandle},
+    error::TrainError,
+    handle::{Shared, TrainerHandle},
     joblog::LogError,
     left::take_over,
     supervisor::Command,

@@ -35,7 +35,8 @@ use crate::{
     train::{
         beginning::{Beginning, Shelved},
         control::{Ask, Control},
-        handle::{Live, Shared, TrainError},
+        error::TrainError,
+        handle::{Live, Shared},
         joblog::LogError,
         memory::MemoryProbe,
         metrics::JobGauges,

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
-use super::handle::{Shared, TrainError};
+use super::{error::TrainError, handle::Shared};
 use crate::admission::train_params::{JobEventBody, JobEventInfo};
 
 /// How often the log is asked about a job of another server.

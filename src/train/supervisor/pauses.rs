@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::{Ask, Command, JobEventBody, JobFailure, JobState, Pending, Phase, Refusal, Running, Supervisor, state};
 use crate::{
     admission::train_params::NoteEvent,
-    train::{handle::TrainError, joblog::LogError, run::Saved},
+    train::{error::TrainError, joblog::LogError, run::Saved},
 };
 
 impl Supervisor {
