@@ -250,7 +250,9 @@ fn every_flag_in_the_readme_exists() {
     for command in ["serve", "demo", "generate", "classify", "embed", "score", "train", "bench", "info"] {
         all.extend(flags_of(&[command]).unwrap_or_default());
     }
-    all.extend(flags_of(&["deltas", "merge"]).unwrap_or_default());
+    for command in [["deltas", "merge"], ["tenants", "delete"]] {
+        all.extend(flags_of(&command).unwrap_or_default());
+    }
     all.extend(FOREIGN.map(str::to_owned));
     let unknown = flags_in(&text).difference(&all).cloned().collect::<Vec<_>>();
     problems.extend(unknown.iter().map(|flag| format!("README.md: no command has {flag}")));

@@ -189,7 +189,12 @@ pub(crate) async fn offline(dir: &Path) {
     }
     let mut files = BTreeSet::new();
     for shard in std::fs::read_dir(dir.join("blobs")).expect("the blobs") {
-        for file in std::fs::read_dir(shard.expect("a folder").path()).expect("a folder of blobs") {
+        let shard = shard.expect("an entry").path();
+        // beside the folders there is a mark of the database that the blobs belong to
+        if !shard.is_dir() {
+            continue;
+        }
+        for file in std::fs::read_dir(shard).expect("a folder of blobs") {
             files.insert(file.expect("a file").file_name().to_string_lossy().into_owned());
         }
     }

@@ -50,7 +50,10 @@ fn compare(plan: AttnPlan, rows: usize, keys: usize) {
     let g2 = (slow * &w).unwrap().sum_all().unwrap().backward().unwrap();
     let trained = plan.bias.as_ref().and_then(|b| b.trained.as_ref());
     for t in [&*q, &*k, &*v].into_iter().chain(trained) {
-        assert!(diff(g1.get(t).unwrap(), g2.get(t).unwrap()) < 3e-5);
+        let (got, want) = (g1.get(t).unwrap(), g2.get(t).unwrap());
+        // sums of many rows: what they round is in proportion to the largest
+        let largest = diff(want, &want.zeros_like().unwrap()).max(1.0);
+        assert!(diff(got, want) < 3e-5 * largest, "{} of at most {largest}", diff(got, want));
     }
 }
 
