@@ -394,6 +394,7 @@ mod tests {
     }
 
     /// What is allowed and what is forced before each token, and what came of the last token or look.
+    #[allow(clippy::type_complexity, reason = "of one test")]
     fn told(line: &Line, stops: &[u32], tokens: &[u32]) -> (Vec<(Vec<u32>, Vec<u32>)>, Result<bool, String>) {
         let mut constrained = Constrained::new(Arc::new(line.clone()));
         let mut seen = vec![];

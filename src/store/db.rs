@@ -195,8 +195,12 @@ impl Db {
     /// PostgreSQL keeps what is in its own log and backups; its operators have to say for how long.
     pub(super) async fn vacuum(&self) -> Result<(), StoreError> {
         match self {
-            Self::Sqlite { writer, .. } => drop(sqlx::query("VACUUM").execute(writer).await?),
-            Self::Postgres { pool, .. } => drop(query::bounded(sqlx::query("VACUUM").execute(pool)).await?),
+            Self::Sqlite { writer, .. } => {
+                sqlx::query("VACUUM").execute(writer).await?;
+            }
+            Self::Postgres { pool, .. } => {
+                query::bounded(sqlx::query("VACUUM").execute(pool)).await?;
+            }
         }
         Ok(())
     }

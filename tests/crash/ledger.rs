@@ -81,6 +81,7 @@ impl Known {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct JobNote {
     /// The terminal state that was seen, and what it published: name, number, digest.
+    #[allow(clippy::type_complexity, reason = "named in the line above")]
     pub(crate) ended: Option<(i32, Option<(String, u64, String)>)>,
     /// A cancel was asked for.
     pub(crate) cancelled: bool,

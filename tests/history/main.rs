@@ -55,7 +55,7 @@ const MISHAPS: &[(&str, &str)] = &[
 #[cfg(feature = "failpoints")]
 fn mishaps(on: bool) {
     for (name, what) in MISHAPS {
-        fail::cfg(*name, if on { *what } else { "off" }).expect("a failpoint");
+        fail::cfg(*name, if on { what } else { "off" }).expect("a failpoint");
     }
 }
 

@@ -138,8 +138,8 @@ impl<'a> Machine<'a> {
             }
             EMPTY_TUPLE | EMPTY_LIST => Node::List(vec![]),
             EMPTY_DICT => Node::Dict(vec![]),
-            TUPLE | LIST => Node::List(self.to_mark()?),
-            DICT => Node::Dict(self.to_mark_in_pairs()?),
+            TUPLE | LIST => Node::List(self.take_marked()?),
+            DICT => Node::Dict(self.take_pairs()?),
             TUPLE_1..=TUPLE_3 => {
                 let from = self.stack.len().checked_sub(usize::from(op - TUPLE_1) + 1);
                 Node::List(self.split(from.ok_or_else(|| self.bad(EMPTY))?)?)
@@ -149,7 +149,7 @@ impl<'a> Machine<'a> {
                 return self.extend(vec![item]);
             }
             APPENDS => {
-                let items = self.to_mark()?;
+                let items = self.take_marked()?;
                 return self.extend(items);
             }
             SET_ITEM => {
@@ -157,7 +157,7 @@ impl<'a> Machine<'a> {
                 return self.insert(vec![(key, value)]);
             }
             SET_ITEMS => {
-                let pairs = self.to_mark_in_pairs()?;
+                let pairs = self.take_pairs()?;
                 return self.insert(pairs);
             }
             REDUCE | NEW_OBJ => {
@@ -280,7 +280,7 @@ impl<'a> Machine<'a> {
     }
 
     /// Takes the nodes above the last mark, and the mark.
-    fn to_mark(&mut self) -> Read<Vec<Id>> {
+    fn take_marked(&mut self) -> Read<Vec<Id>> {
         let mark = self.stack.iter().rposition(|slot| matches!(slot, Slot::Mark));
         let items = self.split(mark.ok_or_else(|| self.bad("a mark is missing"))? + 1)?;
         self.stack.pop();
@@ -288,8 +288,8 @@ impl<'a> Machine<'a> {
     }
 
     /// The same as keys and values.
-    fn to_mark_in_pairs(&mut self) -> Read<Vec<(Id, Id)>> {
-        match self.to_mark()?.as_chunks::<2>() {
+    fn take_pairs(&mut self) -> Read<Vec<(Id, Id)>> {
+        match self.take_marked()?.as_chunks::<2>() {
             (pairs, []) => Ok(pairs.iter().map(|[key, value]| (*key, *value)).collect()),
             _ => Err(self.bad("a key has no value")),
         }

@@ -103,7 +103,7 @@ impl Store {
         if over && !keeps {
             freed.extend(let_go(&mut tx, job_id).await?);
         } else if change.state.as_deref() == Some("succeeded") {
-            freed.extend(forget_checkpoint(&mut *tx, job_id).await?); // it has nothing to go on to
+            freed.extend(forget_checkpoint(&mut tx, job_id).await?); // it has nothing to go on to
         } else if let (Some(before), Some((_, new))) = (&before, change.checkpoint) {
             freed.extend((before.blob != new).then_some(before.blob));
         }
